@@ -1,0 +1,51 @@
+"""hf_trak: which training examples made my Hugging Face model do this?
+
+Names are imported when first used, so that `import hf_trak` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_CONTENTS = {
+    "AttributionArguments": "hf_trak.training_args",
+    "AttributionCallback": "hf_trak.trainer",
+    "AttributionIndex": "hf_trak.index",
+    "AttributionTrainer": "hf_trak.trainer",
+    "AutoTask": "hf_trak.tasks",
+    "Featurizer": "hf_trak.featurizer",
+    "Task": "hf_trak.tasks",
+    "TrakConfig": "hf_trak.config",
+}
+
+if TYPE_CHECKING:
+    from hf_trak.config import TrakConfig
+    from hf_trak.featurizer import Featurizer
+    from hf_trak.index import AttributionIndex
+    from hf_trak.tasks import AutoTask, Task
+    from hf_trak.trainer import AttributionCallback, AttributionTrainer
+    from hf_trak.training_args import AttributionArguments
+
+__all__ = [
+    "AttributionArguments",
+    "AttributionCallback",
+    "AttributionIndex",
+    "AttributionTrainer",
+    "AutoTask",
+    "Featurizer",
+    "Task",
+    "TrakConfig",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _CONTENTS:
+        return getattr(importlib.import_module(_CONTENTS[name]), name)
+    raise AttributeError(f"module 'hf_trak' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_CONTENTS])

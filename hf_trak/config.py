@@ -1,0 +1,128 @@
+"""`TrakConfig`: everything that decides what a feature means, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+CONFIG_NAME = "trak_config.json"
+FORMAT_VERSION = 1
+
+# Fields that decide scores after the fact; two indices that differ in them still speak the same language.
+_CHOSEN_AFTER = ("damping", "dtype")
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class TrakConfig:
+    """What features mean. Two sets of features may be compared only if their configurations agree.
+
+    Round-trips through JSON with [`~TrakConfig.save_pretrained`] and [`~TrakConfig.from_pretrained`].
+    """
+
+    task: str = _option(
+        "auto",
+        "Model output to attribute: text-classification, image-classification, text-regression, image-regression, or auto (from the model).",
+    )
+    proj_dim: int = _option(
+        4096, "Numbers kept per example. More is better and costs disk, not compute; 1,024 to 16,384 is usual."
+    )
+    seed: int = _option(0, "Sketch seed of the first member; member i uses seed + i.")
+    projector: str = _option(
+        "block_count_sketch", "Sketch: block_count_sketch, dense_rademacher (the paper's; slow), identity (none)."
+    )
+    gradients: Literal["layerwise", "functional"] = _option(
+        "layerwise", "How per-example gradients are made: layerwise (fast) or functional (any model)."
+    )
+    damping: float | Literal["auto"] = _option(
+        "auto", "Regularisation as a multiple of the kernel's mean nonzero eigenvalue; 0 is the paper's TRAK."
+    )
+    dtype: Literal["float32", "float16"] = _option(
+        "float32", "How features are stored. float16 keeps a scale per row and halves the disk."
+    )
+    parameters: tuple[str, ...] | None = _option(
+        None, "Regular expressions that select parameters by name; all trainable ones by default."
+    )
+    text_columns: tuple[str, ...] | None = _option(None, "One or two text columns, in the model's order; found by default.")
+    image_column: str | None = _option(None, "The image column; found by default.")
+    label_column: str | None = _option(None, "The label column; 'labels' or 'label' by default.")
+    max_length: int | None = _option(None, "Tokens kept of a text; the model's own limit by default.")
+    format_version: int = _option(FORMAT_VERSION, "Version of the files an index is made of.")
+
+    def __post_init__(self) -> None:
+        for name in ("parameters", "text_columns"):  # lists after JSON, YAML or a command line
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        if isinstance(self.damping, str) and self.damping != "auto":
+            try:
+                object.__setattr__(self, "damping", float(self.damping))
+            except ValueError:
+                raise ValueError(f"`damping` must be 'auto' or a number, but is {self.damping!r}.") from None
+        if self.damping != "auto" and not 0 <= self.damping < float("inf"):  # type: ignore[operator]
+            raise ValueError(f"`damping` must be 'auto' or a finite number of at least 0, but is {self.damping}.")
+        if isinstance(self.proj_dim, bool) or not isinstance(self.proj_dim, int) or self.proj_dim < 1:
+            raise ValueError(f"`proj_dim` must be a whole number of at least 1, but is {self.proj_dim!r}.")
+        for name, choices in (("dtype", ("float32", "float16")), ("gradients", ("layerwise", "functional"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, but is {getattr(self, name)!r}.")
+        if self.text_columns is not None and not 1 <= len(self.text_columns) <= 2:
+            raise ValueError(f"`text_columns` takes one column or two, but has {len(self.text_columns)}.")
+        if self.format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"These files have format version {self.format_version}, and this hf_trak reads version {FORMAT_VERSION}. "
+                "Upgrade hf_trak, or featurize again."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-serialisable dictionary."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrakConfig:
+        """Build a configuration from [`~TrakConfig.to_dict`]'s result.
+
+        Raises:
+            ValueError: If a field is unknown or has an impossible value.
+        """
+        version = values.get("format_version", FORMAT_VERSION)
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown and version == FORMAT_VERSION:
+            raise ValueError(f"Unknown fields in a TrakConfig: {', '.join(unknown)}.")
+        return cls(**{key: value for key, value in values.items() if key not in unknown})
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `trak_config.json` into `folder`."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> TrakConfig:
+        """Read `trak_config.json` from `folder`.
+
+        Raises:
+            FileNotFoundError: If the folder holds none.
+            ValueError: If the file is damaged, or of another format version.
+        """
+        path = Path(folder) / CONFIG_NAME
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} holds no {CONFIG_NAME}, so it is not an attribution index.")
+        try:
+            values = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error}. Restore it, or featurize again.") from error
+        return cls.from_dict(values)
+
+    def differences(self, other: TrakConfig) -> list[str]:
+        """Return one line per field that makes features of `other` incomparable with features of this configuration."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        return [
+            f"{name}: {mine[name]!r} here, {theirs[name]!r} there"
+            for name in mine
+            if name not in _CHOSEN_AFTER and mine[name] != theirs[name]
+        ]

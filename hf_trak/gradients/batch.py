@@ -1,0 +1,70 @@
+"""What goes into and comes out of a gradient engine, and the state a model must be in meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+OutputFunction = Callable[[Callable[..., Any], Mapping[str, Any]], tuple[Tensor, Tensor]]
+"""`(model, batch) -> (output, out_to_loss)`, each `(batch,)`. Row i may depend on example i alone. `out_to_loss` is not
+differentiated. `model` may be a stand-in that behaves like the model when called."""
+
+
+class BatchFeatures(NamedTuple):
+    """Features of one batch, rows in the batch's order."""
+
+    output: Float[Tensor, " batch"]
+    out_to_loss: Float[Tensor, " batch"]
+    features: Float[Tensor, "batch proj_dim"]
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put `model` in eval mode with every parameter frozen and no activation in place; restore all of it afterwards."""
+    training = {module: module.training for module in model.modules()}
+    requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    # An activation in place would overwrite the layer output whose gradient is wanted.
+    inplace = [module for module in model.modules() if getattr(module, "inplace", False) is True]
+    checkpointing = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
+    model.eval()
+    model.requires_grad_(False)
+    _set(inplace, "inplace", False)
+    _set(checkpointing, "gradient_checkpointing", False)
+    try:
+        yield
+    finally:
+        _set(inplace, "inplace", True)
+        _set(checkpointing, "gradient_checkpointing", True)
+        for parameter, flag in requires_grad.items():
+            parameter.requires_grad_(flag)
+        for module, flag in training.items():
+            module.training = flag
+
+
+def _set(modules: list[nn.Module], attribute: str, value: bool) -> None:
+    for module in modules:
+        setattr(module, attribute, value)
+
+
+def check_outputs(output: Tensor, out_to_loss: Tensor) -> int:
+    """Return the batch size.
+
+    Raises:
+        ValueError: If an output function did not return one number per example.
+    """
+    if output.ndim != 1 or output.shape != out_to_loss.shape:
+        raise ValueError(
+            "A model output function must return two tensors of shape (batch,), but it returned shapes "
+            f"{tuple(output.shape)} and {tuple(out_to_loss.shape)}. Sum or average over everything but the examples."
+        )
+    return output.shape[0]
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype sketches are accumulated in: float64 for float64 gradients, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

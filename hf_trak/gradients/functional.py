@@ -1,0 +1,55 @@
+"""Per-example gradients by `torch.func`: the reference, and the fallback for models `layerwise` refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from hf_trak.gradients.batch import BatchFeatures, OutputFunction, check_outputs, evaluation_mode, working_dtype
+from hf_trak.projectors import Projector
+
+
+def functional_features(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    output_function: OutputFunction,
+    parameters: Mapping[str, nn.Parameter],
+    projector: Projector,
+    chunk_size: int | None = None,
+) -> BatchFeatures:
+    """Return features of `batch`, each row from its own forward and backward pass, vectorised by `vmap`.
+
+    Gradients of all selected parameters exist at once: (chunk_size, grad_dim) numbers.
+
+    Args:
+        parameters (`Mapping[str, nn.Parameter]`): From [`select_parameters`]; nothing else is differentiated.
+        chunk_size (`int`, *optional*): Examples differentiated at one time; by default the batch.
+    """
+    arrays = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
+    constants = {key: value for key, value in batch.items() if key not in arrays}
+
+    def output_of_one(selected: dict[str, Tensor], arrays_of_one: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return functional_call(model, selected, args, kwargs, tie_weights=True)
+
+        example = {**constants, **{key: value.unsqueeze(0) for key, value in arrays_of_one.items()}}
+        output, out_to_loss = output_function(call, example)
+        check_outputs(output, out_to_loss)
+        return output[0], (output[0].detach(), out_to_loss[0])
+
+    with evaluation_mode(model):
+        selected = {name: parameter.detach() for name, parameter in parameters.items()}
+        grads, (output, out_to_loss) = vmap(
+            grad(output_of_one, has_aux=True), in_dims=(None, 0), chunk_size=chunk_size, randomness="error"
+        )(selected, arrays)
+    dtype = working_dtype(next(iter(grads.values())).dtype)
+    accumulator = projector.start(len(output), dtype=dtype, device=output.device)
+    with torch.no_grad():
+        for name, values in grads.items():
+            projector.add(accumulator, name, values.to(dtype))
+        return BatchFeatures(output, out_to_loss, projector.finish(accumulator))

@@ -1,0 +1,197 @@
+"""Per-example gradients of a whole batch from one forward and one backward pass, one layer at a time.
+
+Every module that owns a selected parameter is watched: its input is kept, its output's gradient is caught on the way back, and
+the two give each example's gradient of that layer, sketched at once. Autograd itself computes gradients of activations only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call, vjp, vmap
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from hf_trak.gradients.batch import BatchFeatures, OutputFunction, check_outputs, evaluation_mode, working_dtype
+from hf_trak.gradients.rules import Contribution, Dense, Outer, Rows, find_rule
+from hf_trak.projectors import Projector
+
+
+def layerwise_features(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    output_function: OutputFunction,
+    parameters: Mapping[str, nn.Parameter],
+    projector: Projector,
+) -> BatchFeatures:
+    """Return features of `batch` from one batched forward and backward pass of the sum of outputs.
+
+    Peak memory is that of the activations plus one layer's gradients, never (batch, grad_dim).
+
+    Args:
+        parameters (`Mapping[str, nn.Parameter]`): From [`select_parameters`]; backward stops below the first of them.
+
+    Raises:
+        ValueError: If a parameter's use loses the example axis in a way that cannot be undone; the message names it.
+    """
+    batch_size = next(len(value) for value in batch.values() if isinstance(value, Tensor))
+    with evaluation_mode(model), torch.enable_grad(), _Watch(model, parameters, projector, batch_size) as watch:
+        output, out_to_loss = output_function(model, batch)
+        check_outputs(output, out_to_loss)
+        if output.requires_grad:
+            output.sum().backward()
+        features = watch.finish(output)
+    return BatchFeatures(output.detach(), out_to_loss.detach(), features)
+
+
+class _Watch:
+    """Hooks on every module that owns a selected parameter, for the length of one forward and backward pass."""
+
+    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], projector: Projector, batch_size: int) -> None:
+        self.projector = projector
+        self.batch_size = batch_size
+        self.accumulator: Tensor | None = None
+        self.recomputing = False
+        names = {id(parameter): name for name, parameter in parameters.items()}
+        # module -> {its own name of a parameter: the model's name}; tied weights have the same name in every module
+        self.owned = {
+            module: owned
+            for module in model.modules()
+            if (owned := {own: names[id(p)] for own, p in module._parameters.items() if id(p) in names})
+        }
+
+    def __enter__(self) -> _Watch:
+        self.stack = ExitStack()
+        for module in self.owned:
+            rule = find_rule(module)
+            if isinstance(module, nn.Embedding) and rule is not None:
+                handle = module.register_forward_pre_hook(self._expand_shared_rows)
+                self.stack.callback(handle.remove)
+            hook = self._catch_functional if rule is None else self._catch(rule)
+            self.stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stack.close()
+
+    def finish(self, output: Tensor) -> Float[Tensor, "batch proj_dim"]:
+        if self.accumulator is None:  # no selected parameter was reached: its gradient is zero
+            self._start(output)
+        assert self.accumulator is not None
+        return self.projector.finish(self.accumulator)
+
+    def _start(self, like: Tensor) -> None:
+        self.accumulator = self.projector.start(self.batch_size, dtype=working_dtype(like.dtype), device=like.device)
+
+    def _expand_shared_rows(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Give every example its own copy of ids fed once for the whole batch, such as position ids of shape (1, seq)."""
+        if not self.recomputing and args and args[0].ndim == 2 and args[0].shape[0] == 1 < self.batch_size:
+            return (args[0].expand(self.batch_size, -1), *args[1:])
+        return None
+
+    def _catch(self, rule: Callable[..., dict[str, Contribution]]) -> Callable[..., Tensor | None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            if self.recomputing or not torch.is_grad_enabled():
+                return
+            inputs = (args[0] if args else next(iter(kwargs.values()))).detach()
+            self._require_examples(module, inputs)
+
+            def catch(grads: Tensor) -> None:
+                if self.accumulator is None:
+                    self._start(grads)
+                dtype = working_dtype(grads.dtype)
+                floating = inputs.to(dtype) if inputs.is_floating_point() else inputs
+                with torch.no_grad():
+                    self._add(module, rule(module, floating, grads.detach().to(dtype)))
+
+            _on_gradient([output], lambda grads: catch(grads[0]))
+
+        return hook
+
+    def _catch_functional(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """For a module with no rule: differentiate a second run of that module alone, example by example."""
+        if self.recomputing or not torch.is_grad_enabled():
+            return
+        leaves, structure = tree_flatten((args, kwargs))
+        leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        outputs = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        for tensor in outputs:
+            self._require_examples(module, tensor)
+        batched = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.shape[:1] == (self.batch_size,)]
+        own = {name: module._parameters[name].detach() for name in self.owned[module]}  # type: ignore[union-attr]
+
+        def run(parameters: dict[str, Tensor], examples: list[Tensor]) -> list[Tensor]:
+            filled = list(leaves)
+            for i, example in zip(batched, examples, strict=True):
+                filled[i] = example.unsqueeze(0)
+            args, kwargs = tree_unflatten(filled, structure)
+            # Children keep their own parameters: a tied one is differentiated where the child uses it.
+            result = functional_call(module, parameters, args, kwargs, tie_weights=False)
+            return [x[0] for x in tree_flatten(result)[0] if isinstance(x, Tensor) and x.is_floating_point()]
+
+        def grads_of_one(examples: list[Tensor], grads: list[Tensor]) -> dict[str, Tensor]:
+            return vjp(lambda parameters: run(parameters, examples), own)[1](grads)[0]
+
+        def catch(grads: list[Tensor | None]) -> None:
+            filled = [torch.zeros_like(x) if grad is None else grad for x, grad in zip(outputs, grads, strict=True)]
+            if self.accumulator is None:
+                self._start(filled[0])
+            self.recomputing = True
+            try:
+                values = vmap(grads_of_one)([leaves[i] for i in batched], [grad.detach() for grad in filled])
+            except Exception as error:
+                raise ValueError(
+                    f"`layerwise` has no rule for {self._describe(module)}, and differentiating it on its own failed "
+                    f"({type(error).__name__}: {error}). Leave it out with `parameters`, or use gradients='functional'."
+                ) from error
+            finally:
+                self.recomputing = False
+            self._add(module, {name: Dense(value) for name, value in values.items()})
+
+        _on_gradient(outputs, catch)
+
+    def _require_examples(self, module: nn.Module, tensor: Tensor) -> None:
+        if tensor.ndim == 0 or tensor.shape[0] == 0 or tensor.shape[0] % self.batch_size:
+            raise ValueError(
+                f"{self._describe(module)} is used once for the whole batch of {self.batch_size}: it sees a tensor of shape "
+                f"{tuple(tensor.shape)}, so examples cannot be told apart there. Leave it out with `parameters`, or use "
+                "gradients='functional'."
+            )
+
+    def _describe(self, module: nn.Module) -> str:
+        return f"{type(module).__name__} (parameters {', '.join(self.owned[module].values())})"
+
+    def _add(self, module: nn.Module, contributions: dict[str, Contribution]) -> None:
+        """Sketch what a rule found, for the selected parameters alone."""
+        assert self.accumulator is not None
+        for own, name in self.owned[module].items():
+            match contributions[own]:
+                case Outer(left, right):
+                    self.projector.add_outer(self.accumulator, name, self._split(left), self._split(right))
+                case Rows(rows, values):
+                    shape = tuple(module._parameters[own].shape)  # type: ignore[union-attr]
+                    self.projector.add_rows(self.accumulator, name, shape, self._split(rows), self._split(values))  # type: ignore[arg-type]
+                case Dense(grads):
+                    if len(grads) != self.batch_size:  # windows or groups of an example lie next to each other
+                        grads = grads.unflatten(0, (self.batch_size, -1)).sum(1)
+                    self.projector.add(self.accumulator, name, grads.to(self.accumulator.dtype))
+
+    def _split(self, factor: Tensor) -> Tensor:
+        """(batch · windows, tokens, ...) -> (batch, windows · tokens, ...)"""
+        return factor.reshape(self.batch_size, -1, *factor.shape[2:])
+
+
+def _on_gradient(outputs: list[Tensor], catch: Callable[[list[Any]], None]) -> None:
+    """Call `catch` with the gradients of `outputs` once all are known, making autograd start there if it has not yet."""
+    for output in outputs:
+        if not output.requires_grad:
+            output.requires_grad_()
+    if len(outputs) == 1:
+        outputs[0].register_hook(lambda grad: catch([grad]))
+    elif outputs:
+        torch.autograd.graph.register_multi_grad_hook(outputs, lambda grads: catch(list(grads)))

@@ -1,0 +1,155 @@
+"""One rule per layer type: a layer's per-example parameter gradients from its input and its output's gradient.
+
+A rule never sums over examples, and leaves a sum over tokens as factors where it can, so that a projector may sketch the
+gradient without its ever being formed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+
+class Dense(NamedTuple):
+    """Gradients given whole, shaped as the parameter."""
+
+    grads: Float[Tensor, "batch *shape"]
+
+
+class Outer(NamedTuple):
+    """Gradients given as a sum over tokens of outer products."""
+
+    left: Float[Tensor, "batch tokens rows"]
+    right: Float[Tensor, "batch tokens columns"]
+
+
+class Rows(NamedTuple):
+    """Gradients that are zero but for `values`, added at `rows`."""
+
+    rows: Int64[Tensor, "batch tokens"]
+    values: Float[Tensor, "batch tokens columns"]
+
+
+Contribution = Dense | Outer | Rows
+Rule = Callable[[nn.Module, Tensor, Tensor], dict[str, Contribution]]
+
+
+def linear(module: nn.Linear, inputs: Tensor, grads: Tensor) -> dict[str, Contribution]:
+    # (batch, ..., d_in), (batch, ..., d_out) -> (batch, tokens, d_in), (batch, tokens, d_out)
+    inputs = inputs.reshape(inputs.shape[0], -1, inputs.shape[-1])
+    grads = grads.reshape(grads.shape[0], -1, grads.shape[-1])
+    return {"weight": Outer(grads, inputs), "bias": Dense(grads.sum(1))}
+
+
+def conv1d_of_transformers(module: nn.Module, inputs: Tensor, grads: Tensor) -> dict[str, Contribution]:
+    """GPT-2's `Conv1D`: a Linear whose weight is (d_in, d_out)."""
+    weight, bias = linear(module, inputs, grads).values()  # type: ignore[arg-type]
+    return {"weight": Outer(weight.right, weight.left), "bias": bias}  # type: ignore[union-attr]
+
+
+def conv2d(module: nn.Conv2d, inputs: Tensor, grads: Tensor) -> dict[str, Contribution]:
+    patches = F.unfold(inputs, module.kernel_size, module.dilation, module.padding, module.stride)  # type: ignore[arg-type]
+    patches, grads = (
+        patches.transpose(1, 2),
+        grads.flatten(2).transpose(1, 2),
+    )  # (batch, places, d_in · kernel), (batch, places, d_out)
+    if module.groups == 1:
+        return {"weight": Outer(grads, patches), "bias": Dense(grads.sum(1))}
+    # An output channel sees its own group's inputs alone.
+    per_group = torch.einsum(
+        "bpgo,bpgi->bgoi", grads.unflatten(2, (module.groups, -1)), patches.unflatten(2, (module.groups, -1))
+    )
+    return {"weight": Dense(per_group.reshape(len(inputs), *module.weight.shape)), "bias": Dense(grads.sum(1))}
+
+
+def conv1d(module: nn.Conv1d, inputs: Tensor, grads: Tensor) -> dict[str, Contribution]:
+    # A picture of height 1.
+    flat = nn.Conv2d(
+        module.in_channels,
+        module.out_channels,
+        (1, *module.kernel_size),
+        (1, *module.stride),
+        (0, *module.padding),  # type: ignore[arg-type]
+        (1, *module.dilation),
+        module.groups,
+        device="meta",
+    )
+    contributions = conv2d(flat, inputs.unsqueeze(2), grads.unsqueeze(2))
+    weight = contributions["weight"]
+    if isinstance(weight, Dense):
+        contributions["weight"] = Dense(weight.grads.squeeze(3))
+    return contributions
+
+
+def embedding(module: nn.Embedding, inputs: Tensor, grads: Tensor) -> dict[str, Contribution]:
+    rows = inputs.reshape(inputs.shape[0], -1)
+    values = grads.reshape(*rows.shape, -1)
+    if module.padding_idx is not None:
+        values = values * (rows != module.padding_idx).unsqueeze(-1)
+    return {"weight": Rows(rows, values)}
+
+
+def layer_norm(module: nn.LayerNorm, inputs: Tensor, grads: Tensor) -> dict[str, Contribution]:
+    return _affine(F.layer_norm(inputs, module.normalized_shape, eps=module.eps), grads, module.normalized_shape)
+
+
+def rms_norm(module: nn.RMSNorm, inputs: Tensor, grads: Tensor) -> dict[str, Contribution]:
+    return _affine(F.rms_norm(inputs, module.normalized_shape, eps=module.eps), grads, module.normalized_shape)
+
+
+def _affine(normalized: Tensor, grads: Tensor, shape: tuple[int, ...]) -> dict[str, Contribution]:
+    batch_size = grads.shape[0]
+    weight = (grads * normalized).reshape(batch_size, -1, *shape).sum(1)
+    return {"weight": Dense(weight), "bias": Dense(grads.reshape(batch_size, -1, *shape).sum(1))}
+
+
+def group_norm(module: nn.GroupNorm, inputs: Tensor, grads: Tensor) -> dict[str, Contribution]:
+    return _per_channel(F.group_norm(inputs, module.num_groups, eps=module.eps), grads)
+
+
+def batch_norm(module: nn.BatchNorm2d, inputs: Tensor, grads: Tensor) -> dict[str, Contribution]:
+    # In eval mode: its running statistics are constants.
+    return _per_channel(F.batch_norm(inputs, module.running_mean, module.running_var, eps=module.eps), grads)
+
+
+def _per_channel(normalized: Tensor, grads: Tensor) -> dict[str, Contribution]:
+    weight = (grads * normalized).reshape(*grads.shape[:2], -1).sum(2)
+    return {"weight": Dense(weight), "bias": Dense(grads.reshape(*grads.shape[:2], -1).sum(2))}
+
+
+RULES: dict[type[nn.Module], Rule] = {
+    nn.Linear: linear,
+    nn.Conv1d: conv1d,
+    nn.Conv2d: conv2d,
+    nn.Embedding: embedding,
+    nn.LayerNorm: layer_norm,
+    nn.RMSNorm: rms_norm,
+    nn.GroupNorm: group_norm,
+    nn.BatchNorm1d: batch_norm,
+    nn.BatchNorm2d: batch_norm,
+    nn.BatchNorm3d: batch_norm,
+}  # type: ignore[assignment]
+
+
+def find_rule(module: nn.Module) -> Rule | None:
+    """Return the rule for a module, or None if it has none and must be differentiated functionally.
+
+    A subclass has its parent's rule only if it computes as its parent does.
+    """
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return conv1d_of_transformers
+    if isinstance(module, (nn.Conv1d, nn.Conv2d)) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
+        return None
+    if isinstance(module, nn.Embedding) and (module.scale_grad_by_freq or module.max_norm is not None):
+        return None
+    if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)) and module.running_mean is None:
+        return None
+    for kind, rule in RULES.items():
+        if isinstance(module, kind) and type(module).forward is kind.forward:
+            return rule
+    return None

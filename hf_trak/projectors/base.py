@@ -1,0 +1,71 @@
+"""What a projector is: a random matrix P that meets each parameter's gradient on its own.
+
+An entry of P depends on (seed, parameter name, position in the parameter) alone. Sketches are linear, so a gradient may arrive
+in pieces: one parameter after another, one use of a tied weight after another, one token after another.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+
+def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return a parameter's shape seen as (rows, columns): the first axis against all others; a vector is one row."""
+    if len(shape) < 2:
+        return 1, math.prod(shape)
+    return shape[0], math.prod(shape[1:])
+
+
+class Projector(abc.ABC):
+    r"""An unbiased sketch: $\mathbb{E}\langle P^\top x, P^\top y\rangle = \langle x, y\rangle$ over seeds.
+
+    Args:
+        proj_dim (`int`): Numbers kept per example.
+        seed (`int`): Sketches with different seeds are independent.
+    """
+
+    def __init__(self, *, proj_dim: int, seed: int) -> None:
+        if proj_dim < 1:
+            raise ValueError(f"`proj_dim` must be at least 1, but is {proj_dim}.")
+        self.proj_dim = proj_dim
+        self.seed = seed
+
+    def start(self, batch_size: int, *, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "batch width"]:
+        """Return an empty accumulator for one batch."""
+        return torch.zeros(batch_size, self.proj_dim, dtype=dtype, device=device)
+
+    @abc.abstractmethod
+    def add(self, accumulator: Float[Tensor, "batch width"], name: str, grads: Float[Tensor, "batch *shape"]) -> None:
+        """Add the sketch of parameter `name`'s gradients, given whole, to `accumulator`."""
+
+    def add_outer(
+        self,
+        accumulator: Float[Tensor, "batch width"],
+        name: str,
+        left: Float[Tensor, "batch tokens rows"],
+        right: Float[Tensor, "batch tokens columns"],
+    ) -> None:
+        """Add the sketch of gradients given as a sum over tokens of outer products, `left` for rows and `right` for columns."""
+        self.add(accumulator, name, torch.bmm(left.transpose(1, 2), right))
+
+    def add_rows(
+        self,
+        accumulator: Float[Tensor, "batch width"],
+        name: str,
+        shape: tuple[int, int],
+        rows: Int64[Tensor, "batch tokens"],
+        values: Float[Tensor, "batch tokens columns"],
+    ) -> None:
+        """Add the sketch of gradients that are zero but for `values`, added at `rows` of a parameter of this `shape`."""
+        grads = values.new_zeros(values.shape[0], *shape)
+        grads.scatter_add_(1, rows.unsqueeze(-1).expand_as(values), values)
+        self.add(accumulator, name, grads)
+
+    def finish(self, accumulator: Float[Tensor, "batch width"]) -> Float[Tensor, "batch proj_dim"]:
+        """Return the features of a batch from its accumulator."""
+        return accumulator

@@ -1,0 +1,83 @@
+"""`AutoTask`: the task of a model, from its architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from hf_trak.config import TrakConfig
+from hf_trak.tasks.base import Task
+from hf_trak.tasks.inputs import ImageInputs, TextInputs
+from hf_trak.tasks.outputs import classification_margin, regression_prediction
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def _text(model: PreTrainedModel, config: TrakConfig) -> TextInputs:
+    return TextInputs.for_model(model, config.text_columns, config.max_length)
+
+
+def _image(model: PreTrainedModel, config: TrakConfig) -> ImageInputs:
+    return ImageInputs.for_model(model, config.image_column)
+
+
+def _classification(name: str, inputs: Callable[..., TextInputs | ImageInputs]) -> Callable[..., Task]:
+    def make(model: PreTrainedModel, config: TrakConfig) -> Task:
+        return Task(name, inputs(model, config), classification_margin, model.config.num_labels, config.label_column)
+
+    return make
+
+
+def _regression(name: str, inputs: Callable[..., TextInputs | ImageInputs]) -> Callable[..., Task]:
+    def make(model: PreTrainedModel, config: TrakConfig) -> Task:
+        return Task(name, inputs(model, config), regression_prediction, None, config.label_column)
+
+    return make
+
+
+TASKS: dict[str, Callable[[PreTrainedModel, TrakConfig], Task]] = {
+    "text-classification": _classification("text-classification", _text),
+    "text-regression": _regression("text-regression", _text),
+    "image-classification": _classification("image-classification", _image),
+    "image-regression": _regression("image-regression", _image),
+}
+
+
+class AutoTask:
+    """Picks a task as `AutoModel` picks a class."""
+
+    @staticmethod
+    def from_model(model: PreTrainedModel, config: TrakConfig | None = None) -> Task:
+        """Return the task named in `config`, or the one the model's architecture and labels imply.
+
+        Raises:
+            ValueError: If the task is unknown, the architecture is not served, or the two do not fit.
+        """
+        config = config or TrakConfig()
+        name = config.task
+        if name == "auto":
+            name = AutoTask.name_for(model)
+        elif name not in TASKS:
+            raise ValueError(
+                f"Unknown task {name!r}; choose one of {', '.join(TASKS)}, or auto. For another model output, make one with "
+                "`Task.custom` and pass it as `task`."
+            )
+        elif name != (expected := AutoTask.name_for(model)):
+            raise ValueError(f"{type(model).__name__} with {model.config.num_labels} labels serves {expected}, not {name}.")
+        return TASKS[name](model, config)
+
+    @staticmethod
+    def name_for(model: PreTrainedModel) -> str:
+        """Return the name of the task that a model's class and number of labels imply."""
+        architecture = type(model).__name__
+        modality = {"ForSequenceClassification": "text", "ForImageClassification": "image"}
+        for suffix, kind in modality.items():
+            if architecture.endswith(suffix):
+                if getattr(model.config, "problem_type", None) == "multi_label_classification":
+                    raise ValueError(f"{architecture} is configured for several labels per example, which no task serves yet.")
+                return f"{kind}-regression" if model.config.num_labels == 1 else f"{kind}-classification"
+        raise ValueError(
+            f"No task serves {architecture} yet. Served are transformers' {', '.join('*' + suffix for suffix in modality)} classes; "
+            "for any other model output, make a task with `Task.custom` and pass it as `task`."
+        )

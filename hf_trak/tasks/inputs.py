@@ -1,0 +1,173 @@
+"""From rows of a dataset to a batch of tensors: one class per modality."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features
+    from transformers import PreTrainedModel
+
+Rows = Mapping[str, Sequence[Any]]
+"""Columns of a slice of a dataset, as `Dataset.map(batched=True)` hands them out."""
+
+
+class Inputs(Protocol):
+    """How one modality becomes a model's inputs."""
+
+    def check(self, features: Features, processing_class: Any) -> None:
+        """Raise a ValueError that names the columns if a dataset cannot serve."""
+        ...
+
+    def collate(self, rows: Rows, processing_class: Any) -> dict[str, Tensor]:
+        """Return the model's inputs for `rows`, without labels."""
+        ...
+
+    def lengths(self, dataset: Dataset) -> list[int] | None:
+        """Return a number per row that grows with its cost, so that rows of like cost share a batch; None if all are alike."""
+        ...
+
+
+@dataclass(frozen=True)
+class TextInputs:
+    """Text columns through a tokenizer, or rows already tokenized.
+
+    Padding of tokenized rows is taken off and put back on the right, no wider than the batch needs: a feature then depends on
+    neither the side nor the width of padding, whatever the model does with absolute positions.
+
+    Args:
+        accepted (`frozenset[str]`): Names the model's `forward` takes.
+        pad_token_id (`int`): The model's.
+    """
+
+    text_columns: tuple[str, ...] | None
+    max_length: int | None
+    accepted: frozenset[str]
+    pad_token_id: int
+
+    @classmethod
+    def for_model(cls, model: PreTrainedModel, text_columns: tuple[str, ...] | None, max_length: int | None) -> TextInputs:
+        accepted = frozenset(inspect.signature(model.forward).parameters)
+        limit = getattr(model.config, "max_position_embeddings", None)
+        pad_token_id = getattr(model.config, "pad_token_id", None) or 0
+        return cls(text_columns, max_length or limit, accepted, pad_token_id)
+
+    def check(self, features: Features, processing_class: Any) -> None:
+        if "input_ids" in features and self.text_columns is None:
+            return
+        for column in self._columns(features):
+            if getattr(features[column], "dtype", None) not in ("string", "large_string"):
+                raise ValueError(f"The text column {column!r} holds {features[column]}, not strings. Set `text_columns`.")
+        if processing_class is None:
+            raise ValueError("Text columns need a tokenizer: pass it as `processing_class`, or tokenize the dataset first.")
+
+    def _columns(self, features: Features) -> list[str]:
+        if self.text_columns is not None:
+            missing = [column for column in self.text_columns if column not in features]
+            if missing:
+                raise ValueError(f"The dataset has no column {', '.join(map(repr, missing))}; it has {', '.join(features)}.")
+            return list(self.text_columns)
+        strings = [name for name, kind in features.items() if getattr(kind, "dtype", None) in ("string", "large_string")]
+        if not 1 <= len(strings) <= 2:
+            raise ValueError(
+                f"Expected tokenized rows ('input_ids') or one or two text columns, but the dataset has {', '.join(features)}. "
+                "Set `text_columns`."
+            )
+        return strings
+
+    def collate(self, rows: Rows, processing_class: Any) -> dict[str, Tensor]:
+        if "input_ids" in rows and self.text_columns is None:
+            encoded = {key: rows[key] for key in rows if key in self.accepted and key not in ("labels", "label")}
+        else:
+            columns = self.text_columns or tuple(key for key, values in rows.items() if isinstance(values[0], str))
+            texts = [list(rows[column]) for column in columns]
+            limit = min(self.max_length or 10**9, processing_class.model_max_length)
+            options = {"truncation": True, "max_length": limit} if limit < 10**9 else {}
+            encoded = processing_class(*texts, **options)
+            encoded = {key: values for key, values in encoded.items() if key in self.accepted}
+        return self._pad({key: [torch.as_tensor(row) for row in values] for key, values in encoded.items()})
+
+    def _pad(self, encoded: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+        masks = [mask.bool() for mask in encoded.pop("attention_mask", [torch.ones_like(row) for row in encoded["input_ids"]])]
+        lengths = [int(mask.sum()) for mask in masks]
+        width = max(1, *lengths)
+        batch = {}
+        for key, values in encoded.items():
+            fill = self.pad_token_id if key == "input_ids" else 0
+            batch[key] = torch.full((len(values), width), fill, dtype=torch.int64)
+            for row, (value, mask) in enumerate(zip(values, masks, strict=True)):
+                batch[key][row, : lengths[row]] = value[mask]
+        if "attention_mask" in self.accepted:
+            batch["attention_mask"] = (torch.arange(width) < torch.tensor(lengths).unsqueeze(1)).long()
+        return batch
+
+    def lengths(self, dataset: Dataset) -> list[int] | None:
+        if "input_ids" in dataset.column_names and self.text_columns is None:
+            column = "attention_mask" if "attention_mask" in dataset.column_names else "input_ids"
+            count = sum if column == "attention_mask" else len
+            return [int(count(row)) for row in dataset[column]]
+        columns = [dataset[column] for column in self._columns(dataset.features)]
+        return [sum(map(len, texts)) for texts in zip(*columns, strict=True)]
+
+
+@dataclass(frozen=True)
+class ImageInputs:
+    """An image column through an image processor, or rows that already hold `pixel_values`."""
+
+    image_column: str | None
+    mode: str
+
+    @classmethod
+    def for_model(cls, model: PreTrainedModel, image_column: str | None) -> ImageInputs:
+        return cls(image_column, "L" if getattr(model.config, "num_channels", 3) == 1 else "RGB")
+
+    def check(self, features: Features, processing_class: Any) -> None:
+        if "pixel_values" in features and self.image_column is None:
+            return
+        self._column(features)
+        if processing_class is None:
+            raise ValueError("An image column needs an image processor: pass it as `processing_class`.")
+
+    def _column(self, features: Features) -> str:
+        if self.image_column is not None:
+            if self.image_column not in features:
+                raise ValueError(f"The dataset has no column {self.image_column!r}; it has {', '.join(features)}.")
+            return self.image_column
+        images = [name for name, kind in features.items() if type(kind).__name__ == "Image"]
+        if len(images) != 1:
+            raise ValueError(
+                f"Expected 'pixel_values' or one image column, but the dataset has {', '.join(features)}. Set `image_column`."
+            )
+        return images[0]
+
+    def collate(self, rows: Rows, processing_class: Any) -> dict[str, Tensor]:
+        if "pixel_values" in rows and self.image_column is None:
+            return {"pixel_values": torch.stack([torch.as_tensor(row, dtype=torch.float32) for row in rows["pixel_values"]])}
+        column = self.image_column or next(key for key, values in rows.items() if hasattr(values[0], "convert"))
+        images = [image.convert(self.mode) for image in rows[column]]
+        return {"pixel_values": processing_class(images, return_tensors="pt")["pixel_values"]}
+
+    def lengths(self, dataset: Dataset) -> list[int] | None:
+        return None
+
+
+@dataclass(frozen=True)
+class CustomInputs:
+    """Whatever a user's own collator makes of rows."""
+
+    collator: Callable[[list[dict[str, Any]]], dict[str, Tensor]]
+
+    def check(self, features: Features, processing_class: Any) -> None:
+        """Nothing is known of a custom task's columns; its collator speaks for itself."""
+
+    def collate(self, rows: Rows, processing_class: Any) -> dict[str, Tensor]:
+        return self.collator([dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)])
+
+    def lengths(self, dataset: Dataset) -> list[int] | None:
+        return None

@@ -1,0 +1,36 @@
+"""Model output functions: f(z; θ) and out-to-loss of each example, from the model's logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+
+def margin(logits: Float[Tensor, "batch classes"], labels: Int64[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+    r"""Return $\text{logit}_y - \text{logsumexp}_{c \ne y}\,\text{logit}_c = \log\frac{p_y}{1 - p_y}$ of each example.
+
+    Source: Park et al. (2023), [TRAK](https://huggingface.co/papers/2303.14186), section 3.3.
+    """
+    correct = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
+    others = logits.scatter(1, labels.unsqueeze(1), float("-inf")).logsumexp(1)
+    return correct - others
+
+
+def classification_margin(model: Callable[..., Any], batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """The margin, and 1 − p of the label, in at least float32."""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    logits = model(**inputs).logits
+    output = margin(logits.to(torch.promote_types(logits.dtype, torch.float32)), batch["labels"])
+    return output, torch.sigmoid(-output.detach())  # 1 − p = σ(−margin), exact where p rounds to 1
+
+
+def regression_prediction(model: Callable[..., Any], batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """The prediction ŷ, and y − ŷ."""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    logits = model(**inputs).logits
+    output = logits.to(torch.promote_types(logits.dtype, torch.float32)).squeeze(-1)
+    return output, batch["labels"].to(output.dtype) - output.detach()
