@@ -64,7 +64,7 @@ class TrakConfig:
                 object.__setattr__(self, "damping", float(self.damping))
             except ValueError:
                 raise ValueError(f"`damping` must be 'auto' or a number, but is {self.damping!r}.") from None
-        if self.damping != "auto" and not 0 <= self.damping < float("inf"):  # type: ignore[operator]
+        if self.damping != "auto" and not 0 <= self.damping < float("inf"):
             raise ValueError(f"`damping` must be 'auto' or a finite number of at least 0, but is {self.damping}.")
         if isinstance(self.proj_dim, bool) or not isinstance(self.proj_dim, int) or self.proj_dim < 1:
             raise ValueError(f"`proj_dim` must be a whole number of at least 1, but is {self.proj_dim!r}.")
@@ -94,6 +94,7 @@ class TrakConfig:
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown and version == FORMAT_VERSION:
             raise ValueError(f"Unknown fields in a TrakConfig: {', '.join(unknown)}.")
+        # Fields of another version are left to the version check, which has the better message.
         return cls(**{key: value for key, value in values.items() if key not in unknown})
 
     def save_pretrained(self, folder: str | Path) -> None:

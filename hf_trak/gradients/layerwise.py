@@ -175,7 +175,7 @@ class _Watch:
                     self.projector.add_outer(self.accumulator, name, self._split(left), self._split(right))
                 case Rows(rows, values):
                     shape = tuple(module._parameters[own].shape)  # type: ignore[union-attr]
-                    self.projector.add_rows(self.accumulator, name, shape, self._split(rows), self._split(values))  # type: ignore[arg-type]
+                    self.projector.add_rows(self.accumulator, name, shape, self._split(rows), self._split(values))
                 case Dense(grads):
                     if len(grads) != self.batch_size:  # windows or groups of an example lie next to each other
                         grads = grads.unflatten(0, (self.batch_size, -1)).sum(1)

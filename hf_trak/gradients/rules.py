@@ -7,7 +7,7 @@ gradient without its ever being formed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,54 +36,49 @@ class Rows(NamedTuple):
 
 
 Contribution = Dense | Outer | Rows
-Rule = Callable[[nn.Module, Tensor, Tensor], dict[str, Contribution]]
+Rule = Callable[[Any, Tensor, Tensor], dict[str, Contribution]]
+"""`(module, its input, its output's gradient) -> {own name of a parameter: gradients}`."""
 
 
 def linear(module: nn.Linear, inputs: Tensor, grads: Tensor) -> dict[str, Contribution]:
-    # (batch, ..., d_in), (batch, ..., d_out) -> (batch, tokens, d_in), (batch, tokens, d_out)
-    inputs = inputs.reshape(inputs.shape[0], -1, inputs.shape[-1])
-    grads = grads.reshape(grads.shape[0], -1, grads.shape[-1])
+    inputs, grads = _tokens(inputs), _tokens(grads)
     return {"weight": Outer(grads, inputs), "bias": Dense(grads.sum(1))}
+
+
+def _tokens(values: Float[Tensor, "batch *tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
+    return values.reshape(values.shape[0], -1, values.shape[-1])
 
 
 def conv1d_of_transformers(module: nn.Module, inputs: Tensor, grads: Tensor) -> dict[str, Contribution]:
     """GPT-2's `Conv1D`: a Linear whose weight is (d_in, d_out)."""
-    weight, bias = linear(module, inputs, grads).values()  # type: ignore[arg-type]
-    return {"weight": Outer(weight.right, weight.left), "bias": bias}  # type: ignore[union-attr]
+    inputs, grads = _tokens(inputs), _tokens(grads)
+    return {"weight": Outer(inputs, grads), "bias": Dense(grads.sum(1))}
 
 
 def conv2d(module: nn.Conv2d, inputs: Tensor, grads: Tensor) -> dict[str, Contribution]:
     patches = F.unfold(inputs, module.kernel_size, module.dilation, module.padding, module.stride)  # type: ignore[arg-type]
-    patches, grads = (
-        patches.transpose(1, 2),
-        grads.flatten(2).transpose(1, 2),
-    )  # (batch, places, d_in · kernel), (batch, places, d_out)
-    if module.groups == 1:
-        return {"weight": Outer(grads, patches), "bias": Dense(grads.sum(1))}
-    # An output channel sees its own group's inputs alone.
-    per_group = torch.einsum(
-        "bpgo,bpgi->bgoi", grads.unflatten(2, (module.groups, -1)), patches.unflatten(2, (module.groups, -1))
-    )
-    return {"weight": Dense(per_group.reshape(len(inputs), *module.weight.shape)), "bias": Dense(grads.sum(1))}
+    return _convolution(module, patches, grads)
 
 
 def conv1d(module: nn.Conv1d, inputs: Tensor, grads: Tensor) -> dict[str, Contribution]:
     # A picture of height 1.
-    flat = nn.Conv2d(
-        module.in_channels,
-        module.out_channels,
-        (1, *module.kernel_size),
-        (1, *module.stride),
-        (0, *module.padding),  # type: ignore[arg-type]
-        (1, *module.dilation),
-        module.groups,
-        device="meta",
+    geometry = module.kernel_size[0], module.dilation[0], module.padding[0], module.stride[0]
+    kernel, dilation, padding, stride = geometry  # type: ignore[misc]
+    patches = F.unfold(inputs.unsqueeze(2), (1, kernel), (1, dilation), (0, padding), (1, stride))
+    return _convolution(module, patches, grads)
+
+
+def _convolution(module: nn.Conv1d | nn.Conv2d, patches: Tensor, grads: Tensor) -> dict[str, Contribution]:
+    # (batch, d_in · kernel, places), (batch, d_out, ...) -> (batch, places, d_in · kernel), (batch, places, d_out)
+    patches, grads = patches.transpose(1, 2), grads.flatten(2).transpose(1, 2)
+    bias = Dense(grads.sum(1))
+    if module.groups == 1:
+        return {"weight": Outer(grads, patches), "bias": bias}
+    # An output channel sees its own group's inputs alone.
+    per_group = torch.einsum(
+        "bpgo,bpgi->bgoi", grads.unflatten(2, (module.groups, -1)), patches.unflatten(2, (module.groups, -1))
     )
-    contributions = conv2d(flat, inputs.unsqueeze(2), grads.unsqueeze(2))
-    weight = contributions["weight"]
-    if isinstance(weight, Dense):
-        contributions["weight"] = Dense(weight.grads.squeeze(3))
-    return contributions
+    return {"weight": Dense(per_group.reshape(len(grads), *module.weight.shape)), "bias": bias}
 
 
 def embedding(module: nn.Embedding, inputs: Tensor, grads: Tensor) -> dict[str, Contribution]:
@@ -133,7 +128,7 @@ RULES: dict[type[nn.Module], Rule] = {
     nn.BatchNorm1d: batch_norm,
     nn.BatchNorm2d: batch_norm,
     nn.BatchNorm3d: batch_norm,
-}  # type: ignore[assignment]
+}
 
 
 def find_rule(module: nn.Module) -> Rule | None:

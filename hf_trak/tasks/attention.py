@@ -18,12 +18,13 @@ _NAME = "hf_trak_sdpa"
 @contextmanager
 def vmappable_attention(model: nn.Module) -> Iterator[None]:
     """Use scaled-dot-product attention with a mask that is always built and never inspected; restore what was there."""
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(model, "set_attn_implementation") or not getattr(model, "_supports_sdpa", False):
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel) or not model._supports_sdpa:
         yield
         return
     _register()
-    previous = config._attn_implementation
+    previous = model.config._attn_implementation
     model.set_attn_implementation(_NAME)
     try:
         yield

@@ -1,0 +1,140 @@
+"""Making an index: which members a folder holds, what identifies them, and the loop over them."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hf_trak.config import CONFIG_NAME, TrakConfig
+from hf_trak.featurize import featurize, kernel_of
+from hf_trak.featurizer import Featurizer
+from hf_trak.store import MemberWriter
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def member_folders(folder: Path) -> list[Path]:
+    """Return member_0, member_1, ... as far as they go."""
+    folders: list[Path] = []
+    while (folder / f"member_{len(folders)}").exists():
+        folders.append(folder / f"member_{len(folders)}")
+    return folders
+
+
+def begin_index(folder: Path, config: TrakConfig, n_members: int, *, overwrite: bool) -> None:
+    """Make sure `folder` is new, or holds this very index, perhaps unfinished."""
+    if not folder.exists() or not any(folder.iterdir()):
+        config.save_pretrained(folder)
+        return
+    if not (folder / CONFIG_NAME).exists():
+        raise ValueError(f"{folder} is not empty and holds no {CONFIG_NAME}; choose another folder.")
+    lines = config.differences(TrakConfig.from_pretrained(folder))
+    found = len(member_folders(folder))
+    if found > n_members:
+        lines.append(f"members: {n_members} here, {found} there")
+    if lines and not overwrite:
+        raise ValueError(
+            f"{folder} holds another index:\n"
+            + "\n".join(f"  {line}" for line in lines)
+            + "\nChoose another folder, or pass overwrite=True (--overwrite) to replace it."
+        )
+    if lines:
+        for member in member_folders(folder):
+            shutil.rmtree(member)
+    config.save_pretrained(folder)
+
+
+def identity_of(config: TrakConfig) -> dict[str, Any]:
+    """Return the part of a configuration that decides the rows: not the task's name, which may be "auto", nor the damping."""
+    return {key: value for key, value in config.to_dict().items() if key not in ("task", "damping")}
+
+
+def build_member(
+    folder: Path,
+    featurizer: Featurizer,
+    dataset: Dataset,
+    *,
+    batch_size: int | str,
+    shard_rows: int,
+    overwrite: bool,
+    progress: bool,
+    description: str,
+) -> None:
+    """Featurize a dataset under one member, going on where an earlier call stopped."""
+    config = featurizer.config
+    identity = {
+        **describe_featurizer(featurizer),
+        "config": identity_of(config),
+        "dataset": _describe_dataset(dataset),
+    }
+    writer = MemberWriter(folder, identity=identity, n_rows=len(dataset), shard_rows=shard_rows, overwrite=overwrite)
+    if writer.is_finished:
+        return
+    lengths = featurizer.task.inputs.lengths(dataset)
+    featurize(featurizer, dataset, writer, lengths=lengths, batch_size=batch_size, progress=progress, description=description)
+    writer.finish(
+        kernel_of(writer, proj_dim=config.proj_dim),
+        {
+            "checkpoint": _describe_checkpoint(folder.parent, featurizer),
+            "coverage": featurizer.selection.coverage,
+            "grad_dim": featurizer.selection.grad_dim,
+            "versions": _versions(),
+            "hardware": _hardware(featurizer.device),
+        },
+    )
+
+
+def describe_featurizer(featurizer: Featurizer) -> dict[str, Any]:
+    """What a feature means beyond the configuration, and what a query must share with it."""
+    return {
+        "task": featurizer.task.name,
+        "seed": featurizer.seed,
+        "model_class": type(featurizer.model).__name__,
+        "parameters": featurizer.selection.shapes,
+        "model_sha256": featurizer.model_hash(),
+    }
+
+
+def _describe_dataset(dataset: Dataset) -> dict[str, Any]:
+    info = dataset.info
+    return {
+        "fingerprint": dataset._fingerprint,
+        "name": info.dataset_name,
+        "config": info.config_name,
+        "split": str(dataset.split) if dataset.split is not None else None,
+        "columns": dataset.column_names,
+    }
+
+
+def _describe_checkpoint(folder: Path, featurizer: Featurizer) -> dict[str, Any]:
+    """Where to find the weights again: a repository, or a folder as seen from the index."""
+    source = featurizer.source
+    if source is not None and Path(source).exists():
+        source = os.path.relpath(source, folder)
+        return {"path": source, "repository": None, "revision": None}
+    return {"path": None, "repository": source, "revision": featurizer.revision}
+
+
+def _versions() -> dict[str, str]:
+    import datasets
+    import transformers
+
+    from hf_trak import __version__
+
+    return {
+        "hf_trak": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "datasets": datasets.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _hardware(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()

@@ -1,0 +1,55 @@
+"""`FeatureArguments`: what features are made of, as flags; light enough for a command line's `--help`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hf_trak.config import TrakConfig
+
+
+@dataclass
+class FeatureArguments:
+    """What features are made of and how, as flags: shared by [`AttributionArguments`] and the command line."""
+
+    proj_dim: int = field(default=4096, metadata={"help": "Numbers kept per example. More is better and costs disk."})
+    sketch_seed: int = field(default=0, metadata={"help": "Sketch seed of the first member; member i uses this plus i."})
+    projector: str = field(
+        default="block_count_sketch", metadata={"help": "block_count_sketch, dense_rademacher (the paper's; slow) or identity."}
+    )
+    gradients: str = field(default="layerwise", metadata={"help": "layerwise (fast) or functional (any model)."})
+    damping: str = field(
+        default="auto",
+        metadata={"help": "Regularisation as a multiple of the kernel's mean nonzero eigenvalue; 0 is the paper's TRAK."},
+    )
+    features_dtype: str = field(default="float32", metadata={"help": "How features are stored: float32 or float16."})
+    attribution_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Regular expressions that select parameters by name; all trainable ones by default."}
+    )
+    text_columns: list[str] | None = field(default=None, metadata={"help": "One or two text columns; found by default."})
+    image_column: str | None = field(default=None, metadata={"help": "The image column; found by default."})
+    label_column: str | None = field(default=None, metadata={"help": "The label column; 'labels' or 'label' by default."})
+    max_length: int | None = field(default=None, metadata={"help": "Tokens kept of a text; the model's own limit by default."})
+    featurize_batch_size: str = field(
+        default="auto", metadata={"help": "Rows featurized at a time; 'auto' halves when memory runs out."}
+    )
+    shard_rows: int = field(default=1024, metadata={"help": "Rows per file of features."})
+
+    def trak_config(self) -> TrakConfig:
+        """Return what features mean."""
+        return TrakConfig(
+            proj_dim=self.proj_dim,
+            seed=self.sketch_seed,
+            projector=self.projector,
+            gradients=self.gradients,  # type: ignore[arg-type]
+            damping=self.damping,  # type: ignore[arg-type]
+            dtype=self.features_dtype,  # type: ignore[arg-type]
+            parameters=tuple(self.attribution_parameters) if self.attribution_parameters else None,
+            text_columns=tuple(self.text_columns) if self.text_columns else None,
+            image_column=self.image_column,
+            label_column=self.label_column,
+            max_length=self.max_length,
+        )
+
+    def rows_at_a_time(self) -> int | str:
+        """Return `featurize_batch_size` as a number, or "auto"."""
+        return int(self.featurize_batch_size) if self.featurize_batch_size.isdigit() else self.featurize_batch_size

@@ -1,0 +1,382 @@
+"""`AttributionIndex`: a folder of features, and the questions one asks of it."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hf_trak.build import begin_index, build_member, describe_featurizer, identity_of, member_folders
+from hf_trak.cards import render_index_card
+from hf_trak.config import CONFIG_NAME, TrakConfig
+from hf_trak.featurize import BatchSize, featurize_rows
+from hf_trak.featurizer import Featurizer
+from hf_trak.hub import download_index, upload_index
+from hf_trak.linalg import DEFAULT_DAMPING, factor, leverage
+from hf_trak.scoring import MemberBlock, precondition, score_blocks, top_k
+from hf_trak.store import MemberReader, list_differences, write_atomically
+from hf_trak.tasks import Task
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel
+
+DEFAULT_SHARD_ROWS = 1024
+_IN_MEMORY_BYTES = 1 << 30  # larger score matrices are memory-mapped
+
+
+class AttributionIndex:
+    """Features of a training set under one or more members, on disk.
+
+    Make one with [`AttributionIndex.build`] or `AttributionTrainer.featurize`, load one with
+    [`AttributionIndex.from_pretrained`].
+
+    Args:
+        folder (`Path`): Holds `trak_config.json` and `member_0`, `member_1`, ...
+        models (`Sequence`, *optional*): One model, folder or repository per member, in place of the recorded ones.
+        processing_class (*optional*): In place of the one saved beside the recorded checkpoint.
+        task (`Task`, *optional*): Needed again for an index made with a task of your own.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        models: Sequence[PreTrainedModel | str | Path] | None = None,
+        processing_class: Any = None,
+        task: Task | None = None,
+    ) -> None:
+        self.folder = Path(folder)
+        self.config = TrakConfig.from_pretrained(self.folder)
+        self.members = [MemberReader(path) for path in member_folders(self.folder)]
+        if not self.members:
+            raise FileNotFoundError(f"{self.folder} holds no finished member; featurize a training set first.")
+        self._check_members()
+        if models is not None and len(models) != len(self.members):
+            raise ValueError(f"{self.folder} has {len(self.members)} members, but {len(models)} models were given.")
+        self._models = models
+        self._processing_class = processing_class
+        self._task = task
+
+    def _check_members(self) -> None:
+        """All members must be of the same rows and the same configuration, or their mean means nothing."""
+        expected = {"config": identity_of(self.config), **self._shared(self.members[0])}
+        for number, member in enumerate(self.members):
+            lines = list_differences({"config": member.identity["config"], **self._shared(member)}, expected)
+            if lines:
+                raise ValueError(
+                    f"member_{number} of {self.folder} does not belong to this index:\n"
+                    + "\n".join(f"  {line}" for line in lines)
+                )
+
+    @staticmethod
+    def _shared(member: MemberReader) -> dict[str, Any]:
+        return {key: member.identity[key] for key in ("task", "n_rows", "shard_rows", "dataset")}
+
+    @classmethod
+    def build(
+        cls,
+        folder: str | Path,
+        *,
+        models: PreTrainedModel | str | Path | Sequence[PreTrainedModel | str | Path],
+        dataset: Dataset,
+        config: TrakConfig | None = None,
+        processing_class: Any = None,
+        task: Task | None = None,
+        batch_size: int | str = "auto",
+        shard_rows: int = DEFAULT_SHARD_ROWS,
+        overwrite: bool = False,
+        progress: bool = True,
+    ) -> AttributionIndex:
+        """Featurize a training set under each checkpoint, and return the index.
+
+        Stopped at any moment, the same call goes on where it stopped; called again when all is done, it only loads.
+
+        Args:
+            folder (`str` or `Path`): Where the index goes; an empty or new folder, or one this call began.
+            models (`PreTrainedModel`, `str` or a sequence): One checkpoint per member. Queries are later featurized with the same:
+                a folder or repository is recorded and found again, a model in memory has to be given again.
+            dataset (`Dataset`): The training set; its row order is the index's.
+            batch_size (`int` or `"auto"`): Rows at a time; `"auto"` halves when memory runs out.
+            shard_rows (`int`): Rows per file, and what a killed process loses at most.
+            overwrite (`bool`): Replace another index in `folder`.
+
+        Raises:
+            ValueError: If `folder` holds another index, or the data or model cannot be featurized; nothing is overwritten.
+        """
+        folder, config = Path(folder), config or TrakConfig()
+        checkpoints = list(models) if isinstance(models, (list, tuple)) else [models]
+        if not checkpoints:
+            raise ValueError("`models` is empty: give at least one checkpoint.")
+        for number, checkpoint in enumerate(checkpoints):
+            featurizer = Featurizer(checkpoint, config, processing_class, task=task, seed=config.seed + number)
+            featurizer.task.check(dataset, featurizer.processing_class)
+            if number == 0:
+                config = replace(config, task=featurizer.task.name)
+                begin_index(folder, config, len(checkpoints), overwrite=overwrite)
+            build_member(
+                folder / f"member_{number}",
+                featurizer,
+                dataset,
+                batch_size=batch_size,
+                shard_rows=shard_rows,
+                overwrite=overwrite,
+                progress=progress,
+                description=f"Featurizing {number + 1}/{len(checkpoints)}",
+            )
+        members = [MemberReader(path).info for path in member_folders(folder)]
+        card = render_index_card(config, members, name=folder.name)
+        write_atomically(folder / "README.md", lambda temporary: temporary.write_text(card))
+        return cls(folder, models=checkpoints, processing_class=processing_class, task=task)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        models: PreTrainedModel | str | Path | Sequence[PreTrainedModel | str | Path] | None = None,
+        processing_class: Any = None,
+        task: Task | None = None,
+    ) -> AttributionIndex:
+        """Load an index from a folder or a dataset repository of the Hub.
+
+        Raises:
+            FileNotFoundError: If there is no index there.
+            ValueError: If a file is missing, truncated or of another format version; the message names it.
+        """
+        folder = Path(name_or_path)
+        if not folder.exists():
+            folder = download_index(str(name_or_path), revision)
+        elif revision is not None:
+            raise ValueError(f"`revision` is for repositories, but {folder} is a folder.")
+        given = list(models) if isinstance(models, (list, tuple)) else models if models is None else [models]
+        return cls(folder, models=given, processing_class=processing_class, task=task)
+
+    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Copy the index to another folder; files of the copy appear under their names only when whole.
+
+        Raises:
+            ValueError: If `folder` is not empty and `overwrite` is not set.
+        """
+        target = Path(folder)
+        if target.exists() and any(target.iterdir()) and target.resolve() != self.folder.resolve():
+            if not overwrite:
+                raise ValueError(f"{target} is not empty; choose another folder, or pass overwrite=True.")
+            shutil.rmtree(target)
+        if target.resolve() == self.folder.resolve():
+            return
+        for source in [self.folder / CONFIG_NAME, self.folder / "README.md", *(m.folder for m in self.members)]:
+            for path in [source] if source.is_file() else sorted(source.iterdir()):
+                copy = target / path.relative_to(self.folder)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(copy, partial(shutil.copyfile, path))
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, revision: str | None = None, commit_message: str | None = None
+    ) -> str:
+        """Upload the index to a dataset repository in one commit; return its URL."""
+        message = commit_message or f"TRAK features: {len(self.members)} members of {self.n_rows:,} rows"
+        return upload_index(self.folder, repo_id, private=private, revision=revision, message=message)
+
+    @property
+    def n_rows(self) -> int:
+        """Training examples."""
+        return self.members[0].n_rows
+
+    def features(self, member: int = 0) -> Dataset:
+        """Return a member's columns as a Dataset."""
+        from datasets import Dataset
+
+        return Dataset.from_parquet([str(path) for path in self.members[member].shard_paths])
+
+    def score(
+        self,
+        queries: Dataset,
+        *,
+        damping: float | str | None = None,
+        batch_size: int | str = "auto",
+        output_file: str | Path | None = None,
+        progress: bool = True,
+    ) -> np.ndarray:
+        """Return the score of every training example for every query, (n_train, n_query) in float32.
+
+        Positive scores mark proponents: training on the example raises the query's output.
+
+        Args:
+            queries (`Dataset`): With the columns of the training set; labels say which output is meant.
+            damping (`float` or `"auto"`, *optional*): By default, the configuration's.
+            output_file (`str` or `Path`, *optional*): A `.npy` file to memory-map the result to. Without it, results above 1 GiB
+                are mapped to a temporary file that vanishes with the array.
+        """
+        preconditioned, _ = self._precondition(queries, damping, batch_size, progress)
+        shape = (self.n_rows, len(queries))
+        scores = _allocate(shape, output_file)
+        row = 0
+        for block in tqdm(
+            self._scores(preconditioned), total=len(self.members[0].shard_paths), desc="Scoring", disable=not progress
+        ):
+            scores[row : row + len(block)] = block.float().numpy()
+            row += len(block)
+        if isinstance(scores, np.memmap):
+            scores.flush()
+        return scores
+
+    def attribute(
+        self,
+        queries: Dataset,
+        top_k: int = 10,
+        *,
+        damping: float | str | None = None,
+        batch_size: int | str = "auto",
+        progress: bool = True,
+    ) -> Dataset:
+        """Return each query's strongest proponents and opponents, never holding more than a shard's scores.
+
+        Args:
+            top_k (`int`): How many of each; at most the number of training examples are returned.
+
+        Returns:
+            `Dataset`: One row per query: `query_id`, `query_output`, `proponents` and `opponents` (rows of the training set, the
+            strongest first), `proponent_scores` and `opponent_scores`.
+        """
+        from datasets import Dataset
+
+        if top_k < 1:
+            raise ValueError(f"`top_k` must be at least 1, but is {top_k}.")
+        preconditioned, output = self._precondition(queries, damping, batch_size, progress)
+        blocks = tqdm(
+            self._scores(preconditioned), total=len(self.members[0].shard_paths), desc="Scoring", disable=not progress
+        )
+        proponents, opponents = _top_k(blocks, top_k)
+        return Dataset.from_dict(
+            {
+                "query_id": np.arange(len(queries)),
+                "query_output": output,
+                "proponents": proponents.rows.numpy(),
+                "proponent_scores": proponents.scores.float().numpy(),
+                "opponents": opponents.rows.numpy(),
+                "opponent_scores": opponents.scores.float().numpy(),
+            }
+        )
+
+    def self_influence(self, *, damping: float | str | None = None) -> Float64[np.ndarray, " n_train"]:
+        r"""Return $\phi^\top(K + \lambda\bar\mu I)^{-1}\phi$ of every training example, averaged over members.
+
+        Examples that stand alone score high: mislabeled ones, outliers, rare kinds.
+        """
+        total = np.zeros(self.n_rows)
+        for member in self.members:
+            cholesky = factor(member.kernel(), n_rows=self.n_rows, damping=self.resolve_damping(damping))
+            total += np.concatenate([leverage(cholesky, shard.features).numpy() for shard in member.shards()])
+        return total / len(self.members)
+
+    def resolve_damping(self, damping: float | str | None = None) -> float:
+        """Return λ as a number: the one given, else the configuration's; "auto" is a fixed default where no masks are recorded."""
+        chosen = self.config.damping if damping is None else damping
+        return DEFAULT_DAMPING if chosen == "auto" else float(chosen)
+
+    def featurizer(self, member: int = 0) -> Featurizer:
+        """Return the featurizer of a member's checkpoint, task and sketch.
+
+        Raises:
+            ValueError: If the model, task or parameters are not those recorded; the message lists what differs.
+        """
+        info = self.members[member].info
+        checkpoint = self._models[member] if self._models is not None else _recorded_checkpoint(self.folder, info["checkpoint"])
+        featurizer = Featurizer(
+            checkpoint,
+            self.config,
+            self._processing_class,
+            task=self._task,
+            seed=self.members[member].identity["seed"],
+            revision=info["checkpoint"]["revision"] if self._models is None else None,
+        )
+        recorded = self.members[member].identity
+        found = describe_featurizer(featurizer)
+        lines = list_differences({key: recorded[key] for key in found}, found)
+        if lines:
+            raise ValueError(
+                f"This is not what member_{member} of {self.folder} was featurized with:\n"
+                + "\n".join(f"  {line}" for line in lines)
+                + "\nGive the recorded checkpoint as `models`, or featurize the training set again."
+            )
+        return featurizer
+
+    def featurize_queries(
+        self, queries: Dataset, member: int = 0, *, batch_size: int | str = "auto", progress: bool = True
+    ) -> dict[str, np.ndarray]:
+        """Return the trak_* columns of queries under one member, in float32."""
+        if len(queries) == 0:
+            raise ValueError("There are no queries: the dataset is empty.")
+        featurizer = self.featurizer(member)
+        featurizer.task.check(queries, featurizer.processing_class)
+        featurizer.storage_dtype = "float32"
+        with tqdm(
+            total=len(queries), unit="rows", desc=f"Queries {member + 1}/{len(self.members)}", disable=not progress
+        ) as bar:
+            return featurize_rows(
+                featurizer,
+                queries,
+                range(len(queries)),
+                lengths=featurizer.task.inputs.lengths(queries),
+                batch_size=BatchSize(batch_size),
+                on_batch=bar.update,
+            )
+
+    def _precondition(
+        self, queries: Dataset, damping: float | str | None, batch_size: int | str, progress: bool
+    ) -> tuple[list[Float64[Tensor, "n_query proj_dim"]], Float[np.ndarray, " n_query"]]:
+        """Return every member's preconditioned queries, and the queries' mean output."""
+        preconditioned, outputs = [], []
+        for number, member in enumerate(self.members):
+            columns = self.featurize_queries(queries, number, batch_size=batch_size, progress=progress)
+            features = torch.from_numpy(columns["trak_features"])
+            preconditioned.append(
+                precondition(features, member.kernel(), n_rows=self.n_rows, damping=self.resolve_damping(damping))
+            )
+            outputs.append(columns["trak_output"])
+        return preconditioned, np.mean(outputs, axis=0)
+
+    def _scores(
+        self, preconditioned: Sequence[Float64[Tensor, "n_query proj_dim"]]
+    ) -> Iterator[Float64[Tensor, "rows n_query"]]:
+        shards = zip(*(member.shards() for member in self.members), strict=True)
+        return score_blocks(
+            ([MemberBlock(shard.features, shard.out_to_loss) for shard in members] for members in shards), preconditioned
+        )
+
+
+_top_k: Callable[..., Any] = top_k  # the method's own argument has the name users expect
+
+
+def _recorded_checkpoint(folder: Path, checkpoint: dict[str, Any]) -> str:
+    if checkpoint["path"] is not None:
+        path = folder / checkpoint["path"]
+        if not path.exists():
+            raise FileNotFoundError(
+                f"The checkpoint of {folder} was at {path}, and is not there now. Say where it is with `models`."
+            )
+        return str(path)
+    if checkpoint["repository"] is None:
+        raise ValueError(f"{folder} was made from a model in memory; give that model, or a folder it is saved in, as `models`.")
+    return checkpoint["repository"]
+
+
+def _allocate(shape: tuple[int, int], output_file: str | Path | None) -> np.ndarray:
+    if output_file is not None:
+        return np.lib.format.open_memmap(output_file, mode="w+", dtype=np.float32, shape=shape)
+    if 4 * shape[0] * shape[1] <= _IN_MEMORY_BYTES:
+        return np.empty(shape, dtype=np.float32)
+    with tempfile.TemporaryFile() as file:
+        return np.memmap(file, dtype=np.float32, mode="w+", shape=shape)
