@@ -71,6 +71,10 @@ class TrakConfig:
         for name, choices in (("dtype", ("float32", "float16")), ("gradients", ("layerwise", "functional"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {', '.join(choices)}, but is {getattr(self, name)!r}.")
+        if self.parameters == ():
+            raise ValueError(
+                "`parameters` is an empty list, which selects nothing; leave it out to select all trainable parameters."
+            )
         if self.text_columns is not None and not 1 <= len(self.text_columns) <= 2:
             raise ValueError(f"`text_columns` takes one column or two, but has {len(self.text_columns)}.")
         if self.format_version != FORMAT_VERSION:
@@ -115,6 +119,8 @@ class TrakConfig:
             raise FileNotFoundError(f"{folder} holds no {CONFIG_NAME}, so it is not an attribution index.")
         try:
             values = json.loads(path.read_text())
+            if not isinstance(values, dict):
+                raise ValueError(f"it holds {values!r}")
         except ValueError as error:
             raise ValueError(f"{path} is damaged: {error}. Restore it, or featurize again.") from error
         return cls.from_dict(values)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import multiprocess
 import numpy as np
 import torch
 from torch import Tensor
@@ -183,6 +184,9 @@ class Featurizer:
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if multiprocess.parent_process() is not None:
+            # OpenMP's threads do not survive a fork, and the processes share the cores.
+            torch.set_num_threads(1)
         portable = state["portable"]
         self.__init__(  # type: ignore[misc]
             state["source"] if portable else None,

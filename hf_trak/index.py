@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +25,7 @@ from hf_trak.featurizer import Featurizer
 from hf_trak.hub import download_index, upload_index
 from hf_trak.linalg import DEFAULT_DAMPING, factor, leverage
 from hf_trak.scoring import MemberBlock, precondition, score_blocks, top_k
-from hf_trak.store import MemberReader, list_differences, write_atomically
+from hf_trak.store import MEMBER_NAME, MemberReader, list_differences, write_atomically, write_json
 from hf_trak.tasks import Task
 
 if TYPE_CHECKING:
@@ -118,6 +119,8 @@ class AttributionIndex:
         checkpoints = list(models) if isinstance(models, (list, tuple)) else [models]
         if not checkpoints:
             raise ValueError("`models` is empty: give at least one checkpoint.")
+        if len(dataset) == 0:
+            raise ValueError("The dataset is empty: there is nothing to featurize.")
         for number, checkpoint in enumerate(checkpoints):
             featurizer = Featurizer(checkpoint, config, processing_class, task=task, seed=config.seed + number)
             featurizer.task.check(dataset, featurizer.processing_class)
@@ -181,6 +184,11 @@ class AttributionIndex:
                 copy = target / path.relative_to(self.folder)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(copy, partial(shutil.copyfile, path))
+        for member in self.members:  # a checkpoint's path is as seen from the index
+            checkpoint = member.info["checkpoint"]
+            if checkpoint["path"] is not None:
+                moved = {**checkpoint, "path": os.path.relpath(self.folder / checkpoint["path"], target)}
+                write_json(target / member.folder.name / MEMBER_NAME, {**member.info, "checkpoint": moved})
 
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, revision: str | None = None, commit_message: str | None = None
@@ -223,9 +231,7 @@ class AttributionIndex:
         shape = (self.n_rows, len(queries))
         scores = _allocate(shape, output_file)
         row = 0
-        for block in tqdm(
-            self._scores(preconditioned), total=len(self.members[0].shard_paths), desc="Scoring", disable=not progress
-        ):
+        for block in self._scores(preconditioned, progress):
             scores[row : row + len(block)] = block.float().numpy()
             row += len(block)
         if isinstance(scores, np.memmap):
@@ -255,10 +261,7 @@ class AttributionIndex:
         if top_k < 1:
             raise ValueError(f"`top_k` must be at least 1, but is {top_k}.")
         preconditioned, output = self._precondition(queries, damping, batch_size, progress)
-        blocks = tqdm(
-            self._scores(preconditioned), total=len(self.members[0].shard_paths), desc="Scoring", disable=not progress
-        )
-        proponents, opponents = _top_k(blocks, top_k)
+        proponents, opponents = _top_k(self._scores(preconditioned, progress), top_k)
         return Dataset.from_dict(
             {
                 "query_id": np.arange(len(queries)),
@@ -349,11 +352,14 @@ class AttributionIndex:
         return preconditioned, np.mean(outputs, axis=0)
 
     def _scores(
-        self, preconditioned: Sequence[Float64[Tensor, "n_query proj_dim"]]
-    ) -> Iterator[Float64[Tensor, "rows n_query"]]:
+        self, preconditioned: Sequence[Float64[Tensor, "n_query proj_dim"]], progress: bool
+    ) -> Iterator[Float64[Tensor, "_ n_query"]]:
+        """Yield the scores of one shard after another."""
         shards = zip(*(member.shards() for member in self.members), strict=True)
-        return score_blocks(
-            ([MemberBlock(shard.features, shard.out_to_loss) for shard in members] for members in shards), preconditioned
+        blocks = ([MemberBlock(shard.features, shard.out_to_loss) for shard in members] for members in shards)
+        n_shards = len(self.members[0].shard_paths)
+        yield from tqdm(
+            score_blocks(blocks, preconditioned), total=n_shards, unit="shards", desc="Scoring", disable=not progress
         )
 
 

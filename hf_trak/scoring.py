@@ -8,7 +8,7 @@ training on z_i raises the query's output.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -54,12 +54,12 @@ def precondition(
 
 
 def score_blocks(
-    blocks: Iterable[Sequence[MemberBlock]], preconditioned: Sequence[Float64[Tensor, "n_query proj_dim"]]
-) -> Iterator[Float64[Tensor, "rows n_query"]]:
+    blocks: Iterator[Sequence[MemberBlock]], preconditioned: Sequence[Float64[Tensor, "n_query proj_dim"]]
+) -> Iterator[Float64[Tensor, "_ n_query"]]:
     """Yield the scores of each block of training rows, in float64.
 
     Args:
-        blocks (`Iterable`): For each block of rows, those rows of every member.
+        blocks (`Iterator`): For each block of rows, those rows of every member.
         preconditioned (`Sequence`): The queries of every member, from [`precondition`].
     """
     for members in blocks:
@@ -77,7 +77,7 @@ class TopK(NamedTuple):
     scores: Float64[Tensor, "n_query top_k"]
 
 
-def top_k(blocks: Iterable[Float64[Tensor, "rows n_query"]], k: int) -> tuple[TopK, TopK]:
+def top_k(blocks: Iterator[Float64[Tensor, "_ n_query"]], k: int) -> tuple[TopK, TopK]:
     """Return the `k` largest (proponents) and `k` smallest (opponents) scores of each query, holding one block at a time.
 
     With fewer than `k` training rows, all of them are returned.

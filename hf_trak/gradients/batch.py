@@ -31,6 +31,10 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     # An activation in place would overwrite the layer output whose gradient is wanted.
     inplace = [module for module in model.modules() if getattr(module, "inplace", False) is True]
     checkpointing = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
+    # `gradient_checkpointing_enable` leaves hooks that make embeddings require gradients; backward would then run to the bottom.
+    forces_gradients = bool(getattr(model, "_require_grads_hooks", None))
+    if forces_gradients:
+        model.disable_input_require_grads()  # type: ignore[operator]
     model.eval()
     model.requires_grad_(False)
     _set(inplace, "inplace", False)
@@ -38,6 +42,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        if forces_gradients:
+            model.enable_input_require_grads()  # type: ignore[operator]
         _set(inplace, "inplace", True)
         _set(checkpointing, "gradient_checkpointing", True)
         for parameter, flag in requires_grad.items():
@@ -51,18 +57,17 @@ def _set(modules: list[nn.Module], attribute: str, value: bool) -> None:
         setattr(module, attribute, value)
 
 
-def check_outputs(output: Tensor, out_to_loss: Tensor) -> int:
-    """Return the batch size.
+def check_outputs(output: Tensor, out_to_loss: Tensor, batch_size: int) -> None:
+    """Check what an output function returned.
 
     Raises:
-        ValueError: If an output function did not return one number per example.
+        ValueError: If it is not one number per example.
     """
-    if output.ndim != 1 or output.shape != out_to_loss.shape:
+    if output.shape != (batch_size,) or out_to_loss.shape != (batch_size,):
         raise ValueError(
-            "A model output function must return two tensors of shape (batch,), but it returned shapes "
-            f"{tuple(output.shape)} and {tuple(out_to_loss.shape)}. Sum or average over everything but the examples."
+            f"A model output function must return two tensors of shape (batch,), but it returned shapes {tuple(output.shape)} and "
+            f"{tuple(out_to_loss.shape)} for a batch of {batch_size}. Sum or average over everything but the examples."
         )
-    return output.shape[0]
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -39,7 +39,7 @@ def functional_features(
 
         example = {**constants, **{key: value.unsqueeze(0) for key, value in arrays_of_one.items()}}
         output, out_to_loss = output_function(call, example)
-        check_outputs(output, out_to_loss)
+        check_outputs(output, out_to_loss, 1)
         return output[0], (output[0].detach(), out_to_loss[0])
 
     with evaluation_mode(model):

@@ -42,7 +42,7 @@ def layerwise_features(
     batch_size = next(len(value) for value in batch.values() if isinstance(value, Tensor))
     with evaluation_mode(model), torch.enable_grad(), _Watch(model, parameters, projector, batch_size) as watch:
         output, out_to_loss = output_function(model, batch)
-        check_outputs(output, out_to_loss)
+        check_outputs(output, out_to_loss, batch_size)
         if output.requires_grad:
             output.sum().backward()
         features = watch.finish(output)
@@ -95,11 +95,12 @@ class _Watch:
         return None
 
     def _catch(self, rule: Callable[..., dict[str, Contribution]]) -> Callable[..., Tensor | None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
             if self.recomputing or not torch.is_grad_enabled():
-                return
+                return None
             inputs = (args[0] if args else next(iter(kwargs.values()))).detach()
-            self._require_examples(module, inputs)
+            # Ids of shape (seq,) or (query, key), the same for all examples, must not pass for rows that make an example.
+            self._require_examples(module, inputs, parts=not isinstance(module, nn.Embedding))
 
             def catch(grads: Tensor) -> None:
                 if self.accumulator is None:
@@ -109,17 +110,19 @@ class _Watch:
                 with torch.no_grad():
                     self._add(module, rule(module, floating, grads.detach().to(dtype)))
 
-            _on_gradient([output], lambda grads: catch(grads[0]))
+            return _on_gradient([output], lambda grads: catch(grads[0]))[0]
 
         return hook
 
-    def _catch_functional(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _catch_functional(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """For a module with no rule: differentiate a second run of that module alone, example by example."""
         if self.recomputing or not torch.is_grad_enabled():
-            return
+            return None
         leaves, structure = tree_flatten((args, kwargs))
         leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        outputs = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        results, result_structure = tree_flatten(output)
+        differentiable = [i for i, leaf in enumerate(results) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        outputs: list[Tensor] = [results[i] for i in differentiable]
         for tensor in outputs:
             self._require_examples(module, tensor)
         batched = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.shape[:1] == (self.batch_size,)]
@@ -153,14 +156,17 @@ class _Watch:
                 self.recomputing = False
             self._add(module, {name: Dense(value) for name, value in values.items()})
 
-        _on_gradient(outputs, catch)
+        for i, watched in zip(differentiable, _on_gradient(outputs, catch), strict=True):
+            results[i] = watched
+        return tree_unflatten(results, result_structure)
 
-    def _require_examples(self, module: nn.Module, tensor: Tensor) -> None:
-        if tensor.ndim == 0 or tensor.shape[0] == 0 or tensor.shape[0] % self.batch_size:
+    def _require_examples(self, module: nn.Module, tensor: Tensor, *, parts: bool = False) -> None:
+        """Refuse a tensor whose first axis is not the examples; with `parts`, several rows in succession may make an example."""
+        rows = tensor.shape[0] if tensor.ndim else 0
+        if rows != self.batch_size and not (parts and rows and rows % self.batch_size == 0):
             raise ValueError(
-                f"{self._describe(module)} is used once for the whole batch of {self.batch_size}: it sees a tensor of shape "
-                f"{tuple(tensor.shape)}, so examples cannot be told apart there. Leave it out with `parameters`, or use "
-                "gradients='functional'."
+                f"{self._describe(module)} does not keep the examples of a batch apart: for a batch of {self.batch_size} it sees a "
+                f"tensor of shape {tuple(tensor.shape)}. Leave it out with `parameters`, or use gradients='functional'."
             )
 
     def _describe(self, module: nn.Module) -> str:
@@ -172,26 +178,30 @@ class _Watch:
         for own, name in self.owned[module].items():
             match contributions[own]:
                 case Outer(left, right):
-                    self.projector.add_outer(self.accumulator, name, self._split(left), self._split(right))
+                    self.projector.add_outer(self.accumulator, name, self._join(left), self._join(right))
                 case Rows(rows, values):
                     shape = tuple(module._parameters[own].shape)  # type: ignore[union-attr]
-                    self.projector.add_rows(self.accumulator, name, shape, self._split(rows), self._split(values))
+                    self.projector.add_rows(self.accumulator, name, shape, rows, values)
                 case Dense(grads):
-                    if len(grads) != self.batch_size:  # windows or groups of an example lie next to each other
+                    if len(grads) != self.batch_size:
                         grads = grads.unflatten(0, (self.batch_size, -1)).sum(1)
                     self.projector.add(self.accumulator, name, grads.to(self.accumulator.dtype))
 
-    def _split(self, factor: Tensor) -> Tensor:
-        """(batch · windows, tokens, ...) -> (batch, windows · tokens, ...)"""
-        return factor.reshape(self.batch_size, -1, *factor.shape[2:])
+    def _join(self, factor: Tensor) -> Tensor:
+        """(batch · windows, tokens, dim) -> (batch, windows · tokens, dim)"""
+        return factor.reshape(self.batch_size, -1, factor.shape[-1])
 
 
-def _on_gradient(outputs: list[Tensor], catch: Callable[[list[Any]], None]) -> None:
-    """Call `catch` with the gradients of `outputs` once all are known, making autograd start there if it has not yet."""
+def _on_gradient(outputs: list[Tensor], catch: Callable[[list[Any]], None]) -> list[Tensor]:
+    """Call `catch` with the gradients of `outputs` once all are known; return what is to be used in their place.
+
+    Where autograd has not begun, it begins here; a copy then goes on, since a leaf may not be changed in place.
+    """
+    begins = [not output.requires_grad for output in outputs]
     for output in outputs:
-        if not output.requires_grad:
-            output.requires_grad_()
+        output.requires_grad_()
     if len(outputs) == 1:
         outputs[0].register_hook(lambda grad: catch([grad]))
     elif outputs:
         torch.autograd.graph.register_multi_grad_hook(outputs, lambda grads: catch(list(grads)))
+    return [output.clone() if begin else output for output, begin in zip(outputs, begins, strict=True)]

@@ -61,11 +61,10 @@ def conv2d(module: nn.Conv2d, inputs: Tensor, grads: Tensor) -> dict[str, Contri
 
 
 def conv1d(module: nn.Conv1d, inputs: Tensor, grads: Tensor) -> dict[str, Contribution]:
-    # A picture of height 1.
-    geometry = module.kernel_size[0], module.dilation[0], module.padding[0], module.stride[0]
-    kernel, dilation, padding, stride = geometry  # type: ignore[misc]
-    patches = F.unfold(inputs.unsqueeze(2), (1, kernel), (1, dilation), (0, padding), (1, stride))
-    return _convolution(module, patches, grads)
+    padding = int(module.padding[0])  # a name was refused by `find_rule`
+    picture = inputs.unsqueeze(2)  # of height 1
+    kernel, dilation, stride = (1, module.kernel_size[0]), (1, module.dilation[0]), (1, module.stride[0])
+    return _convolution(module, F.unfold(picture, kernel, dilation, (0, padding), stride), grads)
 
 
 def _convolution(module: nn.Conv1d | nn.Conv2d, patches: Tensor, grads: Tensor) -> dict[str, Contribution]:
@@ -107,9 +106,14 @@ def group_norm(module: nn.GroupNorm, inputs: Tensor, grads: Tensor) -> dict[str,
     return _per_channel(F.group_norm(inputs, module.num_groups, eps=module.eps), grads)
 
 
-def batch_norm(module: nn.BatchNorm2d, inputs: Tensor, grads: Tensor) -> dict[str, Contribution]:
+def batch_norm(
+    module: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d, inputs: Tensor, grads: Tensor
+) -> dict[str, Contribution]:
+    assert module.running_mean is not None  # `find_rule` saw to it
+    assert module.running_var is not None
     # In eval mode: its running statistics are constants.
-    return _per_channel(F.batch_norm(inputs, module.running_mean, module.running_var, eps=module.eps), grads)
+    mean, variance = module.running_mean.to(inputs), module.running_var.to(inputs)
+    return _per_channel(F.batch_norm(inputs, mean, variance, eps=module.eps), grads)
 
 
 def _per_channel(normalized: Tensor, grads: Tensor) -> dict[str, Contribution]:

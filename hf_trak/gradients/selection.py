@@ -43,6 +43,10 @@ def select_parameters(model: nn.Module, patterns: Sequence[str] | None = None) -
         )
     if patterns is None:
         return ParameterSelection(trainable, 1.0)
+    if not patterns:
+        raise ValueError(
+            "`parameters` is an empty list, which selects nothing; leave it out to select all trainable parameters."
+        )
     chosen: set[str] = set()
     for pattern in patterns:
         try:

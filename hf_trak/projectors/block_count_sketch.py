@@ -85,6 +85,12 @@ class BlockCountSketch(Projector):
         super().__init__(proj_dim=proj_dim, seed=seed)
         self._tile_columns = cache(self._make_tile_columns)
 
+    def __getstate__(self) -> dict[str, int]:
+        return {"proj_dim": self.proj_dim, "seed": self.seed}  # tables are drawn again where they are needed
+
+    def __setstate__(self, state: dict[str, int]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
     def _make_tile_columns(self, name: str, shape: tuple[int, int], device: torch.device) -> list[_TileColumn]:
         """Cut a parameter into tiles of at most proj_dim columns and proj_dim // 4 rows."""
         n_rows, n_columns = shape

@@ -74,8 +74,14 @@ class AutoTask:
         modality = {"ForSequenceClassification": "text", "ForImageClassification": "image"}
         for suffix, kind in modality.items():
             if architecture.endswith(suffix):
-                if getattr(model.config, "problem_type", None) == "multi_label_classification":
+                problem = getattr(model.config, "problem_type", None)
+                if problem == "multi_label_classification":
                     raise ValueError(f"{architecture} is configured for several labels per example, which no task serves yet.")
+                if problem == "regression" and model.config.num_labels > 1:
+                    raise ValueError(
+                        f"{architecture} is configured for a regression on {model.config.num_labels} numbers per example, which no "
+                        "task serves; make a task that picks one with `Task.custom`."
+                    )
                 return f"{kind}-regression" if model.config.num_labels == 1 else f"{kind}-classification"
         raise ValueError(
             f"No task serves {architecture} yet. Served are transformers' {', '.join('*' + suffix for suffix in modality)} classes; "

@@ -95,6 +95,8 @@ class Task:
         )
 
     def _labels(self, values: Sequence[Any]) -> Tensor:
+        if len(values) == 0:
+            return torch.zeros(0, dtype=torch.int64)
         try:
             labels = torch.as_tensor(list(values))
         except (TypeError, ValueError, RuntimeError):
@@ -103,6 +105,11 @@ class Task:
                 f"Labels must be numbers, but the first is {values[0]!r} ({kind}). Try `class_encode_column`."
             ) from None
         if self.n_classes is None:
+            if labels.ndim != 1:
+                raise ValueError(f"{self.name} needs one number per example, but the first label is {values[0]!r}.")
+            wrong = (~labels.isfinite()).nonzero().flatten().tolist()
+            if wrong:
+                raise ValueError(f"{len(wrong)} of {len(labels)} labels are not finite, the first at row {wrong[0]}.")
             return labels.to(torch.float32)
         if labels.is_floating_point() or labels.ndim != 1:
             raise ValueError(

@@ -1,0 +1,1 @@
+"""The command line: `hf-trak demo | featurize | attribute`."""

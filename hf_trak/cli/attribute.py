@@ -1,0 +1,134 @@
+"""`hf-trak attribute`: queries to the training examples that raised and lowered their outputs most."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_trak.cli.parsing import Collect, make_parser, parse
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from hf_trak.index import AttributionIndex
+
+_SHOWN_QUERIES = 3
+_REPORTED_QUERIES = 20
+_SHOWN_HITS = 5
+_USAGE = "--index INDEX --queries DATASET --output FILE [options]"
+_DESCRIPTION = """\
+Ask an index which training examples raised (proponents) and lowered (opponents) the model's output on your queries. Queries
+have the columns of the training set; their labels say which output is meant.
+
+examples:
+  hf-trak attribute --index my-index --queries validation.parquet --output hits.jsonl
+  hf-trak attribute --index me/sst2-trak --queries stanfordnlp/sst2 --train stanfordnlp/sst2 --output hits.parquet --report report
+"""
+
+
+@dataclass
+class AttributeArguments:
+    """What to ask which index, and where the answer goes."""
+
+    index: str = field(metadata={"help": "Folder or dataset repository of an index."})
+    queries: str = field(metadata={"help": "The queries: a Parquet, CSV or JSON file, a folder, or a dataset of the Hub."})
+    output: str = field(metadata={"help": "File for the hits, .jsonl or .parquet: one line per query."})
+    queries_config: str | None = field(default=None, metadata={"help": "Configuration of the queries' dataset."})
+    split: str = field(default="validation", metadata={"help": "Split of the queries."})
+    max_queries: int | None = field(default=None, metadata={"help": "Use only the first queries."})
+    top_k: int = field(default=10, metadata={"help": "Proponents and opponents per query."})
+    damping: str | None = field(default=None, metadata={"help": "A number or auto, in place of the index's damping."})
+    model: list[str] | None = field(
+        default=None, metadata={"help": "Checkpoints, one per member, in place of the recorded ones.", "action": Collect}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Revision of an index repository."})
+    batch_size: str = field(default="auto", metadata={"help": "Queries at a time; auto halves when memory runs out."})
+    train: str | None = field(
+        default=None, metadata={"help": "The training set, to show its examples and not their rows alone."}
+    )
+    train_config: str | None = field(default=None, metadata={"help": "Configuration of the training set."})
+    train_split: str = field(default="train", metadata={"help": "Split of the training set."})
+    report: str | None = field(default=None, metadata={"help": "Folder for report.html and report.png."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace the output file and the report."})
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse and run."""
+    parser = make_parser([AttributeArguments], command="attribute", usage=_USAGE, description=_DESCRIPTION)
+    run(*parse(parser, arguments))
+
+
+def run(args: AttributeArguments) -> None:
+    """Attribute the queries, write the hits, and show the first."""
+    output = Path(args.output)
+    _check_targets(args, output)
+
+    from hf_trak.cli.data import load_rows
+    from hf_trak.cli.examples import ExampleReader, read_attributions
+    from hf_trak.cli.quiet import hush
+    from hf_trak.cli.report import save_report, table
+    from hf_trak.index import AttributionIndex
+
+    hush()
+    index = AttributionIndex.from_pretrained(args.index, revision=args.revision, models=args.model)
+    queries = load_rows(args.queries, split=args.split, config=args.queries_config, max_rows=args.max_queries)
+    train = _load_train(args, index)
+    batch_size = int(args.batch_size) if args.batch_size.isdigit() else args.batch_size
+    damping = None if args.damping is None else replace(index.config, damping=args.damping).damping  # type: ignore[arg-type]
+    hits = index.attribute(queries, args.top_k, damping=damping, batch_size=batch_size)
+    write_hits(hits, output)
+
+    columns: dict[str, Any] = {name: getattr(index.config, name) for name in ("text_columns", "image_column", "label_column")}
+    readers = ExampleReader(queries, **columns), ExampleReader(train, **(columns if train is not None else {}))
+    shown = read_attributions(hits, *readers, rows=list(range(min(_SHOWN_QUERIES, len(hits)))), top_k=_SHOWN_HITS)
+    print(f"\n{table(shown)}\n\nHits of {len(hits):,} queries: {output}")
+    if args.report is not None:
+        reported = read_attributions(hits, *readers, rows=list(range(min(_REPORTED_QUERIES, len(hits)))), top_k=_SHOWN_HITS)
+        for path in save_report(reported, args.report, title=f"Attributions of {Path(args.queries).name}"):
+            print(f"Report: {path}")
+
+
+def write_hits(hits: Dataset, path: Path) -> None:
+    """Write one line per query; every score keeps all its digits."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    if path.suffix == ".parquet":
+        hits.to_parquet(str(temporary))
+    else:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(hit) + "\n" for hit in hits)
+    os.replace(temporary, path)
+
+
+def _check_targets(args: AttributeArguments, output: Path) -> None:
+    """Refuse before anything is computed."""
+    if output.suffix not in (".jsonl", ".parquet"):
+        raise ValueError(f"--output must end in .jsonl or .parquet, but is {output}.")
+    taken = [output] if output.exists() else []
+    if args.report is not None:
+        taken += [path for name in ("report.html", "report.png") if (path := Path(args.report) / name).exists()]
+    if taken and not args.overwrite:
+        raise ValueError(f"{', '.join(map(str, taken))} exists. Choose another place, or pass --overwrite.")
+
+
+def _load_train(args: AttributeArguments, index: AttributionIndex) -> Dataset | None:
+    if args.train is None:
+        return None
+    from hf_trak.cli.data import load_rows
+
+    train = load_rows(args.train, split=args.train_split, config=args.train_config)
+    if len(train) < index.n_rows:
+        raise ValueError(
+            f"--train has {len(train):,} rows, but the index was made of {index.n_rows:,}: it is not the training set."
+        )
+    if len(train) > index.n_rows:
+        print(
+            f"hf-trak: --train has {len(train):,} rows; the index was made of {index.n_rows:,}, taken to be the first.",
+            file=sys.stderr,
+        )
+    return train

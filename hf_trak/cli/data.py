@@ -1,0 +1,87 @@
+"""The one loader of datasets: a file, a folder, a saved dataset or a repository of the Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_KINDS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
+
+
+def load_rows(
+    name_or_path: str, *, split: str, config: str | None = None, revision: str | None = None, max_rows: int | None = None
+) -> Dataset:
+    """Load one split of a dataset.
+
+    Args:
+        name_or_path (`str`): A Parquet, CSV, JSON or JSON Lines file, a folder of `Dataset.save_to_disk`, another folder that
+            `load_dataset` reads, or a repository of the Hub. A file is one split, whatever its name.
+        max_rows (`int`, *optional*): Keep the first rows only.
+
+    Raises:
+        FileNotFoundError: If there is nothing of that name.
+        ValueError: If there is no such split (the message lists those there are), or the file is of no known kind.
+    """
+    if max_rows is not None and max_rows < 1:
+        raise ValueError(f"The number of rows to keep must be at least 1, but is {max_rows}.")
+    path = Path(name_or_path).expanduser()
+    if path.is_file():
+        dataset = _load_file(path, split)
+    elif path.is_dir() and ((path / "dataset_dict.json").is_file() or (path / "state.json").is_file()):
+        dataset = _load_saved(path, split)
+    else:
+        dataset = _load_repository(str(path) if path.is_dir() else name_or_path, config, split, revision)
+    return dataset if max_rows is None else dataset.select(range(min(max_rows, len(dataset))))
+
+
+def _load_file(path: Path, split: str) -> Dataset:
+    from datasets import load_dataset
+
+    if path.suffix.lower() not in _KINDS:
+        raise ValueError(f"{path} is of no known kind: its name should end in {', '.join(_KINDS)}.")
+    try:
+        return load_dataset(_KINDS[path.suffix.lower()], data_files={split.split("[")[0]: str(path)}, split=split)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read: {_first_line(error.__cause__ or error)}") from error
+
+
+def _load_saved(path: Path, split: str) -> Dataset:
+    from datasets import DatasetDict, load_from_disk
+
+    found = load_from_disk(str(path))
+    if not isinstance(found, DatasetDict):
+        return found
+    if split not in found:
+        raise _no_split(str(path), split, found)
+    return found[split]
+
+
+def _load_repository(name: str, config: str | None, split: str, revision: str | None) -> Dataset:
+    from datasets import get_dataset_split_names, load_dataset
+
+    looks_like_a_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix.lower() in _KINDS
+    if looks_like_a_path and not Path(name).exists():
+        raise FileNotFoundError(f"There is no file or folder {name}.")
+    if Path(name).is_dir() and not any(Path(name).iterdir()):
+        raise FileNotFoundError(f"The folder {name} is empty.")
+    try:
+        return load_dataset(name, config, split=split, revision=revision)
+    except (FileNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(
+            f"{name!r} is neither a file or folder here nor a dataset of the Hub within reach: {_first_line(error)}"
+        ) from error
+    except ValueError as error:
+        if "split" not in str(error).lower():
+            raise
+        raise _no_split(name, split, get_dataset_split_names(name, config, revision=revision)) from error
+
+
+def _no_split(name: str, split: str, found: Any) -> ValueError:
+    return ValueError(f"{name} has no split {split!r}; it has {', '.join(map(str, found))}.")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

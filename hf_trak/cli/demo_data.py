@@ -1,0 +1,128 @@
+"""What the demo works on: scikit-learn's digits with a small classifier, or a model and dataset of the user's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hf_trak.cli.data import load_rows
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel
+
+    from hf_trak.cli.demo import DemoArguments
+
+_N_QUERIES = 360
+_IMAGE_SIZE = 16
+
+
+@dataclass(frozen=True)
+class DemoData:
+    """A model, the rows it learns from, and held-out rows to ask about."""
+
+    name: str
+    model: PreTrainedModel
+    processing_class: Any
+    train: Dataset
+    queries: Dataset
+    label_column: str = "label"
+
+    def label_name(self, label: Any) -> str:
+        """Return a label as the dataset names it."""
+        names = getattr(self.train.features[self.label_column], "names", None)
+        return names[label] if names else str(label)
+
+
+def digits(seed: int) -> DemoData:
+    """Return the 1,797 real 8 × 8 digits of scikit-learn, shuffled and split, and an untrained ResNet of 80,000 parameters.
+
+    Raises:
+        ImportError: If scikit-learn or pillow is missing.
+    """
+    try:
+        from PIL import Image
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError("The demo needs scikit-learn, pillow and matplotlib: pip install 'hf-trak[demo]'.") from error
+    import torch
+    from datasets import ClassLabel, Dataset, Features
+    from datasets import Image as ImageFeature
+    from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
+
+    source = load_digits()
+    pixels = (source.images * (255 / 16)).round().astype(np.uint8)
+    order = np.random.default_rng(seed).permutation(len(pixels))
+    rows = Dataset.from_dict(
+        {"image": [Image.fromarray(pixels[row]) for row in order], "label": source.target[order]},
+        features=Features({"image": ImageFeature(), "label": ClassLabel(names=[str(digit) for digit in range(10)])}),
+    )
+    torch.manual_seed(seed)
+    config = ResNetConfig(embedding_size=32, hidden_sizes=[32, 64], depths=[1, 1], layer_type="basic", num_labels=10)
+    return DemoData(
+        name="scikit-learn digits",
+        model=ResNetForImageClassification(config),
+        processing_class=ViTImageProcessor(size={"height": _IMAGE_SIZE, "width": _IMAGE_SIZE}),
+        train=rows.select(range(_N_QUERIES, len(rows))),
+        queries=rows.select(range(_N_QUERIES)),
+    )
+
+
+def own_data(args: DemoArguments) -> DemoData:
+    """Load the user's model with its tokenizer or image processor, and the two splits."""
+    from hf_trak.featurizer import load_model, load_processing_class
+
+    assert args.model is not None
+    assert args.dataset is not None
+    train = load_rows(args.dataset, split=args.split, config=args.dataset_config, max_rows=args.max_rows)
+    queries = load_rows(
+        args.queries or args.dataset,
+        split=args.query_split,
+        config=None if args.queries else args.dataset_config,
+        max_rows=args.max_queries,
+    )
+    return DemoData(
+        name=args.dataset,
+        model=load_model(args.model),
+        processing_class=load_processing_class(args.model),
+        train=train,
+        queries=queries,
+        label_column=_label_column(train.column_names, args.label_column),
+    )
+
+
+def _label_column(columns: list[str], chosen: str | None) -> str:
+    for name in (chosen,) if chosen else ("labels", "label"):
+        if name in columns:
+            return name
+    raise ValueError(f"There is no label column {chosen or 'label'!r}; the dataset has {', '.join(columns)}.")
+
+
+def flip_labels(data: DemoData, *, fraction: float, seed: int) -> tuple[DemoData, np.ndarray]:
+    """Give a share of the training rows another label at random.
+
+    Returns:
+        The data with those labels, and which rows were flipped, (n_train,). Only the last count may look at the latter.
+
+    Raises:
+        ValueError: If `fraction` is out of range or flips no row, or labels are not class indices.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"--flip_fraction must be above 0 and below 1, but is {fraction}.")
+    column = data.label_column
+    labels = np.array(data.train[column][:])
+    n_classes = data.model.config.num_labels
+    if n_classes < 2 or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError("Only class labels can be flipped, and this model or dataset has none.")
+    n_flipped = round(fraction * len(labels))
+    if n_flipped == 0:
+        raise ValueError(f"--flip_fraction {fraction} of {len(labels)} rows flips none.")
+    rng = np.random.default_rng(seed)
+    flipped = np.zeros(len(labels), dtype=bool)
+    flipped[rng.choice(len(labels), n_flipped, replace=False)] = True
+    labels[flipped] = (labels[flipped] + rng.integers(1, n_classes, n_flipped)) % n_classes
+    kind = data.train.features[column]
+    train = data.train.remove_columns(column).add_column(column, labels.tolist(), feature=kind)
+    return replace(data, train=train), flipped

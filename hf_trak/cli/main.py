@@ -1,0 +1,70 @@
+"""`hf-trak`: picks a command, and turns errors into one line. Nothing heavy is imported until a command is chosen."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from hf_trak import __version__
+
+COMMANDS = {
+    "demo": "train a small classifier with mislabeled examples, and find them; or try your own model and dataset",
+    "featurize": "make an index: the features of a training set under one or more checkpoints",
+    "attribute": "ask an index which training examples raised and lowered the model's output on your queries",
+}
+
+_EPILOG = """\
+Start with:
+  hf-trak demo
+  hf-trak featurize --help
+
+HF_TRAK_DEBUG=1 or --debug shows the traceback of an error.
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of what comes before a command's own arguments."""
+    parser = argparse.ArgumentParser(
+        prog="hf-trak",
+        usage="hf-trak COMMAND [--help] [options]",
+        description="Which training examples made my Hugging Face model do this?\n\n"
+        + "\n".join(f"  {name:<11}{text}" for name, text in COMMANDS.items()),
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("command", metavar="COMMAND", nargs="?", choices=tuple(COMMANDS), help="one of the above")
+    parser.add_argument("--version", action="version", version=f"hf-trak {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit status: 0, 1 for an error the user can mend, 2 for bad usage, 130 when interrupted."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given or os.environ.get("HF_TRAK_DEBUG", "0") not in ("", "0")
+    given = [argument for argument in given if argument != "--debug"]
+    position = next((i for i, argument in enumerate(given) if argument in COMMANDS), len(given))
+    parser = make_parser()
+    command = parser.parse_args(given[: position + 1]).command
+    if command is None:
+        parser.print_help()
+        return 0
+    try:
+        importlib.import_module(f"hf_trak.cli.{command}").main(given[position + 1 :])
+    except KeyboardInterrupt:
+        print("hf-trak: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, MemoryError, ImportError) as error:
+        if debug:
+            raise
+        print(f"hf-trak: error: {error or type(error).__name__}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

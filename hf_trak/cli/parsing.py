@@ -1,0 +1,130 @@
+"""From flags and a YAML file to dataclasses, as TRL does it: the file sets defaults, and the command line wins."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers.hf_argparser import HfArgumentParser
+
+
+class Collect(argparse.Action):
+    """Lets a flag that takes several values be repeated: `--model a --model b` is `--model a b`."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        found = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, list(values) if found is self.default else [*found, *values])
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the layout of examples, and shows defaults that say something."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32, width=110)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False, argparse.SUPPRESS) else super()._get_help_string(action)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        values = " ".join([action.option_strings[0], self._format_args(action, action.dest.upper())])
+        return action.option_strings[0] if action.nargs == "?" else values.strip()
+
+
+def make_parser(dataclasses: Iterable[type], *, command: str, usage: str, description: str) -> HfArgumentParser:
+    """Return a parser of the dataclasses' fields, and `--config`."""
+    parser = HfArgumentParser(
+        dataclasses,
+        prog=f"hf-trak {command}",
+        usage=f"hf-trak {command} {usage}",
+        description=description,
+        formatter_class=_Formatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", help="a YAML file of these flags, without the dashes; flags given here win")
+    return parser
+
+
+def parse(parser: HfArgumentParser, arguments: Sequence[str]) -> tuple[Any, ...]:
+    """Return one instance per dataclass.
+
+    Raises:
+        ValueError: If the file of `--config` cannot be used, or names a flag that does not exist.
+    """
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config")
+    config = None if {"-h", "--help"} & set(arguments) else finder.parse_known_args(arguments)[0].config
+    if config is not None:
+        set_defaults_from_yaml(parser, Path(config))
+    *parsed, _, unknown = parser.parse_args_into_dataclasses(
+        list(arguments), return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        parser.error(f"unknown arguments: {' '.join(unknown)}{_near_misses(parser, [unknown[0].split('=')[0].lstrip('-')])}")
+    return tuple(parsed)
+
+
+def set_defaults_from_yaml(parser: argparse.ArgumentParser, path: Path) -> None:
+    """Make the values of a YAML file the parser's defaults.
+
+    Values go through the flags' own types, as on the command line: YAML reads `1e-4` as a string.
+
+    Raises:
+        ValueError: If the file is not a mapping, a key is no flag, or a value does not suit its flag.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"--config: there is no file {path}.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold `flag: value` lines, but holds {type(values).__name__}.")
+    actions = _actions(parser)
+    names = {key: str(key).replace("-", "_") for key in values}
+    unknown = [key for key, name in names.items() if name not in actions]
+    if unknown:
+        raise ValueError(f"{path} has unknown keys: {', '.join(map(str, unknown))}{_near_misses(parser, names.values())}")
+    for key, name in names.items():
+        if values[key] is None:
+            continue
+        action = actions[name]
+        try:
+            parser.set_defaults(**{name: _convert(action, values[key])})
+        except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+            raise ValueError(f"{path}: {key}: {values[key]!r} does not suit --{name}: {error}") from None
+        action.required = False
+
+
+def _actions(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    actions = {option: action for action in parser._actions for option in action.option_strings}
+    return {
+        option[2:]: action
+        for option, action in actions.items()
+        if action.dest not in ("help", "config") and "-" not in option[2:]
+    }
+
+
+def _convert(action: argparse.Action, value: Any) -> Any:
+    convert: Any = action.type or str
+    if isinstance(value, list) or action.nargs == "+":
+        if action.nargs != "+":
+            raise ValueError("it takes one value")
+        return [convert(str(item)) for item in (value if isinstance(value, list) else [value])]
+    if isinstance(value, dict):
+        raise ValueError("it takes a value, not a mapping")
+    converted = convert(str(value))
+    if action.choices is not None and converted not in action.choices:
+        raise ValueError(f"choose from {', '.join(map(str, action.choices))}")
+    return converted
+
+
+def _near_misses(parser: argparse.ArgumentParser, names: Iterable[str]) -> str:
+    known = list(_actions(parser))
+    near = [match for name in names if name not in known for match in difflib.get_close_matches(name, known, n=2)]
+    return f". Did you mean {', '.join(dict.fromkeys(near))}?" if near else f". Known are {', '.join(known)}."

@@ -1,0 +1,28 @@
+"""Shapes and dtypes of every numeric function are checked in every test; nothing is downloaded."""
+
+import os
+
+os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+from pathlib import Path
+
+import jaxtyping
+import pytest
+
+# Before the first import of these modules: what is imported already is not checked.
+jaxtyping.install_import_hook(
+    ["hf_trak.linalg", "hf_trak.hashing", "hf_trak.projectors", "hf_trak.gradients", "hf_trak.scoring"], "beartype.beartype"
+)
+
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of data sets that some tests read."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no data sets at {folder}")
+    return folder

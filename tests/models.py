@@ -1,0 +1,144 @@
+"""Tiny random models of each kind, and batches for them. Nothing is downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+VOCAB_SIZE = 60
+PAD = 0
+N_CLASSES = 3
+
+_TEXT = {"vocab_size": VOCAB_SIZE, "num_labels": N_CLASSES, "pad_token_id": PAD, "initializer_range": 0.15}
+_IDS = {"bos_token_id": 1, "eos_token_id": 2}
+_TRANSFORMER = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+
+
+def bert(**options: object) -> nn.Module:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    return BertForSequenceClassification(BertConfig(**{**_TEXT, **_TRANSFORMER, "max_position_embeddings": 20, **options}))
+
+
+def distilbert(**options: object) -> nn.Module:
+    from transformers import DistilBertConfig, DistilBertForSequenceClassification
+
+    sizes = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24, "max_position_embeddings": 20}
+    return DistilBertForSequenceClassification(DistilBertConfig(**{**_TEXT, **sizes, **options}))
+
+
+def albert(**options: object) -> nn.Module:
+    """Both layers are one module, called twice."""
+    from transformers import AlbertConfig, AlbertForSequenceClassification
+
+    sizes = {**_TRANSFORMER, "embedding_size": 8, "max_position_embeddings": 20}
+    return AlbertForSequenceClassification(AlbertConfig(**{**_TEXT, **_IDS, **sizes, **options}))
+
+
+def gpt2(**options: object) -> nn.Module:
+    from transformers import GPT2Config, GPT2ForSequenceClassification
+
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 20}
+    return GPT2ForSequenceClassification(GPT2Config(**{**_TEXT, **_IDS, **sizes, **options}))
+
+
+def llama(**options: object) -> nn.Module:
+    """Its RMSNorm is a class of its own, for which there is no rule."""
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    sizes = {**_TRANSFORMER, "max_position_embeddings": 20}
+    return LlamaForSequenceClassification(LlamaConfig(**{**_TEXT, **_IDS, **sizes, **options}))
+
+
+def vit(**options: object) -> nn.Module:
+    """Its class token and position embeddings are bare parameters."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes = {**_TRANSFORMER, "image_size": 8, "patch_size": 4, "num_labels": N_CLASSES, "initializer_range": 0.15}
+    return ViTForImageClassification(ViTConfig(**{**sizes, **options}))
+
+
+def resnet(**options: object) -> nn.Module:
+    """With BatchNorm statistics that are not those of an untrained model."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    sizes = {"embedding_size": 6, "hidden_sizes": [6, 8], "depths": [1, 1], "layer_type": "basic", "num_labels": N_CLASSES}
+    model = ResNetForImageClassification(ResNetConfig(**{**sizes, **options}))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+            nn.init.uniform_(module.weight, 0.5, 2.0)
+            nn.init.normal_(module.bias)
+    return model
+
+
+def swin() -> nn.Module:
+    """Its relative position bias is computed once for the whole batch."""
+    from transformers import SwinConfig, SwinForImageClassification
+
+    sizes = {"image_size": 8, "patch_size": 2, "embed_dim": 8, "depths": [2], "num_heads": [2], "window_size": 2}
+    return SwinForImageClassification(SwinConfig(**sizes, num_labels=N_CLASSES))
+
+
+class Tied(nn.Module):
+    """One matrix embeds tokens and, transposed, reads the classes; one Linear is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB_SIZE, 8)
+        self.mix = nn.Linear(8, 8)
+        self.head = nn.Linear(8, VOCAB_SIZE, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
+        hidden = self.embedding(input_ids)
+        hidden = self.mix(self.mix(hidden).tanh()).tanh() * attention_mask.unsqueeze(-1)
+        return SimpleNamespace(logits=self.head(hidden.sum(1)))
+
+
+TEXT_MODELS: dict[str, Callable[..., nn.Module]] = {
+    "bert": bert,
+    "distilbert": distilbert,
+    "albert": albert,
+    "gpt2": gpt2,
+    "llama": llama,
+    "tied": Tied,
+}
+IMAGE_MODELS: dict[str, Callable[..., nn.Module]] = {"vit": vit, "resnet": resnet}
+MODELS = TEXT_MODELS | IMAGE_MODELS
+
+
+def make_model(name: str, *, seed: int = 0) -> nn.Module:
+    """Return a model in training mode, every parameter trainable and none of them zero."""
+    torch.manual_seed(seed)
+    model = MODELS[name]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def text_batch(*, padding: str = "right", n_rows: int = 5, width: int = 7, seed: int = 0) -> dict[str, Tensor]:
+    """Return rows of lengths width, width − 1, ..., padded on the side named."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCAB_SIZE, (n_rows, width), generator=generator)
+    lengths = width - torch.arange(n_rows) % (width - 1)
+    mask = (torch.arange(width) < lengths.unsqueeze(1)).long()
+    if padding == "left":
+        mask = mask.flip(1)
+    labels = torch.randint(0, N_CLASSES, (n_rows,), generator=generator)
+    return {"input_ids": ids.where(mask.bool(), PAD), "attention_mask": mask, "labels": labels}
+
+
+def image_batch(*, n_rows: int = 5, size: int = 8, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randn(n_rows, 3, size, size, generator=generator)
+    return {"pixel_values": pixels, "labels": torch.randint(0, N_CLASSES, (n_rows,), generator=generator)}
+
+
+def make_batch(name: str, **options: object) -> dict[str, Tensor]:
+    return text_batch(**options) if name in TEXT_MODELS else image_batch(size=16 if name == "resnet" else 8, **options)

@@ -1,0 +1,86 @@
+"""Slow float64 transcriptions of the equations, to compare the library with."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def to_double(batch: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for key, value in batch.items()
+    }
+
+
+def gradient_loop(
+    model: nn.Module, batch: Mapping[str, Any], output_function: Callable[..., tuple[Tensor, Tensor]], names: Sequence[str]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return outputs, out-to-loss and flattened gradients of each example, one float64 forward and backward pass each."""
+    model = copy.deepcopy(model).double().eval().requires_grad_(False)
+    parameters = dict(model.named_parameters())
+    chosen = [parameters[name].requires_grad_(True) for name in names]
+    batch = to_double(batch)
+    batch_size = next(len(value) for value in batch.values() if isinstance(value, Tensor))
+    outputs, out_to_losses, rows = [], [], []
+    for i in range(batch_size):
+        one = {key: value[i : i + 1] if isinstance(value, Tensor) else value for key, value in batch.items()}
+        output, out_to_loss = output_function(model, one)
+        grads = torch.autograd.grad(output.sum(), chosen, allow_unused=True)
+        rows.append(
+            torch.cat([torch.zeros(p.numel()) if g is None else g.flatten() for p, g in zip(chosen, grads, strict=True)])
+        )
+        outputs.append(output.detach())
+        out_to_losses.append(out_to_loss.detach())
+    return torch.cat(outputs), torch.cat(out_to_losses), torch.stack(rows)
+
+
+def trak_scores(
+    features_per_member: Sequence[np.ndarray],
+    query_features_per_member: Sequence[np.ndarray],
+    out_to_loss_per_member: Sequence[np.ndarray],
+    damping: float,
+) -> np.ndarray:
+    r"""Return $\left[\frac1M\sum_m \Phi_m (\Phi_m^\top\Phi_m + \lambda\bar\mu_m I)^{-1}\phi_m(z)\right]\left[\frac1M\sum_m Q_m\right]$."""
+    n_members = len(features_per_member)
+    product = 0.0
+    for features, queries in zip(features_per_member, query_features_per_member, strict=True):
+        features, queries = features.astype(np.float64), queries.astype(np.float64)
+        n, proj_dim = features.shape
+        kernel = features.T @ features
+        mean_eigenvalue = np.trace(kernel) / min(n, proj_dim)
+        product = product + features @ np.linalg.inv(kernel + damping * mean_eigenvalue * np.eye(proj_dim)) @ queries.T
+    mean_out_to_loss = sum(values.astype(np.float64) for values in out_to_loss_per_member) / n_members
+    return product / n_members * mean_out_to_loss[:, None]
+
+
+def madrylab_scores(
+    grads_per_member: Sequence[np.ndarray],
+    query_grads_per_member: Sequence[np.ndarray],
+    signs_per_member: Sequence[np.ndarray],
+    out_to_loss_per_member: Sequence[np.ndarray],
+) -> np.ndarray:
+    """Return the scores of MadryLab/trak 0.3.2 with lambda_reg = 0, in float64.
+
+    Features are divided by the square root of the number of parameters, and each inverse kernel by its mean absolute entry.
+
+    Args:
+        grads_per_member: (n, grad_dim) each.
+        signs_per_member: (grad_dim, proj_dim) each, of entries ±1.
+    """
+    n_members = len(grads_per_member)
+    product = 0.0
+    for grads, queries, signs in zip(grads_per_member, query_grads_per_member, signs_per_member, strict=True):
+        scale = np.sqrt(grads.shape[1])
+        features = grads.astype(np.float64) @ signs / scale
+        query_features = queries.astype(np.float64) @ signs / scale
+        inverse = np.linalg.inv(features.T @ features)
+        inverse /= np.abs(inverse).mean()
+        product = product + features @ inverse @ query_features.T
+    mean_out_to_loss = sum(values.astype(np.float64) for values in out_to_loss_per_member) / n_members
+    return product / n_members * mean_out_to_loss[:, None]

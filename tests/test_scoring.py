@@ -1,0 +1,138 @@
+"""Scores against float64 transcriptions of the equations, and the streaming that must not change them."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from reference import madrylab_scores, trak_scores
+
+from hf_trak.linalg import accumulate_kernel
+from hf_trak.projectors import DenseRademacher
+from hf_trak.scoring import MemberBlock, precondition, score_blocks, top_k
+
+N, GRAD_DIM, PROJ_DIM, N_QUERY = 90, 400, 24, 7
+
+
+def make_members(n_members):
+    """Gradients on very different scales: members of an ensemble are not weighted by them."""
+    generator = np.random.default_rng(0)
+    grads = [10.0**m * generator.normal(size=(N, GRAD_DIM)) for m in range(n_members)]
+    queries = [10.0**m * generator.normal(size=(N_QUERY, GRAD_DIM)) for m in range(n_members)]
+    out_to_loss = [generator.uniform(size=N) for _ in range(n_members)]
+    signs = [DenseRademacher(proj_dim=PROJ_DIM, seed=m).signs("w", torch.arange(GRAD_DIM)).numpy() for m in range(n_members)]
+    return grads, queries, out_to_loss, signs
+
+
+def kernel_of(features):
+    return accumulate_kernel(torch.zeros(PROJ_DIM, PROJ_DIM, dtype=torch.float64), features)
+
+
+def scores_of(features, queries, out_to_loss, *, damping, block=N, **options):
+    preconditioned = [
+        precondition(query, kernel_of(phi), n_rows=N, damping=damping, **options)
+        for phi, query in zip(features, queries, strict=True)
+    ]
+    blocks = (
+        [
+            MemberBlock(phi[start : start + block], q[start : start + block])
+            for phi, q in zip(features, out_to_loss, strict=True)
+        ]
+        for start in range(0, N, block)
+    )
+    return torch.cat(list(score_blocks(blocks, preconditioned)))
+
+
+def features_of(grads, signs):
+    return [torch.from_numpy(g @ p / math.sqrt(PROJ_DIM)) for g, p in zip(grads, signs, strict=True)]
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.1, 3.0])
+@pytest.mark.parametrize("n_members", [1, 3])
+def test_scores_are_the_product_of_two_means(n_members, damping):
+    grads, queries, out_to_loss, signs = make_members(n_members)
+    features, query_features = features_of(grads, signs), features_of(queries, signs)
+    scores = scores_of(features, query_features, [torch.from_numpy(q) for q in out_to_loss], damping=damping)
+    expected = trak_scores([f.numpy() for f in features], [f.numpy() for f in query_features], out_to_loss, damping)
+    assert np.isfinite(expected).all()
+    np.testing.assert_allclose(scores.numpy(), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("n_members", [1, 3])
+def test_the_reference_rescale_reproduces_madrylab_trak(n_members):
+    """With damping 0 and one dense projector, from gradients sketched by our projector in float32."""
+    grads, queries, out_to_loss, signs = make_members(n_members)
+
+    def sketch(values, seed):
+        projector = DenseRademacher(proj_dim=PROJ_DIM, seed=seed)
+        grads = torch.from_numpy(values).float()
+        accumulator = projector.start(len(grads), dtype=torch.float32, device=grads.device)
+        projector.add(accumulator, "w", grads)
+        return projector.finish(accumulator)
+
+    features = [sketch(g, m) for m, g in enumerate(grads)]
+    query_features = [sketch(g, m) for m, g in enumerate(queries)]
+    scores = scores_of(
+        features, query_features, [torch.from_numpy(q) for q in out_to_loss], damping=0.0, reference_rescale=True
+    )
+    # It stores φ · √(proj_dim / grad_dim) where ours is unbiased; with its rescale, that leaves one constant factor.
+    expected = madrylab_scores(grads, queries, signs, out_to_loss) * GRAD_DIM / PROJ_DIM
+    assert np.isfinite(expected).all()
+    assert np.abs(scores.numpy() - expected).max() / np.abs(expected).max() < 1e-5
+
+
+def test_without_the_rescale_an_ensemble_ignores_the_scale_of_a_members_gradients():
+    grads, queries, out_to_loss, signs = make_members(2)
+    features, query_features = features_of(grads, signs), features_of(queries, signs)
+    out_to_loss = [torch.from_numpy(q) for q in out_to_loss]
+    scaled = [features[0], 7 * features[1]], [query_features[0], 7 * query_features[1]]
+    torch.testing.assert_close(
+        scores_of(*scaled, out_to_loss, damping=1.0), scores_of(features, query_features, out_to_loss, damping=1.0)
+    )
+
+
+def test_equal_members_average_to_one_member():
+    grads, queries, out_to_loss, signs = make_members(1)
+    features, query_features = features_of(grads, signs), features_of(queries, signs)
+    weights = [torch.from_numpy(out_to_loss[0])]
+    torch.testing.assert_close(
+        scores_of(features * 3, query_features * 3, weights * 3, damping=0.5),
+        scores_of(features, query_features, weights, damping=0.5),
+    )
+
+
+@pytest.mark.parametrize("block", [1, 7, 64])
+def test_block_size_does_not_change_the_scores(block):
+    grads, queries, out_to_loss, signs = make_members(2)
+    arguments = features_of(grads, signs), features_of(queries, signs), [torch.from_numpy(q) for q in out_to_loss]
+    torch.testing.assert_close(
+        scores_of(*arguments, damping=0.3, block=block), scores_of(*arguments, damping=0.3), rtol=1e-12, atol=0
+    )
+
+
+def test_permuting_the_training_set_permutes_the_scores():
+    grads, queries, out_to_loss, signs = make_members(1)
+    features, query_features = features_of(grads, signs), features_of(queries, signs)
+    weights = torch.from_numpy(out_to_loss[0])
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(0))
+    shuffled = scores_of([features[0][order]], query_features, [weights[order]], damping=1.0)
+    torch.testing.assert_close(shuffled, scores_of(features, query_features, [weights], damping=1.0)[order])
+
+
+@pytest.mark.parametrize("block", [1, 13, N])
+@pytest.mark.parametrize("k", [1, 5, N + 10])
+def test_top_k_streams_to_what_a_full_sort_gives_and_ties_keep_the_training_order(block, k):
+    scores = torch.randint(-3, 4, (N, N_QUERY), generator=torch.Generator().manual_seed(0)).double()
+    proponents, opponents = top_k(iter(scores.split(block)), k)
+    rows = np.arange(N)
+    for query in range(N_QUERY):
+        values = scores[:, query].numpy()
+        descending, ascending = np.lexsort((rows, -values))[:k], np.lexsort((rows, values))[:k]
+        assert proponents.rows[query].tolist() == descending.tolist()
+        assert opponents.rows[query].tolist() == ascending.tolist()
+        assert proponents.scores[query].tolist() == values[descending].tolist()
+
+
+def test_top_k_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="no training rows"):
+        top_k(iter([]), 3)
