@@ -27,8 +27,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from hf_trak import Featurizer, TrakConfig
 from hf_trak.projectors import make_projector
 
-COMMAND = "python benchmarks/featurize.py"
-
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -173,14 +171,14 @@ def main() -> None:
         ]
         for row in rows[-2:]:
             print(json.dumps(row), flush=True)
-    write(options, rows)
+    write(options, rows, command="python benchmarks/featurize.py")
 
 
-def write(options: argparse.Namespace, rows: list[dict[str, object]]) -> None:
+def write(options: argparse.Namespace, rows: list[dict[str, object]], *, command: str) -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     result = {
         "name": options.output.stem,
-        "command": COMMAND,
+        "command": command,
         "commit": commit,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()},
         "hardware": {"machine": platform.machine(), "threads": options.threads},

@@ -94,6 +94,7 @@ class AttributionIndex:
         config: TrakConfig | None = None,
         processing_class: Any = None,
         task: Task | None = None,
+        revision: str | None = None,
         batch_size: int | str = "auto",
         shard_rows: int = DEFAULT_SHARD_ROWS,
         overwrite: bool = False,
@@ -108,6 +109,7 @@ class AttributionIndex:
             models (`PreTrainedModel`, `str` or a sequence): One checkpoint per member. Queries are later featurized with the same:
                 a folder or repository is recorded and found again, a model in memory has to be given again.
             dataset (`Dataset`): The training set; its row order is the index's.
+            revision (`str`, *optional*): Of the repositories in `models`.
             batch_size (`int` or `"auto"`): Rows at a time; `"auto"` halves when memory runs out.
             shard_rows (`int`): Rows per file, and what a killed process loses at most.
             overwrite (`bool`): Replace another index in `folder`.
@@ -115,6 +117,11 @@ class AttributionIndex:
         Raises:
             ValueError: If `folder` holds another index, or the data or model cannot be featurized; nothing is overwritten.
         """
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(
+                f"Featurizing runs in one process, but WORLD_SIZE is {os.environ['WORLD_SIZE']}: these would write the same files. "
+                "Start it without a launcher, or with `--num_processes 1`."
+            )
         folder, config = Path(folder), config or TrakConfig()
         checkpoints = list(models) if isinstance(models, (list, tuple)) else [models]
         if not checkpoints:
@@ -122,7 +129,9 @@ class AttributionIndex:
         if len(dataset) == 0:
             raise ValueError("The dataset is empty: there is nothing to featurize.")
         for number, checkpoint in enumerate(checkpoints):
-            featurizer = Featurizer(checkpoint, config, processing_class, task=task, seed=config.seed + number)
+            featurizer = Featurizer(
+                checkpoint, config, processing_class, task=task, seed=config.seed + number, revision=revision
+            )
             featurizer.task.check(dataset, featurizer.processing_class)
             if number == 0:
                 config = replace(config, task=featurizer.task.name)
@@ -274,15 +283,19 @@ class AttributionIndex:
         )
 
     def self_influence(self, *, damping: float | str | None = None) -> Float64[np.ndarray, " n_train"]:
-        r"""Return $\phi^\top(K + \lambda\bar\mu I)^{-1}\phi$ of every training example, averaged over members.
+        r"""Return the size of every training example's score for itself: $\phi^\top(K + \lambda\bar\mu I)^{-1}\phi \cdot |Q|$.
 
-        Examples that stand alone score high: mislabeled ones, outliers, rare kinds.
+        Examples that stand alone and that the model does not believe score high: mislabeled ones first of all. Both factors are
+        means over members, as in [`AttributionIndex.score`].
         """
-        total = np.zeros(self.n_rows)
+        # Differs from the usual definition, which has no Q: far more wrong labels come first with it (docs/decisions.md).
+        alone, out_to_loss = np.zeros(self.n_rows), np.zeros(self.n_rows)
         for member in self.members:
             cholesky = factor(member.kernel(), n_rows=self.n_rows, damping=self.resolve_damping(damping))
-            total += np.concatenate([leverage(cholesky, shard.features).numpy() for shard in member.shards()])
-        return total / len(self.members)
+            shards = [(leverage(cholesky, shard.features), shard.out_to_loss.double()) for shard in member.shards()]
+            alone += torch.cat([values for values, _ in shards]).numpy() / len(self.members)
+            out_to_loss += torch.cat([values for _, values in shards]).numpy() / len(self.members)
+        return alone * np.abs(out_to_loss)
 
     def resolve_damping(self, damping: float | str | None = None) -> float:
         """Return λ as a number: the one given, else the configuration's; "auto" is a fixed default where no masks are recorded."""

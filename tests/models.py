@@ -53,6 +53,38 @@ def llama(**options: object) -> nn.Module:
     return LlamaForSequenceClassification(LlamaConfig(**{**_TEXT, **_IDS, **sizes, **options}))
 
 
+def roberta(**options: object) -> nn.Module:
+    """Its position ids are counted from the padding."""
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    sizes = {**_TRANSFORMER, "max_position_embeddings": 20}
+    return RobertaForSequenceClassification(RobertaConfig(**{**_TEXT, **_IDS, **sizes, **options}))
+
+
+def modernbert(**options: object) -> nn.Module:
+    """Rotary positions, alternating attention, no biases."""
+    from transformers import ModernBertConfig, ModernBertForSequenceClassification
+
+    ids = {**_IDS, "cls_token_id": 1, "sep_token_id": 2}
+    return ModernBertForSequenceClassification(ModernBertConfig(**{**_TEXT, **ids, **_TRANSFORMER, **options}))
+
+
+def convnext(**options: object) -> nn.Module:
+    """Depthwise convolutions, and bare layer scales."""
+    from transformers import ConvNextConfig, ConvNextForImageClassification
+
+    sizes = {"hidden_sizes": [6, 8], "depths": [1, 1], "num_stages": 2, "patch_size": 2, "num_labels": N_CLASSES}
+    return ConvNextForImageClassification(ConvNextConfig(**{**sizes, **options}))
+
+
+def dinov2(**options: object) -> nn.Module:
+    """Class and mask tokens, layer scales."""
+    from transformers import Dinov2Config, Dinov2ForImageClassification
+
+    sizes = {**_TRANSFORMER, "image_size": 8, "patch_size": 4, "num_labels": N_CLASSES}
+    return Dinov2ForImageClassification(Dinov2Config(**{**sizes, **options}))
+
+
 def vit(**options: object) -> nn.Module:
     """Its class token and position embeddings are bare parameters."""
     from transformers import ViTConfig, ViTForImageClassification
@@ -106,9 +138,11 @@ TEXT_MODELS: dict[str, Callable[..., nn.Module]] = {
     "albert": albert,
     "gpt2": gpt2,
     "llama": llama,
+    "roberta": roberta,
+    "modernbert": modernbert,
     "tied": Tied,
 }
-IMAGE_MODELS: dict[str, Callable[..., nn.Module]] = {"vit": vit, "resnet": resnet}
+IMAGE_MODELS: dict[str, Callable[..., nn.Module]] = {"vit": vit, "resnet": resnet, "convnext": convnext, "dinov2": dinov2}
 MODELS = TEXT_MODELS | IMAGE_MODELS
 
 

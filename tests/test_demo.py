@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,8 +14,8 @@ from datasets import Dataset, load_dataset
 from models import bert
 
 from hf_trak import AttributionIndex
+from hf_trak.cli.demo import DemoArguments, _begin_folder
 from hf_trak.cli.demo_data import DemoData, digits, flip_labels
-from hf_trak.cli.demo_features import self_scores
 from hf_trak.cli.demo_results import pick_queries
 from hf_trak.cli.main import main
 
@@ -69,7 +70,7 @@ def test_index_of_the_demo_answers_queries(quick: SimpleNamespace) -> None:
     index = AttributionIndex.from_pretrained(quick.output / "run" / "index")
     data, _ = flip_labels(digits(1), fraction=0.1, seed=1)
     scores = index.score(data.train, progress=False)
-    np.testing.assert_allclose(self_scores(index), scores.diagonal(), rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(index.self_influence(), scores.diagonal(), rtol=1e-3, atol=1e-6)
     assert np.isfinite(scores).all()
 
 
@@ -93,7 +94,7 @@ def test_another_demo_or_another_folder_is_not_overwritten(
         (["--train"], "for your own"),
         (["--model", "m", "--dataset", "d", "--flip_fraction", "0.1"], "add --train"),
         (["--model", "m", "--dataset", "d", "--members", "epoch:2"], "last epochs of a training run"),
-        (["--flip_fraction", "1.5"], "above 0 and below 1"),
+        (["--flip_fraction", "1.5"], "below 1"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(
@@ -101,6 +102,21 @@ def test_arguments_that_make_no_sense_are_refused(
 ) -> None:
     assert main(["demo", "--output", str(tmp_path / "out"), *arguments]) == 1
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_of_demos_are_told_apart(tmp_path: Path) -> None:
+    digits_args = DemoArguments(output=str(tmp_path / "digits"))
+    folder = _begin_folder(digits_args)
+    (folder / "half").write_text("")
+    assert list(_begin_folder(digits_args).iterdir()) == [folder / ".hf_trak_demo.json"]  # unfinished: begun again
+    own_args = DemoArguments(output=str(tmp_path / "own"), model="m", dataset="d")
+    folder = _begin_folder(own_args)
+    (folder / "half").write_text("")
+    assert (_begin_folder(own_args) / "half").exists()  # unfinished: gone on with
+    with pytest.raises(ValueError, match="holds an earlier demo"):
+        _begin_folder(replace(own_args, proj_dim=7))
+    assert not (_begin_folder(replace(own_args, proj_dim=7, overwrite=True)) / "half").exists()
 
 
 # Flipping
@@ -141,7 +157,7 @@ def test_flips_that_cannot_be_are_refused(data: DemoData, fraction: float, messa
 
 
 def test_picked_queries_are_different() -> None:
-    assert pick_queries(np.array([3.0, -1.0, 2.0])) == [1, 0]
+    assert pick_queries(np.array([3.0, -1.0, 2.0])) == [1, 2]
     assert pick_queries(np.arange(40.0)[::-1]) == [39, 37, 19]
 
 

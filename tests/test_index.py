@@ -86,10 +86,15 @@ def test_top_k_above_the_training_set_returns_all_of_it(built):
         built.attribute(QUERIES, top_k=0)
 
 
-def test_self_influence_is_the_score_of_an_example_for_itself_before_its_out_to_loss(built):
-    scores = built.score(TRAIN, progress=False)
-    out_to_loss = np.mean([np.concatenate([s.out_to_loss for s in member.shards()]) for member in built.members], axis=0)
-    np.testing.assert_allclose(built.self_influence() * out_to_loss, np.diag(scores), rtol=1e-4)
+def test_self_influence_is_an_examples_score_for_itself(built):
+    np.testing.assert_allclose(built.self_influence(), np.diag(built.score(TRAIN, progress=False)), rtol=1e-4)
+
+
+def test_several_processes_are_refused_rather_than_left_to_race(tmp_path, checkpoints, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="runs in one process, but WORLD_SIZE is 2"):
+        build(tmp_path / "index", checkpoints)
+    assert not (tmp_path / "index").exists()
 
 
 def test_a_query_that_is_a_training_example_counts_that_example_among_its_first_proponents(built):

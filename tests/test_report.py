@@ -17,7 +17,7 @@ from PIL import Image
 from hf_trak.cli.examples import Attribution, Example, ExampleReader, Hit, read_attributions
 from hf_trak.cli.report import html_page, save_png, save_report, suspects_table, table
 
-NASTY = '<script>alert(1)</script> & "quoted" $x^2$ {braces} é'
+NASTY = '<script>alert(1)</script> & "quoted" $x^2$ {braces} é 好'
 
 
 def text_attribution() -> Attribution:

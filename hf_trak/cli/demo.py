@@ -76,7 +76,7 @@ def run(args: DemoArguments) -> dict[str, Any]:
     import numpy as np
 
     from hf_trak.cli.demo_data import digits, flip_labels, own_data
-    from hf_trak.cli.demo_features import featurize, n_threads, out_to_loss, self_scores, train_and_featurize
+    from hf_trak.cli.demo_features import featurize, n_threads, out_to_loss, train_and_featurize
     from hf_trak.cli.demo_results import found_table, results_of, show
     from hf_trak.cli.featurize import how_to_load
     from hf_trak.cli.quiet import hush
@@ -97,7 +97,7 @@ def run(args: DemoArguments) -> dict[str, Any]:
         hits = index.attribute(data.queries, top_k=5)
         scores = index.score(data.queries)
         rankings = {
-            "self-influence": self_scores(index),
+            "self-influence": index.self_influence(),
             "opponents of held-out rows": -scores.mean(1, dtype=np.float64),
             "1 - p alone, no attribution": out_to_loss(index),
         }
@@ -115,6 +115,8 @@ def run(args: DemoArguments) -> dict[str, Any]:
 
 
 def _check(args: DemoArguments) -> None:
+    if args.flip_fraction is not None and not 0 <= args.flip_fraction < 1:
+        raise ValueError(f"--flip_fraction must be at least 0 and below 1, but is {args.flip_fraction}.")
     if (args.model is None) != (args.dataset is None):
         raise ValueError("--model and --dataset go together: give both for your own data, or neither for the digits.")
     if args.model is None and (args.train or args.queries):
@@ -132,17 +134,18 @@ def _trains(args: DemoArguments) -> bool:
 
 
 def _begin_folder(args: DemoArguments) -> Path:
-    """Make the output folder; go on with an unfinished index of the same arguments, refuse anything else that is there."""
-    output = Path(args.output)
+    """Make the output folder. Go on with an index of the same arguments; replace nothing that took its owner's time."""
+    output, marker = Path(args.output), Path(args.output) / _MARKER
     settings = {key: value for key, value in asdict(args).items() if key != "overwrite"}
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        marker = output / _MARKER
         if not marker.is_file():
             raise ValueError(f"{output} holds something else than a demo; choose another --output.")
-        if args.overwrite:
+        earlier = json.loads(marker.read_text())
+        stopped_early = earlier["model"] is None and not (output / "results.json").exists()
+        if args.overwrite or stopped_early:
             shutil.rmtree(output)
-        elif _trains(args) or json.loads(marker.read_text()) != settings:
+        elif _trains(args) or earlier != settings:
             raise ValueError(f"{output} holds an earlier demo; choose another --output, or pass --overwrite.")
     output.mkdir(parents=True, exist_ok=True)
-    (output / _MARKER).write_text(json.dumps(settings) + "\n")
+    marker.write_text(json.dumps(settings) + "\n")
     return output

@@ -83,9 +83,14 @@ def own_data(args: DemoArguments) -> DemoData:
         config=None if args.queries else args.dataset_config,
         max_rows=args.max_queries,
     )
+    model = load_model(args.model)
+    if model.config.num_labels < 2:
+        raise ValueError(
+            f"The demo is for classifiers, but {args.model} has one output. Try `hf-trak featurize` and `attribute`."
+        )
     return DemoData(
         name=args.dataset,
-        model=load_model(args.model),
+        model=model,
         processing_class=load_processing_class(args.model),
         train=train,
         queries=queries,

@@ -105,11 +105,3 @@ def out_to_loss(index: AttributionIndex) -> np.ndarray:
     """Return 1 − p of every training example's label, averaged over members, (n_train,)."""
     members = [index.features(member)["trak_out_to_loss"] for member in range(len(index.members))]
     return np.mean([np.asarray(member[:], dtype=np.float64) for member in members], axis=0)
-
-
-def self_scores(index: AttributionIndex) -> np.ndarray:
-    """Return τ(z_i, z_i), every training example's score for itself, (n_train,).
-
-    Leverage alone finds what is rare. Times out-to-loss, 1 − p, it finds what is rare and not believed: wrong labels.
-    """
-    return index.self_influence() * out_to_loss(index)

@@ -83,6 +83,7 @@ def results_of(
         "versions": info["versions"],
         "hardware": info["hardware"],
         "rows": rows,
+        "flipped_rows": [row for row, was_flipped in enumerate(flipped.tolist()) if was_flipped],
     }
 
 

@@ -30,6 +30,7 @@ class FeaturizeArguments:
     )
     dataset: str = field(metadata={"help": "The training set: a Parquet, CSV or JSON file, a folder, or a dataset of the Hub."})
     output: str = field(metadata={"help": "Folder for the index."})
+    revision: str | None = field(default=None, metadata={"help": "Revision of the repositories in --model."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Revision of a dataset of the Hub."})
     split: str = field(default="train", metadata={"help": "Split of the dataset."})
@@ -61,6 +62,7 @@ def run(args: FeaturizeArguments, features: FeatureArguments) -> None:
         models=args.model,
         dataset=dataset,
         config=config,
+        revision=args.revision,
         batch_size=features.rows_at_a_time(),
         shard_rows=features.shard_rows,
         overwrite=args.overwrite,

@@ -7,6 +7,7 @@ import io
 import textwrap
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ _TABLE_WIDTH = 110
 _HTML_CHARACTERS = 1200
 _PNG_CHARACTERS = 110
 _PNG_QUERIES = 5
+_PNG_TEXTS = 3  # proponents and opponents, where each is a text
 _IMAGE_SIDE = 256
 _GREEN, _RED, _GREY = "#1a7f37", "#c62f2f", "#6e7781"
 
@@ -150,6 +152,10 @@ def save_png(attributions: Sequence[Attribution], path: str | Path, *, title: st
     figure_class, canvas_class = _matplotlib()
     with_images = any(attribution.query.image is not None for attribution in attributions)
     width, height = (1.25, 1.75) if with_images else (2.3, 1.45)
+    if not with_images:
+        attributions = [
+            replace(a, proponents=a.proponents[:_PNG_TEXTS], opponents=a.opponents[:_PNG_TEXTS]) for a in attributions
+        ]
     n_pro = max((len(attribution.proponents) for attribution in attributions), default=0)
     n_con = max((len(attribution.opponents) for attribution in attributions), default=0)
     n_columns, n_rows = 1 + n_pro + n_con, max(1, len(attributions))
