@@ -40,8 +40,9 @@ def shares_of_one_run(seed: int) -> dict[str, float]:
         index = AttributionIndex(output / "run" / "index")
         flipped = np.zeros(index.n_rows, dtype=bool)
         flipped[results["flipped_rows"]] = True
-        alone = index.self_influence() / np.abs(out_to_loss(index))
-        shares["leverage alone, without out-to-loss"] = found_share(alone, flipped, 0.1)
+        for damping in (0.1, 3.0, 10.0):
+            alone = index.self_influence(damping=damping) / np.abs(out_to_loss(index))
+            shares[f"leverage alone, without out-to-loss, damping {damping:g}"] = found_share(alone, flipped, 0.1)
         shares["chance"] = 0.1
     return shares
 

@@ -17,6 +17,8 @@ BLOCK = re.compile(r"(<!-- results: (\S+)((?: \S+)*) -->\n).*?(<!-- end -->)", r
 
 
 def number(value: float) -> str:
+    if abs(value) < 1e-9:
+        return "0"
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 

@@ -85,13 +85,9 @@ def error_rows(case: str, gradients: dict[str, torch.Tensor], proj_dim: int, n_s
     yield {**common, "metric": "sketch_variance_ratio", "value": mean, "unit": "x", "interval": interval}
     bias = (errors.mean() / (errors.std() / math.sqrt(n_seeds) + 1e-6 * math.sqrt(squares[0] * squares[1]))).item()
     yield {**common, "metric": "sketch_bias", "value": bias, "unit": "standard errors", "interval": None}
-    yield {
-        **common,
-        "metric": "norm_error",
-        "value": norms.square().mean().sqrt().item(),
-        "unit": "relative rms",
-        "interval": None,
-    }
+    if len(gradients) > 1:  # of a model
+        rms = norms.square().mean().sqrt().item()
+        yield {**common, "metric": "norm_error", "value": rms, "unit": "relative rms", "interval": None}
 
 
 def pretrained_gradients(options: argparse.Namespace) -> dict[str, torch.Tensor]:

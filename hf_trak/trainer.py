@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_trak.config import TrakConfig
 from hf_trak.index import AttributionIndex
 from hf_trak.training_args import AttributionArguments
 
@@ -36,7 +40,7 @@ class AttributionCallback(TrainerCallback):
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.epochs is None or not state.is_world_process_zero:
             return
-        _save(kwargs, Path(args.output_dir) / MEMBERS_FOLDER / f"epoch-{round(state.epoch or 0):04d}")
+        _save(kwargs, Path(args.output_dir) / MEMBERS_FOLDER / f"epoch-{math.ceil((state.epoch or 0) - 1e-6):04d}")
         kept = sorted((Path(args.output_dir) / MEMBERS_FOLDER).glob("epoch-*"))
         for folder in kept[: -self.epochs]:
             shutil.rmtree(folder)
@@ -125,7 +129,7 @@ class AttributionTrainer(Trainer):
             Path(self.args.output_dir) / INDEX_FOLDER,
             models=list(self.member_checkpoints()),
             dataset=dataset,
-            config=self.args.trak_config(),
+            config=self._trak_config(),
             processing_class=self.processing_class,
             task=self.task,
             batch_size=self.args.rows_at_a_time(),
@@ -134,6 +138,15 @@ class AttributionTrainer(Trainer):
             progress=not self.args.disable_tqdm,
         )
         return self.index
+
+    def _trak_config(self) -> TrakConfig:
+        """The arguments' configuration; parameters that were frozen in training, which snapshots do not tell, are named."""
+        config = self.args.trak_config()
+        parameters = dict(self.model.named_parameters())
+        trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
+        if config.parameters is None and len(trained) < len(parameters):
+            config = replace(config, parameters=tuple(f"^{re.escape(name)}$" for name in trained))
+        return config
 
     def attribute(self, queries: Dataset | None = None, top_k: int = 10) -> Dataset:
         """Return each query's strongest proponents and opponents among the training set; see [`AttributionIndex.attribute`].

@@ -103,6 +103,23 @@ def test_a_stock_trainer_keeps_the_same_snapshots_with_the_callback(tmp_path, tr
         assert (tmp_path / "members" / folder.name / "model.safetensors").read_bytes() == ours
 
 
+def test_parameters_frozen_in_training_have_no_features(tmp_path):
+    trainer = make_trainer(tmp_path, num_train_epochs=1)
+    trainer.model.bert.embeddings.requires_grad_(False)
+    trainer.train()
+    index = trainer.featurize()
+    names = list(index.members[0].identity["parameters"])
+    assert names == [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
+    assert 0 < index.members[0].info["coverage"] < 1
+    assert len(AttributionIndex.from_pretrained(index.folder).attribute(VALIDATION, progress=False)) == 5
+
+
+def test_a_run_that_ends_within_an_epoch_keeps_the_epochs_before_it(tmp_path):
+    trainer = make_trainer(tmp_path, members="epoch:9", max_steps=7)  # 5 steps an epoch
+    trainer.train()
+    assert [folder.name for folder in trainer.member_checkpoints()] == ["epoch-0001", "epoch-0002"]
+
+
 def test_the_model_is_left_as_it_was(tmp_path):
     trainer = make_trainer(tmp_path, num_train_epochs=1)
     trainer.train()
