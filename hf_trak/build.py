@@ -121,6 +121,20 @@ def _describe_checkpoint(folder: Path, featurizer: Featurizer) -> dict[str, Any]
     return {"path": None, "repository": source, "revision": featurizer.revision}
 
 
+def recorded_checkpoint(folder: Path, checkpoint: dict[str, Any]) -> str:
+    """Return the folder or repository that a member of the index in `folder` was featurized with."""
+    if checkpoint["path"] is not None:
+        path = folder / checkpoint["path"]
+        if not path.exists():
+            raise FileNotFoundError(
+                f"The checkpoint of {folder} was at {path}, and is not there now. Say where it is with `models`."
+            )
+        return str(path)
+    if checkpoint["repository"] is None:
+        raise ValueError(f"{folder} was made from a model in memory; give that model, or a folder it is saved in, as `models`.")
+    return checkpoint["repository"]
+
+
 def _versions() -> dict[str, str]:
     import datasets
     import transformers

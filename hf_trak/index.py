@@ -17,7 +17,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_trak.build import begin_index, build_member, describe_featurizer, identity_of, member_folders
+from hf_trak.build import begin_index, build_member, describe_featurizer, identity_of, member_folders, recorded_checkpoint
 from hf_trak.cards import render_index_card
 from hf_trak.config import CONFIG_NAME, TrakConfig
 from hf_trak.featurize import BatchSize, featurize_rows
@@ -309,7 +309,7 @@ class AttributionIndex:
             ValueError: If the model, task or parameters are not those recorded; the message lists what differs.
         """
         info = self.members[member].info
-        checkpoint = self._models[member] if self._models is not None else _recorded_checkpoint(self.folder, info["checkpoint"])
+        checkpoint = self._models[member] if self._models is not None else recorded_checkpoint(self.folder, info["checkpoint"])
         featurizer = Featurizer(
             checkpoint,
             self.config,
@@ -377,19 +377,6 @@ class AttributionIndex:
 
 
 _top_k: Callable[..., Any] = top_k  # the method's own argument has the name users expect
-
-
-def _recorded_checkpoint(folder: Path, checkpoint: dict[str, Any]) -> str:
-    if checkpoint["path"] is not None:
-        path = folder / checkpoint["path"]
-        if not path.exists():
-            raise FileNotFoundError(
-                f"The checkpoint of {folder} was at {path}, and is not there now. Say where it is with `models`."
-            )
-        return str(path)
-    if checkpoint["repository"] is None:
-        raise ValueError(f"{folder} was made from a model in memory; give that model, or a folder it is saved in, as `models`.")
-    return checkpoint["repository"]
 
 
 def _allocate(shape: tuple[int, int], output_file: str | Path | None) -> np.ndarray:

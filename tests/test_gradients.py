@@ -607,7 +607,8 @@ def test_batch_norm_statistics_do_not_move():
 def test_a_bias_shared_by_the_whole_batch_is_refused_by_name():
     model = swin()
     with pytest.raises(
-        ValueError, match=r"SwinRelativePositionBias \(parameters .*relative_position_bias_table\) does not keep the examples of a batch apart"
+        ValueError,
+        match=r"SwinRelativePositionBias \(parameters .*relative_position_bias_table\) does not keep the examples of a batch apart",
     ):
         gradients_of(model, image_batch())
 

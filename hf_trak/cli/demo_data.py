@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel
 
-    from hf_trak.cli.demo import DemoArguments
+    from hf_trak.cli.demo_arguments import DemoArguments
 
 _N_QUERIES = 360
 _IMAGE_SIZE = 16

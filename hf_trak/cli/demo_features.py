@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from hf_trak.cli.demo import DemoArguments
+    from hf_trak.cli.demo_arguments import DemoArguments
     from hf_trak.cli.demo_data import DemoData
     from hf_trak.config import TrakConfig
     from hf_trak.index import AttributionIndex

@@ -12,7 +12,7 @@ import numpy as np
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from hf_trak.cli.demo import DemoArguments
+    from hf_trak.cli.demo_arguments import DemoArguments
     from hf_trak.cli.demo_data import DemoData
     from hf_trak.index import AttributionIndex
 
