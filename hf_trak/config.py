@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 CONFIG_NAME = "trak_config.json"
+CARD_NAME = "README.md"
 FORMAT_VERSION = 1
 
 # Fields that decide scores after the fact; two indices that differ in them still speak the same language.

@@ -5,10 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from hf_trak.config import CONFIG_NAME
+from hf_trak.config import CARD_NAME, CONFIG_NAME
 from hf_trak.store import MEMBER_NAME, read_json
-
-_CARD_NAME = "README.md"
 
 
 def download_index(repo_id: str, revision: str | None = None) -> Path:
@@ -20,7 +18,7 @@ def download_index(repo_id: str, revision: str | None = None) -> Path:
     from huggingface_hub import get_token, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RevisionNotFoundError
 
-    index_files = [_CARD_NAME, CONFIG_NAME, "member_*/*"]  # of a repository that is no index, next to nothing is fetched
+    index_files = [CARD_NAME, CONFIG_NAME, "member_*/*"]  # of a repository that is no index, next to nothing is fetched
     try:
         folder = Path(snapshot_download(repo_id, repo_type="dataset", revision=revision, allow_patterns=index_files))
     except RevisionNotFoundError as error:
@@ -42,11 +40,14 @@ def download_index(repo_id: str, revision: str | None = None) -> Path:
     return folder
 
 
-def upload_index(folder: Path, repo_id: str, *, private: bool | None, revision: str | None, message: str) -> str:
+def upload_index(folder: Path, repo_id: str, *, card: str, private: bool | None, revision: str | None, message: str) -> str:
     """Upload a finished index to a dataset repository in one commit; return the repository's URL.
 
     The repository and the branch `revision` are created if need be. Members and shards that an earlier index left in the
     repository are deleted in the same commit; other files of the repository stay.
+
+    Args:
+        card (`str`): The repository's README.md, in place of the folder's.
 
     Raises:
         ValueError: If `private` is set and the repository exists and is public.
@@ -78,6 +79,7 @@ def upload_index(folder: Path, repo_id: str, *, private: bool | None, revision: 
     api.create_commit(
         repo_id,
         [
+            CommitOperationAdd(path_in_repo=CARD_NAME, path_or_fileobj=card.encode()),
             *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in names),
             *(CommitOperationDelete(path_in_repo=name) for name in stale),
         ],
@@ -90,8 +92,8 @@ def upload_index(folder: Path, repo_id: str, *, private: bool | None, revision: 
 
 
 def _files_of(folder: Path) -> list[str]:
-    """Return the files an index consists of, and none that merely lie beside them."""
-    names = [name for name in (_CARD_NAME, CONFIG_NAME) if (folder / name).is_file()]
+    """Return the files an index consists of but for its card, and none that merely lie beside them."""
+    names = [CONFIG_NAME]
     number = 0
     while (record := folder / f"member_{number}" / MEMBER_NAME).is_file():
         names += [f"member_{number}/{name}" for name in (MEMBER_NAME, *(entry["file"] for entry in read_json(record)["files"]))]

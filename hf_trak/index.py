@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from hf_trak.build import begin_index, build_member, describe_featurizer, identity_of, member_folders, recorded_checkpoint
 from hf_trak.cards import render_index_card
-from hf_trak.config import CONFIG_NAME, TrakConfig
+from hf_trak.config import CARD_NAME, CONFIG_NAME, TrakConfig
 from hf_trak.featurize import BatchSize, featurize_rows
 from hf_trak.featurizer import Featurizer
 from hf_trak.hub import download_index, upload_index
@@ -146,10 +146,10 @@ class AttributionIndex:
                 progress=progress,
                 description=f"Featurizing {number + 1}/{len(checkpoints)}",
             )
-        members = [MemberReader(path).info for path in member_folders(folder)]
-        card = render_index_card(config, members, name=folder.name)
-        write_atomically(folder / "README.md", lambda temporary: temporary.write_text(card))
-        return cls(folder, models=checkpoints, processing_class=processing_class, task=task)
+        index = cls(folder, models=checkpoints, processing_class=processing_class, task=task)
+        card = render_index_card(config, [member.info for member in index.members], name=folder.name)
+        write_atomically(folder / CARD_NAME, lambda temporary: temporary.write_text(card))
+        return index
 
     @classmethod
     def from_pretrained(
@@ -188,11 +188,13 @@ class AttributionIndex:
             shutil.rmtree(target)
         if target.resolve() == self.folder.resolve():
             return
-        for source in [self.folder / CONFIG_NAME, self.folder / "README.md", *(m.folder for m in self.members)]:
+        for source in [self.folder / CONFIG_NAME, *(m.folder for m in self.members)]:
             for path in [source] if source.is_file() else sorted(source.iterdir()):
                 copy = target / path.relative_to(self.folder)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(copy, partial(shutil.copyfile, path))
+        card = self._card(target.name)
+        write_atomically(target / CARD_NAME, lambda temporary: temporary.write_text(card))
         for member in self.members:  # a checkpoint's path is as seen from the index
             checkpoint = member.info["checkpoint"]
             if checkpoint["path"] is not None:
@@ -204,7 +206,15 @@ class AttributionIndex:
     ) -> str:
         """Upload the index to a dataset repository in one commit; return its URL."""
         message = commit_message or f"TRAK features: {len(self.members)} members of {self.n_rows:,} rows"
-        return upload_index(self.folder, repo_id, private=private, revision=revision, message=message)
+        return upload_index(self.folder, repo_id, card=self._card(repo_id), private=private, revision=revision, message=message)
+
+    def _card(self, name: str) -> str:
+        """Return the card for a copy called `name`: the one here if somebody wrote it, else with snippets that fit."""
+        readme = self.folder / CARD_NAME
+        members = [member.info for member in self.members]
+        if readme.exists() and readme.read_text() != render_index_card(self.config, members, name=self.folder.name):
+            return readme.read_text()
+        return render_index_card(self.config, members, name=name)
 
     @property
     def n_rows(self) -> int:
