@@ -17,7 +17,11 @@ _NAME = "hf_trak_sdpa"
 
 @contextmanager
 def vmappable_attention(model: nn.Module) -> Iterator[None]:
-    """Use scaled-dot-product attention with a mask that is always built and never inspected; restore what was there."""
+    """Use scaled-dot-product attention with a mask that is always built and never inspected; restore what was there.
+
+    Its plain form is used, for which `vmap` has rules; the fused ones would run example by example.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel) or not model._supports_sdpa:
@@ -27,7 +31,8 @@ def vmappable_attention(model: nn.Module) -> Iterator[None]:
     previous = model.config._attn_implementation
     model.set_attn_implementation(_NAME)
     try:
-        yield
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
     finally:
         model.set_attn_implementation(previous)
 
