@@ -201,11 +201,16 @@ def load_model(source: str, revision: str | None = None) -> PreTrainedModel:
     """Load the class a checkpoint names in its `architectures`, from safetensors.
 
     Raises:
-        ValueError: If the checkpoint names no class of transformers.
+        FileNotFoundError: If there is no checkpoint at `source`.
+        ValueError: If it names no class of transformers.
     """
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(source, revision=revision)
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, revision=revision)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"{source!r} is neither a folder here nor a model repository within reach: {reason}") from error
     names = config.architectures or []
     for name in names:
         if hasattr(transformers, name):

@@ -23,7 +23,7 @@ from hf_trak.config import CARD_NAME, CONFIG_NAME, TrakConfig
 from hf_trak.featurize import BatchSize, featurize_rows
 from hf_trak.featurizer import Featurizer
 from hf_trak.hub import download_index, upload_index
-from hf_trak.linalg import DEFAULT_DAMPING, factor, leverage
+from hf_trak.linalg import DEFAULT_DAMPING, damped, factor, leverage
 from hf_trak.scoring import MemberBlock, precondition, score_blocks, top_k
 from hf_trak.store import MEMBER_NAME, MemberReader, list_differences, write_atomically, write_json
 from hf_trak.tasks import Task
@@ -365,6 +365,8 @@ class AttributionIndex:
     ) -> tuple[list[Float64[Tensor, "n_query proj_dim"]], Float[np.ndarray, " n_query"]]:
         """Return every member's preconditioned queries, and the queries' mean output."""
         preconditioned, outputs = [], []
+        # A singular kernel is refused before queries cost anything.
+        damped(self.members[0].kernel(), n_rows=self.n_rows, damping=self.resolve_damping(damping))
         for number, member in enumerate(self.members):
             columns = self.featurize_queries(queries, number, batch_size=batch_size, progress=progress)
             features = torch.from_numpy(columns["trak_features"])

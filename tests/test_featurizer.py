@@ -122,6 +122,11 @@ def test_layerwise_and_functional_features_agree():
     np.testing.assert_allclose(functional, layerwise, rtol=0, atol=2e-6 * np.abs(layerwise).max())
 
 
+def test_a_checkpoint_that_is_nowhere_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere' is neither a folder here nor a model repository within reach"):
+        Featurizer(tmp_path / "nowhere", CONFIG)(token_rows(2)[:])
+
+
 def test_a_sketch_longer_than_the_gradient_is_refused():
     with pytest.raises(ValueError, match=r"proj_dim=100,000 is more than the [\d,]+ selected parameters"):
         Featurizer(make_model("bert"), TrakConfig(proj_dim=100_000))(token_rows(2)[:])
