@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ import torch
 from hf_trak.config import CONFIG_NAME, TrakConfig
 from hf_trak.featurize import featurize, kernel_of
 from hf_trak.featurizer import Featurizer
-from hf_trak.store import MemberWriter
+from hf_trak.store import TEMPORARY, MemberWriter, discard, write_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -29,8 +28,11 @@ def member_folders(folder: Path) -> list[Path]:
 
 def begin_index(folder: Path, config: TrakConfig, n_members: int, *, overwrite: bool) -> None:
     """Make sure `folder` is new, or holds this very index, perhaps unfinished."""
-    if not folder.exists() or not any(folder.iterdir()):
-        config.save_pretrained(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, where an index needs a folder; choose another name.")
+    folder.mkdir(parents=True, exist_ok=True)
+    if all(path.name.endswith(TEMPORARY) for path in folder.iterdir()):
+        write_json(folder / CONFIG_NAME, config.to_dict())
         return
     if not (folder / CONFIG_NAME).exists():
         raise ValueError(f"{folder} is not empty and holds no {CONFIG_NAME}; choose another folder.")
@@ -46,8 +48,8 @@ def begin_index(folder: Path, config: TrakConfig, n_members: int, *, overwrite: 
         )
     if lines:
         for member in member_folders(folder):
-            shutil.rmtree(member)
-    config.save_pretrained(folder)
+            discard(member)
+    write_json(folder / CONFIG_NAME, config.to_dict())
 
 
 def identity_of(config: TrakConfig) -> dict[str, Any]:

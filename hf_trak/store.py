@@ -31,6 +31,7 @@ from hf_trak.hashing import hash_file
 MEMBER_NAME = "member.json"
 KERNEL_NAME = "kernel.safetensors"
 _PROGRESS = ".progress"
+TEMPORARY = ".tmp"  # ends the names of files that are not whole
 _ROW_GROUP_BYTES = 12 << 20
 
 
@@ -110,8 +111,10 @@ class MemberWriter:
                     + "\n".join(f"  {line}" for line in list_differences(found, self.identity))
                     + "\nChoose another folder, or pass overwrite=True (--overwrite) to replace them."
                 )
-            shutil.rmtree(folder)
-        if not self.is_finished:
+            discard(folder)
+        if self.is_finished:
+            shutil.rmtree(folder / _PROGRESS, ignore_errors=True)  # killed just after `member.json` was written
+        else:
             (folder / _PROGRESS).mkdir(parents=True, exist_ok=True)
             _remove_leftovers(folder)
             write_json(folder / _PROGRESS / "identity.json", self.identity)
@@ -121,7 +124,10 @@ class MemberWriter:
             if path.exists():
                 content = read_json(path)
                 return content[key] if key else content
-        if self.folder.exists() and any(self.folder.iterdir()):
+        # Killed before its identity was written, a member's folder holds an empty `.progress` and temporary files at most.
+        if self.folder.exists() and any(
+            path.name != _PROGRESS and not path.name.endswith(TEMPORARY) for path in self.folder.iterdir()
+        ):
             raise ValueError(f"{self.folder} is not empty and holds no features of hf_trak; choose another folder.")
         return None
 
@@ -274,7 +280,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     Raises:
         OSError: With advice, if the disk is full; the temporary file is removed and nothing else is touched.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
         write(temporary)
         with open(temporary, "rb") as file:
@@ -292,6 +298,14 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def discard(folder: Path) -> None:
+    """Delete a folder in such a way that it is either whole or gone, even if this process is killed."""
+    condemned = folder.with_name(f".{folder.name}{TEMPORARY}")
+    shutil.rmtree(condemned, ignore_errors=True)
+    folder.rename(condemned)
+    shutil.rmtree(condemned)
 
 
 def _remove_leftovers(folder: Path) -> None:

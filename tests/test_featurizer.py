@@ -82,9 +82,9 @@ def test_a_model_in_memory_is_refused_in_another_process(tmp_path):
         copy(token_rows(2)[:])
 
 
-@pytest.mark.parametrize("name", ["bert", "distilbert", "vit"])
+@pytest.mark.parametrize("name", ["bert", "distilbert", "vit", "resnet"])
 def test_batch_size_and_order_do_not_change_features(name):
-    dataset = token_rows(11) if name != "vit" else image_rows(11)
+    dataset = image_rows(11) if name in ("vit", "resnet") else token_rows(11)
     featurizer = Featurizer(make_model(name), CONFIG)
     whole = featurize_all(featurizer, dataset, 11)
     assert np.isfinite(whole).all()

@@ -127,12 +127,6 @@ def test_plain_datasets_reads_the_columns(built, tmp_path):
     assert built.features(1).column_names == rows.column_names
 
 
-def test_two_members_that_are_one_score_as_one(checkpoints, tmp_path):
-    one = build(tmp_path / "one", checkpoints[0])
-    assert len(one.members) == 1
-    assert np.isfinite(one.score(QUERIES, damping=1.0, progress=False)).all()
-
-
 def test_float16_features_score_nearly_as_float32(checkpoints, built, tmp_path):
     half = build(tmp_path / "half", checkpoints, config=TrakConfig(proj_dim=32, dtype="float16"))
     scores, expected = half.score(QUERIES, progress=False), built.score(QUERIES, progress=False)
@@ -267,6 +261,19 @@ def test_a_folder_of_other_things_is_refused(tmp_path, checkpoints):
     with pytest.raises(ValueError, match="not empty and holds no trak_config.json"):
         build(tmp_path, checkpoints, overwrite=True)
     assert files_of(tmp_path) == {"notes.txt": b"mine"}
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path, checkpoints):
+    (tmp_path / "index").write_text("mine")
+    with pytest.raises(ValueError, match="is a file, where an index needs a folder"):
+        build(tmp_path / "index", checkpoints)
+    assert (tmp_path / "index").read_text() == "mine"
+
+
+def test_a_run_killed_before_its_configuration_was_written_goes_on(tmp_path, checkpoints):
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / ".trak_config.json.1.tmp").write_text('{"task":')
+    assert build(tmp_path / "index", checkpoints[0]).n_rows == 50
 
 
 def test_a_member_of_another_index_is_refused(index, checkpoints, tmp_path):

@@ -128,6 +128,33 @@ def test_a_folder_of_other_things_is_refused_even_with_overwrite(tmp_path):
     assert (tmp_path / "thesis.tex").exists()
 
 
+def test_a_member_killed_before_its_identity_was_written_goes_on(tmp_path):
+    (tmp_path / "m" / ".progress").mkdir(parents=True)
+    (tmp_path / "m" / ".progress" / ".identity.json.1.tmp").write_text("{")
+    assert MemberWriter(tmp_path / "m", identity={}, n_rows=10, shard_rows=4).missing() == [0, 1, 2]
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_member_killed_just_after_it_was_finished_is_finished(tmp_path):
+    write_member(tmp_path / "m")
+    (tmp_path / "m" / ".progress").mkdir()
+    assert MemberWriter(tmp_path / "m", identity={"seed": 0}, n_rows=10, shard_rows=4).missing() == []
+    assert not (tmp_path / "m" / ".progress").exists()
+
+
+def test_overwriting_killed_halfway_leaves_the_old_member_or_none(tmp_path, monkeypatch):
+    write_member(tmp_path / "m", identity={"seed": 0})
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.shutil, "rmtree", lambda path, ignore_errors=False: None if ignore_errors else killed())
+        with pytest.raises(KeyboardInterrupt):
+            MemberWriter(tmp_path / "m", identity={"seed": 1}, n_rows=10, shard_rows=4, overwrite=True)
+    assert MemberWriter(tmp_path / "m", identity={"seed": 1}, n_rows=10, shard_rows=4).missing() == [0, 1, 2]
+
+
 def test_an_empty_dataset_is_refused(tmp_path):
     with pytest.raises(ValueError, match="dataset is empty"):
         MemberWriter(tmp_path / "m", identity={}, n_rows=0, shard_rows=4)
