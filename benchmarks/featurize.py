@@ -84,7 +84,8 @@ def relative_error(featurizer: Featurizer, batch: dict[str, torch.Tensor]) -> fl
     """Features of one batch against a loop of float64 autograd over its examples, sketched in float64."""
     features = featurizer.features(batch).features.double()
     model, selection = featurizer.model.eval().double(), featurizer.selection
-    projector = make_projector(featurizer.config.projector, proj_dim=featurizer.config.proj_dim, seed=featurizer.seed)
+    config = featurizer.config
+    projector = make_projector(config.projector, proj_dim=config.proj_dim, seed=featurizer.seed, fold=config.fold)
     errors = []
     for row in range(len(features)):
         one = {key: value[row : row + 1] for key, value in batch.items()}

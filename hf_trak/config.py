@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 CONFIG_NAME = "trak_config.json"
 CARD_NAME = "README.md"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 # Fields that decide scores after the fact; two indices that differ in them still speak the same language.
 _CHOSEN_AFTER = ("damping", "dtype")
@@ -36,6 +36,11 @@ class TrakConfig:
     seed: int = _option(0, "Sketch seed of the first member; member i uses seed + i.")
     projector: str = _option(
         "block_count_sketch", "Sketch: block_count_sketch, dense_rademacher (the paper's; slow), identity (none)."
+    )
+    fold: int = _option(
+        4,
+        "Rows or columns of a weight's longer side that may share a bucket before its gradient is formed; 1 folds nothing. "
+        "For block_count_sketch.",
     )
     gradients: Literal["layerwise", "functional"] = _option(
         "layerwise", "How per-example gradients are made: layerwise (fast) or functional (any model)."
@@ -67,8 +72,10 @@ class TrakConfig:
                 raise ValueError(f"`damping` must be 'auto' or a number, but is {self.damping!r}.") from None
         if self.damping != "auto" and not 0 <= self.damping < float("inf"):
             raise ValueError(f"`damping` must be 'auto' or a finite number of at least 0, but is {self.damping}.")
-        if isinstance(self.proj_dim, bool) or not isinstance(self.proj_dim, int) or self.proj_dim < 1:
-            raise ValueError(f"`proj_dim` must be a whole number of at least 1, but is {self.proj_dim!r}.")
+        for name in ("proj_dim", "fold"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` must be a whole number of at least 1, but is {value!r}.")
         for name, choices in (("dtype", ("float32", "float16")), ("gradients", ("layerwise", "functional"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {', '.join(choices)}, but is {getattr(self, name)!r}.")

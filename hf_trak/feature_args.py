@@ -16,6 +16,13 @@ class FeatureArguments:
     projector: str = field(
         default="block_count_sketch", metadata={"help": "block_count_sketch, dense_rademacher (the paper's; slow) or identity."}
     )
+    fold: int = field(
+        default=4,
+        metadata={
+            "help": "Rows or columns of a weight's longer side that may share a bucket before its gradient is formed; 1 folds "
+            "nothing and is slower."
+        },
+    )
     gradients: str = field(default="layerwise", metadata={"help": "layerwise (fast) or functional (any model)."})
     damping: str = field(
         default="auto",
@@ -40,6 +47,7 @@ class FeatureArguments:
             proj_dim=self.proj_dim,
             seed=self.sketch_seed,
             projector=self.projector,
+            fold=self.fold,
             gradients=self.gradients,  # type: ignore[arg-type]
             damping=self.damping,  # type: ignore[arg-type]
             dtype=self.features_dtype,  # type: ignore[arg-type]

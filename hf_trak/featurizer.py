@@ -103,7 +103,9 @@ class Featurizer:
                     "cannot be longer than what it sketches. Choose a smaller proj_dim, or projector='identity' with "
                     f"proj_dim={selection.grad_dim}."
                 )
-            projector = make_projector(self.config.projector, proj_dim=self.config.proj_dim, seed=self.seed)
+            projector = make_projector(
+                self.config.projector, proj_dim=self.config.proj_dim, seed=self.seed, fold=self.config.fold
+            )
             if isinstance(projector, Identity):
                 projector.lay_out({name: parameter.numel() for name, parameter in selection.parameters.items()})
             self.model.to(self.device)

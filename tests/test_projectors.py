@@ -15,10 +15,11 @@ from torch import Tensor
 from hf_trak.gradients import select_parameters
 from hf_trak.projectors import PROJECTORS, BlockCountSketch, DenseRademacher, Identity, Projector, make_projector
 from hf_trak.projectors.base import as_matrix
+from hf_trak.projectors.block_count_sketch import _draw_ring, _longest_side
 from hf_trak.tasks import classification_margin
 
 CPU = torch.device("cpu")
-PINNED_BLOCK = {0: [-7.0, 8.0, 21.0, 9.0, 6.0], 1: [-26.0, 2.0, -2.0, 0.0, 1.0]}
+PINNED_BLOCK = {0: [9.0, -16.0, 1.0, -13.0, -6.0], 1: [15.0, 7.0, 20.0, 5.0, -6.0]}
 PINNED_DENSE = [[1, -1, 1, 1, -1, 1], [-1, 1, 1, -1, 1, -1], [1, -1, -1, -1, 1, -1]]
 SKETCHES: dict[str, Callable[..., Projector]] = {"block_count_sketch": BlockCountSketch, "dense_rademacher": DenseRademacher}
 
@@ -204,15 +205,24 @@ def test_every_entry_lands_with_weight_one_in_one_bucket(shape: tuple[int, ...],
 
 
 @pytest.mark.parametrize(("rows", "columns", "proj_dim"), [*SHAPES.values(), (512, 3, 1024), (1000, 16, 64), (30, 1000, 16)])
-def test_no_two_rows_of_a_tile_share_a_rotation(rows: int, columns: int, proj_dim: int):
+def test_no_two_rows_of_a_tile_start_at_one_place(rows: int, columns: int, proj_dim: int):
     for seed in range(4):
-        for column in BlockCountSketch(proj_dim=proj_dim, seed=seed)._tile_columns("w", (rows, columns), CPU):
-            for rotations in column.row_rotations.split(column.tile_rows):
-                assert len(rotations.unique()) == len(rotations)
-                width = column.columns.stop - column.columns.start
-                if proj_dim % 2 == 0 and 2 * width > proj_dim:
-                    apart = (rotations[:, None] - rotations).remainder(proj_dim)
-                    assert not (apart == proj_dim // 2).any()
+        for column in BlockCountSketch(proj_dim=proj_dim, seed=seed)._layout("w", (rows, columns), CPU):
+            for tile in column.tiles:
+                starts = torch.arange(tile.rows.stop - tile.rows.start) * column.width % tile.ring
+                assert len(starts.unique()) == len(starts)
+                assert column.width <= tile.ring <= proj_dim
+                assert tile.ring % 2 == 1
+
+
+def test_every_proj_dim_has_a_ring_for_every_width():
+    for proj_dim in [*range(1, 400), 512, 1024, 2047, 4096, 16384]:
+        longest = _longest_side(proj_dim)
+        for width in {longest, *range(1, longest + 1, max(1, longest // 40))}:
+            ring = _draw_ring(7, width, proj_dim=proj_dim)
+            assert longest <= ring <= proj_dim, (proj_dim, width, ring)
+            assert math.gcd(ring, width) == 1
+            assert ring % 2 == 1
 
 
 @pytest.mark.parametrize("seed_and_name", [(0, "w"), (1, "v")])

@@ -12,15 +12,16 @@ PROJECTORS: dict[str, type[Projector]] = {
 }
 
 
-def make_projector(name: str, *, proj_dim: int, seed: int) -> Projector:
-    """Return the projector called `name`.
+def make_projector(name: str, *, proj_dim: int, seed: int, fold: int = 1) -> Projector:
+    """Return the projector called `name`; `fold` is for those that fold.
 
     Raises:
         ValueError: If there is no such projector; the message lists those there are.
     """
     if name not in PROJECTORS:
         raise ValueError(f"Unknown projector {name!r}; choose one of {', '.join(PROJECTORS)}.")
-    return PROJECTORS[name](proj_dim=proj_dim, seed=seed)
+    kind = PROJECTORS[name]
+    return kind(proj_dim=proj_dim, seed=seed, fold=fold) if kind is BlockCountSketch else kind(proj_dim=proj_dim, seed=seed)
 
 
 __all__ = ["PROJECTORS", "BlockCountSketch", "DenseRademacher", "Identity", "Projector", "make_projector"]

@@ -1,136 +1,173 @@
 r"""The block count sketch: every gradient entry gets a sign and is added to one of proj_dim buckets.
 
-A parameter is a matrix, cut into tiles. In a tile, entry (o, i) has
+A parameter is a matrix. Where that saves an outer product worth saving, its longer side is first folded (`folding.py`). What is
+left is cut into tiles; in a tile, entry (o, i) of rows of `width` entries has
 
-    sign   σ(o) τ(i)                     one hashed sign per row, one per column
-    bucket (h(o) + i) mod proj_dim       a rotation per row; rows are laid end to end in blocks, one hashed rotation a block
+    sign    σ(o) τ(i)                                            one hashed sign per row, one per column
+    bucket  offset + ((o · width + i) mod ring)   mod proj_dim    rows laid end to end around a ring
 
-Signs that factor over rows and columns are applied to the *factors* of an outer product, before it is formed, so that a Linear
-layer's sketch costs its outer products and one contiguous, memory-bound pass of additions. No state per entry is kept.
+The ring is an odd number a little below proj_dim, drawn by hash among those that share no factor with `width`; the offset is
+hashed too. Signs that factor over rows and columns are applied to the *factors* of an outer product before it is formed, and laying
+rows end to end makes the buckets of a whole chunk of rows a few contiguous additions. No state per entry is kept.
 
-**Why it is as good as dense signs.** The error of ⟨φ(x), φ(y)⟩ is the sum of σσ'ττ' x y' over entries that share a bucket. Within
-a tile the rotations h are all different and a row is no longer than the ring, so two entries that share a bucket differ in both
-row and column. Then σ(o)σ(o')τ(i)τ(i') equals that of no other colliding pair (the opposite corners (o,i'), (o',i) could collide
-only at h(o') − h(o) = proj_dim / 2, which is not drawn where the row is long enough to matter). Different tiles have signs of
-their own. So the variance is what independent signs give: (‖x‖²‖y‖² + ⟨x,y⟩²) / proj_dim up to the chance of a collision, and
-less where energy shares a row, a column or a block, whose entries never meet. A plain block count sketch, whose blocks ignore
-rows, folds whole hot columns onto each other when proj_dim and the row length share a factor.
+**Why it is as good as dense signs.** The error of ⟨φ(x), φ(y)⟩ is the sum of σσ'ττ' x y' over entries that share a bucket. A tile has
+at most `ring` rows, and the ring shares no factor with the width, so no two rows start at one place: two entries of a tile that
+share a bucket differ in both row and column. Then σ(o)σ(o')τ(i)τ(i') equals that of no other colliding pair: the opposite corners
+(o,i'), (o',i) could collide only if 2(i − i') ≡ 0 modulo the ring, which is odd and longer than a row. Tiles have signs of their
+own. So the variance is what independent signs give, (‖x‖²‖y‖² + ⟨x,y⟩²) times the chance of a collision, about 1/proj_dim. A plain
+block count sketch, whose ring knows nothing of rows, folds whole hot columns onto each other when proj_dim and the row length
+share a factor.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass
 from functools import cache
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from hf_trak.hashing import random_integers, random_signs, stream_key
+from hf_trak.hashing import random_integers, stream_key
 from hf_trak.projectors.base import Projector, as_matrix
+from hf_trak.projectors.folding import Fold, folded_shape
 
 _CHUNK = 1 << 19  # gradient entries materialised at one time by `add_outer`: about what a core's cache holds
+_LAP = 1 << 13  # entries added by one operation: short rings are laid end to end until they are this long
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """A rectangle of a parameter that lies on one ring."""
+
+    rows: slice  # of the folded parameter
+    columns: Fold
+    ring: int
+    offset: int
 
 
 @dataclass(frozen=True)
 class _TileColumn:
     """The tiles that share a range of columns, from the first row to the last."""
 
-    columns: slice
-    tile_rows: int  # rows of a tile; the last may have fewer
-    block_rows: int  # rows of a block
-    row_signs: Float[Tensor, " rows"]
-    column_signs: Float[Tensor, "tiles columns"]
-    block_rotations: list[list[int]]  # (tiles, blocks)
-    row_rotations: Int64[Tensor, " rows"]
+    columns: slice  # of the folded parameter
+    rows: Fold
+    tiles: list[_Tile]
+
+    @property
+    def width(self) -> int:
+        return self.columns.stop - self.columns.start
+
+    def placement(self, device: torch.device) -> Int64[Tensor, "3 tiles"]:
+        """Each tile's first row, ring and offset."""
+        return torch.tensor([[tile.rows.start, tile.ring, tile.offset] for tile in self.tiles], device=device).T
+
+    def fold_columns(
+        self, values: Float[Tensor, "batch tokens columns"], tile: Int64[Tensor, "batch tokens"]
+    ) -> Float[Tensor, "batch tokens width"]:
+        """Sign and fold the columns of single rows, each of which lies in a tile of its own."""
+        if len(self.tiles) == 1:
+            folded = self.tiles[0].columns(values)
+        elif not self.tiles[0].columns.is_folded:
+            folded = values * torch.stack([t.columns.signs for t in self.tiles])[tile].to(values)
+        else:
+            folded = sum(t.columns(values * (tile == i).unsqueeze(-1)) for i, t in enumerate(self.tiles))  # type: ignore[assignment]
+        return folded[:, :, self.columns]
 
 
-def _draw_rotations(key: int, n_blocks: int, *, proj_dim: int, row_length: int, block_rows: int) -> list[int]:
-    """Draw one rotation per block so that no two rows of a tile have the same one, nor are half the ring apart."""
-    banned = np.arange(1 - block_rows, block_rows) * row_length % proj_dim
-    if 2 * row_length > proj_dim and proj_dim % 2 == 0:
-        banned = np.concatenate([banned, (banned + proj_dim // 2) % proj_dim])
-    free = np.ones(proj_dim, dtype=bool)
-    rotations: list[int] = []
-    for start in itertools.count(0, 2 * n_blocks):  # at most about half the ring is ever banned: one draw in two succeeds
-        for rotation in random_integers(key, 2 * n_blocks, below=proj_dim, start=start).tolist():
-            if free[rotation]:
-                rotations.append(rotation)
-                free[(rotation + banned) % proj_dim] = False
-            if len(rotations) == n_blocks:
-                return rotations
-    raise AssertionError("unreachable")
+def _longest_side(proj_dim: int) -> int:
+    """Return the rows or columns a tile may have: fewer than any ring.
+
+    From 149 on, the top sixteenth of the numbers up to proj_dim holds a prime, so it holds a ring; below, the top half does.
+    """
+    return proj_dim - proj_dim // 16 - 1 if proj_dim >= 149 else max(1, proj_dim // 2)
 
 
-def _add_blocks(
-    accumulator: Float[Tensor, "batch width"],
-    signed: Float[Tensor, "batch rows columns"],
-    block_rows: int,
-    rotations: list[int],
-) -> None:
-    """Add whole blocks of rows, signs applied, each at its rotation."""
-    length = block_rows * signed.shape[2]
-    flat = signed.reshape(signed.shape[0], -1)
-    for block, rotation in zip(flat.split(length, dim=1), rotations, strict=False):
-        accumulator[:, rotation : rotation + block.shape[1]] += block
+def _draw_ring(key: int, width: int, *, proj_dim: int) -> int:
+    """Draw a ring: an odd number at most proj_dim, longer than a tile's sides, that shares no factor with `width`."""
+    above = _longest_side(proj_dim) if proj_dim > 2 else 0
+    rings = [ring for ring in range(above + 1, proj_dim + 1) if ring % 2 and math.gcd(ring, width) == 1]
+    return rings[int(random_integers(key, 1, below=len(rings)))]
+
+
+def _spans(length: int, most: int) -> list[slice]:
+    """Cut `length` into as few ranges of like size as hold `most` entries each at most."""
+    size = math.ceil(length / math.ceil(length / most))
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+class _Laps:
+    """Adds a stream of entries around a ring, in long contiguous pieces."""
+
+    def __init__(self, accumulator: Float[Tensor, "batch width"], tile: _Tile) -> None:
+        self.target = accumulator[:, tile.offset : tile.offset + tile.ring]
+        self.ring = tile.ring
+        n_rings = max(1, _LAP // tile.ring)
+        self.lap = self.target if n_rings == 1 else accumulator.new_zeros(accumulator.shape[0], n_rings * tile.ring)
+        self.place = 0
+
+    def add(self, entries: Float[Tensor, "batch entries"], signs: Float[Tensor, " entries"] | None = None) -> None:
+        length = self.lap.shape[1]
+        done = 0
+        while done < entries.shape[1]:
+            piece = min(length - self.place, entries.shape[1] - done)
+            target, values = self.lap[:, self.place : self.place + piece], entries[:, done : done + piece]
+            if signs is None:
+                target += values
+            else:
+                target.addcmul_(values, signs[done : done + piece])
+            done += piece
+            self.place = (self.place + piece) % length
+
+    def close(self) -> None:
+        if self.lap is not self.target:
+            self.target += self.lap.view(len(self.lap), -1, self.ring).sum(1)
 
 
 class BlockCountSketch(Projector):
-    """One signed bucket per gradient entry, laid out for contiguous memory. The default projector."""
+    """One signed bucket per gradient entry, laid out for contiguous memory. The default projector.
 
-    def __init__(self, *, proj_dim: int, seed: int) -> None:
+    Args:
+        fold (`int`): Rows or columns of a weight's longer side that may share a bucket before its outer product is formed; 1
+            folds nothing.
+    """
+
+    def __init__(self, *, proj_dim: int, seed: int, fold: int = 1) -> None:
         super().__init__(proj_dim=proj_dim, seed=seed)
-        self._tile_columns = cache(self._make_tile_columns)
+        if fold < 1:
+            raise ValueError(f"`fold` must be at least 1, but is {fold}.")
+        self.fold = fold
+        self._layout = cache(self._draw_layout)
 
     def __getstate__(self) -> dict[str, int]:
-        return {"proj_dim": self.proj_dim, "seed": self.seed}  # tables are drawn again where they are needed
+        return {"proj_dim": self.proj_dim, "seed": self.seed, "fold": self.fold}  # tables are drawn again where they are needed
 
     def __setstate__(self, state: dict[str, int]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
-    def _make_tile_columns(self, name: str, shape: tuple[int, int], device: torch.device) -> list[_TileColumn]:
-        """Cut a parameter into tiles of at most proj_dim columns and proj_dim // 4 rows."""
-        n_rows, n_columns = shape
-        row_length = math.ceil(n_columns / math.ceil(n_columns / self.proj_dim))
-        n_tiles = math.ceil(n_rows / max(1, self.proj_dim // 4))
-        tile_rows = math.ceil(n_rows / n_tiles)
-        block_rows = self.proj_dim // row_length
-        place = torch.arange(tile_rows) % block_rows * row_length
+    def _draw_layout(self, name: str, shape: tuple[int, int], device: torch.device) -> list[_TileColumn]:
+        """Fold a parameter and cut it into tiles whose rows and columns fit the ring."""
+        most = _longest_side(self.proj_dim)
+        n_rows, n_columns = folded_shape(*shape, fold=self.fold)
         result = []
-        for left in range(0, n_columns, row_length):
-            block_rotations = [
-                _draw_rotations(
-                    stream_key(self.seed, name, "rotations", top, left),
-                    math.ceil(tile_rows / block_rows),
-                    proj_dim=self.proj_dim,
-                    row_length=row_length,
-                    block_rows=block_rows,
+        for columns in _spans(n_columns, most):
+            width, left = columns.stop - columns.start, columns.start
+            rows = Fold.draw(self.seed, name, "rows", length=shape[0], n_buckets=n_rows, device=device, tile=left)
+            tiles = []
+            for span in _spans(n_rows, most):
+                key = stream_key(self.seed, name, "ring", span.start, left)
+                fold = Fold.draw(
+                    self.seed, name, "columns", length=shape[1], n_buckets=n_columns, device=device, tile=span.start
                 )
-                for top in range(0, n_rows, tile_rows)
-            ]
-            row_rotations = (
-                torch.tensor(block_rotations).repeat_interleave(block_rows, 1)[:, :tile_rows] + place
-            ) % self.proj_dim
-            column_signs = random_signs(stream_key(self.seed, name, "columns", left), n_tiles * row_length)
-            width = min(row_length, n_columns - left)
-            result.append(
-                _TileColumn(
-                    columns=slice(left, left + width),
-                    tile_rows=tile_rows,
-                    block_rows=block_rows,
-                    row_signs=random_signs(stream_key(self.seed, name, "rows", left), n_rows).to(device),
-                    column_signs=column_signs.view(n_tiles, row_length)[:, :width].to(device),
-                    block_rotations=block_rotations,
-                    row_rotations=row_rotations.flatten()[:n_rows].to(device),
-                )
-            )
+                ring = _draw_ring(key, width, proj_dim=self.proj_dim)
+                offset = int(random_integers(key, 1, below=self.proj_dim, start=1))
+                tiles.append(_Tile(span, fold, ring, offset))
+            result.append(_TileColumn(columns, rows, tiles))
         return result
 
     def start(self, batch_size: int, *, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "batch width"]:
-        # Twice the ring: a rotated block is then one slice, and `finish` folds the second half onto the first.
+        # Twice as long as the features: a ring at any offset is then one slice, and `finish` folds the second half onto the first.
         return torch.zeros(batch_size, 2 * self.proj_dim, dtype=dtype, device=device)
 
     def finish(self, accumulator: Float[Tensor, "batch width"]) -> Float[Tensor, "batch proj_dim"]:
@@ -139,11 +176,16 @@ class BlockCountSketch(Projector):
     def add(self, accumulator: Float[Tensor, "batch width"], name: str, grads: Float[Tensor, "batch *shape"]) -> None:
         shape = as_matrix(tuple(grads.shape[1:]))
         matrices = grads.reshape(grads.shape[0], *shape)
-        for column in self._tile_columns(name, shape, grads.device):
-            for tile, top in enumerate(range(0, shape[0], column.tile_rows)):
-                signs = torch.outer(column.row_signs[top : top + column.tile_rows], column.column_signs[tile])
-                signed = matrices[:, top : top + column.tile_rows, column.columns] * signs.to(grads)
-                _add_blocks(accumulator, signed, column.block_rows, column.block_rotations[tile])
+        for column in self._layout(name, shape, grads.device):
+            whole = column.rows(matrices.transpose(1, 2)).transpose(1, 2) if column.rows.is_folded else matrices
+            row_signs = torch.ones_like(column.rows.signs) if column.rows.is_folded else column.rows.signs
+            for tile in column.tiles:
+                entries = tile.columns(whole[:, tile.rows]) if tile.columns.is_folded else whole[:, tile.rows]
+                column_signs = torch.ones_like(tile.columns.signs) if tile.columns.is_folded else tile.columns.signs
+                laps = _Laps(accumulator, tile)
+                signs = torch.outer(row_signs[tile.rows], column_signs[: entries.shape[2]][column.columns])
+                laps.add(entries[:, :, column.columns].flatten(1), signs.to(grads).flatten())
+                laps.close()
 
     def add_outer(
         self,
@@ -152,18 +194,16 @@ class BlockCountSketch(Projector):
         left: Float[Tensor, "batch tokens rows"],
         right: Float[Tensor, "batch tokens columns"],
     ) -> None:
-        n_rows, n_columns = left.shape[2], right.shape[2]
-        for column in self._tile_columns(name, (n_rows, n_columns), left.device):
-            block_entries = left.shape[0] * column.block_rows * (column.columns.stop - column.columns.start)
-            blocks = max(1, _CHUNK // block_entries)
-            signed_left = (left * column.row_signs.to(left)).transpose(1, 2)
-            for tile, top in enumerate(range(0, n_rows, column.tile_rows)):
-                bottom = min(top + column.tile_rows, n_rows)
-                signed_right = right[:, :, column.columns] * column.column_signs[tile].to(right)
-                # (batch, tokens, rows), (batch, tokens, columns) -> (batch, rows, columns), some blocks of rows at a time
-                for block, first in enumerate(range(top, bottom, blocks * column.block_rows)):
-                    grads = torch.bmm(signed_left[:, first : min(first + blocks * column.block_rows, bottom)], signed_right)
-                    _add_blocks(accumulator, grads, column.block_rows, column.block_rotations[tile][block * blocks :])
+        for column in self._layout(name, (left.shape[2], right.shape[2]), left.device):
+            rows_at_once = max(1, _CHUNK // (left.shape[0] * column.width))
+            folded_left = column.rows(left).transpose(1, 2)
+            for tile in column.tiles:
+                folded_right = tile.columns(right)[:, :, column.columns]
+                laps = _Laps(accumulator, tile)
+                # (batch, tokens, rows), (batch, tokens, columns) -> (batch, rows · columns), some rows at a time
+                for rows in folded_left[:, tile.rows].split(rows_at_once, dim=1):
+                    laps.add(torch.bmm(rows, folded_right).flatten(1))
+                laps.close()
 
     def add_rows(
         self,
@@ -173,9 +213,12 @@ class BlockCountSketch(Projector):
         rows: Int64[Tensor, "batch tokens"],
         values: Float[Tensor, "batch tokens columns"],
     ) -> None:
-        for column in self._tile_columns(name, shape, values.device):
-            # (batch, tokens), (batch, tokens, columns) -> buckets and signed values, (batch, tokens · columns)
-            signs = column.row_signs[rows].unsqueeze(-1) * column.column_signs[rows // column.tile_rows]
-            signed = values[:, :, column.columns] * signs.to(values)
-            buckets = column.row_rotations[rows].unsqueeze(-1) + torch.arange(signed.shape[2], device=rows.device)
+        for column in self._layout(name, shape, values.device):
+            place = column.rows.buckets()[rows]
+            tile = place // (column.tiles[0].rows.stop - column.tiles[0].rows.start)
+            start, ring, offset = column.placement(values.device)[:, tile].unsqueeze(-1)
+            signed = column.fold_columns(values * column.rows.signs[rows].unsqueeze(-1).to(values), tile)
+            # (batch, tokens) -> buckets of each token's entries, (batch, tokens, columns)
+            entry = torch.arange(column.width, device=rows.device) + (place.unsqueeze(-1) - start) * column.width % ring
+            buckets = torch.where(entry < ring, entry, entry - ring) + offset
             accumulator.scatter_add_(1, buckets.flatten(1), signed.flatten(1))
