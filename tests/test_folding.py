@@ -43,13 +43,13 @@ def test_a_fold_puts_every_entry_with_a_sign_into_its_bucket(length, n_buckets):
     assert matrix.shape == (length, n_buckets)
     assert fold.is_folded == (n_buckets < length)
     expected = torch.zeros(length, n_buckets)
-    expected[torch.arange(length), fold.buckets()] = fold.signs
+    expected[torch.arange(length), fold.buckets] = fold.signs
     assert torch.equal(matrix, expected)
 
 
 def test_entries_of_one_block_never_share_a_bucket():
     fold = Fold.draw(3, "w", "rows", length=40, n_buckets=11, device=CPU)
-    for block in fold.buckets().split(11):
+    for block in fold.buckets.split(11):
         assert len(block.unique()) == len(block)
     assert len({*fold.rotations}) > 1
 
@@ -58,7 +58,7 @@ def test_two_entries_share_a_bucket_as_often_as_chance_has_it():
     shared = [
         (buckets[3] == buckets[25]).item()
         for seed in range(2000)
-        for buckets in [Fold.draw(seed, "w", "rows", length=30, n_buckets=10, device=CPU).buckets()]
+        for buckets in [Fold.draw(seed, "w", "rows", length=30, n_buckets=10, device=CPU).buckets]
     ]
     assert sum(shared) / 2000 == pytest.approx(0.1, abs=4 * math.sqrt(0.09 / 2000))
 

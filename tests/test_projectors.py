@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_trak.gradients import select_parameters
 from hf_trak.projectors import PROJECTORS, BlockCountSketch, DenseRademacher, Identity, Projector, make_projector
 from hf_trak.projectors.base import as_matrix
-from hf_trak.projectors.block_count_sketch import _draw_ring, _longest_side
+from hf_trak.projectors.ring import draw_ring, longest_side
 from hf_trak.tasks import classification_margin
 
 CPU = torch.device("cpu")
@@ -209,17 +209,17 @@ def test_no_two_rows_of_a_tile_start_at_one_place(rows: int, columns: int, proj_
     for seed in range(4):
         for column in BlockCountSketch(proj_dim=proj_dim, seed=seed)._layout("w", (rows, columns), CPU):
             for tile in column.tiles:
-                starts = torch.arange(tile.rows.stop - tile.rows.start) * column.width % tile.ring
+                starts = torch.arange(tile.rows.stop - tile.rows.start) * column.width % tile.ring.length
                 assert len(starts.unique()) == len(starts)
-                assert column.width <= tile.ring <= proj_dim
-                assert tile.ring % 2 == 1
+                assert column.width <= tile.ring.length <= proj_dim
+                assert tile.ring.length % 2 == 1
 
 
 def test_every_proj_dim_has_a_ring_for_every_width():
     for proj_dim in [*range(1, 400), 512, 1024, 2047, 4096, 16384]:
-        longest = _longest_side(proj_dim)
+        longest = longest_side(proj_dim)
         for width in {longest, *range(1, longest + 1, max(1, longest // 40))}:
-            ring = _draw_ring(7, width, proj_dim=proj_dim)
+            ring = draw_ring(7, width, proj_dim=proj_dim).length
             assert longest <= ring <= proj_dim, (proj_dim, width, ring)
             assert math.gcd(ring, width) == 1
             assert ring % 2 == 1

@@ -29,12 +29,13 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from hf_trak.hashing import random_integers, stream_key
+from hf_trak.hashing import stream_key
 from hf_trak.projectors.base import Projector, as_matrix
 from hf_trak.projectors.folding import Fold, folded_shape
+from hf_trak.projectors.ring import Ring, add_rows_around, draw_ring, laps_around, longest_side
 
-_CHUNK = 1 << 19  # gradient entries materialised at one time by `add_outer`: about what a core's cache holds
-_LAP = 1 << 13  # entries added by one operation: short rings are laid end to end until they are this long
+# Gradient entries materialised at one time by `add_outer`: about what a core's cache holds; a GPU is kept busy with more.
+_CHUNK, _CHUNK_ON_CUDA = 1 << 19, 1 << 26
 
 
 @dataclass(frozen=True)
@@ -43,25 +44,22 @@ class _Tile:
 
     rows: slice  # of the folded parameter
     columns: Fold
-    ring: int
-    offset: int
+    ring: Ring
 
 
 @dataclass(frozen=True)
 class _TileColumn:
-    """The tiles that share a range of columns, from the first row to the last."""
+    """The tiles that share a range of columns, from the first row to the last; all but the last have as many rows."""
 
     columns: slice  # of the folded parameter
     rows: Fold
     tiles: list[_Tile]
+    placement: Int64[Tensor, "3 tiles"]
+    """Each tile's first row, and its ring's length and offset."""
 
     @property
     def width(self) -> int:
         return self.columns.stop - self.columns.start
-
-    def placement(self, device: torch.device) -> Int64[Tensor, "3 tiles"]:
-        """Each tile's first row, ring and offset."""
-        return torch.tensor([[tile.rows.start, tile.ring, tile.offset] for tile in self.tiles], device=device).T
 
     def fold_columns(
         self, values: Float[Tensor, "batch tokens columns"], tile: Int64[Tensor, "batch tokens"]
@@ -76,53 +74,10 @@ class _TileColumn:
         return folded[:, :, self.columns]
 
 
-def _longest_side(proj_dim: int) -> int:
-    """Return the rows or columns a tile may have: fewer than any ring.
-
-    From 149 on, the top sixteenth of the numbers up to proj_dim holds a prime, so it holds a ring; below, the top half does.
-    """
-    return proj_dim - proj_dim // 16 - 1 if proj_dim >= 149 else max(1, proj_dim // 2)
-
-
-def _draw_ring(key: int, width: int, *, proj_dim: int) -> int:
-    """Draw a ring: an odd number at most proj_dim, longer than a tile's sides, that shares no factor with `width`."""
-    above = _longest_side(proj_dim) if proj_dim > 2 else 0
-    rings = [ring for ring in range(above + 1, proj_dim + 1) if ring % 2 and math.gcd(ring, width) == 1]
-    return rings[int(random_integers(key, 1, below=len(rings)))]
-
-
 def _spans(length: int, most: int) -> list[slice]:
     """Cut `length` into as few ranges of like size as hold `most` entries each at most."""
     size = math.ceil(length / math.ceil(length / most))
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
-
-
-class _Laps:
-    """Adds a stream of entries around a ring, in long contiguous pieces."""
-
-    def __init__(self, accumulator: Float[Tensor, "batch width"], tile: _Tile) -> None:
-        self.target = accumulator[:, tile.offset : tile.offset + tile.ring]
-        self.ring = tile.ring
-        n_rings = max(1, _LAP // tile.ring)
-        self.lap = self.target if n_rings == 1 else accumulator.new_zeros(accumulator.shape[0], n_rings * tile.ring)
-        self.place = 0
-
-    def add(self, entries: Float[Tensor, "batch entries"], signs: Float[Tensor, " entries"] | None = None) -> None:
-        length = self.lap.shape[1]
-        done = 0
-        while done < entries.shape[1]:
-            piece = min(length - self.place, entries.shape[1] - done)
-            target, values = self.lap[:, self.place : self.place + piece], entries[:, done : done + piece]
-            if signs is None:
-                target += values
-            else:
-                target.addcmul_(values, signs[done : done + piece])
-            done += piece
-            self.place = (self.place + piece) % length
-
-    def close(self) -> None:
-        if self.lap is not self.target:
-            self.target += self.lap.view(len(self.lap), -1, self.ring).sum(1)
 
 
 class BlockCountSketch(Projector):
@@ -148,7 +103,7 @@ class BlockCountSketch(Projector):
 
     def _draw_layout(self, name: str, shape: tuple[int, int], device: torch.device) -> list[_TileColumn]:
         """Fold a parameter and cut it into tiles whose rows and columns fit the ring."""
-        most = _longest_side(self.proj_dim)
+        most = longest_side(self.proj_dim)
         n_rows, n_columns = folded_shape(*shape, fold=self.fold)
         result = []
         for columns in _spans(n_columns, most):
@@ -160,10 +115,9 @@ class BlockCountSketch(Projector):
                 fold = Fold.draw(
                     self.seed, name, "columns", length=shape[1], n_buckets=n_columns, device=device, tile=span.start
                 )
-                ring = _draw_ring(key, width, proj_dim=self.proj_dim)
-                offset = int(random_integers(key, 1, below=self.proj_dim, start=1))
-                tiles.append(_Tile(span, fold, ring, offset))
-            result.append(_TileColumn(columns, rows, tiles))
+                tiles.append(_Tile(span, fold, draw_ring(key, width, proj_dim=self.proj_dim)))
+            placement = torch.tensor([[t.rows.start, *t.ring] for t in tiles], device=device).T
+            result.append(_TileColumn(columns, rows, tiles, placement))
         return result
 
     def start(self, batch_size: int, *, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "batch width"]:
@@ -182,7 +136,7 @@ class BlockCountSketch(Projector):
             for tile in column.tiles:
                 entries = tile.columns(whole[:, tile.rows]) if tile.columns.is_folded else whole[:, tile.rows]
                 column_signs = torch.ones_like(tile.columns.signs) if tile.columns.is_folded else tile.columns.signs
-                laps = _Laps(accumulator, tile)
+                laps = laps_around(accumulator, tile.ring)
                 signs = torch.outer(row_signs[tile.rows], column_signs[: entries.shape[2]][column.columns])
                 laps.add(entries[:, :, column.columns].flatten(1), signs.to(grads).flatten())
                 laps.close()
@@ -195,11 +149,12 @@ class BlockCountSketch(Projector):
         right: Float[Tensor, "batch tokens columns"],
     ) -> None:
         for column in self._layout(name, (left.shape[2], right.shape[2]), left.device):
-            rows_at_once = max(1, _CHUNK // (left.shape[0] * column.width))
+            chunk = _CHUNK_ON_CUDA if left.is_cuda else _CHUNK
+            rows_at_once = max(1, chunk // (left.shape[0] * column.width))
             folded_left = column.rows(left).transpose(1, 2)
             for tile in column.tiles:
                 folded_right = tile.columns(right)[:, :, column.columns]
-                laps = _Laps(accumulator, tile)
+                laps = laps_around(accumulator, tile.ring)
                 # (batch, tokens, rows), (batch, tokens, columns) -> (batch, rows · columns), some rows at a time
                 for rows in folded_left[:, tile.rows].split(rows_at_once, dim=1):
                     laps.add(torch.bmm(rows, folded_right).flatten(1))
@@ -214,11 +169,8 @@ class BlockCountSketch(Projector):
         values: Float[Tensor, "batch tokens columns"],
     ) -> None:
         for column in self._layout(name, shape, values.device):
-            place = column.rows.buckets()[rows]
+            place = column.rows.buckets[rows]
             tile = place // (column.tiles[0].rows.stop - column.tiles[0].rows.start)
-            start, ring, offset = column.placement(values.device)[:, tile].unsqueeze(-1)
+            start, ring, offset = column.placement[:, tile]
             signed = column.fold_columns(values * column.rows.signs[rows].unsqueeze(-1).to(values), tile)
-            # (batch, tokens) -> buckets of each token's entries, (batch, tokens, columns)
-            entry = torch.arange(column.width, device=rows.device) + (place.unsqueeze(-1) - start) * column.width % ring
-            buckets = torch.where(entry < ring, entry, entry - ring) + offset
-            accumulator.scatter_add_(1, buckets.flatten(1), signed.flatten(1))
+            add_rows_around(accumulator, signed, first=(place - start) * column.width % ring, ring=ring, offset=offset)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int64
@@ -59,8 +60,9 @@ class Fold:
         """Whether entries share buckets."""
         return self.n_buckets < len(self.signs)
 
+    @cached_property
     def buckets(self) -> Int64[Tensor, " length"]:
-        """Return the bucket of every entry."""
+        """The bucket of every entry."""
         position = torch.arange(len(self.signs), device=self.signs.device)
         rotations = torch.tensor(self.rotations, device=self.signs.device)
         return (position + rotations[position // self.n_buckets]) % self.n_buckets
