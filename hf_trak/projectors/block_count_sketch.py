@@ -34,8 +34,8 @@ from hf_trak.projectors.base import Projector, as_matrix
 from hf_trak.projectors.folding import Fold, folded_shape
 from hf_trak.projectors.ring import Ring, add_rows_around, draw_ring, laps_around, longest_side
 
-# Gradient entries materialised at one time by `add_outer`: about what a core's cache holds; a GPU is kept busy with more.
-_CHUNK, _CHUNK_ON_CUDA = 1 << 19, 1 << 26
+# Gradient entries materialised at one time by `add_outer`: well within the cache that cores share; a GPU is kept busy with more.
+_CHUNK, _CHUNK_ON_CUDA = 1 << 20, 1 << 26
 
 
 @dataclass(frozen=True)
