@@ -240,7 +240,7 @@ def _read(plan: Counterfactuals, run: Removal, folder: Path, *, overwrite: bool 
         outputs = [float(output) for output in result.pop("outputs")]
         if len(outputs) != result["n_query"]:
             raise ValueError(f"{len(outputs)} outputs of {result['n_query']}")
-        lines = list_differences(_identity(plan, run), result)
+        lines = list_differences(result, _identity(plan, run))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}). Delete it and run again.") from error
     if lines and overwrite:
