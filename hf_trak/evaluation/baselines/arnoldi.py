@@ -13,10 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
@@ -25,9 +26,6 @@ from hf_trak.evaluation.baselines.gradient import GradientOf, directions
 from hf_trak.evaluation.baselines.hessian import EigenPairs, arnoldi, loss_hessian
 from hf_trak.featurizer import Featurizer
 from hf_trak.projectors import Projector
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from datasets import Dataset
 from jaxtyping import Float
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from hf_trak.config import TrakConfig
 from hf_trak.featurize import BatchSize, featurize_rows
@@ -19,11 +21,8 @@ from hf_trak.gradients import GRADIENTS, BatchFeatures
 from hf_trak.projectors import Projector
 from hf_trak.tasks import Task, vmappable_attention
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedModel
 
-
+@runtime_checkable
 class Baseline(Protocol):
     """`(train, queries) -> scores`. A positive score marks a proponent: training on it speaks for the query."""
 

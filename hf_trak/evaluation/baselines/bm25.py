@@ -11,16 +11,14 @@ factual knowledge in language models back to the training data](https://huggingf
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from datasets import Dataset
 from jaxtyping import Float64
 
 from hf_trak.config import TrakConfig
 from hf_trak.evaluation.baselines.base import Checkpoints, check_scores
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 @dataclass(frozen=True)

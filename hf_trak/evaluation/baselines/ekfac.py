@@ -16,10 +16,11 @@ import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from jaxtyping import Float64
 from torch import Tensor, nn
 
@@ -28,9 +29,6 @@ from hf_trak.evaluation.baselines.losses import classification_loss, loss_of
 from hf_trak.featurize import BatchSize
 from hf_trak.featurizer import Featurizer
 from hf_trak.tasks import Task
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+from datasets import Dataset
 from jaxtyping import Float64
 
 from hf_trak.evaluation.baselines.base import Checkpoints
 from hf_trak.evaluation.baselines.gradient import GradientOf, weighted_similarity
 from hf_trak.evaluation.baselines.tracin import check_learning_rates
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 @dataclass(frozen=True)

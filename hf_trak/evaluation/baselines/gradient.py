@@ -14,15 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
+from datasets import Dataset
 from jaxtyping import Float64
 
 from hf_trak.evaluation.baselines.base import Checkpoints, Columns, check_scores, similarity
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 GradientOf = Literal["loss", "output"]
 

@@ -10,19 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from datasets import Dataset
 from jaxtyping import Float, Float32, Float64
 from torch import Tensor, nn
 
 from hf_trak.evaluation.baselines.base import Checkpoints, check_scores, similarity
 from hf_trak.featurizer import Featurizer
 from hf_trak.gradients.batch import evaluation_mode
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 @dataclass(frozen=True)

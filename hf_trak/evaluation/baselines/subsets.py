@@ -11,22 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Float64, Int64
+from datasets import Dataset
+from jaxtyping import Float, Float64, Int64, Shaped
 
 from hf_trak.evaluation.baselines.base import check_scores
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 SubsetFit = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """`(masks, outputs) -> scores`."""
 
 
 def empirical_influence(
-    masks: Bool[np.ndarray, "n_subsets n_train"], outputs: Float[np.ndarray, "n_subsets n_query"]
+    masks: Shaped[np.ndarray, "n_subsets n_train"], outputs: Float[np.ndarray, "n_subsets n_query"]
 ) -> Float64[np.ndarray, "n_train n_query"]:
     r"""Return the mean output of the models that saw an example, less the mean of those that did not.
 
@@ -34,6 +32,7 @@ def empirical_influence(
     [What neural networks memorize and why](https://huggingface.co/papers/2008.03703).
 
     Args:
+        masks (`np.ndarray`): True or 1 where a subset holds an example.
         outputs (`np.ndarray`): One row per subset; average over the seeds of a subset first.
 
     Raises:
@@ -55,7 +54,7 @@ def empirical_influence(
 
 
 def datamodel(
-    masks: Bool[np.ndarray, "n_subsets n_train"],
+    masks: Shaped[np.ndarray, "n_subsets n_train"],
     outputs: Float[np.ndarray, "n_subsets n_query"],
     *,
     penalty: Literal["l1", "l2"] = "l1",
@@ -132,7 +131,7 @@ class Fold(NamedTuple):
 
 def cross_fit(
     fit: SubsetFit,
-    masks: Bool[np.ndarray, "n_subsets n_train"],
+    masks: Shaped[np.ndarray, "n_subsets n_train"],
     outputs: Float[np.ndarray, "n_subsets n_query"],
     *,
     n_folds: int = 5,
@@ -170,7 +169,7 @@ class FromSubsets:
         fit (`Callable`): As for [`cross_fit`].
     """
 
-    masks: Bool[np.ndarray, "n_subsets n_train"]
+    masks: Shaped[np.ndarray, "n_subsets n_train"]
     outputs: Float[np.ndarray, "n_subsets n_query"]
     fit: SubsetFit = empirical_influence
 

@@ -12,16 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+from datasets import Dataset
 from jaxtyping import Float64
 
 from hf_trak.evaluation.baselines.base import Checkpoints
 from hf_trak.evaluation.baselines.gradient import GradientOf, weighted_similarity
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 @dataclass(frozen=True)
