@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import logging
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +62,9 @@ class EKFACInfluence:
             featurizer = self.checkpoints.featurizer(number, sketched=False)
             for dataset in (train, queries):
                 featurizer.task.check(dataset, featurizer.processing_class)
-            with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
+            with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+                # kronfluence names torch's gradient scaler by its old name, in every pass.
+                warnings.filterwarnings("ignore", message=".*GradScaler.*", category=FutureWarning)
                 torch.manual_seed(self.seed)
                 scores += self._score(featurizer, train, queries, folder) / len(self.checkpoints)
         return check_scores(scores, train, queries)
