@@ -86,7 +86,12 @@ class Curve:
 
     @property
     def ours(self) -> bool:
-        return self.method.startswith("hf_trak")
+        return is_ours(self.method)
+
+
+def is_ours(method: str) -> bool:
+    """Return whether a method is drawn bold, on top: those whose names begin with hf_trak."""
+    return method.startswith("hf_trak")
 
 
 def read_rows(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
@@ -110,7 +115,9 @@ def curves_of(rows: Sequence[dict[str, Any]], plot: Plot) -> list[Curve]:
     Raises:
         ValueError: If a method has two rows at one x, or a value is not finite.
     """
-    numbers = {method: number for number, method in enumerate(dict.fromkeys(row["method"] for row in rows))}
+    # Ours first: no other method then has its color before colors run out.
+    methods = sorted(dict.fromkeys(row["method"] for row in rows), key=lambda method: not is_ours(method))
+    numbers = {method: number for number, method in enumerate(methods)}
     points: dict[str, list[Point]] = {}
     for row in rows:
         x = row.get(plot.x)
