@@ -11,7 +11,18 @@ import pytest
 
 # Before the first import of these modules: what is imported already is not checked.
 jaxtyping.install_import_hook(
-    ["hf_trak.linalg", "hf_trak.hashing", "hf_trak.projectors", "hf_trak.gradients", "hf_trak.scoring"], "beartype.beartype"
+    [
+        "hf_trak.linalg",
+        "hf_trak.hashing",
+        "hf_trak.projectors",
+        "hf_trak.gradients",
+        "hf_trak.scoring",
+        "hf_trak.evaluation.baselines.arnoldi",
+        "hf_trak.evaluation.baselines.hessian",
+        "hf_trak.evaluation.baselines.losses",
+        "hf_trak.evaluation.counterfactual",
+    ],
+    "beartype.beartype",
 )
 
 import torch

@@ -1,0 +1,93 @@
+r"""BM25: training texts that share rare words with the query. No model is looked at.
+
+$\tau(z_i, z) = \sum_{w \in z} \mathrm{idf}(w)\, \frac{tf(w, z_i)}{tf(w, z_i) + k_1\,(1 - b + b\,|z_i| / \overline{|z|})}$, over the
+words $w$ of the query, each as often as it occurs there. Labels play no part. The strongest lexical baseline of fact tracing.
+
+Sources: Robertson and Zaragoza (2009), The probabilistic relevance framework: BM25 and beyond; as computed by `bm25s`, Lù (2024),
+[BM25S](https://huggingface.co/papers/2407.03618), with Lucene's idf. For attribution: Akyürek et al. (2022), [Towards tracing
+factual knowledge in language models back to the training data](https://huggingface.co/papers/2205.11482).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from jaxtyping import Float64
+
+from hf_trak.config import TrakConfig
+from hf_trak.evaluation.baselines.base import Checkpoints, check_scores
+
+
+@dataclass(frozen=True)
+class BM25:
+    """BM25 scores of training texts for query texts, through `bm25s`.
+
+    The texts are the columns named in `config.text_columns`, or all columns of strings, joined. Rows that are only tokenized are
+    compared by their token ids.
+
+    Args:
+        checkpoints (`Checkpoints`, *optional*): Only its `config.text_columns` is looked at.
+        k1, b (`float`): Saturation of a word's count, and how far long texts are held back.
+        stopwords (`str`, *optional*): A language code for words not counted, such as `"en"`; none by default.
+    """
+
+    checkpoints: Checkpoints | None = None
+    k1: float = 1.5
+    b: float = 0.75
+    stopwords: str | None = None
+
+    def __call__(self, train: Dataset, queries: Dataset) -> Float64[np.ndarray, "n_train n_query"]:
+        bm25s = _bm25s()
+        if len(train) == 0 or len(queries) == 0:
+            raise ValueError("There is nothing to score: a dataset is empty.")
+        config = TrakConfig() if self.checkpoints is None else self.checkpoints.config
+        columns = config.text_columns or _text_columns(train)
+        words, query_words = (self._words(bm25s, dataset, columns) for dataset in (train, queries))
+        if not any(words):
+            raise ValueError("No training text has a word to compare: the texts are empty, or all their words are stop words.")
+        retriever = bm25s.BM25(method="lucene", k1=self.k1, b=self.b, dtype="float64")
+        retriever.index(words, show_progress=False)
+        scores = np.zeros((len(train), len(queries)))
+        for column, found in enumerate(query_words):
+            known = [word for word in found if word in retriever.vocab_dict]
+            if known:
+                scores[:, column] = retriever.get_scores(known)
+        return check_scores(scores, train, queries)
+
+    def _words(self, bm25s: Any, dataset: Dataset, columns: tuple[str, ...]) -> list[list[str]]:
+        missing = [column for column in columns if column not in dataset.column_names]
+        if missing:
+            raise ValueError(
+                f"A dataset has no column {', '.join(map(repr, missing))}; it has {', '.join(dataset.column_names)}. Set "
+                "`text_columns` in the configuration."
+            )
+        if columns == ("input_ids",):
+            return [list(map(str, row)) for row in _token_ids(dataset)]
+        texts = [" ".join(parts) for parts in zip(*(dataset[column][:] for column in columns), strict=True)]
+        return bm25s.tokenize(texts, stopwords=self.stopwords, return_ids=False, show_progress=False)
+
+
+def _text_columns(dataset: Dataset) -> tuple[str, ...]:
+    strings = [name for name, kind in dataset.features.items() if getattr(kind, "dtype", None) in ("string", "large_string")]
+    if not strings and "input_ids" not in dataset.column_names:
+        raise ValueError(f"BM25 compares texts, but the dataset has none: its columns are {', '.join(dataset.column_names)}.")
+    return tuple(strings) or ("input_ids",)
+
+
+def _token_ids(dataset: Dataset) -> list[list[int]]:
+    rows = dataset["input_ids"][:]
+    if "attention_mask" not in dataset.column_names:
+        return rows
+    masks = dataset["attention_mask"][:]
+    return [[i for i, keep in zip(row, mask, strict=True) if keep] for row, mask in zip(rows, masks, strict=True)]
+
+
+def _bm25s() -> Any:
+    try:
+        import bm25s
+    except ImportError as error:
+        raise ImportError("BM25 needs the bm25s library: pip install 'hf-trak[baselines]'.") from error
+    return bm25s

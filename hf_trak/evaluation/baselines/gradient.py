@@ -1,0 +1,87 @@
+r"""Gradient similarity: training examples whose gradients point where the query's does.
+
+$\tau(z_i, z) = \frac1M \sum_m \langle d(z_i; \theta_m), d(z; \theta_m)\rangle$, or the mean cosine. $d$ is the direction in which a
+step on the example moves the weights: $-\nabla L$ for its loss, or $\nabla f$ for its model output. The loss's gradient costs nothing
+beside the output's, since $\nabla L = \frac{\partial L}{\partial f}\nabla f = -Q\,\nabla f$, with $Q$ = `out_to_loss`, $1 - p$ for a
+classifier.
+
+Sources: Charpiat et al. (2019), [Input similarity from the neural network
+perspective](https://huggingface.co/papers/2102.05262); Hanawa et al. (2021), [Evaluation of similarity-based
+explanations](https://huggingface.co/papers/2006.04528).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from datasets import Dataset
+from jaxtyping import Float64
+
+from hf_trak.evaluation.baselines.base import Checkpoints, Columns, check_scores, similarity
+
+GradientOf = Literal["loss", "output"]
+
+
+def directions(columns: Columns, of: GradientOf) -> Float64[np.ndarray, "n proj_dim"]:
+    r"""Return where a step on each example moves the weights: $-\nabla L = Q\,\nabla f$ for `"loss"`, $\nabla f$ for `"output"`.
+
+    Raises:
+        ValueError: If `of` is neither.
+    """
+    if of not in ("loss", "output"):
+        raise ValueError(f"A gradient is of the 'loss' or of the 'output', not of {of!r}.")
+    features = columns.features.astype(np.float64)
+    return features if of == "output" else columns.out_to_loss.astype(np.float64)[:, None] * features
+
+
+@dataclass(frozen=True)
+class GradientSimilarity:
+    """Dot product or cosine of gradients, averaged over checkpoints.
+
+    The query's gradient is of its loss, as published: a positive score lowers the query's loss. Wherever `out_to_loss` is positive,
+    as for every classifier, that is to raise its output, and for one checkpoint the ranking of the training examples is the same;
+    for a regression use `query_gradient="output"`.
+
+    Args:
+        similarity (`"dot"` or `"cosine"`): Cosines do not depend on `out_to_loss` but for its sign.
+        train_gradient, query_gradient (`"loss"` or `"output"`): What is differentiated on either side.
+    """
+
+    checkpoints: Checkpoints
+    similarity: Literal["dot", "cosine"] = "dot"
+    train_gradient: GradientOf = "loss"
+    query_gradient: GradientOf = "loss"
+
+    def __call__(self, train: Dataset, queries: Dataset) -> Float64[np.ndarray, "n_train n_query"]:
+        weights = [1 / len(self.checkpoints)] * len(self.checkpoints)
+        return weighted_similarity(
+            self.checkpoints,
+            train,
+            queries,
+            weights=weights,
+            kind=self.similarity,
+            train_gradient=self.train_gradient,
+            query_gradient=self.query_gradient,
+        )
+
+
+def weighted_similarity(
+    checkpoints: Checkpoints,
+    train: Dataset,
+    queries: Dataset,
+    *,
+    weights: Sequence[float],
+    kind: str,
+    train_gradient: GradientOf,
+    query_gradient: GradientOf,
+) -> Float64[np.ndarray, "n_train n_query"]:
+    """Return the weighted sum over checkpoints of the similarities of gradients."""
+    scores = np.zeros((len(train), len(queries)))
+    for number, weight in enumerate(weights):
+        train_directions = directions(checkpoints.columns(number, train), train_gradient)
+        query_directions = directions(checkpoints.columns(number, queries), query_gradient)
+        scores += weight * similarity(train_directions, query_directions, kind)
+    return check_scores(scores, train, queries)
