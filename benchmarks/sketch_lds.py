@@ -29,8 +29,8 @@ from hf_trak.linalg import accumulate_kernel, factor, solve
 from hf_trak.projectors import BlockCountSketch, DenseRademacher, Identity, Projector
 
 CPU = torch.device("cpu")
-_GROUP = 1 << 20  # gradient entries per example that are made in one pass
-_BLOCK = 1 << 28  # gradient entries that exist at one time
+_GROUP = 1 << 18  # gradient entries per example that are made in one pass
+_BLOCK = 1 << 29  # gradient entries that exist at one time
 
 
 def parse() -> argparse.Namespace:
@@ -42,6 +42,7 @@ def parse() -> argparse.Namespace:
         "--ground_truth", help="outputs of models retrained on subsets, Parquet; without, features are only kept"
     )
     parser.add_argument("--features", type=Path, help="safetensors file to keep the features in, or to find them in")
+    parser.add_argument("--parameters", nargs="+", help="regular expressions; by default, all parameters")
     parser.add_argument("--proj_dim", type=int, nargs="+", default=[512, 2048])
     parser.add_argument("--damping", type=float, nargs="+", default=[0.1, 3.0])
     parser.add_argument("--folds", type=int, nargs="+", default=[1, 4, 16])
@@ -146,7 +147,7 @@ def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
     train, queries = parquet(options.train), parquet(options.queries)
-    featurizer = Featurizer(options.checkpoint, TrakConfig(proj_dim=min(options.proj_dim)))
+    featurizer = Featurizer(options.checkpoint, TrakConfig(proj_dim=min(options.proj_dim), parameters=options.parameters))
     projectors = make_projectors(options)
     if options.features and options.features.exists():
         features, out_to_loss = load_features(options.features, projectors)
@@ -160,7 +161,7 @@ def main() -> None:
     n_seeds, n_subsets, n_query = outputs.shape
     parameters = featurizer.selection.grad_dim
     case = (
-        f"{type(featurizer.model).__name__} {parameters / 1e6:.1f}M, {len(train)} rows, {n_query} queries, "
+        f"{type(featurizer.model).__name__}, {parameters / 1e6:.1f}M parameters, {len(train)} rows, {n_query} queries, "
         f"{n_subsets} half-subsets × {n_seeds} seeds, one checkpoint"
     )
     rows = []
