@@ -100,6 +100,26 @@ def render_index_card(
     return f"---\n{data.to_yaml()}\n---\n{body}"
 
 
+_MODEL_SECTION = """
+## Training data attribution
+
+This model was trained with an `AttributionTrainer` of hf_trak (`members="{members}"`), so it can be asked which training examples
+raised or lowered its output on any example. The weights that its features are made of lie under `members/`.
+
+```python
+from hf_trak import AttributionIndex
+
+index = AttributionIndex.from_pretrained("index")   # a folder, or the dataset repository that it was pushed to
+hits = index.attribute(queries, top_k=10)
+```
+"""
+
+
+def render_model_section(members: str) -> str:
+    """Return what a model card says of attribution."""
+    return _MODEL_SECTION.format(members=members)
+
+
 def _count_members(members: list[dict[str, Any]]) -> str:
     """Say how many members there are, and of how many checkpoints and dropout masks where those are fewer."""
     checkpoints = {member.get("checkpoint_number", i) for i, member in enumerate(members)}

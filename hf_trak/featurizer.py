@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_trak.adapters import is_adapter, load_adapter
 from hf_trak.config import TrakConfig
 from hf_trak.gradients import (
     GRADIENTS,
@@ -217,13 +218,16 @@ class Featurizer:
 
 
 def load_model(source: str, revision: str | None = None) -> PreTrainedModel:
-    """Load the class a checkpoint names in its `architectures`, from safetensors.
+    """Load the class a checkpoint names in its `architectures`, from safetensors; an adapter on its base model.
 
     Raises:
         FileNotFoundError: If there is no checkpoint at `source`.
         ValueError: If it names no class of transformers.
     """
     import transformers
+
+    if is_adapter(source, revision):
+        return load_adapter(source, revision)
 
     try:
         config = transformers.AutoConfig.from_pretrained(source, revision=revision)

@@ -14,6 +14,9 @@ PACKAGE = Path(__file__).parents[1] / "hf_trak"
 FLOORS = {
     "cli": 8,
     "trainer": 7,
+    "more_runs": 6.75,
+    "callback": 6.5,
+    "runs": 6.5,
     "training_args": 6,
     "evaluation": 6,
     "feature_args": 5,
@@ -29,6 +32,7 @@ FLOORS = {
     "passes": 2.5,
     "gradients": 2,
     "store": 2,
+    "adapters": 2,
     "tasks": 1,
     "projectors": 1,
     "members": 0,
