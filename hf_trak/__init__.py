@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 _CONTENTS = {
     "AttributionArguments": "hf_trak.training_args",
-    "AttributionCallback": "hf_trak.trainer",
+    "AttributionCallback": "hf_trak.callback",
     "AttributionIndex": "hf_trak.index",
     "AttributionTrainer": "hf_trak.trainer",
     "AutoTask": "hf_trak.tasks",
@@ -22,11 +22,12 @@ _CONTENTS = {
 }
 
 if TYPE_CHECKING:
+    from hf_trak.callback import AttributionCallback
     from hf_trak.config import TrakConfig
     from hf_trak.featurizer import Featurizer
     from hf_trak.index import AttributionIndex
     from hf_trak.tasks import AutoTask, Task
-    from hf_trak.trainer import AttributionCallback, AttributionTrainer
+    from hf_trak.trainer import AttributionTrainer
     from hf_trak.training_args import AttributionArguments
 
 __all__ = [

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 
 from hf_trak.config import CONFIG_NAME, TrakConfig
 from hf_trak.featurize import featurize, kernel_of
 from hf_trak.featurizer import Featurizer
-from hf_trak.store import TEMPORARY, MemberWriter, discard, write_json
+from hf_trak.members import Pass
+from hf_trak.passes import PassWriter
+from hf_trak.store import TEMPORARY, MemberReader, MemberWriter, discard, write_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -57,39 +62,76 @@ def identity_of(config: TrakConfig) -> dict[str, Any]:
     return {key: value for key, value in config.to_dict().items() if key not in ("task", "damping")}
 
 
-def build_member(
+def check_masks(masks: Bool[Tensor, "n_checkpoints n_train"] | None, *, n_checkpoints: int, n_rows: int) -> None:
+    """Check that there is one entry per checkpoint and training row.
+
+    Raises:
+        ValueError: With both shapes.
+    """
+    if masks is not None and (masks.dtype != torch.bool or masks.shape != (n_checkpoints, n_rows)):
+        raise ValueError(
+            f"`masks` must be boolean of shape (n_checkpoints, n_train), here ({n_checkpoints}, {n_rows}), but are {masks.dtype} of "
+            f"shape {tuple(masks.shape)}."
+        )
+
+
+def build_pass(
     folder: Path,
+    plan: Pass,
     featurizer: Featurizer,
     dataset: Dataset,
     *,
+    mask: Bool[Tensor, " rows"] | None = None,
     batch_size: int | str,
     shard_rows: int,
     overwrite: bool,
     progress: bool,
     description: str,
 ) -> None:
-    """Featurize a dataset under one member, going on where an earlier call stopped."""
+    """Featurize a dataset once for all members of a pass, going on where an earlier call stopped.
+
+    Args:
+        folder (`Path`): The index.
+        mask (`torch.Tensor`, *optional*): Which rows the checkpoint was trained on, to be recorded.
+    """
     config = featurizer.config
-    identity = {
-        **describe_featurizer(featurizer),
-        "config": identity_of(config),
-        "dataset": _describe_dataset(dataset),
-    }
-    writer = MemberWriter(folder, identity=identity, n_rows=len(dataset), shard_rows=shard_rows, overwrite=overwrite)
-    if writer.is_finished:
+    shared = {"config": identity_of(config), "dataset": _describe_dataset(dataset)}
+    found = describe_featurizer(featurizer)
+    writers = [
+        MemberWriter(
+            folder / f"member_{number}",
+            identity={**found, "seed": seed, **shared},
+            n_rows=len(dataset),
+            shard_rows=shard_rows,
+            overwrite=overwrite,
+        )
+        for number, seed in zip(plan.members, plan.seeds, strict=True)
+    ]
+    unfinished = [writer for writer in writers if not writer.is_finished]
+    if not unfinished:
         return
-    lengths = featurizer.task.inputs.lengths(dataset)
-    featurize(featurizer, dataset, writer, lengths=lengths, batch_size=batch_size, progress=progress, description=description)
-    writer.finish(
-        kernel_of(writer, proj_dim=config.proj_dim),
-        {
-            "checkpoint": _describe_checkpoint(folder.parent, featurizer),
-            "coverage": featurizer.selection.coverage,
-            "grad_dim": featurizer.selection.grad_dim,
-            "versions": _versions(),
-            "hardware": _hardware(featurizer.device),
-        },
+    featurize(
+        featurizer,
+        dataset,
+        PassWriter(writers, plan.seeds),
+        lengths=featurizer.task.inputs.lengths(dataset),
+        batch_size=batch_size,
+        progress=progress,
+        description=description,
     )
+    for writer in unfinished:
+        writer.finish(
+            kernel_of(writer, proj_dim=config.proj_dim),
+            {
+                "checkpoint": _describe_checkpoint(folder, featurizer),
+                "checkpoint_number": plan.checkpoint,
+                "coverage": featurizer.selection.coverage,
+                "grad_dim": featurizer.selection.grad_dim,
+                "versions": _versions(),
+                "hardware": _hardware(featurizer.device),
+            },
+            mask,
+        )
 
 
 def describe_featurizer(featurizer: Featurizer) -> dict[str, Any]:
@@ -97,10 +139,28 @@ def describe_featurizer(featurizer: Featurizer) -> dict[str, Any]:
     return {
         "task": featurizer.task.name,
         "seed": featurizer.seed,
+        # Members without dropout say nothing of it, as those made before there was any.
+        **({"dropout_seed": featurizer.dropout_seed} if featurizer.dropout_seed is not None else {}),
         "model_class": type(featurizer.model).__name__,
         "parameters": featurizer.selection.shapes,
         "model_sha256": featurizer.model_hash(),
     }
+
+
+def recorded_passes(members: Sequence[MemberReader]) -> list[Pass]:
+    """Return how the members of a finished index group into passes of gradients."""
+    passes: list[Pass] = []
+    for number, member in enumerate(members):
+        # Before there were several members to a checkpoint, none was recorded.
+        checkpoint = member.info.get("checkpoint_number", number)
+        dropout_seed = member.identity.get("dropout_seed")
+        seed = member.identity["seed"]
+        if passes and (passes[-1].checkpoint, passes[-1].dropout_seed) == (checkpoint, dropout_seed):
+            before = passes.pop()
+            passes.append(Pass(checkpoint, dropout_seed, (*before.members, number), (*before.seeds, seed)))
+        else:
+            passes.append(Pass(checkpoint, dropout_seed, (number,), (seed,)))
+    return passes
 
 
 def _describe_dataset(dataset: Dataset) -> dict[str, Any]:

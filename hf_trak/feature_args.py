@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from hf_trak.config import TrakConfig
+from hf_trak.members import lay_out_passes
 
 
 @dataclass
@@ -13,6 +15,16 @@ class FeatureArguments:
 
     proj_dim: int = field(default=4096, metadata={"help": "Numbers kept per example. More is better and costs disk."})
     sketch_seed: int = field(default=0, metadata={"help": "Sketch seed of the first member; member i uses this plus i."})
+    sketch_seeds_per_checkpoint: int = field(
+        default=1,
+        metadata={"help": "Members per checkpoint that share its gradients, each with a sketch of its own. They cost disk."},
+    )
+    dropout_seeds: int = field(
+        default=0,
+        metadata={
+            "help": "Networks per checkpoint with some units dropped, in place of the whole one; each costs a pass. 0 drops none."
+        },
+    )
     projector: str = field(
         default="block_count_sketch", metadata={"help": "block_count_sketch, dense_rademacher (the paper's; slow) or identity."}
     )
@@ -57,6 +69,12 @@ class FeatureArguments:
             label_column=self.label_column,
             max_length=self.max_length,
         )
+
+    def member_counts(self) -> dict[str, Any]:
+        """Return how many members a checkpoint makes, as [`AttributionIndex.build`] takes it."""
+        counts = {"sketch_seeds_per_checkpoint": self.sketch_seeds_per_checkpoint, "dropout_seeds": self.dropout_seeds}
+        lay_out_passes(1, seed=0, **counts)  # checks them
+        return counts
 
     def rows_at_a_time(self) -> int | str:
         """Return `featurize_batch_size` as a number, or "auto"."""

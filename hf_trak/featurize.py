@@ -12,6 +12,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from tqdm.auto import tqdm
 
 from hf_trak.linalg import accumulate_kernel
+from hf_trak.passes import PassWriter
 from hf_trak.store import MemberWriter
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def featurize_rows(
 def featurize(
     featurizer: FeaturizeRows,
     dataset: Dataset,
-    writer: MemberWriter,
+    writer: MemberWriter | PassWriter,
     *,
     lengths: Sequence[int] | None = None,
     batch_size: int | str = "auto",

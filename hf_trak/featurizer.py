@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_trak.adapters import is_adapter, load_adapter
 from hf_trak.config import TrakConfig
 from hf_trak.gradients import (
     GRADIENTS,
@@ -19,10 +20,11 @@ from hf_trak.gradients import (
     ParameterSelection,
     check_gradients,
     select_parameters,
+    thinned,
 )
 from hf_trak.hashing import hash_file, hash_json, hash_tensors
-from hf_trak.projectors import Identity, Projector, make_projector
-from hf_trak.store import encode_columns
+from hf_trak.passes import encode_pass
+from hf_trak.projectors import Identity, Projector, make_projectors
 from hf_trak.tasks import AutoTask, Task, vmappable_attention
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ _CHECKED_ROWS = 2
 
 
 class Featurizer:
-    """Turns rows into features of one checkpoint under one sketch.
+    """Turns rows into features of one checkpoint under one sketch, or several at the price of one pass of gradients.
 
     ```python
     columns = train.map(Featurizer(model, config, tokenizer), batched=True, batch_size=32)
@@ -46,7 +48,9 @@ class Featurizer:
         config (`TrakConfig`, *optional*): What features mean.
         processing_class (*optional*): Tokenizer or image processor; by default the one saved beside the weights, if any.
         task (`Task`, *optional*): In place of the one `config` names.
-        seed (`int`, *optional*): The member's sketch seed; by default the configuration's.
+        seed (`int` or a sequence, *optional*): The member's sketch seed; by default the configuration's. With several, every
+            column comes once per seed, its name ending in `_seed_<seed>`.
+        dropout_seed (`int`, *optional*): Of the units removed from the network, the same for every row; by default none are.
         device (*optional*): By default, CUDA where there is one.
     """
 
@@ -57,12 +61,15 @@ class Featurizer:
         processing_class: Any = None,
         *,
         task: Task | None = None,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
+        dropout_seed: int | None = None,
         revision: str | None = None,
         device: str | torch.device | None = None,
     ) -> None:
         self.config = config or TrakConfig()
-        self.seed = self.config.seed if seed is None else seed
+        seed = self.config.seed if seed is None else seed
+        self.seeds = (seed,) if isinstance(seed, int) else tuple(seed)
+        self.dropout_seed = dropout_seed
         self.source = str(model) if isinstance(model, (str, Path)) else None
         self.revision = revision
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -103,14 +110,19 @@ class Featurizer:
                     "cannot be longer than what it sketches. Choose a smaller proj_dim, or projector='identity' with "
                     f"proj_dim={selection.grad_dim}."
                 )
-            projector = make_projector(
-                self.config.projector, proj_dim=self.config.proj_dim, seed=self.seed, fold=self.config.fold
+            projector = make_projectors(
+                self.config.projector, proj_dim=self.config.proj_dim, seeds=self.seeds, fold=self.config.fold
             )
             if isinstance(projector, Identity):
                 projector.lay_out({name: parameter.numel() for name, parameter in selection.parameters.items()})
             self.model.to(self.device)
             self._ready = task, selection, projector, processing_class
         return self._ready
+
+    @property
+    def seed(self) -> int:
+        """The sketch seed, or the first of several."""
+        return self.seeds[0]
 
     @property
     def task(self) -> Task:
@@ -131,7 +143,11 @@ class Featurizer:
         return self._hash
 
     def features(self, batch: Mapping[str, Tensor]) -> BatchFeatures:
-        """Return the features of a batch that the task's collator made."""
+        """Return the features of a batch that the task's collator made; those of several sketches lie side by side."""
+        with thinned(self.model, self.dropout_seed):
+            return self._features(batch)
+
+    def _features(self, batch: Mapping[str, Tensor]) -> BatchFeatures:
         task, selection, projector, _ = self.prepare()
         batch = {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
         arguments: dict[str, Any] = {
@@ -170,13 +186,14 @@ class Featurizer:
                 f"{', ...' if len(bad) > 10 else ''}. Look for NaN in their inputs or in the model's weights, or overflow in half "
                 "precision. Nothing of this shard was written."
             )
-        return encode_columns(features.features, features.output, features.out_to_loss, dtype=self.storage_dtype)
+        return encode_pass(features.features, features.output, features.out_to_loss, seeds=self.seeds, dtype=self.storage_dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         processing_class, task = self._given
         return {
             "config": self.config.to_dict(),
-            "seed": self.seed,
+            "seed": list(self.seeds),
+            "dropout_seed": self.dropout_seed,
             "source": self.source,
             "revision": self.revision,
             "model_hash": self.model_hash(),
@@ -194,19 +211,23 @@ class Featurizer:
             state["source"] if portable else None,
             TrakConfig.from_dict(state["config"]),
             seed=state["seed"],
+            dropout_seed=state["dropout_seed"],
             revision=state["revision"],
         )
         self._hash = state["model_hash"]
 
 
 def load_model(source: str, revision: str | None = None) -> PreTrainedModel:
-    """Load the class a checkpoint names in its `architectures`, from safetensors.
+    """Load the class a checkpoint names in its `architectures`, from safetensors; an adapter on its base model.
 
     Raises:
         FileNotFoundError: If there is no checkpoint at `source`.
         ValueError: If it names no class of transformers.
     """
     import transformers
+
+    if is_adapter(source, revision):
+        return load_adapter(source, revision)
 
     try:
         config = transformers.AutoConfig.from_pretrained(source, revision=revision)

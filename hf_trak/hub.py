@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from hf_trak.cards import CURVE_NAME
 from hf_trak.config import CARD_NAME, CONFIG_NAME
+from hf_trak.damping import DAMPING_NAME
 from hf_trak.store import MEMBER_NAME, read_json
 
 
@@ -18,7 +20,13 @@ def download_index(repo_id: str, revision: str | None = None) -> Path:
     from huggingface_hub import get_token, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RevisionNotFoundError
 
-    index_files = [CARD_NAME, CONFIG_NAME, "member_*/*"]  # of a repository that is no index, next to nothing is fetched
+    index_files = [
+        CARD_NAME,
+        CONFIG_NAME,
+        DAMPING_NAME,
+        CURVE_NAME,
+        "member_*/*",
+    ]  # of a repository that is no index, next to nothing is fetched
     try:
         folder = Path(snapshot_download(repo_id, repo_type="dataset", revision=revision, allow_patterns=index_files))
     except RevisionNotFoundError as error:
@@ -73,7 +81,7 @@ def upload_index(folder: Path, repo_id: str, *, card: str, private: bool | None,
     stale = [
         name
         for name in api.list_repo_files(repo_id, repo_type="dataset", revision=info.sha)
-        if re.match(r"member_\d+/", name) and name not in names
+        if (re.match(r"member_\d+/", name) or name in (DAMPING_NAME, CURVE_NAME)) and name not in names
     ]
     # Not `upload_folder`, which may spread a folder over several commits: a reader could load half an index.
     api.create_commit(
@@ -93,7 +101,7 @@ def upload_index(folder: Path, repo_id: str, *, card: str, private: bool | None,
 
 def _files_of(folder: Path) -> list[str]:
     """Return the files an index consists of but for its card, and none that merely lie beside them."""
-    names = [CONFIG_NAME]
+    names = [CONFIG_NAME, *(name for name in (DAMPING_NAME, CURVE_NAME) if (folder / name).is_file())]
     number = 0
     while (record := folder / f"member_{number}" / MEMBER_NAME).is_file():
         names += [f"member_{number}/{name}" for name in (MEMBER_NAME, *(entry["file"] for entry in read_json(record)["files"]))]

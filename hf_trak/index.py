@@ -13,18 +13,31 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_trak.build import begin_index, build_member, describe_featurizer, identity_of, member_folders, recorded_checkpoint
-from hf_trak.cards import render_index_card
+from hf_trak.build import (
+    begin_index,
+    build_pass,
+    check_masks,
+    describe_featurizer,
+    identity_of,
+    member_folders,
+    recorded_checkpoint,
+    recorded_passes,
+)
+from hf_trak.cards import CURVE_NAME, draw_damping_curve, render_index_card
 from hf_trak.config import CARD_NAME, CONFIG_NAME, TrakConfig
+from hf_trak.damping import DAMPING_NAME, DampingChoice, choose_damping
+from hf_trak.ensemble import ScoreOptions, SolvedQueries, check_residuals, solve_queries, stream_scores
 from hf_trak.featurize import BatchSize, featurize_rows
 from hf_trak.featurizer import Featurizer
 from hf_trak.hub import download_index, upload_index
-from hf_trak.linalg import DEFAULT_DAMPING, damped, factor, leverage
-from hf_trak.scoring import MemberBlock, precondition, score_blocks, top_k
+from hf_trak.linalg import damped, default_damping, factor, leverage
+from hf_trak.members import Pass, lay_out_passes
+from hf_trak.passes import columns_of
+from hf_trak.scoring import soft_threshold, soft_threshold_top_k, top_k
 from hf_trak.store import MEMBER_NAME, MemberReader, list_differences, write_atomically, write_json
 from hf_trak.tasks import Task
 
@@ -44,7 +57,7 @@ class AttributionIndex:
 
     Args:
         folder (`Path`): Holds `trak_config.json` and `member_0`, `member_1`, ...
-        models (`Sequence`, *optional*): One model, folder or repository per member, in place of the recorded ones.
+        models (`Sequence`, *optional*): One model, folder or repository per checkpoint, in place of the recorded ones.
         processing_class (*optional*): In place of the one saved beside the recorded checkpoint.
         task (`Task`, *optional*): Needed again for an index made with a task of your own.
     """
@@ -63,11 +76,17 @@ class AttributionIndex:
         if not self.members:
             raise FileNotFoundError(f"{self.folder} holds no finished member; featurize a training set first.")
         self._check_members()
-        if models is not None and len(models) != len(self.members):
-            raise ValueError(f"{self.folder} has {len(self.members)} members, but {len(models)} models were given.")
+        self.passes = recorded_passes(self.members)
+        self.n_checkpoints = len({plan.checkpoint for plan in self.passes})
+        if models is not None and len(models) not in (self.n_checkpoints, len(self.members)):
+            raise ValueError(
+                f"{self.folder} has {self.n_checkpoints} checkpoints and {len(self.members)} members, but {len(models)} models were "
+                "given. Give one per checkpoint."
+            )
         self._models = models
         self._processing_class = processing_class
         self._task = task
+        self._choice: DampingChoice | None = None
 
     def _check_members(self) -> None:
         """All members must be of the same rows and the same configuration, or their mean means nothing."""
@@ -95,6 +114,9 @@ class AttributionIndex:
         processing_class: Any = None,
         task: Task | None = None,
         revision: str | None = None,
+        sketch_seeds_per_checkpoint: int = 1,
+        dropout_seeds: int = 0,
+        masks: Bool[Tensor, "n_checkpoints n_train"] | None = None,
         batch_size: int | str = "auto",
         shard_rows: int = DEFAULT_SHARD_ROWS,
         overwrite: bool = False,
@@ -106,10 +128,15 @@ class AttributionIndex:
 
         Args:
             folder (`str` or `Path`): Where the index goes; an empty or new folder, or one this call began.
-            models (`PreTrainedModel`, `str` or a sequence): One checkpoint per member. Queries are later featurized with the same:
-                a folder or repository is recorded and found again, a model in memory has to be given again.
+            models (`PreTrainedModel`, `str` or a sequence): One or more checkpoints. Queries are later featurized with the same: a
+                folder or repository is recorded and found again, a model in memory has to be given again.
             dataset (`Dataset`): The training set; its row order is the index's.
             revision (`str`, *optional*): Of the repositories in `models`.
+            sketch_seeds_per_checkpoint (`int`): Members that share a checkpoint's gradients, each with a sketch of its own. They cost
+                disk, and next to no time.
+            dropout_seeds (`int`): Thinned networks per checkpoint, in place of the whole one; each costs a pass of gradients.
+            masks (`torch.Tensor`, *optional*): Which rows each checkpoint was trained on, where those were random subsets. They are
+                recorded, and `damping="auto"` is chosen by them.
             batch_size (`int` or `"auto"`): Rows at a time; `"auto"` halves when memory runs out.
             shard_rows (`int`): Rows per file, and what a killed process loses at most.
             overwrite (`bool`): Replace another index in `folder`.
@@ -128,28 +155,65 @@ class AttributionIndex:
             raise ValueError("`models` is empty: give at least one checkpoint.")
         if len(dataset) == 0:
             raise ValueError("The dataset is empty: there is nothing to featurize.")
-        for number, checkpoint in enumerate(checkpoints):
+        check_masks(masks, n_checkpoints=len(checkpoints), n_rows=len(dataset))
+        passes = lay_out_passes(
+            len(checkpoints),
+            seed=config.seed,
+            sketch_seeds_per_checkpoint=sketch_seeds_per_checkpoint,
+            dropout_seeds=dropout_seeds,
+        )
+        for number, plan in enumerate(passes):
             featurizer = Featurizer(
-                checkpoint, config, processing_class, task=task, seed=config.seed + number, revision=revision
+                checkpoints[plan.checkpoint],
+                config,
+                processing_class,
+                task=task,
+                seed=plan.seeds,
+                dropout_seed=plan.dropout_seed,
+                revision=revision,
             )
             featurizer.task.check(dataset, featurizer.processing_class)
             if number == 0:
                 config = replace(config, task=featurizer.task.name)
-                begin_index(folder, config, len(checkpoints), overwrite=overwrite)
-            build_member(
-                folder / f"member_{number}",
+                begin_index(folder, config, passes[-1].members[-1] + 1, overwrite=overwrite)
+            build_pass(
+                folder,
+                plan,
                 featurizer,
                 dataset,
+                mask=None if masks is None else masks[plan.checkpoint],
                 batch_size=batch_size,
                 shard_rows=shard_rows,
                 overwrite=overwrite,
                 progress=progress,
-                description=f"Featurizing {number + 1}/{len(checkpoints)}",
+                description=f"Featurizing {number + 1}/{len(passes)}",
             )
         index = cls(folder, models=checkpoints, processing_class=processing_class, task=task)
-        card = render_index_card(config, [member.info for member in index.members], name=folder.name)
-        write_atomically(folder / CARD_NAME, lambda temporary: temporary.write_text(card))
+        index._record_damping()
+        write_atomically(folder / CARD_NAME, lambda temporary: temporary.write_text(index._render_card(folder.name)))
         return index
+
+    def _record_damping(self) -> None:
+        """Choose λ where it is to be chosen, and keep the choice and its curve with the index."""
+        stored = self.folder / DAMPING_NAME
+        choice = self.damping_choice() if self.config.damping == "auto" else None
+        if choice is None:
+            stored.unlink(missing_ok=True)
+            (self.folder / CURVE_NAME).unlink(missing_ok=True)
+        elif DampingChoice.load(self.folder, self.members) is None:
+            choice.save(self.folder)
+            draw_damping_curve(choice, self.folder)
+
+    def damping_choice(self) -> DampingChoice | None:
+        """Return the λ that ranks the members' own outputs best, and its curve; None where no subset masks tell.
+
+        It is read from the index, or computed once.
+        """
+        if self._choice is None:
+            self._choice = DampingChoice.load(self.folder, self.members) or choose_damping(
+                self.members, [plan.checkpoint for plan in self.passes for _ in plan.members]
+            )
+        return self._choice
 
     @classmethod
     def from_pretrained(
@@ -188,7 +252,8 @@ class AttributionIndex:
             shutil.rmtree(target)
         if target.resolve() == self.folder.resolve():
             return
-        for source in [self.folder / CONFIG_NAME, *(m.folder for m in self.members)]:
+        chosen = [path for name in (DAMPING_NAME, CURVE_NAME) if (path := self.folder / name).exists()]
+        for source in [self.folder / CONFIG_NAME, *chosen, *(m.folder for m in self.members)]:
             for path in [source] if source.is_file() else sorted(source.iterdir()):
                 copy = target / path.relative_to(self.folder)
                 copy.parent.mkdir(parents=True, exist_ok=True)
@@ -211,10 +276,18 @@ class AttributionIndex:
     def _card(self, name: str) -> str:
         """Return the card for a copy called `name`: the one here if somebody wrote it, else with snippets that fit."""
         readme = self.folder / CARD_NAME
-        members = [member.info for member in self.members]
-        if readme.exists() and readme.read_text() != render_index_card(self.config, members, name=self.folder.name):
+        if readme.exists() and readme.read_text() != self._render_card(self.folder.name):
             return readme.read_text()
-        return render_index_card(self.config, members, name=name)
+        return self._render_card(name)
+
+    def _render_card(self, name: str) -> str:
+        return render_index_card(
+            self.config,
+            [member.info for member in self.members],
+            name=name,
+            choice=DampingChoice.load(self.folder, self.members),
+            has_curve=(self.folder / CURVE_NAME).exists(),
+        )
 
     @property
     def n_rows(self) -> int:
@@ -232,6 +305,10 @@ class AttributionIndex:
         queries: Dataset,
         *,
         damping: float | str | None = None,
+        residual_weighting: bool = False,
+        leverage: bool = False,
+        soft_threshold: int | None = None,
+        reference_rescale: bool = False,
         batch_size: int | str = "auto",
         output_file: str | Path | None = None,
         progress: bool = True,
@@ -243,16 +320,25 @@ class AttributionIndex:
         Args:
             queries (`Dataset`): With the columns of the training set; labels say which output is meant.
             damping (`float` or `"auto"`, *optional*): By default, the configuration's.
+            residual_weighting (`bool`): Weigh the kernel's rows by p(1 − p); for class labels. See [`ScoreOptions`].
+            leverage (`bool`): Divide each row's influence by 1 − its leverage. See [`ScoreOptions`].
+            soft_threshold (`int`, *optional*): Scores per query to stay nonzero: all move towards 0 until no more are left. The
+                paper's last step, which picks the number by cross-validation.
+            reference_rescale (`bool`): Only to reproduce MadryLab/trak's numbers, with `damping=0`.
             output_file (`str` or `Path`, *optional*): A `.npy` file to memory-map the result to. Without it, results above 1 GiB
                 are mapped to a temporary file that vanishes with the array.
         """
-        preconditioned, _ = self._precondition(queries, damping, batch_size, progress)
+        options = self._options(damping, residual_weighting, leverage, reference_rescale)
+        _check_keep(soft_threshold)
+        solved, _ = self._solve(queries, options, batch_size, progress)
         shape = (self.n_rows, len(queries))
         scores = _allocate(shape, output_file)
         row = 0
-        for block in self._scores(preconditioned, progress):
+        for block in self._scores(solved, progress):
             scores[row : row + len(block)] = block.float().numpy()
             row += len(block)
+        if soft_threshold is not None:
+            _soft_threshold_in_place(scores, soft_threshold)
         if isinstance(scores, np.memmap):
             scores.flush()
         return scores
@@ -263,6 +349,9 @@ class AttributionIndex:
         top_k: int = 10,
         *,
         damping: float | str | None = None,
+        residual_weighting: bool = False,
+        leverage: bool = False,
+        soft_threshold: int | None = None,
         batch_size: int | str = "auto",
         progress: bool = True,
     ) -> Dataset:
@@ -270,6 +359,7 @@ class AttributionIndex:
 
         Args:
             top_k (`int`): How many of each; at most the number of training examples are returned.
+            damping, residual_weighting, leverage, soft_threshold (*optional*): As in [`AttributionIndex.score`].
 
         Returns:
             `Dataset`: One row per query: `query_id`, `query_output`, `proponents` and `opponents` (rows of the training set, the
@@ -279,8 +369,12 @@ class AttributionIndex:
 
         if top_k < 1:
             raise ValueError(f"`top_k` must be at least 1, but is {top_k}.")
-        preconditioned, output = self._precondition(queries, damping, batch_size, progress)
-        proponents, opponents = _top_k(self._scores(preconditioned, progress), top_k)
+        options = self._options(damping, residual_weighting, leverage)
+        _check_keep(soft_threshold)
+        solved, output = self._solve(queries, options, batch_size, progress)
+        best = _top_k(self._scores(solved, progress), max(top_k, (soft_threshold or 0) + 1))
+        keep = self.n_rows if soft_threshold is None else soft_threshold
+        proponents, opponents = soft_threshold_top_k(best, keep, top_k)
         return Dataset.from_dict(
             {
                 "query_id": np.arange(len(queries)),
@@ -308,9 +402,20 @@ class AttributionIndex:
         return alone * np.abs(out_to_loss)
 
     def resolve_damping(self, damping: float | str | None = None) -> float:
-        """Return λ as a number: the one given, else the configuration's; "auto" is a fixed default where no masks are recorded."""
+        """Return λ as a number: the one given, else the configuration's. "auto" is chosen by the members' subset masks where they are
+        recorded; otherwise it is 3 below ten checkpoints and 1 from there on."""
         chosen = self.config.damping if damping is None else damping
-        return DEFAULT_DAMPING if chosen == "auto" else float(chosen)
+        if chosen != "auto":
+            return float(chosen)
+        choice = self.damping_choice()
+        return default_damping(self.n_checkpoints) if choice is None else choice.damping
+
+    def _options(
+        self, damping: float | str | None, residual_weighting: bool, leverage: bool, reference_rescale: bool = False
+    ) -> ScoreOptions:
+        if residual_weighting:
+            check_residuals(self.members[0])
+        return ScoreOptions(self.resolve_damping(damping), residual_weighting, leverage, reference_rescale)
 
     def featurizer(self, member: int = 0) -> Featurizer:
         """Return the featurizer of a member's checkpoint, task and sketch.
@@ -318,39 +423,54 @@ class AttributionIndex:
         Raises:
             ValueError: If the model, task or parameters are not those recorded; the message lists what differs.
         """
-        info = self.members[member].info
-        checkpoint = self._models[member] if self._models is not None else recorded_checkpoint(self.folder, info["checkpoint"])
+        plan = next(plan for plan in self.passes if member in plan.members)
+        return self._featurizer(replace(plan, members=(member,), seeds=(self.members[member].identity["seed"],)))
+
+    def _featurizer(self, plan: Pass) -> Featurizer:
+        first = plan.members[0]
+        info = self.members[first].info
+        checkpoint = (
+            self._given_model(plan) if self._models is not None else recorded_checkpoint(self.folder, info["checkpoint"])
+        )
         featurizer = Featurizer(
             checkpoint,
             self.config,
             self._processing_class,
             task=self._task,
-            seed=self.members[member].identity["seed"],
+            seed=plan.seeds,
+            dropout_seed=plan.dropout_seed,
             revision=info["checkpoint"]["revision"] if self._models is None else None,
         )
-        recorded = self.members[member].identity
+        recorded = self.members[first].identity
         found = describe_featurizer(featurizer)
-        lines = list_differences({key: recorded[key] for key in found}, found)
+        lines = list_differences({key: recorded.get(key) for key in found}, found)
         if lines:
             raise ValueError(
-                f"This is not what member_{member} of {self.folder} was featurized with:\n"
+                f"This is not what member_{first} of {self.folder} was featurized with:\n"
                 + "\n".join(f"  {line}" for line in lines)
                 + "\nGive the recorded checkpoint as `models`, or featurize the training set again."
             )
         return featurizer
 
+    def _given_model(self, plan: Pass) -> PreTrainedModel | str | Path:
+        assert self._models is not None
+        return self._models[plan.checkpoint if len(self._models) == self.n_checkpoints else plan.members[0]]
+
     def featurize_queries(
         self, queries: Dataset, member: int = 0, *, batch_size: int | str = "auto", progress: bool = True
     ) -> dict[str, np.ndarray]:
         """Return the trak_* columns of queries under one member, in float32."""
+        description = f"Queries {member + 1}/{len(self.members)}"
+        return self._featurize(self.featurizer(member), queries, batch_size, progress, description)
+
+    def _featurize(
+        self, featurizer: Featurizer, queries: Dataset, batch_size: int | str, progress: bool, description: str
+    ) -> dict[str, np.ndarray]:
         if len(queries) == 0:
             raise ValueError("There are no queries: the dataset is empty.")
-        featurizer = self.featurizer(member)
         featurizer.task.check(queries, featurizer.processing_class)
         featurizer.storage_dtype = "float32"
-        with tqdm(
-            total=len(queries), unit="rows", desc=f"Queries {member + 1}/{len(self.members)}", disable=not progress
-        ) as bar:
+        with tqdm(total=len(queries), unit="rows", desc=description, disable=not progress) as bar:
             return featurize_rows(
                 featurizer,
                 queries,
@@ -360,32 +480,41 @@ class AttributionIndex:
                 on_batch=bar.update,
             )
 
-    def _precondition(
-        self, queries: Dataset, damping: float | str | None, batch_size: int | str, progress: bool
-    ) -> tuple[list[Float64[Tensor, "n_query proj_dim"]], Float[np.ndarray, " n_query"]]:
-        """Return every member's preconditioned queries, and the queries' mean output."""
-        preconditioned, outputs = [], []
+    def _solve(
+        self, queries: Dataset, options: ScoreOptions, batch_size: int | str, progress: bool
+    ) -> tuple[list[SolvedQueries], Float[np.ndarray, " n_query"]]:
+        """Return the queries solved under every member, and their mean output."""
+        solved, outputs = [], []
         # A singular kernel is refused before queries cost anything.
-        damped(self.members[0].kernel(), n_rows=self.n_rows, damping=self.resolve_damping(damping))
-        for number, member in enumerate(self.members):
-            columns = self.featurize_queries(queries, number, batch_size=batch_size, progress=progress)
-            features = torch.from_numpy(columns["trak_features"])
-            preconditioned.append(
-                precondition(features, member.kernel(), n_rows=self.n_rows, damping=self.resolve_damping(damping))
-            )
-            outputs.append(columns["trak_output"])
-        return preconditioned, np.mean(outputs, axis=0)
+        damped(self.members[0].kernel(), n_rows=self.n_rows, damping=options.damping)
+        for number, plan in enumerate(self.passes):
+            description = f"Queries {number + 1}/{len(self.passes)}"
+            columns = self._featurize(self._featurizer(plan), queries, batch_size, progress, description)
+            for member, seed in zip(plan.members, plan.seeds, strict=True):
+                mine = columns_of(columns, seed, plan.seeds)
+                solved.append(solve_queries(self.members[member], torch.from_numpy(mine["trak_features"]), options))
+                outputs.append(mine["trak_output"])
+        return solved, np.mean(outputs, axis=0)
 
-    def _scores(
-        self, preconditioned: Sequence[Float64[Tensor, "n_query proj_dim"]], progress: bool
-    ) -> Iterator[Float64[Tensor, "_ n_query"]]:
+    def _scores(self, solved: Sequence[SolvedQueries], progress: bool) -> Iterator[Float64[Tensor, "_ n_query"]]:
         """Yield the scores of one shard after another."""
-        shards = zip(*(member.shards() for member in self.members), strict=True)
-        blocks = ([MemberBlock(shard.features, shard.out_to_loss) for shard in members] for members in shards)
         n_shards = len(self.members[0].shard_paths)
         yield from tqdm(
-            score_blocks(blocks, preconditioned), total=n_shards, unit="shards", desc="Scoring", disable=not progress
+            stream_scores(self.members, solved), total=n_shards, unit="shards", desc="Scoring", disable=not progress
         )
+
+
+def _check_keep(keep: int | None) -> None:
+    if keep is not None and keep < 1:
+        raise ValueError(f"`soft_threshold` is the number of scores per query to keep, at least 1, but is {keep}.")
+
+
+def _soft_threshold_in_place(scores: np.ndarray, keep: int) -> None:
+    """Soft-threshold some queries at a time, so that a memory-mapped matrix is never whole in memory."""
+    at_once = max(1, _IN_MEMORY_BYTES // (4 * max(1, len(scores))))
+    for start in range(0, scores.shape[1], at_once):
+        columns = torch.from_numpy(np.array(scores[:, start : start + at_once]))
+        scores[:, start : start + at_once] = soft_threshold(columns, keep).numpy()
 
 
 _top_k: Callable[..., Any] = top_k  # the method's own argument has the name users expect

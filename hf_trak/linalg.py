@@ -12,6 +12,15 @@ DEFAULT_DAMPING = 3.0
 """What `damping="auto"` means when no subset masks are recorded: the best λ of one checkpoint was 1.8 to 5.9 at every
 `proj_dim` we tried (see docs/decisions.md)."""
 
+LARGE_ENSEMBLE = 10
+LARGE_ENSEMBLE_DAMPING = 1.0
+"""The same from ten checkpoints on: averaging does part of what damping does (see docs/decisions.md)."""
+
+
+def default_damping(n_checkpoints: int) -> float:
+    """Return λ for an ensemble of so many checkpoints where nothing tells better."""
+    return DEFAULT_DAMPING if n_checkpoints < LARGE_ENSEMBLE else LARGE_ENSEMBLE_DAMPING
+
 
 def accumulate_kernel(
     kernel: Float64[Tensor, "proj_dim proj_dim"], features: Float[Tensor, "rows proj_dim"]

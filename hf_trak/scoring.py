@@ -23,6 +23,13 @@ class MemberBlock(NamedTuple):
 
     features: Float[Tensor, "rows proj_dim"]
     out_to_loss: Float[Tensor, " rows"]
+    leverage: Float64[Tensor, " rows"] | None = None
+    """Where given, influence is divided by 1 − leverage."""
+
+
+def residual_weights(out_to_loss: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+    """Return R = p(1 − p) of each row, from 1 − p."""
+    return out_to_loss * (1 - out_to_loss)
 
 
 def precondition(
@@ -63,11 +70,29 @@ def score_blocks(
         preconditioned (`Sequence`): The queries of every member, from [`precondition`].
     """
     for members in blocks:
-        influence = torch.stack(
-            [block.features.double() @ queries.T for block, queries in zip(members, preconditioned, strict=True)]
-        ).mean(0)
+        influence = torch.stack([_influence(*pair) for pair in zip(members, preconditioned, strict=True)]).mean(0)
         out_to_loss = torch.stack([block.out_to_loss.double() for block in members]).mean(0)
         yield influence * out_to_loss.unsqueeze(1)
+
+
+def _influence(block: MemberBlock, preconditioned: Float64[Tensor, "n_query proj_dim"]) -> Float64[Tensor, "rows n_query"]:
+    influence = block.features.double() @ preconditioned.T
+    return influence if block.leverage is None else influence / (1 - block.leverage).unsqueeze(1)
+
+
+def soft_threshold(scores: Float[Tensor, "n_train n_query"], keep: int) -> Float[Tensor, "n_train n_query"]:
+    r"""Move every score towards 0 by its query's threshold, at which `keep` of them stay nonzero.
+
+    $S(\tau; t) = \text{sign}(\tau)\max(|\tau| - t, 0)$ with $t$ the `keep + 1`-th largest $|\tau|$ of the query. Source: Park et al.
+    (2023), [TRAK](https://huggingface.co/papers/2303.14186), step 5, which picks the number by cross-validation.
+    """
+    if keep >= len(scores):
+        return scores
+    return _shrink(scores, scores.abs().topk(keep + 1, dim=0).values[-1])
+
+
+def _shrink(scores: Float[Tensor, "..."], threshold: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    return scores.sign() * (scores.abs() - threshold).clamp_min(0)
 
 
 class TopK(NamedTuple):
@@ -93,6 +118,21 @@ def top_k(blocks: Iterator[Float64[Tensor, "_ n_query"]], k: int) -> tuple[TopK,
     if proponents is None or opponents is None:
         raise ValueError("There are no training rows to rank.")
     return proponents, opponents
+
+
+def soft_threshold_top_k(best: tuple[TopK, TopK], keep: int, k: int) -> tuple[TopK, TopK]:
+    """Return what [`top_k`] of [`soft_threshold`]ed scores would: the first `k` of `best`, moved towards 0.
+
+    Args:
+        best (`tuple`): Proponents and opponents, at least `keep + 1` of each, or all training rows.
+    """
+    proponents, opponents = best
+    # No row is counted twice where the two overlap.
+    sizes = torch.cat([proponents.scores.clamp_min(0), -opponents.scores.clamp_max(0)], 1)
+    largest = sizes.topk(min(keep + 1, sizes.shape[1]), dim=1).values
+    threshold = largest[:, keep:].sum(1, keepdim=True) if proponents.rows.shape[1] > keep else torch.zeros(len(sizes), 1)
+    shrunk = [TopK(side.rows[:, :k], _shrink(side.scores[:, :k], threshold.to(side.scores))) for side in best]
+    return shrunk[0], shrunk[1]
 
 
 def _merge(best: TopK | None, block: TopK, k: int, *, descending: bool) -> TopK:

@@ -2,6 +2,7 @@
 
 member_0/train-00000-of-00004.parquet     example_id and the trak_* columns
 member_0/kernel.safetensors
+member_0/mask.safetensors                 only where the checkpoint was trained on some of the rows: which
 member_0/member.json                      what these rows are; written last: a folder without it is unfinished
 member_0/.progress/                       while unfinished: what is being computed, and which shards are whole
 """
@@ -21,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Bool, Float, Float64, Int64
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -30,6 +31,7 @@ from hf_trak.hashing import hash_file
 
 MEMBER_NAME = "member.json"
 KERNEL_NAME = "kernel.safetensors"
+MASK_NAME = "mask.safetensors"
 _PROGRESS = ".progress"
 TEMPORARY = ".tmp"  # ends the names of files that are not whole
 _ROW_GROUP_BYTES = 12 << 20
@@ -144,11 +146,13 @@ class MemberWriter:
 
     def missing(self) -> list[int]:
         """Return the shards that are not whole yet."""
-        return [] if self.is_finished else [shard for shard in range(self.n_shards) if not self._is_whole(shard)]
+        return [shard for shard in range(self.n_shards) if self.lacks(shard)]
 
-    def _is_whole(self, shard: int) -> bool:
+    def lacks(self, shard: int) -> bool:
+        """Return whether a shard is not whole yet."""
         record, path = self.folder / _PROGRESS / f"{shard:05d}.json", self.path(shard)
-        return record.exists() and path.exists() and read_json(record)["bytes"] == path.stat().st_size
+        is_whole = record.exists() and path.exists() and read_json(record)["bytes"] == path.stat().st_size
+        return not (self.is_finished or is_whole)
 
     def write(self, shard: int, columns: Mapping[str, np.ndarray]) -> None:
         """Write one whole shard, then record it."""
@@ -168,14 +172,25 @@ class MemberWriter:
     def read(self, shard: int) -> Shard:
         return read_shard(self.path(shard))
 
-    def finish(self, kernel: Float64[Tensor, "proj_dim proj_dim"], description: dict[str, Any]) -> None:
-        """Write the kernel and, last, `member.json`."""
-        path = self.folder / KERNEL_NAME
-        write_atomically(path, lambda temporary: save_file({"kernel": kernel.contiguous()}, temporary))
+    def finish(
+        self,
+        kernel: Float64[Tensor, "proj_dim proj_dim"],
+        description: dict[str, Any],
+        mask: Bool[Tensor, " rows"] | None = None,
+    ) -> None:
+        """Write the kernel, the rows the checkpoint was trained on if not all, and, last, `member.json`."""
         files = [read_json(self.folder / _PROGRESS / f"{shard:05d}.json") for shard in range(self.n_shards)]
-        files.append({"file": KERNEL_NAME, "bytes": path.stat().st_size, "sha256": hash_file(path)})
+        for name, tensor in ((KERNEL_NAME, kernel), (MASK_NAME, mask)):
+            if tensor is not None:
+                files.append(self._write_tensor(name, tensor))
         write_json(self.folder / MEMBER_NAME, {"identity": self.identity, **description, "files": files})
         shutil.rmtree(self.folder / _PROGRESS)
+
+    def _write_tensor(self, name: str, tensor: Tensor) -> dict[str, Any]:
+        path = self.folder / name
+        key = name.split(".")[0]
+        write_atomically(path, lambda temporary: save_file({key: tensor.contiguous()}, temporary))
+        return {"file": name, "bytes": path.stat().st_size, "sha256": hash_file(path)}
 
 
 class MemberReader:
@@ -218,9 +233,16 @@ class MemberReader:
             yield read_shard(path)
 
     def kernel(self) -> Float64[Tensor, "proj_dim proj_dim"]:
-        path = self.folder / KERNEL_NAME
+        return self._read_tensor(KERNEL_NAME)
+
+    def mask(self) -> Bool[Tensor, " rows"] | None:
+        """Return which rows the checkpoint was trained on; None if that is not recorded."""
+        return self._read_tensor(MASK_NAME) if any(e["file"] == MASK_NAME for e in self.info["files"]) else None
+
+    def _read_tensor(self, name: str) -> Tensor:
+        path = self.folder / name
         try:
-            return load_file(path)["kernel"]
+            return load_file(path)[name.split(".")[0]]
         except (SafetensorError, KeyError) as error:
             raise ValueError(f"{path} is damaged: {error}. Delete {self.folder} and featurize again.") from error
 

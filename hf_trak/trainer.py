@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import re
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import TrainOutput
 
+from hf_trak.callback import MEMBERS_FOLDER, AttributionCallback
+from hf_trak.cards import render_model_section
 from hf_trak.config import TrakConfig
 from hf_trak.index import AttributionIndex
+from hf_trak.more_runs import MoreRuns
+from hf_trak.runs import RunRecord, describe_run, load_masks
 from hf_trak.training_args import AttributionArguments
 
 if TYPE_CHECKING:
@@ -20,46 +23,9 @@ if TYPE_CHECKING:
 
     from hf_trak.tasks import Task
 
-MEMBERS_FOLDER = "members"
 INDEX_FOLDER = "index"
-
-
-class AttributionCallback(TrainerCallback):
-    """Keeps snapshots of the weights for attribution; works with a stock `Trainer`.
-
-    Snapshots are ordinary `save_pretrained` folders under `<output_dir>/members`. Taking them draws no random number: training is
-    the same with and without.
-
-    Args:
-        epochs (`int`, *optional*): Keep those of the last `epochs` epochs; by default only the final weights.
-    """
-
-    def __init__(self, epochs: int | None = None) -> None:
-        self.epochs = epochs
-
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.epochs is None or not state.is_world_process_zero:
-            return
-        _save(kwargs, Path(args.output_dir) / MEMBERS_FOLDER / f"epoch-{math.ceil((state.epoch or 0) - 1e-6):04d}")
-        kept = sorted((Path(args.output_dir) / MEMBERS_FOLDER).glob("epoch-*"))
-        for folder in kept[: -self.epochs]:
-            shutil.rmtree(folder)
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.epochs is None and state.is_world_process_zero:
-            _save(kwargs, Path(args.output_dir) / MEMBERS_FOLDER / "final")
-
-
-def _save(kwargs: dict[str, Any], folder: Path) -> None:
-    """Save the weights, and what turns rows into inputs beside them; the folder appears under its name when it is whole."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    kwargs["model"].save_pretrained(temporary)
-    if kwargs.get("processing_class") is not None:
-        kwargs["processing_class"].save_pretrained(temporary)
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.rename(folder)
+_TAGS = ("trak", "data-attribution")
+_SNAPSHOTS = {"final": "final", "epoch": "epoch-*", "steps": "step-*", "runs": "run-*", "subsets": "subset-*"}
 
 
 class AttributionTrainer(Trainer):
@@ -71,6 +37,11 @@ class AttributionTrainer(Trainer):
     trainer.featurize()
     hits = trainer.attribute(validation, top_k=10)
     ```
+
+    Whatever `members` are, `train()` leaves the ordinary model of the whole training set, trained bit for bit as `Trainer` does.
+    The further runs of `members="runs:M"` and `"subsets:M"` follow it, from the same initial weights (or `model_init`), with other
+    seeds. A process that was killed goes on when the same command is run again: finished runs are not repeated, an unfinished one
+    resumes from its last checkpoint if `save_strategy` writes any, and starts again otherwise.
 
     Args:
         task (`Task`, *optional*): What to attribute, for models no task serves; by default, by the model's architecture.
@@ -95,23 +66,62 @@ class AttributionTrainer(Trainer):
         super().__init__(model=model, args=args, **kwargs)
         self.task = task
         self.index: AttributionIndex | None = None
-        self.add_callback(AttributionCallback(args.n_epoch_members()))
+        self.members = args.parsed_members()
+        self._more_runs = None if self.members.is_single_run else MoreRuns(self, self.members, self._train_once)
+        if self.members.is_single_run:
+            self.add_callback(AttributionCallback(args.members))
+
+    @property
+    def _members_folder(self) -> Path:
+        return Path(self.args.output_dir) / MEMBERS_FOLDER
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Train as `Trainer.train` does, and then the further runs that `members` asks for, if any.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*): As `Trainer` has it. By default, a run of the same settings that was
+                killed goes on from its last checkpoint; False starts it again.
+        """
+        if trial is not None:  # a search for hyper-parameters, whose models are thrown away
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        if self._more_runs is not None:
+            return self._more_runs.train(resume_from_checkpoint, ignore_keys_for_eval)
+        settings = describe_run(self.args, self.model, self.train_dataset)
+        record = RunRecord(self._members_folder, Path(self.args.output_dir), settings)
+        return self._train_once(record, resume_from_checkpoint, ignore_keys_for_eval)
+
+    def _train_once(
+        self, record: RunRecord, resume_from_checkpoint: str | bool | None, ignore_keys_for_eval: list[str] | None
+    ) -> TrainOutput:
+        """Run `Trainer.train` under a record, from the recorded run's last checkpoint where there is one to go on from."""
+        last = record.checkpoint() if resume_from_checkpoint is None else None
+        self.accelerator.wait_for_everyone()  # all have looked before the record is written
+        if last is None and self.is_world_process_zero():
+            record.begin()
+        output = super().train(str(last) if last else resume_from_checkpoint, None, ignore_keys_for_eval)
+        if self.members.is_single_run and self.is_world_process_zero():
+            record.finish(output._asdict())
+        return output
 
     def member_checkpoints(self) -> list[Path]:
         """Return the snapshots that training kept, oldest first.
 
         Raises:
-            FileNotFoundError: If there are none: `train()` has not run in this `output_dir`.
+            FileNotFoundError: If some are missing: `train()` has not run to its end in this `output_dir`.
         """
-        folder = Path(self.args.output_dir) / MEMBERS_FOLDER
-        pattern = "final" if self.args.n_epoch_members() is None else "epoch-*"
-        found = sorted(folder.glob(pattern))
-        if not found:
+        found = sorted(self._members_folder.glob(_SNAPSHOTS[self.members.kind]))
+        wanted = 1 if self.members.kind == "epoch" else self.members.count
+        if len(found) < wanted:
             raise FileNotFoundError(
-                f"{folder} holds no snapshots for members={self.args.members!r}; call `train()` first, with the same "
-                "`output_dir` and `members`."
+                f"{self._members_folder} holds {len(found) or 'no'} snapshots for members={self.args.members!r}; call `train()` "
+                "first, with the same `output_dir` and `members`."
             )
-        return found
+        return found if self.members.is_single_run else found[:wanted]
 
     def featurize(self, dataset: Dataset | None = None, *, overwrite: bool = False) -> AttributionIndex:
         """Featurize the training set under every member and return the index, which lies in `<output_dir>/index`.
@@ -122,9 +132,11 @@ class AttributionTrainer(Trainer):
             dataset (`Dataset`, *optional*): By default, the training set.
             overwrite (`bool`): Replace an index of other features.
         """
+        given = dataset
         dataset = self.train_dataset if dataset is None else dataset
         if dataset is None:
             raise ValueError("There is no training set to featurize; give one to the trainer, or as `dataset`.")
+        with_masks = self.members.kind == "subsets" and (given is None or given is self.train_dataset)
         self.index = AttributionIndex.build(
             Path(self.args.output_dir) / INDEX_FOLDER,
             models=list(self.member_checkpoints()),
@@ -132,6 +144,8 @@ class AttributionTrainer(Trainer):
             config=self._trak_config(),
             processing_class=self.processing_class,
             task=self.task,
+            **self.args.member_counts(),
+            masks=load_masks(self._members_folder)[: self.members.count] if with_masks else None,
             batch_size=self.args.rows_at_a_time(),
             shard_rows=self.args.shard_rows,
             overwrite=overwrite,
@@ -148,14 +162,24 @@ class AttributionTrainer(Trainer):
             config = replace(config, parameters=tuple(f"^{re.escape(name)}$" for name in trained))
         return config
 
-    def attribute(self, queries: Dataset | None = None, top_k: int = 10) -> Dataset:
+    def attribute(self, queries: Dataset | None = None, top_k: int = 10, **options: Any) -> Dataset:
         """Return each query's strongest proponents and opponents among the training set; see [`AttributionIndex.attribute`].
 
         Args:
             queries (`Dataset`, *optional*): By default, the evaluation set.
+            options: Of [`AttributionIndex.attribute`].
         """
         queries = self.eval_dataset if queries is None else queries
         if queries is None:
             raise ValueError("There are no queries; give an `eval_dataset` to the trainer, or `queries`.")
         index = self.index or self.featurize()
-        return index.attribute(queries, top_k, batch_size=self.args.rows_at_a_time(), progress=not self.args.disable_tqdm)
+        defaults = {"batch_size": self.args.rows_at_a_time(), "progress": not self.args.disable_tqdm}
+        return index.attribute(queries, top_k, **{**defaults, **options})
+
+    def create_model_card(self, *args: Any, tags: str | list[str] | None = None, **kwargs: Any) -> None:
+        """Write the card that `Trainer` writes, with a section on how to ask the model for its training examples."""
+        given = [tags] if isinstance(tags, str) else list(tags or [])
+        super().create_model_card(*args, tags=[*given, *(tag for tag in _TAGS if tag not in given)], **kwargs)
+        if self.is_world_process_zero():
+            card = Path(self.args.output_dir) / "README.md"
+            card.write_text(card.read_text() + render_model_section(self.args.members), encoding="utf-8")

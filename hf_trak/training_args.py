@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from transformers import TrainingArguments
 
 from hf_trak.feature_args import FeatureArguments
+from hf_trak.members import Members
 
 
 @dataclass
@@ -16,22 +16,34 @@ class AttributionArguments(FeatureArguments, TrainingArguments):
 
     members: str = field(
         default="final",
-        metadata={"help": "Checkpoints to attribute with: 'final', or 'epoch:K' for those of the last K epochs of the run."},
+        metadata={
+            "help": "Checkpoints to attribute with: 'final'; 'epoch:K', those of the last K epochs; 'steps:[100,200]', those after "
+            "these steps; 'runs:M', the final ones of M independent runs; 'subsets:M', those of M runs on random subsets of the "
+            "rows, beside the run on all of them. Subsets are the best per unit of compute, and let damping='auto' be chosen by them."
+        },
     )
+    subset_alpha: float = field(default=0.5, metadata={"help": "Share of the rows that each of the runs of 'subsets:M' sees."})
 
     def __post_init__(self) -> None:
-        self.n_epoch_members()
+        self.parsed_members()
+        self._read_numbers()
+        if not 0 < self.subset_alpha < 1:
+            raise ValueError(f"`subset_alpha` must lie between 0 and 1, but is {self.subset_alpha}.")
+        self.member_counts()
         self.trak_config()
         super().__post_init__()
 
-    def n_epoch_members(self) -> int | None:
-        """Return K of `members="epoch:K"`, None for "final".
+    def parsed_members(self) -> Members:
+        """Return what `members` means.
 
         Raises:
-            ValueError: If `members` is neither.
+            ValueError: If it means nothing.
         """
-        if self.members == "final":
-            return None
-        if match := re.fullmatch(r"epoch:([1-9]\d*)", self.members):
-            return int(match[1])
-        raise ValueError(f"`members` must be 'final' or 'epoch:K' with K of at least 1, but is {self.members!r}.")
+        return Members.parse(self.members)
+
+    def _read_numbers(self) -> None:
+        """Take numbers written as strings: YAML 1.1 reads 1e-4 as one."""
+        for argument in fields(self):
+            value = getattr(self, argument.name)
+            if argument.type in ("float", float) and isinstance(value, str):
+                setattr(self, argument.name, float(value))

@@ -84,3 +84,32 @@ def madrylab_scores(
         product = product + features @ inverse @ query_features.T
     mean_out_to_loss = sum(values.astype(np.float64) for values in out_to_loss_per_member) / n_members
     return product / n_members * mean_out_to_loss[:, None]
+
+
+def corrected_scores(
+    features_per_member: Sequence[np.ndarray],
+    query_features_per_member: Sequence[np.ndarray],
+    out_to_loss_per_member: Sequence[np.ndarray],
+    damping: float,
+    *,
+    residual_weighting: bool,
+    leverage: bool,
+) -> np.ndarray:
+    r"""Return scores with the weights of a one-step Newton approximation of logistic regression (Pregibon, 1981).
+
+    $\frac1M\sum_m \phi_i^\top (\Phi^\top R\Phi + \lambda\bar\mu I)^{-1}\phi(z) / (1 - h_i)$, times the mean of Q, with
+    $h_i = R_{ii}\,\phi_i^\top(\cdot)^{-1}\phi_i$ and $R_{ii} = p_i(1 - p_i)$, or 1 without residual weighting.
+    """
+    product = 0.0
+    for features, queries, q in zip(features_per_member, query_features_per_member, out_to_loss_per_member, strict=True):
+        features, queries, q = features.astype(np.float64), queries.astype(np.float64), q.astype(np.float64)
+        residuals = q * (1 - q) if residual_weighting else np.ones(len(q))
+        kernel = features.T @ np.diag(residuals) @ features
+        mean_eigenvalue = np.trace(kernel) / min(features.shape)
+        inverse = np.linalg.inv(kernel + damping * mean_eigenvalue * np.eye(len(kernel)))
+        influence = features @ inverse @ queries.T
+        if leverage:
+            influence /= (1 - residuals * np.einsum("ij,jk,ik->i", features, inverse, features))[:, None]
+        product = product + influence
+    mean_out_to_loss = sum(values.astype(np.float64) for values in out_to_loss_per_member) / len(out_to_loss_per_member)
+    return product / len(features_per_member) * mean_out_to_loss[:, None]

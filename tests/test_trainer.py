@@ -44,7 +44,7 @@ def trained(tmp_path_factory):
     return trainer
 
 
-@pytest.mark.parametrize("members", ["final", "epoch:2"])
+@pytest.mark.parametrize("members", ["final", "epoch:2", "steps:[4,7]"])
 def test_training_is_bit_identical_to_a_stock_trainer(tmp_path, members):
     ours = make_trainer(tmp_path / "ours", members=members)
     ours.train()
@@ -95,7 +95,7 @@ def test_a_stock_trainer_keeps_the_same_snapshots_with_the_callback(tmp_path, tr
         args=TrainingArguments(str(tmp_path), **OPTIONS),
         train_dataset=TRAIN,
         data_collator=collate,
-        callbacks=[AttributionCallback(epochs=2)],
+        callbacks=[AttributionCallback("epoch:2")],
     )
     stock.train()
     for folder in trained.member_checkpoints():
@@ -134,10 +134,9 @@ def test_featurizing_before_training_says_what_to_do(tmp_path):
         make_trainer(tmp_path).featurize()
 
 
-@pytest.mark.parametrize("members", ["epoch:0", "epochs:3", "last", "epoch:"])
-def test_unknown_members_are_refused_before_training(tmp_path, members):
-    with pytest.raises(ValueError, match="`members` must be 'final' or 'epoch:K'"):
-        AttributionArguments(str(tmp_path), members=members)
+def test_unknown_members_are_refused_before_training(tmp_path):
+    with pytest.raises(ValueError, match="`members` must be 'final', 'epoch:K'"):
+        AttributionArguments(str(tmp_path), members="last")
 
 
 def test_stock_arguments_are_refused(tmp_path):

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def run(args: FeaturizeArguments, features: FeatureArguments) -> None:
     """Build the index and say where it lies."""
-    config = features.trak_config()
+    config, counts = features.trak_config(), features.member_counts()
 
     from hf_trak.cli.data import load_rows
     from hf_trak.cli.quiet import hush
@@ -63,6 +63,7 @@ def run(args: FeaturizeArguments, features: FeatureArguments) -> None:
         dataset=dataset,
         config=config,
         revision=args.revision,
+        **counts,
         batch_size=features.rows_at_a_time(),
         shard_rows=features.shard_rows,
         overwrite=args.overwrite,

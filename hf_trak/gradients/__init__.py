@@ -2,6 +2,7 @@
 
 from hf_trak.gradients.batch import BatchFeatures, OutputFunction
 from hf_trak.gradients.check import check_gradients
+from hf_trak.gradients.dropout import thinned
 from hf_trak.gradients.functional import functional_features
 from hf_trak.gradients.layerwise import layerwise_features
 from hf_trak.gradients.selection import ParameterSelection, select_parameters
@@ -17,4 +18,5 @@ __all__ = [
     "functional_features",
     "layerwise_features",
     "select_parameters",
+    "thinned",
 ]

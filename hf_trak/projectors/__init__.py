@@ -1,9 +1,12 @@
-"""Sketches of gradients: `make_projector` builds one by name."""
+"""Sketches of gradients: `make_projector` builds one by name, `make_projectors` one or several side by side."""
+
+from collections.abc import Sequence
 
 from hf_trak.projectors.base import Projector
 from hf_trak.projectors.block_count_sketch import BlockCountSketch
 from hf_trak.projectors.dense_rademacher import DenseRademacher
 from hf_trak.projectors.identity import Identity
+from hf_trak.projectors.stack import StackedProjector
 
 PROJECTORS: dict[str, type[Projector]] = {
     "block_count_sketch": BlockCountSketch,
@@ -24,4 +27,29 @@ def make_projector(name: str, *, proj_dim: int, seed: int, fold: int = 1) -> Pro
     return kind(proj_dim=proj_dim, seed=seed, fold=fold) if kind is BlockCountSketch else kind(proj_dim=proj_dim, seed=seed)
 
 
-__all__ = ["PROJECTORS", "BlockCountSketch", "DenseRademacher", "Identity", "Projector", "make_projector"]
+def make_projectors(name: str, *, proj_dim: int, seeds: Sequence[int], fold: int = 1) -> Projector:
+    """Return the projector called `name`, or one per seed in a stack.
+
+    Raises:
+        ValueError: If there is no such projector, a seed occurs twice, or several seeds are asked of one that has none.
+    """
+    if len(set(seeds)) != len(seeds):
+        raise ValueError(f"Sketch seeds must differ, but are {', '.join(map(str, seeds))}: equal sketches add nothing.")
+    if name == "identity" and len(seeds) > 1:
+        raise ValueError(
+            f"The identity projector has no randomness, so its {len(seeds)} sketches would be the same. Use one sketch seed."
+        )
+    projectors = [make_projector(name, proj_dim=proj_dim, seed=seed, fold=fold) for seed in seeds]
+    return projectors[0] if len(projectors) == 1 else StackedProjector(projectors)
+
+
+__all__ = [
+    "PROJECTORS",
+    "BlockCountSketch",
+    "DenseRademacher",
+    "Identity",
+    "Projector",
+    "StackedProjector",
+    "make_projector",
+    "make_projectors",
+]

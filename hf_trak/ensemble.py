@@ -1,0 +1,106 @@
+"""Members of an index as one: their kernels, the queries solved under each, and the stream of scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from hf_trak.linalg import accumulate_kernel, factor
+from hf_trak.linalg import leverage as leverage_of
+from hf_trak.scoring import MemberBlock, precondition, residual_weights, score_blocks
+from hf_trak.store import MemberReader, Shard
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    r"""What may be changed about scores after features are stored.
+
+    Args:
+        damping (`float`): $\lambda$, as a multiple of the kernel's mean nonzero eigenvalue.
+        residual_weighting (`bool`): Weigh each row of the kernel by $R = p(1 - p)$, as the one-step Newton approximation of
+            logistic regression does ([Pregibon, 1981](https://doi.org/10.1214/aos/1176345513)). The TRAK paper derives it and
+            drops it.
+        leverage (`bool`): Divide by $1 - h_i$, with $h_i$ the training row's leverage: what is left out cannot be relied upon to
+            stay put. From the same approximation; the TRAK paper drops it too.
+        reference_rescale (`bool`): Divide each inverse kernel by its mean absolute entry, only to reproduce MadryLab/trak's numbers.
+    """
+
+    damping: float
+    residual_weighting: bool = False
+    leverage: bool = False
+    reference_rescale: bool = False
+
+
+class SolvedQueries(NamedTuple):
+    """Queries under one member, ready to meet its training rows."""
+
+    preconditioned: Float64[Tensor, "n_query proj_dim"]
+    leverage: Float64[Tensor, " n_train"] | None
+
+
+def check_residuals(member: MemberReader) -> None:
+    """Refuse residual weighting where `trak_out_to_loss` is not 1 − p of one class label.
+
+    Raises:
+        ValueError: Naming the task.
+    """
+    if not member.identity["task"].endswith("-classification"):
+        raise ValueError(
+            f"residual_weighting needs the probability of a class label, but these are features of {member.identity['task']}. "
+            "Leave it out."
+        )
+
+
+def member_kernel(member: MemberReader, *, residual_weighting: bool) -> Float64[Tensor, "proj_dim proj_dim"]:
+    """Return the kernel that was stored, or the residual-weighted one, which takes a pass over the features."""
+    kernel = member.kernel()
+    if not residual_weighting:
+        return kernel
+    kernel.zero_()
+    for shard in member.shards():
+        accumulate_kernel(kernel, shard.features * residual_weights(shard.out_to_loss).sqrt().unsqueeze(1))
+    return kernel
+
+
+def solve_queries(member: MemberReader, queries: Float[Tensor, "n_query proj_dim"], options: ScoreOptions) -> SolvedQueries:
+    """Precondition queries under one member; with leverage, a pass over its features finds that of each row.
+
+    Raises:
+        ValueError: If the damped kernel is singular, or a row's leverage is 1.
+    """
+    kernel = member_kernel(member, residual_weighting=options.residual_weighting)
+    preconditioned = precondition(
+        queries, kernel, n_rows=member.n_rows, damping=options.damping, reference_rescale=options.reference_rescale
+    )
+    if not options.leverage:
+        return SolvedQueries(preconditioned, None)
+    cholesky = factor(kernel, n_rows=member.n_rows, damping=options.damping)
+    leverage = torch.cat([_leverage(shard, cholesky, options.residual_weighting) for shard in member.shards()])
+    if (alone := int((leverage > 1 - 1e-9).sum())) > 0:
+        raise ValueError(
+            f"{alone} training rows have a leverage of 1, so 1 / (1 - h) has no bounds: nothing else speaks for their directions. "
+            "Use a positive damping."
+        )
+    return SolvedQueries(preconditioned, leverage)
+
+
+def _leverage(shard: Shard, cholesky: Tensor, residual_weighting: bool) -> Float64[Tensor, " rows"]:
+    leverage = leverage_of(cholesky, shard.features)
+    return leverage * residual_weights(shard.out_to_loss).double() if residual_weighting else leverage
+
+
+def stream_scores(members: Sequence[MemberReader], solved: Sequence[SolvedQueries]) -> Iterator[Float64[Tensor, "_ n_query"]]:
+    """Yield the scores of one shard after another."""
+    shards = zip(*(member.shards() for member in members), strict=True)
+    blocks = ([_block(shard, queries) for shard, queries in zip(row, solved, strict=True)] for row in shards)
+    yield from score_blocks(blocks, [queries.preconditioned for queries in solved])
+
+
+def _block(shard: Shard, queries: SolvedQueries) -> MemberBlock:
+    leverage = None if queries.leverage is None else queries.leverage[shard.example_id]
+    return MemberBlock(shard.features, shard.out_to_loss, leverage)

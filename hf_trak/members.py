@@ -1,0 +1,92 @@
+"""What a member is: a checkpoint, a sketch seed, and a dropout seed or none; and how `members=` says which checkpoints to keep.
+
+Members of an ensemble are numbered checkpoint by checkpoint, dropout seed by dropout seed, sketch by sketch, and no two share a
+sketch: the average over members then averages sketch noise too.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+SINGLE_RUN = ("final", "epoch", "steps")
+_EXPECTED = "'final', 'epoch:K', 'steps:[S, ...]', 'runs:M' or 'subsets:M', with whole numbers of at least 1"
+
+
+@dataclass(frozen=True)
+class Members:
+    """A parsed `members=` string.
+
+    Args:
+        kind (`str`): final, epoch, steps, runs or subsets.
+        count (`int`): Checkpoints to keep; for epochs, the most.
+        steps (`tuple[int, ...]`): For steps, which ones, in order.
+    """
+
+    kind: str
+    count: int = 1
+    steps: tuple[int, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Members:
+        """Parse `text`.
+
+        Raises:
+            ValueError: If it is none of the forms there are.
+        """
+        if text == "final":
+            return cls("final")
+        if match := re.fullmatch(r"(epoch|runs|subsets):([1-9]\d*)", text):
+            return cls(match[1], int(match[2]))
+        if match := re.fullmatch(r"steps:\[\s*([1-9]\d*(?:\s*,\s*[1-9]\d*)*)\s*,?\s*\]", text):
+            steps = sorted({int(step) for step in match[1].split(",")})
+            return cls("steps", len(steps), tuple(steps))
+        raise ValueError(f"`members` must be {_EXPECTED}, but is {text!r}.")
+
+    @property
+    def is_single_run(self) -> bool:
+        """Whether one training run makes all of them."""
+        return self.kind in SINGLE_RUN
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass of gradients over a dataset: a checkpoint, thinned or whole, sketched for several members at once.
+
+    Args:
+        checkpoint (`int`): Its number.
+        dropout_seed (`int`, *optional*): Of the units removed; None removes none.
+        members (`tuple[int, ...]`): Numbers of the members this pass makes.
+        seeds (`tuple[int, ...]`): Their sketch seeds.
+    """
+
+    checkpoint: int
+    dropout_seed: int | None
+    members: tuple[int, ...]
+    seeds: tuple[int, ...]
+
+
+def lay_out_passes(
+    n_checkpoints: int, *, seed: int, sketch_seeds_per_checkpoint: int = 1, dropout_seeds: int = 0
+) -> list[Pass]:
+    """Return the passes that make an ensemble; member i has sketch seed `seed + i`.
+
+    Args:
+        sketch_seeds_per_checkpoint (`int`): Sketches of each pass; they cost no gradients.
+        dropout_seeds (`int`): Thinned networks per checkpoint, in place of the whole one; each costs a pass. 0 keeps it whole.
+
+    Raises:
+        ValueError: If a count is out of range.
+    """
+    if sketch_seeds_per_checkpoint < 1:
+        raise ValueError(f"`sketch_seeds_per_checkpoint` must be at least 1, but is {sketch_seeds_per_checkpoint}.")
+    if dropout_seeds < 0:
+        raise ValueError(f"`dropout_seeds` must be at least 0, but is {dropout_seeds}.")
+    passes: list[Pass] = []
+    for checkpoint in range(n_checkpoints):
+        for dropout in range(dropout_seeds) if dropout_seeds else [None]:
+            first = len(passes) * sketch_seeds_per_checkpoint
+            members = tuple(range(first, first + sketch_seeds_per_checkpoint))
+            dropout_seed = None if dropout is None else seed + checkpoint * dropout_seeds + dropout
+            passes.append(Pass(checkpoint, dropout_seed, members, tuple(seed + number for number in members)))
+    return passes

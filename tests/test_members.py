@@ -1,0 +1,49 @@
+"""What `members=` strings mean, and how members are numbered."""
+
+import pytest
+
+from hf_trak.members import Members, lay_out_passes
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("final", Members("final")),
+        ("epoch:3", Members("epoch", 3)),
+        ("steps:[200, 100,100]", Members("steps", 2, (100, 200))),
+        ("steps:[5]", Members("steps", 1, (5,))),
+        ("runs:4", Members("runs", 4)),
+        ("subsets:10", Members("subsets", 10)),
+    ],
+)
+def test_every_form_is_understood(text, expected):
+    assert Members.parse(text) == expected
+    assert Members.parse(text).is_single_run == (expected.kind in ("final", "epoch", "steps"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["epoch:0", "epochs:3", "last", "epoch:", "steps:[]", "steps:100", "steps:[0]", "runs:", "subsets:-1", "final:1", ""],
+)
+def test_anything_else_is_answered_with_the_forms_there_are(text):
+    with pytest.raises(ValueError, match=r"`members` must be 'final', 'epoch:K', 'steps:\[S, ...\]', 'runs:M' or 'subsets:M'"):
+        Members.parse(text)
+
+
+def test_members_are_numbered_checkpoint_by_checkpoint_with_sketches_of_their_own():
+    passes = lay_out_passes(2, seed=5, sketch_seeds_per_checkpoint=3, dropout_seeds=2)
+    assert [(plan.checkpoint, plan.dropout_seed) for plan in passes] == [(0, 5), (0, 6), (1, 7), (1, 8)]
+    assert [member for plan in passes for member in plan.members] == list(range(12))
+    assert [seed for plan in passes for seed in plan.seeds] == list(range(5, 17))
+
+
+def test_one_member_per_checkpoint_is_the_default():
+    passes = lay_out_passes(3, seed=0)
+    assert [(plan.dropout_seed, plan.members, plan.seeds) for plan in passes] == [(None, (i,), (i,)) for i in range(3)]
+
+
+def test_impossible_counts_are_refused():
+    with pytest.raises(ValueError, match="`sketch_seeds_per_checkpoint` must be at least 1, but is 0"):
+        lay_out_passes(1, seed=0, sketch_seeds_per_checkpoint=0)
+    with pytest.raises(ValueError, match="`dropout_seeds` must be at least 0, but is -1"):
+        lay_out_passes(1, seed=0, dropout_seeds=-1)
