@@ -78,8 +78,7 @@ def build_member(
     writer = MemberWriter(folder, identity=identity, n_rows=len(dataset), shard_rows=shard_rows, overwrite=overwrite)
     if writer.is_finished:
         return
-    lengths = featurizer.task.inputs.lengths(dataset)
-    featurize(featurizer, dataset, writer, lengths=lengths, batch_size=batch_size, progress=progress, description=description)
+    featurize(featurizer, dataset, writer, batch_size=batch_size, progress=progress, description=description)
     writer.finish(
         kernel_of(writer, proj_dim=config.proj_dim),
         {

@@ -20,12 +20,12 @@ from tqdm.auto import tqdm
 from hf_trak.build import begin_index, build_member, describe_featurizer, identity_of, member_folders, recorded_checkpoint
 from hf_trak.cards import render_index_card
 from hf_trak.config import CARD_NAME, CONFIG_NAME, TrakConfig
-from hf_trak.featurize import BatchSize, featurize_rows
+from hf_trak.featurize import featurize_rows
 from hf_trak.featurizer import Featurizer
 from hf_trak.hub import download_index, upload_index
 from hf_trak.linalg import DEFAULT_DAMPING, damped, factor, leverage
 from hf_trak.scoring import MemberBlock, precondition, score_blocks, top_k
-from hf_trak.store import MEMBER_NAME, MemberReader, list_differences, write_atomically, write_json
+from hf_trak.store import MEMBER_NAME, MemberReader, encode_columns, list_differences, write_atomically, write_json
 from hf_trak.tasks import Task
 
 if TYPE_CHECKING:
@@ -347,18 +347,11 @@ class AttributionIndex:
             raise ValueError("There are no queries: the dataset is empty.")
         featurizer = self.featurizer(member)
         featurizer.task.check(queries, featurizer.processing_class)
-        featurizer.storage_dtype = "float32"
         with tqdm(
             total=len(queries), unit="rows", desc=f"Queries {member + 1}/{len(self.members)}", disable=not progress
         ) as bar:
-            return featurize_rows(
-                featurizer,
-                queries,
-                range(len(queries)),
-                lengths=featurizer.task.inputs.lengths(queries),
-                batch_size=BatchSize(batch_size),
-                on_batch=bar.update,
-            )
+            features = featurize_rows(featurizer, queries, range(len(queries)), batch_size=batch_size, on_batch=bar.update)
+        return encode_columns(features.features, features.output, features.out_to_loss, dtype="float32")
 
     def _precondition(
         self, queries: Dataset, damping: float | str | None, batch_size: int | str, progress: bool
