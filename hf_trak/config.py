@@ -40,7 +40,8 @@ class TrakConfig:
     )
     seed: int = _option(0, "Sketch seed of the first member; member i uses seed + i.")
     projector: str = _option(
-        "block_count_sketch", "Sketch: block_count_sketch, dense_rademacher (the paper's; slow), identity (none)."
+        "block_count_sketch",
+        "Sketch: block_count_sketch, dense_rademacher (the paper's; slow), identity (none), fast_jl (CUDA; tied to the GPU's model).",
     )
     fold: int = _option(
         4,

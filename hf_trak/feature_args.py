@@ -14,7 +14,8 @@ class FeatureArguments:
     proj_dim: int = field(default=4096, metadata={"help": "Numbers kept per example. More is better and costs disk."})
     sketch_seed: int = field(default=0, metadata={"help": "Sketch seed of the first member; member i uses this plus i."})
     projector: str = field(
-        default="block_count_sketch", metadata={"help": "block_count_sketch, dense_rademacher (the paper's; slow) or identity."}
+        default="block_count_sketch",
+        metadata={"help": "block_count_sketch, dense_rademacher (the paper's; slow), identity or fast_jl (CUDA)."},
     )
     fold: int = field(
         default=4,

@@ -23,7 +23,7 @@ from hf_trak.gradients import (
     select_parameters,
 )
 from hf_trak.hashing import hash_file, hash_json, hash_tensors
-from hf_trak.projectors import Identity, Projector, make_projector
+from hf_trak.projectors import FastJL, Identity, Projector, make_projector
 from hf_trak.store import encode_columns
 from hf_trak.tasks import AutoTask, Task, vmappable_attention
 
@@ -96,7 +96,8 @@ class Featurizer:
         """Load what is needed, once: task, selected parameters, projector, and tokenizer or image processor.
 
         Raises:
-            ValueError: If no task serves the model, a parameter pattern matches nothing, or `proj_dim` exceeds the gradient.
+            ValueError: If no task serves the model, a parameter pattern matches nothing, `proj_dim` exceeds the gradient, or the
+                projector does not run on the device.
         """
         if self._ready is None:
             processing_class, task = self._given
@@ -116,6 +117,8 @@ class Featurizer:
             )
             if isinstance(projector, Identity):
                 projector.lay_out({name: parameter.numel() for name, parameter in selection.parameters.items()})
+            if isinstance(projector, FastJL):
+                projector.tied_to(self.device)
             self.model.to(self.device)
             self._ready = task, selection, projector, processing_class
         return self._ready
@@ -131,6 +134,12 @@ class Featurizer:
     @property
     def processing_class(self) -> Any:
         return self.prepare()[3]
+
+    @property
+    def gpu_model(self) -> str | None:
+        """The model of GPU that features are tied to; None where they mean the same on every machine."""
+        projector = self.prepare()[2]
+        return projector.tied_to(self.device) if isinstance(projector, FastJL) else None
 
     def model_hash(self) -> str:
         """Return the SHA-256 of the model's weights and buffers."""
