@@ -114,7 +114,6 @@ def build_pass(
         featurizer,
         dataset,
         PassWriter(writers, plan.seeds),
-        lengths=featurizer.task.inputs.lengths(dataset),
         batch_size=batch_size,
         progress=progress,
         description=description,
@@ -144,6 +143,7 @@ def describe_featurizer(featurizer: Featurizer) -> dict[str, Any]:
         "model_class": type(featurizer.model).__name__,
         "parameters": featurizer.selection.shapes,
         "model_sha256": featurizer.model_hash(),
+        **({"gpu_model": featurizer.gpu_model} if featurizer.gpu_model is not None else {}),
     }
 
 

@@ -9,10 +9,15 @@ from typing import Any, Literal
 
 CONFIG_NAME = "trak_config.json"
 CARD_NAME = "README.md"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 # Fields that decide scores after the fact; two indices that differ in them still speak the same language.
 _CHOSEN_AFTER = ("damping", "dtype")
+_CHOICES = {
+    "dtype": ("float32", "float16"),
+    "gradients": ("layerwise", "functional"),
+    "compute_dtype": ("float32", "bfloat16"),
+}
 
 
 def _option(default: Any, help: str) -> Any:
@@ -35,7 +40,8 @@ class TrakConfig:
     )
     seed: int = _option(0, "Sketch seed of the first member; member i uses seed + i.")
     projector: str = _option(
-        "block_count_sketch", "Sketch: block_count_sketch, dense_rademacher (the paper's; slow), identity (none)."
+        "block_count_sketch",
+        "Sketch: block_count_sketch, dense_rademacher (the paper's; slow), identity (none), fast_jl (CUDA; tied to the GPU's model).",
     )
     fold: int = _option(
         4,
@@ -44,6 +50,10 @@ class TrakConfig:
     )
     gradients: Literal["layerwise", "functional"] = _option(
         "layerwise", "How per-example gradients are made: layerwise (fast) or functional (any model)."
+    )
+    compute_dtype: Literal["float32", "bfloat16"] = _option(
+        "float32",
+        "What the model computes in: float32 (or whatever dtype it is loaded in), or bfloat16 by autocast. Sketches are float32.",
     )
     damping: float | Literal["auto"] = _option(
         "auto", "Regularisation as a multiple of the kernel's mean nonzero eigenvalue; 0 is the paper's TRAK."
@@ -76,7 +86,7 @@ class TrakConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` must be a whole number of at least 1, but is {value!r}.")
-        for name, choices in (("dtype", ("float32", "float16")), ("gradients", ("layerwise", "functional"))):
+        for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {', '.join(choices)}, but is {getattr(self, name)!r}.")
         if self.parameters == ():

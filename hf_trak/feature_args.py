@@ -26,7 +26,8 @@ class FeatureArguments:
         },
     )
     projector: str = field(
-        default="block_count_sketch", metadata={"help": "block_count_sketch, dense_rademacher (the paper's; slow) or identity."}
+        default="block_count_sketch",
+        metadata={"help": "block_count_sketch, dense_rademacher (the paper's; slow), identity or fast_jl (CUDA)."},
     )
     fold: int = field(
         default=4,
@@ -36,6 +37,10 @@ class FeatureArguments:
         },
     )
     gradients: str = field(default="layerwise", metadata={"help": "layerwise (fast) or functional (any model)."})
+    compute_dtype: str = field(
+        default="float32",
+        metadata={"help": "float32 (or whatever dtype the model is saved in), or bfloat16: autocast, with float32 sketches."},
+    )
     damping: str = field(
         default="auto",
         metadata={"help": "Regularisation as a multiple of the kernel's mean nonzero eigenvalue; 0 is the paper's TRAK."},
@@ -49,7 +54,8 @@ class FeatureArguments:
     label_column: str | None = field(default=None, metadata={"help": "The label column; 'labels' or 'label' by default."})
     max_length: int | None = field(default=None, metadata={"help": "Tokens kept of a text; the model's own limit by default."})
     featurize_batch_size: str = field(
-        default="auto", metadata={"help": "Rows featurized at a time; 'auto' halves when memory runs out."}
+        default="auto",
+        metadata={"help": "Rows featurized at a time; 'auto' takes more of short rows, and fewer where memory runs out."},
     )
     shard_rows: int = field(default=1024, metadata={"help": "Rows per file of features."})
 
@@ -61,6 +67,7 @@ class FeatureArguments:
             projector=self.projector,
             fold=self.fold,
             gradients=self.gradients,  # type: ignore[arg-type]
+            compute_dtype=self.compute_dtype,  # type: ignore[arg-type]
             damping=self.damping,  # type: ignore[arg-type]
             dtype=self.features_dtype,  # type: ignore[arg-type]
             parameters=tuple(self.attribution_parameters) if self.attribution_parameters else None,

@@ -1,16 +1,24 @@
-"""The one loop that runs a featurizer over a dataset, and writes its shards."""
+"""The one loop that runs a featurizer over a dataset, and writes its shards.
+
+Three things go on at a time: one thread reads the next batches, this one computes, and another writes the shard that was finished
+last. On a GPU that keeps the device busy. On a CPU there is next to nothing to win or to lose (docs/performance.md has the figures);
+it is done alike there so that there is one path to test.
+"""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import closing
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from tqdm.auto import tqdm
 
+from hf_trak.ahead import ahead, one_thread
+from hf_trak.batching import BatchSize, Budget, ShardBatches
+from hf_trak.gradients import BatchFeatures
 from hf_trak.linalg import accumulate_kernel
 from hf_trak.passes import PassWriter
 from hf_trak.store import MemberWriter
@@ -18,70 +26,109 @@ from hf_trak.store import MemberWriter
 if TYPE_CHECKING:
     from datasets import Dataset
 
-logger = logging.getLogger(__name__)
 
-AUTO_BATCH_SIZE = 32
-FeaturizeRows = Callable[[dict[str, list[Any]], Sequence[int]], dict[str, np.ndarray]]
+class RowFeaturizer(Protocol):
+    """What the loop needs of a [`Featurizer`]: its steps, each for the thread that takes it."""
+
+    @property
+    def budget(self) -> Budget:
+        """What `batch_size="auto"` begins with."""
+        ...
+
+    def lengths(self, dataset: Dataset) -> Sequence[int] | None:
+        """Return a number per row that grows with its cost. Called by the thread that reads."""
+        ...
+
+    def collate(self, rows: dict[str, list[Any]]) -> Any:
+        """Return a batch. Called by the thread that reads."""
+        ...
+
+    def compute(self, batch: Any, ids: Sequence[int]) -> BatchFeatures:
+        """Return the features of a batch on the CPU, or raise an error that names rows by their `ids`."""
+        ...
+
+    def encode(self, features: BatchFeatures) -> dict[str, np.ndarray]:
+        """Return the columns to be stored. Called by the thread that writes."""
+        ...
 
 
-class BatchSize:
-    """A number of rows; one that was not asked for by number halves when memory runs out."""
+def featurize_ranges(
+    featurizer: RowFeaturizer,
+    dataset: Dataset,
+    ranges: Sequence[range],
+    *,
+    batch_size: int | str,
+    on_batch: Callable[[int], Any],
+) -> Generator[BatchFeatures]:
+    """Yield the features of one range of rows after another, each in its rows' order. Close it to stop early."""
+    size = BatchSize(batch_size, automatic=featurizer.budget)
 
-    def __init__(self, rows: int | str = "auto") -> None:
-        if rows != "auto" and (not isinstance(rows, int) or rows < 1):
-            raise ValueError(f"`batch_size` must be 'auto' or at least 1, but is {rows!r}.")
-        self.may_shrink = rows == "auto"
-        self.rows = AUTO_BATCH_SIZE if rows == "auto" else int(rows)
+    def read() -> Iterator[tuple[ShardBatches, list[int], Any]]:
+        for rows in ranges:
+            # Lengths of a whole dataset would keep the first row waiting.
+            shard = ShardBatches(rows, featurizer.lengths(dataset.select(rows)), size)
+            for chosen in shard.batches():
+                yield shard, chosen, featurizer.collate(dataset[chosen])
 
-    def shrink(self, error: Exception) -> None:
-        """Halve, or raise `error` if it is not about memory or nothing is left to halve."""
-        out_of_memory = isinstance(error, MemoryError) or should_reduce_batch_size(error)
-        if not out_of_memory:
-            raise error
-        if self.rows == 1 or not self.may_shrink:
-            way_out = "batch_size='auto' or a smaller one" if self.rows > 1 else "fewer parameters, or shorter inputs"
-            raise MemoryError(f"Out of memory with {self.rows} rows at a time; try {way_out}.") from error
-        self.rows //= 2
-        logger.warning("Out of memory: going on with %d rows at a time.", self.rows)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    with one_thread("reader") as reader, closing(ahead(read(), reader)) as batches:
+
+        def collate(rows: list[int]) -> Any:
+            # By the thread that reads, too: a tokenizer serves one thread at a time.
+            return reader.submit(lambda: featurizer.collate(dataset[rows])).result()
+
+        whole: BatchFeatures | None = None
+        done = 0
+        for shard, chosen, batch in batches:
+            for rows, part in _compute(featurizer, shard, chosen, batch, collate):
+                whole = whole or _room_for(len(shard.rows), part)
+                for target, values in zip(whole, part, strict=True):
+                    target[[row - shard.rows.start for row in rows]] = values
+                done += len(rows)
+                on_batch(len(rows))
+            if whole is not None and done == len(shard.rows):
+                yield whole
+                whole, done = None, 0
+
+
+def _compute(
+    featurizer: RowFeaturizer, shard: ShardBatches, rows: list[int], batch: Any, collate: Callable[[list[int]], Any]
+) -> Iterator[tuple[list[int], BatchFeatures]]:
+    """Yield the features of a batch, in halves of halves where it does not fit into memory."""
+    if shard.fits(rows):
+        try:
+            part = featurizer.compute(batch, rows)
+        except (RuntimeError, MemoryError) as error:
+            shard.shrink(rows, error)
+        else:
+            yield rows, part
+            return
+    half = (len(rows) + 1) // 2
+    for piece in (rows[:half], rows[half:]):
+        yield from _compute(featurizer, shard, piece, collate(piece), collate)
+
+
+def _room_for(n_rows: int, part: BatchFeatures) -> BatchFeatures:
+    return BatchFeatures(*(torch.empty(n_rows, *values.shape[1:], dtype=values.dtype) for values in part))
 
 
 def featurize_rows(
-    featurize: FeaturizeRows,
+    featurizer: RowFeaturizer,
     dataset: Dataset,
     rows: range,
     *,
-    lengths: Sequence[int] | None,
-    batch_size: BatchSize,
-    on_batch: Callable[[int], Any],
-) -> dict[str, np.ndarray]:
-    """Return the columns of some rows, in their order. Rows of like length share a batch; the longest come first."""
-    order = list(rows) if lengths is None else sorted(rows, key=lambda row: (-lengths[row], row))
-    columns: dict[str, np.ndarray] = {}
-    done = 0
-    while done < len(order):
-        chosen = order[done : done + batch_size.rows]
-        try:
-            values = featurize(dataset[chosen], chosen)
-        except (RuntimeError, MemoryError) as error:
-            batch_size.shrink(error)
-            continue
-        for name, value in values.items():
-            if name not in columns:
-                columns[name] = np.empty((len(rows), *value.shape[1:]), dtype=value.dtype)
-            columns[name][[row - rows.start for row in chosen]] = value
-        done += len(chosen)
-        on_batch(len(chosen))
-    return columns
+    batch_size: int | str = "auto",
+    on_batch: Callable[[int], Any] = lambda n_rows: None,
+) -> BatchFeatures:
+    """Return the features of some rows, in their order."""
+    with closing(featurize_ranges(featurizer, dataset, [rows], batch_size=batch_size, on_batch=on_batch)) as results:
+        return next(results)
 
 
 def featurize(
-    featurizer: FeaturizeRows,
+    featurizer: RowFeaturizer,
     dataset: Dataset,
     writer: MemberWriter | PassWriter,
     *,
-    lengths: Sequence[int] | None = None,
     batch_size: int | str = "auto",
     shards: Sequence[int] | None = None,
     progress: bool = True,
@@ -93,31 +140,39 @@ def featurize(
     bytes.
 
     Args:
-        featurizer (`Callable`): `(rows, ids) -> columns`, such as a [`Featurizer`].
-        lengths (`Sequence[int]`, *optional*): A number per row that grows with its cost.
-        batch_size (`int` or `"auto"`): Rows at a time; `"auto"` halves when memory runs out.
+        featurizer ([`Featurizer`]): Its steps are called from several threads, each step from one at a time.
+        batch_size (`int` or `"auto"`): Rows at a time; `"auto"` is as many as the featurizer's budget of tokens allows, and fewer
+            where memory runs out.
         shards (`Sequence[int]`, *optional*): Only these, where several processes share the work.
     """
-    size = BatchSize(batch_size)
     wanted = range(writer.n_shards) if shards is None else shards
     missing = [shard for shard in writer.missing() if shard in wanted]
-    done = sum(len(writer.rows(shard)) for shard in wanted if shard not in missing)
+    ranges = [writer.rows(shard) for shard in missing]
     total = sum(len(writer.rows(shard)) for shard in wanted)
-    finished = 0
-    with tqdm(total=total, initial=done, unit="rows", desc=description, disable=not progress) as bar:
+    with tqdm(total=total, initial=total - sum(map(len, ranges)), unit="rows", desc=description, disable=not progress) as bar:
+        results = featurize_ranges(featurizer, dataset, ranges, batch_size=batch_size, on_batch=bar.update)
         try:
-            for shard in missing:
-                rows = writer.rows(shard)
-                writer.write(
-                    shard,
-                    featurize_rows(featurizer, dataset, rows, lengths=lengths, batch_size=size, on_batch=bar.update),
-                )
-                finished += 1
+            with closing(results):
+                _write(zip(missing, results, strict=True), lambda shard, values: writer.write(shard, featurizer.encode(values)))
         except KeyboardInterrupt:
             bar.close()
-            left = len(missing) - finished
-            print(f"Stopped: {writer.n_shards - left} of {writer.n_shards} shards are finished. Run the same again to go on.")
+            finished = writer.n_shards - len(writer.missing())
+            print(f"Stopped: {finished} of {writer.n_shards} shards are finished. Run the same again to go on.")
             raise
+
+
+def _write(shards: Iterable[tuple[int, BatchFeatures]], write: Callable[[int, BatchFeatures], None]) -> None:
+    """Write one shard while the next is computed. An error of either kind is raised, and never before a begun write has ended."""
+    with one_thread("writer") as thread:
+        writing: Future[None] | None = None
+        try:
+            for shard, features in shards:
+                if writing is not None:
+                    writing.result()
+                writing = thread.submit(write, shard, features)
+        finally:
+            if writing is not None:
+                writing.result()
 
 
 def kernel_of(writer: MemberWriter, *, proj_dim: int) -> torch.Tensor:

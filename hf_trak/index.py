@@ -31,12 +31,12 @@ from hf_trak.cards import CURVE_NAME, draw_damping_curve, render_index_card
 from hf_trak.config import CARD_NAME, CONFIG_NAME, TrakConfig
 from hf_trak.damping import DAMPING_NAME, DampingChoice, choose_damping
 from hf_trak.ensemble import ScoreOptions, SolvedQueries, check_residuals, solve_queries, stream_scores
-from hf_trak.featurize import BatchSize, featurize_rows
+from hf_trak.featurize import featurize_rows
 from hf_trak.featurizer import Featurizer
 from hf_trak.hub import download_index, upload_index
 from hf_trak.linalg import damped, default_damping, factor, leverage
 from hf_trak.members import Pass, lay_out_passes
-from hf_trak.passes import columns_of
+from hf_trak.passes import columns_of, encode_pass
 from hf_trak.scoring import soft_threshold, soft_threshold_top_k, top_k
 from hf_trak.store import MEMBER_NAME, MemberReader, list_differences, write_atomically, write_json
 from hf_trak.tasks import Task
@@ -469,16 +469,9 @@ class AttributionIndex:
         if len(queries) == 0:
             raise ValueError("There are no queries: the dataset is empty.")
         featurizer.task.check(queries, featurizer.processing_class)
-        featurizer.storage_dtype = "float32"
         with tqdm(total=len(queries), unit="rows", desc=description, disable=not progress) as bar:
-            return featurize_rows(
-                featurizer,
-                queries,
-                range(len(queries)),
-                lengths=featurizer.task.inputs.lengths(queries),
-                batch_size=BatchSize(batch_size),
-                on_batch=bar.update,
-            )
+            found = featurize_rows(featurizer, queries, range(len(queries)), batch_size=batch_size, on_batch=bar.update)
+        return encode_pass(found.features, found.output, found.out_to_loss, seeds=featurizer.seeds, dtype="float32")
 
     def _solve(
         self, queries: Dataset, options: ScoreOptions, batch_size: int | str, progress: bool

@@ -53,21 +53,21 @@ def encode_columns(
     *,
     dtype: str,
 ) -> dict[str, np.ndarray]:
-    """Return the trak_* columns of some rows.
+    """Return the trak_* columns of some rows, given on the CPU.
 
     In float16, a row is divided by `trak_scale`, the power of two above its largest entry, so that no row under- or overflows
     whatever its size; float32 rows have no such column.
     """
     # Differs from the reference: MadryLab/trak stores float16 unscaled, and rows of gradients below about 0.1 become zero.
-    columns = {"trak_features": features.float().cpu().numpy()}
+    columns = {"trak_features": features.float().numpy()}
     if dtype == "float16":
         largest = features.abs().amax(dim=1).double().clamp_min(torch.finfo(torch.float32).tiny)
         scale = torch.exp2(largest.log2().floor() + 1)
-        columns["trak_features"] = (features.double() / scale.unsqueeze(1)).half().cpu().numpy()
-        columns["trak_scale"] = scale.float().cpu().numpy()
-    columns["trak_out_to_loss"] = out_to_loss.float().cpu().numpy()
-    columns["trak_output"] = output.float().cpu().numpy()
-    columns["trak_grad_norm"] = torch.linalg.vector_norm(features.double(), dim=1).float().cpu().numpy()
+        columns["trak_features"] = (features.double() / scale.unsqueeze(1)).half().numpy()
+        columns["trak_scale"] = scale.float().numpy()
+    columns["trak_out_to_loss"] = out_to_loss.float().numpy()
+    columns["trak_output"] = output.float().numpy()
+    columns["trak_grad_norm"] = torch.linalg.vector_norm(features.double(), dim=1).float().numpy()
     return columns
 
 

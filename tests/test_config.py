@@ -15,6 +15,7 @@ FULL: dict[str, Any] = {
     "projector": "dense_rademacher",
     "fold": 1,
     "gradients": "functional",
+    "compute_dtype": "bfloat16",
     "damping": 0.5,
     "dtype": "float16",
     "parameters": ("classifier", r"layer\.1\."),
@@ -43,9 +44,9 @@ def test_the_file_is_golden(tmp_path):
     TrakConfig(task="image-classification", parameters=["classifier"]).save_pretrained(tmp_path)
     assert (tmp_path / CONFIG_NAME).read_text() == (
         '{\n  "task": "image-classification",\n  "proj_dim": 4096,\n  "seed": 0,\n  "projector": "block_count_sketch",\n'
-        '  "fold": 4,\n  "gradients": "layerwise",\n  "damping": "auto",\n  "dtype": "float32",\n  "parameters": [\n    "classifier"\n  ],\n'
+        '  "fold": 4,\n  "gradients": "layerwise",\n  "compute_dtype": "float32",\n  "damping": "auto",\n  "dtype": "float32",\n  "parameters": [\n    "classifier"\n  ],\n'
         '  "text_columns": null,\n  "image_column": null,\n  "label_column": null,\n  "max_length": null,\n'
-        '  "format_version": 2\n}\n'
+        '  "format_version": 3\n}\n'
     )
 
 
@@ -74,6 +75,7 @@ def test_a_damping_of_zero_is_the_papers_and_allowed():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"compute_dtype": "float16"}, "`compute_dtype` must be one of float32, bfloat16, but is 'float16'"),
         ({"damping": "much"}, "`damping` must be 'auto' or a number, but is 'much'"),
         ({"damping": -0.1}, "`damping` must be 'auto' or a finite number of at least 0, but is -0.1"),
         ({"damping": float("nan")}, "finite number of at least 0, but is nan"),
@@ -87,7 +89,7 @@ def test_a_damping_of_zero_is_the_papers_and_allowed():
         ({"gradients": "magic"}, "`gradients` must be one of layerwise, functional, but is 'magic'"),
         ({"text_columns": ()}, "one column or two, but has 0"),
         ({"text_columns": ("a", "b", "c")}, "one column or two, but has 3"),
-        ({"format_version": 3}, "format version 3, and this hf_trak reads version 2. Upgrade hf_trak"),
+        ({"format_version": 4}, "format version 4, and this hf_trak reads version 3. Upgrade hf_trak"),
     ],
 )
 def test_an_impossible_value_is_refused(values: dict[str, Any], message: str):
@@ -101,8 +103,8 @@ def test_an_unknown_field_is_named():
 
 
 def test_a_future_version_is_refused_for_its_version_and_not_for_its_new_fields():
-    with pytest.raises(ValueError, match="format version 3.*Upgrade hf_trak"):
-        TrakConfig.from_dict({"format_version": 3, "something_new": True})
+    with pytest.raises(ValueError, match="format version 4.*Upgrade hf_trak"):
+        TrakConfig.from_dict({"format_version": 4, "something_new": True})
 
 
 def test_a_folder_without_the_file_is_not_an_index(tmp_path):

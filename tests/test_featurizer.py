@@ -5,7 +5,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Value
 from datasets_for_tests import image_rows, save_model, token_rows
-from models import make_model
+from models import TEXT_MODELS, make_model
 
 from hf_trak import Featurizer, Task, TrakConfig
 
@@ -120,6 +120,75 @@ def test_layerwise_and_functional_features_agree():
     layerwise = featurize_all(Featurizer(model, CONFIG), dataset, 6)
     functional = featurize_all(Featurizer(model, TrakConfig(proj_dim=64, gradients="functional")), dataset, 6)
     np.testing.assert_allclose(functional, layerwise, rtol=0, atol=2e-6 * np.abs(layerwise).max())
+
+
+@pytest.mark.parametrize("gradients", ["layerwise", "functional"])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "vit", "resnet"])
+def test_bfloat16_features_are_close_to_those_of_float32(name, gradients):
+    dataset = token_rows(6) if name in TEXT_MODELS else image_rows(6)
+    model = make_model(name)
+    exact = featurize_all(Featurizer(model, CONFIG), dataset, 6)
+    config = TrakConfig(proj_dim=64, gradients=gradients, compute_dtype="bfloat16")
+    features = featurize_all(Featurizer(model, config), dataset, 6)
+    assert features.dtype == np.float32
+    assert not np.array_equal(features, exact), "nothing was computed in bfloat16"
+    cosine = (features * exact).sum(1) / np.linalg.norm(features, axis=1) / np.linalg.norm(exact, axis=1)
+    assert cosine.min() > 0.999
+    np.testing.assert_array_equal(featurize_all(Featurizer(model, CONFIG), dataset, 6), exact)
+
+
+def test_in_bfloat16_gradients_are_sketched_in_float32(monkeypatch):
+    featurizer = Featurizer(make_model("bert"), TrakConfig(proj_dim=64, compute_dtype="bfloat16"))
+    seen = []
+    projector = featurizer.prepare()[2]
+
+    def watched(original):
+        def watch(accumulator, name, *arguments):
+            tensors = [value for value in arguments if isinstance(value, torch.Tensor) and value.is_floating_point()]
+            seen.extend([accumulator.dtype, *(value.dtype for value in tensors)])
+            assert not torch.is_autocast_enabled("cpu")
+            original(accumulator, name, *arguments)
+
+        return watch
+
+    for method in ("add", "add_outer", "add_rows"):
+        monkeypatch.setattr(projector, method, watched(getattr(projector, method)))
+    featurizer(token_rows(4)[:])
+    assert set(seen) == {torch.float32}
+
+
+def test_a_model_loaded_in_bfloat16_is_featurized_as_it_is():
+    model = make_model("bert").to(torch.bfloat16)
+    features = featurize_all(Featurizer(model, CONFIG), token_rows(6), 6)
+    assert features.dtype == np.float32
+    exact = featurize_all(Featurizer(make_model("bert"), CONFIG), token_rows(6), 6)
+    cosine = (features * exact).sum(1) / np.linalg.norm(features, axis=1) / np.linalg.norm(exact, axis=1)
+    assert cosine.min() > 0.99
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+def test_a_batch_waits_for_the_device_once(compute_dtype):
+    import warnings
+
+    featurizer = Featurizer(make_model("bert"), TrakConfig(proj_dim=64, compute_dtype=compute_dtype), device="cuda")
+    rows = token_rows(6)[:]
+    featurizer(rows)  # tables are drawn, and the gradients checked
+    batch = featurizer.collate(rows)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            featurizer.compute(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([wait for wait in waits if "synchroniz" in str(wait.message)]) == 1
+
+
+def test_lengths_are_counted_in_tokens():
+    assert Featurizer(make_model("bert"), CONFIG).lengths(token_rows(5)) == [len(row) for row in token_rows(5)["input_ids"]]
+    assert Featurizer(make_model("vit"), CONFIG).lengths(image_rows(2)) is None
 
 
 def test_a_checkpoint_that_is_nowhere_is_named(tmp_path):

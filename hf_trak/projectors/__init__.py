@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from hf_trak.projectors.base import Projector
 from hf_trak.projectors.block_count_sketch import BlockCountSketch
 from hf_trak.projectors.dense_rademacher import DenseRademacher
+from hf_trak.projectors.fast_jl import FastJL
 from hf_trak.projectors.identity import Identity
 from hf_trak.projectors.stack import StackedProjector
 
@@ -13,6 +14,10 @@ PROJECTORS: dict[str, type[Projector]] = {
     "dense_rademacher": DenseRademacher,
     "identity": Identity,
 }
+"""Those that run anywhere and mean the same everywhere."""
+
+OPTIONAL_PROJECTORS: dict[str, type[Projector]] = {"fast_jl": FastJL}
+"""Those that need an extension, and are tied to hardware."""
 
 
 def make_projector(name: str, *, proj_dim: int, seed: int, fold: int = 1) -> Projector:
@@ -20,10 +25,12 @@ def make_projector(name: str, *, proj_dim: int, seed: int, fold: int = 1) -> Pro
 
     Raises:
         ValueError: If there is no such projector; the message lists those there are.
+        ImportError: If it needs an extension that is not installed.
     """
-    if name not in PROJECTORS:
-        raise ValueError(f"Unknown projector {name!r}; choose one of {', '.join(PROJECTORS)}.")
-    kind = PROJECTORS[name]
+    kinds = PROJECTORS | OPTIONAL_PROJECTORS
+    if name not in kinds:
+        raise ValueError(f"Unknown projector {name!r}; choose one of {', '.join(kinds)}.")
+    kind = kinds[name]
     return kind(proj_dim=proj_dim, seed=seed, fold=fold) if kind is BlockCountSketch else kind(proj_dim=proj_dim, seed=seed)
 
 
@@ -44,9 +51,11 @@ def make_projectors(name: str, *, proj_dim: int, seeds: Sequence[int], fold: int
 
 
 __all__ = [
+    "OPTIONAL_PROJECTORS",
     "PROJECTORS",
     "BlockCountSketch",
     "DenseRademacher",
+    "FastJL",
     "Identity",
     "Projector",
     "StackedProjector",

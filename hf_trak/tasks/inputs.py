@@ -29,8 +29,11 @@ class Inputs(Protocol):
         """Return the model's inputs for `rows`, without labels."""
         ...
 
-    def lengths(self, dataset: Dataset) -> list[int] | None:
-        """Return a number per row that grows with its cost, so that rows of like cost share a batch; None if all are alike."""
+    def lengths(self, dataset: Dataset, processing_class: Any = None) -> list[int] | None:
+        """Return a number per row that grows with its cost, so that rows of like cost share a batch; None if all are alike.
+
+        It is the row's tokens where they are given, or a tokenizer is.
+        """
         ...
 
 
@@ -86,12 +89,14 @@ class TextInputs:
             encoded = {key: rows[key] for key in rows if key in self.accepted and key not in ("labels", "label")}
         else:
             columns = self.text_columns or tuple(key for key, values in rows.items() if isinstance(values[0], str))
-            texts = [list(rows[column]) for column in columns]
-            limit = min(self.max_length or 10**9, processing_class.model_max_length)
-            options = {"truncation": True, "max_length": limit} if limit < 10**9 else {}
-            encoded = processing_class(*texts, **options)
-            encoded = {key: values for key, values in encoded.items() if key in self.accepted}
+            tokenized = self._tokenize([list(rows[column]) for column in columns], processing_class)
+            encoded = {key: values for key, values in tokenized.items() if key in self.accepted}
         return self._pad({key: [torch.as_tensor(row) for row in values] for key, values in encoded.items()})
+
+    def _tokenize(self, texts: list[list[str]], processing_class: Any) -> Mapping[str, list[list[int]]]:
+        limit = min(self.max_length or 10**9, processing_class.model_max_length)
+        options = {"truncation": True, "max_length": limit} if limit < 10**9 else {}
+        return processing_class(*texts, **options)
 
     def _pad(self, encoded: dict[str, list[Tensor]]) -> dict[str, Tensor]:
         masks = [mask.bool() for mask in encoded.pop("attention_mask", [torch.ones_like(row) for row in encoded["input_ids"]])]
@@ -107,13 +112,15 @@ class TextInputs:
             batch["attention_mask"] = (torch.arange(width) < torch.tensor(lengths).unsqueeze(1)).long()
         return batch
 
-    def lengths(self, dataset: Dataset) -> list[int] | None:
+    def lengths(self, dataset: Dataset, processing_class: Any = None) -> list[int] | None:
         if "input_ids" in dataset.column_names and self.text_columns is None:
             column = "attention_mask" if "attention_mask" in dataset.column_names else "input_ids"
             count = sum if column == "attention_mask" else len
             return [int(count(row)) for row in dataset[column]]
-        columns = [dataset[column] for column in self._columns(dataset.features)]
-        return [sum(map(len, texts)) for texts in zip(*columns, strict=True)]
+        texts = [list(dataset[column]) for column in self._columns(dataset.features)]
+        if processing_class is None:
+            return [sum(map(len, row)) for row in zip(*texts, strict=True)]
+        return [len(ids) for ids in self._tokenize(texts, processing_class)["input_ids"]]
 
 
 @dataclass(frozen=True)
@@ -153,7 +160,7 @@ class ImageInputs:
         images = [image.convert(self.mode) for image in rows[column]]
         return {"pixel_values": processing_class(images, return_tensors="pt")["pixel_values"]}
 
-    def lengths(self, dataset: Dataset) -> list[int] | None:
+    def lengths(self, dataset: Dataset, processing_class: Any = None) -> list[int] | None:
         return None
 
 
@@ -169,5 +176,5 @@ class CustomInputs:
     def collate(self, rows: Rows, processing_class: Any) -> dict[str, Tensor]:
         return self.collator([dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)])
 
-    def lengths(self, dataset: Dataset) -> list[int] | None:
+    def lengths(self, dataset: Dataset, processing_class: Any = None) -> list[int] | None:
         return None

@@ -14,8 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_trak.batching import BatchSize, ShardBatches
 from hf_trak.config import TrakConfig
-from hf_trak.featurize import BatchSize, featurize_rows
+from hf_trak.featurize import featurize_rows
 from hf_trak.featurizer import Featurizer
 from hf_trak.gradients import GRADIENTS, BatchFeatures
 from hf_trak.projectors import Projector
@@ -82,7 +83,7 @@ class Checkpoints:
             sketched (`bool`): False where features are not wanted, so that `proj_dim` need not suit the model.
         """
         config = self.config if sketched else replace(self.config, projector="dense_rademacher", proj_dim=1)
-        featurizer = Featurizer(
+        return Featurizer(
             self.models[number],  # type: ignore[index]
             config,
             self.processing_class,
@@ -90,50 +91,55 @@ class Checkpoints:
             seed=self.config.seed + number,
             device=self.device,
         )
-        featurizer.storage_dtype = "float32"
-        return featurizer
 
     def columns(self, number: int, dataset: Dataset) -> Columns:
         """Return the features of a dataset under one checkpoint."""
         key = number, dataset._fingerprint
         if key not in self._columns:
-            found = self.run(self.featurizer(number), dataset)
-            self._columns[key] = Columns(found["trak_features"], found["trak_output"], found["trak_out_to_loss"])
+            featurizer = self.featurizer(number)
+            _check(featurizer, dataset)
+            found = featurize_rows(featurizer, dataset, range(len(dataset)), batch_size=self.batch_size)
+            self._columns[key] = Columns(found.features.numpy(), found.output.numpy(), found.out_to_loss.numpy())
         return self._columns[key]
 
     def run(
         self,
         featurizer: Featurizer,
         dataset: Dataset,
-        call: Callable[[Mapping[str, Tensor]], Mapping[str, np.ndarray]] | None = None,
+        call: Callable[[Mapping[str, Tensor]], Mapping[str, np.ndarray]],
     ) -> dict[str, np.ndarray]:
-        """Return columns of a dataset, in its order: the trak_* columns, or what `call` makes of each batch.
+        """Return what `call` makes of each batch, as columns in the dataset's order.
 
         Raises:
             ValueError: If the dataset is empty or cannot serve the task.
         """
-        if len(dataset) == 0:
-            raise ValueError("There is nothing to score: a dataset is empty.")
-        task, processing_class = featurizer.task, featurizer.processing_class
-        task.check(dataset, processing_class)
-
-        def call_on_rows(rows: Mapping[str, Sequence[Any]], ids: Sequence[int]) -> dict[str, np.ndarray]:
-            if call is None:
-                return featurizer(rows, ids)
-            return dict(call(to_device(task.collate(rows, processing_class), featurizer.device)))
-
-        lengths = task.inputs.lengths(dataset)
-        size = BatchSize(self.batch_size)
-        return featurize_rows(
-            call_on_rows, dataset, range(len(dataset)), lengths=lengths, batch_size=size, on_batch=lambda _: None
-        )
+        _check(featurizer, dataset)
+        rows = range(len(dataset))
+        size = BatchSize(self.batch_size, automatic=featurizer.budget)
+        batches = ShardBatches(rows, featurizer.lengths(dataset), size).batches()
+        results = [call(self._batch(featurizer, dataset, chosen)) for chosen in batches]
+        place = np.argsort([row for chosen in batches for row in chosen])
+        return {name: np.concatenate([result[name] for result in results])[place] for name in results[0]}
 
     def batches(self, featurizer: Featurizer, dataset: Dataset, rows: Sequence[int]) -> Iterator[dict[str, Any]]:
         """Yield batches of some rows of a dataset, in order."""
-        size = BatchSize(self.batch_size).rows
+        size = self.rows_at_a_time(featurizer)
         for start in range(0, len(rows), size):
-            chosen = dataset[list(rows[start : start + size])]
-            yield to_device(featurizer.task.collate(chosen, featurizer.processing_class), featurizer.device)
+            yield self._batch(featurizer, dataset, rows[start : start + size])
+
+    def rows_at_a_time(self, featurizer: Featurizer) -> int:
+        """Return the setting as a number of rows."""
+        return BatchSize(self.batch_size, automatic=featurizer.budget).budget.rows
+
+    @staticmethod
+    def _batch(featurizer: Featurizer, dataset: Dataset, rows: Sequence[int]) -> dict[str, Any]:
+        return to_device(featurizer.collate(dataset[list(rows)]), featurizer.device)
+
+
+def _check(featurizer: Featurizer, dataset: Dataset) -> None:
+    if len(dataset) == 0:
+        raise ValueError("There is nothing to score: a dataset is empty.")
+    featurizer.task.check(dataset, featurizer.processing_class)
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from hf_trak.evaluation.baselines.base import Checkpoints, check_scores
 from hf_trak.evaluation.baselines.losses import classification_loss, loss_of
-from hf_trak.featurize import BatchSize
 from hf_trak.featurizer import Featurizer
 from hf_trak.tasks import Task
 
@@ -86,7 +85,7 @@ class EKFACInfluence:
             output_dir=folder,
         )
         analyzer.set_dataloader_kwargs(DataLoaderKwargs(collate_fn=_collator(featurizer)))
-        size = BatchSize(self.checkpoints.batch_size).rows
+        size = self.checkpoints.rows_at_a_time(featurizer)
         analyzer.fit_all_factors(
             "factors",
             _Rows(train),

@@ -1,0 +1,94 @@
+"""How the rows of a shard are cut into batches: by a number of rows, or by what a budget of tokens allows.
+
+A shard's batches are a function of its rows, their lengths and the setting alone, never of which process computes it, of the shards
+before it or of when it was begun; only then do interrupted and shared runs end in the same bytes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+
+logger = logging.getLogger(__name__)
+
+
+class Budget(NamedTuple):
+    """What one batch may hold at most; a row longer than `tokens` is a batch of its own."""
+
+    rows: int
+    tokens: int | None = None
+    """Rows times the longest row, which is what a padded batch computes; None where rows are all alike."""
+
+
+class BatchSize:
+    """The setting of a run: a number of rows, which is kept, or "auto", a budget that shrinks when memory runs out.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+
+    def __init__(self, setting: int | str = "auto", *, automatic: Budget) -> None:
+        if setting != "auto" and (isinstance(setting, bool) or not isinstance(setting, int) or setting < 1):
+            raise ValueError(f"`batch_size` must be 'auto' or at least 1, but is {setting!r}.")
+        self.may_shrink = setting == "auto"
+        self.budget = automatic if setting == "auto" else Budget(rows=int(setting))
+
+
+class ShardBatches:
+    """The batches of one shard, and how much of one memory has proved to hold.
+
+    Rows of like length share a batch, and the longest come first, so that memory runs out at once or not at all.
+
+    Args:
+        lengths (`Sequence[int]`, *optional*): A number per row of `rows` that grows with its cost: its tokens, if it has any.
+    """
+
+    def __init__(self, rows: range, lengths: Sequence[int] | None, size: BatchSize) -> None:
+        self.rows = rows
+        self.lengths = lengths
+        self.size = size
+        self.limit: int | None = None
+
+    def length(self, row: int) -> int:
+        return 1 if self.lengths is None else max(1, self.lengths[row - self.rows.start])
+
+    def batches(self) -> list[list[int]]:
+        """Cut the rows, longest first."""
+        order = sorted(self.rows, key=lambda row: (-self.length(row), row))
+        most, tokens = self.size.budget
+        result = []
+        done = 0
+        while done < len(order):
+            allowed = most if tokens is None or self.lengths is None else min(most, tokens // self.length(order[done]))
+            result.append(order[done : done + max(1, allowed)])
+            done += len(result[-1])
+        return result
+
+    def fits(self, rows: Sequence[int]) -> bool:
+        """Whether nothing is known against computing these rows together."""
+        return self.limit is None or len(rows) == 1 or self._cost(len(rows), rows) <= self.limit
+
+    def _cost(self, n_rows: int, rows: Sequence[int]) -> int:
+        return n_rows * max(map(self.length, rows))
+
+    def shrink(self, rows: Sequence[int], error: Exception) -> None:
+        """Take note that `rows` did not fit; raise `error` if it is not about memory, or nothing can be done about it.
+
+        Raises:
+            MemoryError: If the setting is a number, or a single row does not fit; the message says what to try.
+        """
+        if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
+            raise error
+        if len(rows) == 1 or not self.size.may_shrink:
+            way_out = "batch_size='auto' or a smaller one" if len(rows) > 1 else "fewer parameters, or shorter inputs"
+            raise MemoryError(f"Out of memory with {len(rows)} rows at a time; try {way_out}.") from error
+        if self.limit is None:
+            logger.warning("Out of memory with %d rows at a time: going on with smaller batches.", len(rows))
+        # Known for this shard alone: what the next is cut into must not depend on whether this process computed this one.
+        self.limit = self._cost((len(rows) + 1) // 2, rows)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
