@@ -19,7 +19,17 @@ from pathlib import Path
 from accelerate import PartialState
 
 from hf_trak.cli.parsing import make_parser, parse
-from hf_trak.evaluation import Prepared, Recipe, Setting, SubsetJob, collect, ground_truth_reliability, make_masks, prepare
+from hf_trak.evaluation import (
+    Prepared,
+    Recipe,
+    Setting,
+    SubsetJob,
+    collect,
+    ground_truth_reliability,
+    make_masks,
+    prepare,
+    pretrain,
+)
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -36,7 +46,9 @@ class JobArguments:
     n_seeds: int = field(default=2, metadata={"help": "Runs per subset of the ground truth."})
     n_members: int = field(default=20, metadata={"help": "Subsets of the members, other than the ground truth's."})
     n_full: int = field(default=5, metadata={"help": "Runs on the whole training set."})
-    keep_epochs: int = field(default=5, metadata={"help": "Keep the weights of so many last epochs of the runs on the whole set."})
+    keep_epochs: int = field(
+        default=5, metadata={"help": "Keep the weights of so many last epochs of the runs on the whole set."}
+    )
     shard_index: int = field(default=0, metadata={"help": "Which part of the runs to do."})
     num_shards: int = field(default=1, metadata={"help": "Number of parts; each process of accelerate takes a part of a part."})
     push_to_hub: str | None = field(default=None, metadata={"help": "Push the ground truth to this dataset of the Hub."})
@@ -46,7 +58,11 @@ class JobArguments:
 def main(args: JobArguments, setting: Setting, recipe: Recipe) -> None:
     """Run the jobs; the process that finishes last collects them."""
     state = PartialState()
-    prepared = prepare(setting, data_folder=Path(args.data), device=str(state.device))
+    options = {"data_folder": Path(args.data), "device": str(state.device)}
+    if setting.pretrain_classes:
+        with state.main_process_first():
+            setting = pretrain(setting, recipe, Path(args.output) / "pretrained", **options)
+    prepared = prepare(setting, **options)
     save_data(prepared, Path(args.output) / "data", state)
     jobs = make_jobs(args, recipe, prepared, state)
     for job in jobs.values():

@@ -106,7 +106,10 @@ def test_no_bootstrap_means_no_interval(problem):
     ("change", "message"),
     [
         (lambda s, m, o: (s[0], m, o), "Expected scores .n_train, n_query.*but their shapes are"),
-        (lambda s, m, o: (s.T, m, o), "The masks are for 40 training examples, but there are scores for 7. The scores look transp"),
+        (
+            lambda s, m, o: (s.T, m, o),
+            "The masks are for 40 training examples, but there are scores for 7. The scores look transp",
+        ),
         (lambda s, m, o: (s[1:], m, o), "The masks are for 40 training examples, but there are scores for 39.$"),
         (lambda s, m, o: (s, m[1:], o), "Expected outputs of 29 subsets on 7 queries"),
         (lambda s, m, o: (s, m, o[..., 1:]), r"outputs' shape is \(2, 30, 6\)"),

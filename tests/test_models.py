@@ -12,7 +12,16 @@ from hf_trak.models import BertWithoutTanhForSequenceClassification, ResNet9Conf
 
 def test_resnet9_at_the_papers_width_has_the_papers_size():
     """The published CIFAR-10 model: convolutions of 3, 64, 128 (5 × 5), 128, 128, 256, 256, 256 and 128 channels, 10 classes."""
-    channels = [(3, 64, 3), (64, 128, 5), (128, 128, 3), (128, 128, 3), (128, 256, 3), (256, 256, 3), (256, 256, 3), (256, 128, 3)]
+    channels = [
+        (3, 64, 3),
+        (64, 128, 5),
+        (128, 128, 3),
+        (128, 128, 3),
+        (128, 256, 3),
+        (256, 256, 3),
+        (256, 256, 3),
+        (256, 128, 3),
+    ]
     expected = sum(d_in * d_out * size**2 + 2 * d_out for d_in, d_out, size in channels) + 128 * 10
     model = ResNet9ForImageClassification(ResNet9Config(num_labels=10))
     assert sum(parameter.numel() for parameter in model.parameters()) == expected == 2_274_880

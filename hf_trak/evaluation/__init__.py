@@ -2,7 +2,7 @@
 
 from hf_trak.evaluation.lds import LDS, Reliability, ground_truth_reliability, lds, predicted_outputs, spearman
 from hf_trak.evaluation.mislabeled import found_share, mislabel_auc
-from hf_trak.evaluation.settings import Prepared, Setting, prepare
+from hf_trak.evaluation.settings import Prepared, Setting, prepare, pretrain
 from hf_trak.evaluation.subsets import GroundTruth, SubsetJob, collect, ground_truth_from, make_masks
 from hf_trak.evaluation.training import Recipe
 
@@ -23,5 +23,6 @@ __all__ = [
     "mislabel_auc",
     "predicted_outputs",
     "prepare",
+    "pretrain",
     "spearman",
 ]

@@ -98,7 +98,9 @@ def _aligned(scores: np.ndarray, masks: np.ndarray, outputs: np.ndarray) -> tupl
         )
     if masks.shape[1] != scores.shape[0]:
         hint = " The scores look transposed." if masks.shape[1] == scores.shape[1] else ""
-        raise ValueError(f"The masks are for {masks.shape[1]} training examples, but there are scores for {scores.shape[0]}.{hint}")
+        raise ValueError(
+            f"The masks are for {masks.shape[1]} training examples, but there are scores for {scores.shape[0]}.{hint}"
+        )
     if outputs.shape[-2:] != (len(masks), scores.shape[1]):
         raise ValueError(
             f"Expected outputs of {len(masks)} subsets on {scores.shape[1]} queries, as masks and scores have them, but the outputs' "
@@ -171,7 +173,9 @@ def ground_truth_reliability(
         ValueError: If there are fewer than two seeds.
     """
     if outputs.ndim != 3 or len(outputs) < 2:
-        raise ValueError(f"Expected outputs (n_seeds, n_subsets, n_query) of at least two seeds, but the shape is {outputs.shape}.")
+        raise ValueError(
+            f"Expected outputs (n_seeds, n_subsets, n_query) of at least two seeds, but the shape is {outputs.shape}."
+        )
     outputs = np.asarray(outputs, dtype=np.float64)
     generator = np.random.default_rng(seed)
     halves = _halves(len(outputs), generator)
@@ -189,12 +193,13 @@ def ground_truth_reliability(
 
 
 def spearman_brown(correlation: float, factor: float) -> float:
-    """Return the reliability of a mean over `factor` times as many measurements."""
+    """Return the reliability of a mean over `factor` times as many measurements; 0 where the correlation is negative."""
+    correlation = max(correlation, 0.0)
     return factor * correlation / (1 + (factor - 1) * correlation)
 
 
 def _ceiling(reliability: float) -> float:
-    return float(np.sqrt(max(reliability, 0.0)))
+    return float(np.sqrt(reliability))
 
 
 def _halves(n_seeds: int, generator: np.random.Generator) -> list[tuple[list[int], list[int]]]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from hf_trak.evaluation.training import Rows, RowsInMemory, RowsOnDemand
+from hf_trak.evaluation.training import Recipe, Rows, RowsInMemory, RowsOnDemand, save_checkpoint, train
 from hf_trak.hashing import hash_tensors
 from hf_trak.tasks import AutoTask, Task
 
@@ -32,7 +32,16 @@ class Setting:
     hub_dataset: str = field(default="", metadata={"help": "Dataset of the Hub, used where the data folder has no such file."})
     hub_config: str | None = field(default=None, metadata={"help": "Its configuration."})
     hub_query_split: str = field(default="validation", metadata={"help": "Its split of queries."})
-    classes: list[int] | None = field(default=None, metadata={"help": "Keep these classes of the Hub's rows, renumbered."})
+    classes: list[int] | None = field(default=None, metadata={"help": "Keep these classes only, renumbered."})
+    pretrain_classes: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Train the network on these classes first; every run then starts from its weights, with a head of its own if "
+            "there are not as many classes."
+        },
+    )
+    pretrain_epochs: int = field(default=10, metadata={"help": "Epochs of that."})
+    pretrain_learning_rate: float = field(default=0.1, metadata={"help": "Peak learning rate of that."})
     n_train: int | None = field(default=None, metadata={"help": "Draw so many training rows; by default all."})
     n_query: int | None = field(default=None, metadata={"help": "Draw so many queries; by default all."})
     sample_seed: int = field(default=0, metadata={"help": "Of these draws."})
@@ -65,12 +74,7 @@ class Prepared:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = hash_tensors(self.make_model().state_dict())
-        rows = {"train_rows": self.train_rows, "query_rows": self.query_rows}
-        return {"model": model, **{name: _hash_rows(values) for name, values in rows.items()}}
-
-
-def _hash_rows(rows: Rows) -> str:
-    return hash_tensors(rows.tensors) if isinstance(rows, RowsInMemory) else rows.dataset._fingerprint
+        return {"model": model, "train_rows": self.train_rows.fingerprint(), "query_rows": self.query_rows.fingerprint()}
 
 
 def prepare(setting: Setting, *, data_folder: Path | None = None, device: str = "cpu") -> Prepared:
@@ -91,13 +95,31 @@ def prepare(setting: Setting, *, data_folder: Path | None = None, device: str = 
 
     task = AutoTask.from_model(make_model())
     if setting.on_demand:
-        options = {"n_workers": setting.n_workers, "device": device}
-        train_rows: Rows = RowsOnDemand(train_dataset, task, transform=random_crop, **options)
-        query_rows: Rows = RowsOnDemand(query_dataset, task, transform=center_crop, **options)
+        n_workers = setting.n_workers
+        train_rows: Rows = RowsOnDemand(train_dataset, task, transform=random_crop, n_workers=n_workers, device=device)
+        query_rows: Rows = RowsOnDemand(query_dataset, task, transform=center_crop, n_workers=n_workers, device=device)
     else:
         train_rows = RowsInMemory.of(train_dataset, task, device=device)
         query_rows = RowsInMemory.of(query_dataset, task, device=device)
     return Prepared(make_model, task, train_dataset, query_dataset, train_rows, query_rows, tokenizer)
+
+
+def pretrain(
+    setting: Setting, recipe: Recipe, folder: Path, *, data_folder: Path | None = None, device: str = "cpu"
+) -> Setting:
+    """Train a network on the setting's `pretrain_classes`, unless `folder` has it already; return the setting that starts from it."""
+    assert setting.pretrain_classes is not None
+    if not folder.exists():
+        classes = setting.pretrain_classes
+        general = replace(setting, classes=classes, num_labels=len(classes), n_train=None, n_query=1)
+        with torch.random.fork_rng():
+            torch.manual_seed(setting.sample_seed)
+            prepared = prepare(general, data_folder=data_folder, device=device)
+            model = prepared.make_model().to(device)
+            longer = replace(recipe, epochs=setting.pretrain_epochs, learning_rate=setting.pretrain_learning_rate)
+            train(model, prepared.train_rows, range(len(prepared.train_rows)), longer, seed=setting.sample_seed)
+        save_checkpoint(folder, model)
+    return replace(setting, model=str(folder))
 
 
 def load_datasets(setting: Setting, data_folder: Path | None) -> tuple[Dataset, Dataset]:
@@ -111,7 +133,8 @@ def _load(setting: Setting, data_folder: Path | None, file: str, split: str) -> 
     from datasets import load_dataset
 
     if data_folder is not None and file and (data_folder / file).is_file():
-        return load_dataset("parquet", data_files={"train": str(data_folder / file)}, split="train")
+        rows = load_dataset("parquet", data_files={"train": str(data_folder / file)}, split="train")
+        return rows if setting.classes is None else _keep_classes(rows, setting.classes)
     if not setting.hub_dataset:
         raise FileNotFoundError(f"There is no file {file!r} in {data_folder}, and the setting names no dataset of the Hub.")
     rows = load_dataset(setting.hub_dataset, setting.hub_config, split=split)
@@ -126,7 +149,9 @@ def _keep_classes(rows: Dataset, classes: list[int]) -> Dataset:
     labels = np.asarray(rows["label"])
     kept = np.flatnonzero(np.isin(labels, classes))
     renumbered = [classes.index(label) for label in labels[kept]]
-    return rows.select(kept).remove_columns("label").add_column("label", renumbered).cast_column("label", ClassLabel(names=names))
+    return (
+        rows.select(kept).remove_columns("label").add_column("label", renumbered).cast_column("label", ClassLabel(names=names))
+    )
 
 
 def _draw(rows: Dataset, setting: Setting, count: int | None, max_words: int | None) -> Dataset:
@@ -210,13 +235,16 @@ def build_model(setting: Setting) -> PreTrainedModel:
 
 
 def _pretrained(setting: Setting) -> PreTrainedModel:
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
-    options: dict[str, Any] = {"num_labels": setting.num_labels}
+    import hf_trak.models  # so that the Auto classes know them
+
+    if not setting.text_columns:
+        options = {"num_labels": setting.num_labels, "ignore_mismatched_sizes": True}  # the head is drawn anew
+        return AutoModelForImageClassification.from_pretrained(setting.model, **options)
+    options = {"num_labels": setting.num_labels}
     if setting.n_layers is not None:
         options["num_hidden_layers"] = setting.n_layers
     if setting.tanh:
         return AutoModelForSequenceClassification.from_pretrained(setting.model, **options)
-    from hf_trak.models import BertWithoutTanhForSequenceClassification
-
-    return BertWithoutTanhForSequenceClassification.from_pretrained(setting.model, **options)
+    return hf_trak.models.BertWithoutTanhForSequenceClassification.from_pretrained(setting.model, **options)

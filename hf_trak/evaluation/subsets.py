@@ -18,6 +18,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,9 +28,9 @@ import torch
 from jaxtyping import Bool, Float
 from tqdm.auto import tqdm
 
-from hf_trak.evaluation.training import Recipe, Rows, outputs_on, train
+from hf_trak.evaluation.training import Recipe, Rows, outputs_on, save_checkpoint, train
 from hf_trak.hashing import hash_json, random_bits, stream_key
-from hf_trak.store import TEMPORARY, list_differences, read_json, to_table, write_atomically, write_json
+from hf_trak.store import list_differences, read_json, to_table, write_atomically, write_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -176,10 +177,11 @@ class SubsetJob:
         if len(train_rows) != self.masks.shape[1]:
             raise ValueError(f"The masks are for {self.masks.shape[1]} training rows, but there are {len(train_rows)}.")
         for run in tqdm(self.missing(shard=shard, n_shards=n_shards), unit="run", disable=not progress):
+            if self.path(run).exists():  # by another process that shares the folder
+                continue
             begin, cpu_begin = time.perf_counter(), time.process_time()
             outputs = self._train(run, make_model, train_rows, query_rows, task, device, processing_class)
-            table = to_table({"outputs": outputs[None]})
-            write_atomically(self.path(run), lambda temporary, table=table: pq.write_table(table, temporary))
+            write_atomically(self.path(run), partial(pq.write_table, to_table({"outputs": outputs[None]})))
             seconds = {"cpu_s": time.process_time() - cpu_begin, "wall_s": time.perf_counter() - begin}
             with open(self.folder / "log.jsonl", "a") as log:
                 log.write(json.dumps({"run": run.name, **{key: round(value, 3) for key, value in seconds.items()}}) + "\n")
@@ -234,17 +236,6 @@ def _read_outputs(path: Path) -> Float[np.ndarray, " n_query"]:
     return pq.read_table(path).column("outputs").combine_chunks().flatten().to_numpy()
 
 
-def save_checkpoint(folder: Path, model: PreTrainedModel, processing_class: Any = None) -> None:
-    """Save a model so that the folder is either whole or not there."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}{TEMPORARY}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    if processing_class is not None:
-        processing_class.save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-
-
 def collect(job: SubsetJob) -> Dataset:
     """Return a finished job as a Dataset: one row per run, with `subset`, `seed`, `mask` and `outputs`."""
     from datasets import Dataset, Features, List, Value
@@ -285,7 +276,9 @@ def ground_truth_from(dataset: Dataset) -> GroundTruth:
     subsets, seeds = columns["subset"], columns["seed"]
     n_subsets, n_seeds = len(np.unique(subsets)), len(np.unique(seeds))
     if len(set(zip(subsets.tolist(), seeds.tolist(), strict=True))) != len(subsets) or n_subsets * n_seeds != len(subsets):
-        raise ValueError(f"Expected each of {n_seeds} seeds once for each of {n_subsets} subsets, but there are {len(subsets)} rows.")
+        raise ValueError(
+            f"Expected each of {n_seeds} seeds once for each of {n_subsets} subsets, but there are {len(subsets)} rows."
+        )
     order = np.lexsort((subsets, seeds))
     outputs = columns["outputs"][order].reshape(n_seeds, n_subsets, -1)
     return GroundTruth(columns["mask"][order][:n_subsets].astype(bool), outputs.astype(np.float32))

@@ -5,9 +5,12 @@ Thousands of short runs are compared, so that what a run costs besides its steps
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -15,6 +18,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils.data import DataLoader
+
+from hf_trak.hashing import hash_tensors
+from hf_trak.store import TEMPORARY
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -36,7 +43,8 @@ class Recipe:
     epochs: int = field(default=24, metadata={"help": "Passes over the subset."})
     batch_size: int = field(default=512, metadata={"help": "Examples per step."})
     peak_epoch: float = field(
-        default=5.0, metadata={"help": "Epoch at which the learning rate peaks; it rises to it from 0 and falls to 0, in lines."}
+        default=5.0,
+        metadata={"help": "Epoch at which the learning rate peaks; it rises to it from 0 and falls to 0, in lines."},
     )
     label_smoothing: float = field(default=0.0, metadata={"help": "Label smoothing of the cross-entropy."})
     flip: bool = field(default=False, metadata={"help": "Mirror each image with probability one half."})
@@ -67,6 +75,10 @@ class Rows(Protocol):
         """Yield one batch per list of row numbers, `labels` among its tensors."""
         ...
 
+    def fingerprint(self) -> str:
+        """Return a hash of what the rows are."""
+        ...
+
 
 class RowsInMemory:
     """All rows collated once. A batch is no wider than its longest text.
@@ -86,6 +98,9 @@ class RowsInMemory:
 
     def __len__(self) -> int:
         return len(self.tensors["labels"])
+
+    def fingerprint(self) -> str:
+        return hash_tensors(self.tensors)
 
     def batches(self, order: Sequence[Sequence[int]]) -> Iterator[Batch]:
         for rows in order:
@@ -123,12 +138,15 @@ class RowsOnDemand:
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def fingerprint(self) -> str:
+        return self.dataset._fingerprint
+
     def __getitem__(self, rows: Sequence[int]) -> Batch:
         columns = self.dataset[list(rows)]
         return self.task.collate(self.transform(columns) if self.transform else columns, self.processing_class)
 
     def batches(self, order: Sequence[Sequence[int]]) -> Iterator[Batch]:
-        loader = torch.utils.data.DataLoader(self, sampler=order, batch_size=None, num_workers=self.n_workers)  # type: ignore[arg-type]
+        loader: Iterable[Batch] = DataLoader(self, sampler=order, batch_size=None, num_workers=self.n_workers)  # type: ignore[arg-type]
         for batch in loader:
             yield {key: values.to(self.device) for key, values in batch.items()}
 
@@ -224,10 +242,19 @@ def _translate(
 
 
 @torch.no_grad()
-def outputs_on(
-    model: PreTrainedModel, rows: Rows, task: Task, *, batch_size: int = 256, recipe: Recipe | None = None
-) -> Float[np.ndarray, " n_query"]:
+def outputs_on(model: PreTrainedModel, rows: Rows, task: Task, *, batch_size: int = 256) -> Float[np.ndarray, " n_query"]:
     """Return the task's output f of every row, in eval mode."""
     model.eval()
     order = [range(begin, min(begin + batch_size, len(rows))) for begin in range(0, len(rows), batch_size)]
     return torch.cat([task.output_function(model, batch)[0].float().cpu() for batch in rows.batches(order)]).numpy()
+
+
+def save_checkpoint(folder: Path, model: PreTrainedModel, processing_class: Any = None) -> None:
+    """Save a model so that the folder is either whole or not there."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}{TEMPORARY}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    if processing_class is not None:
+        processing_class.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)

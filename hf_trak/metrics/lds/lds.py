@@ -4,6 +4,8 @@ This file stands alone, so that it can be the whole of a Space; `hf_trak.evaluat
 masks.
 """
 
+from typing import Any
+
 import datasets
 import evaluate
 import numpy as np
@@ -62,7 +64,15 @@ class LDS(evaluate.Metric):
             reference_urls=["https://huggingface.co/papers/2303.14186"],
         )
 
-    def _compute(self, predictions, references, n_bootstrap=1000, resample="subsets", confidence=0.95, seed=0):
+    def _compute(
+        self,
+        predictions: Any,
+        references: Any,
+        n_bootstrap: int = 1000,
+        resample: str = "subsets",
+        confidence: float = 0.95,
+        seed: int = 0,
+    ) -> dict[str, Any]:
         predictions, references = np.asarray(predictions, dtype=np.float64), np.asarray(references, dtype=np.float64)
         _check(predictions, references, resample)
         per_query = _spearman(predictions, references)
@@ -83,7 +93,7 @@ class LDS(evaluate.Metric):
         }
 
 
-def _check(predictions, references, resample):
+def _check(predictions: np.ndarray, references: np.ndarray, resample: str) -> None:
     if predictions.ndim != 2 or predictions.shape != references.shape or len(predictions) < 2:
         raise ValueError(
             "Expected predictions and references of one shape (n_subsets, n_query), with two subsets at least, but their shapes are "
@@ -96,18 +106,18 @@ def _check(predictions, references, resample):
             raise ValueError(f"{int((~np.isfinite(values)).sum())} of {values.size} {name} are not finite.")
 
 
-def _spearman(left, right):
+def _spearman(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     left, right = (rankdata(values, axis=0) - (len(values) + 1) / 2 for values in (left, right))
     scale = np.sqrt((left**2).sum(0) * (right**2).sum(0))
     return np.divide((left * right).sum(0), scale, out=np.full(len(scale), np.nan), where=scale > 0)
 
 
-def _mean(correlations):
+def _mean(correlations: np.ndarray) -> float:
     defined = correlations[~np.isnan(correlations)]
     return float(defined.mean()) if len(defined) else float("nan")
 
 
-def _interval(means, confidence):
+def _interval(means: list[float], confidence: float) -> tuple[float, float]:
     if not means:
         return float("nan"), float("nan")
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
