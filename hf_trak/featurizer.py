@@ -290,9 +290,11 @@ def load_model(source: str, revision: str | None = None) -> PreTrainedModel:
 
     Raises:
         FileNotFoundError: If there is no checkpoint at `source`.
-        ValueError: If it names no class of transformers.
+        ValueError: If it names no class of transformers or `hf_trak.models`.
     """
     import transformers
+
+    import hf_trak.models
 
     if is_adapter(source, revision):
         return load_adapter(source, revision)
@@ -304,8 +306,9 @@ def load_model(source: str, revision: str | None = None) -> PreTrainedModel:
         raise FileNotFoundError(f"{source!r} is neither a folder here nor a model repository within reach: {reason}") from error
     names = config.architectures or []
     for name in names:
-        if hasattr(transformers, name):
-            return getattr(transformers, name).from_pretrained(source, revision=revision, use_safetensors=True)
+        for library in (transformers, hf_trak.models):
+            if hasattr(library, name):
+                return getattr(library, name).from_pretrained(source, revision=revision, use_safetensors=True)
     raise ValueError(
         f"{source} names {', '.join(names) or 'no class'} as its architecture, which transformers does not have. Load the model "
         "yourself and pass it as `model`."

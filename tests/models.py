@@ -98,7 +98,17 @@ def resnet(**options: object) -> nn.Module:
     from transformers import ResNetConfig, ResNetForImageClassification
 
     sizes = {"embedding_size": 6, "hidden_sizes": [6, 8], "depths": [1, 1], "layer_type": "basic", "num_labels": N_CLASSES}
-    model = ResNetForImageClassification(ResNetConfig(**{**sizes, **options}))
+    return as_if_trained(ResNetForImageClassification(ResNetConfig(**{**sizes, **options})))
+
+
+def resnet9(**options: object) -> nn.Module:
+    from hf_trak.models import ResNet9Config, ResNet9ForImageClassification
+
+    return as_if_trained(ResNet9ForImageClassification(ResNet9Config(**{"width": 3, "num_labels": N_CLASSES, **options})))
+
+
+def as_if_trained(model: nn.Module) -> nn.Module:
+    """Give BatchNorm statistics, scales and shifts that are not those of an untrained model."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.running_mean)
@@ -142,7 +152,13 @@ TEXT_MODELS: dict[str, Callable[..., nn.Module]] = {
     "modernbert": modernbert,
     "tied": Tied,
 }
-IMAGE_MODELS: dict[str, Callable[..., nn.Module]] = {"vit": vit, "resnet": resnet, "convnext": convnext, "dinov2": dinov2}
+IMAGE_MODELS: dict[str, Callable[..., nn.Module]] = {
+    "vit": vit,
+    "resnet": resnet,
+    "resnet9": resnet9,
+    "convnext": convnext,
+    "dinov2": dinov2,
+}
 MODELS = TEXT_MODELS | IMAGE_MODELS
 
 
@@ -175,4 +191,4 @@ def image_batch(*, n_rows: int = 5, size: int = 8, seed: int = 0) -> dict[str, T
 
 
 def make_batch(name: str, **options: object) -> dict[str, Tensor]:
-    return text_batch(**options) if name in TEXT_MODELS else image_batch(size=16 if name == "resnet" else 8, **options)
+    return text_batch(**options) if name in TEXT_MODELS else image_batch(size=16 if "resnet" in name else 8, **options)

@@ -1,0 +1,148 @@
+"""Train models on random subsets of a training set, for the linear datamodeling score.
+
+python scripts/train_subsets.py --setting sst2 --scale small --model bert-mini --output out      # two cores
+accelerate launch scripts/train_subsets.py --setting cifar2 --output out                         # as published, on every GPU
+python scripts/train_subsets.py --setting cifar2 --output out --shard_index 3 --num_shards 100   # one task of an array of jobs
+
+The same command again goes on where it was stopped; any number of processes may share an output folder. Three jobs in this order:
+`full`, models of the whole training set; `members`, models of subsets for ensembles, both with their weights; and `ground_truth`,
+the outputs that scores are compared with. When all runs are done, each job is collected as a Dataset.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from accelerate import PartialState
+
+from hf_trak.cli.parsing import make_parser, parse
+from hf_trak.evaluation import (
+    Prepared,
+    Recipe,
+    Setting,
+    SubsetJob,
+    collect,
+    ground_truth_reliability,
+    make_masks,
+    prepare,
+    pretrain,
+)
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+@dataclass
+class JobArguments:
+    """What is run, and where it goes."""
+
+    output: str = field(metadata={"help": "Folder for the jobs."})
+    data: str = field(default="../shared/data", metadata={"help": "Folder of Parquet files; what it lacks comes from the Hub."})
+    jobs: list[str] = field(default_factory=lambda: ["full", "members", "ground_truth"], metadata={"help": "Which jobs."})
+    alpha: float = field(default=0.5, metadata={"help": "Share of the training set in a subset."})
+    n_subsets: int = field(default=64, metadata={"help": "Subsets of the ground truth."})
+    n_seeds: int = field(default=2, metadata={"help": "Runs per subset of the ground truth."})
+    n_members: int = field(default=20, metadata={"help": "Subsets of the members, other than the ground truth's."})
+    n_full: int = field(default=5, metadata={"help": "Runs on the whole training set."})
+    keep_epochs: int = field(
+        default=5, metadata={"help": "Keep the weights of so many last epochs of the runs on the whole set."}
+    )
+    shard_index: int = field(default=0, metadata={"help": "Which part of the runs to do."})
+    num_shards: int = field(default=1, metadata={"help": "Number of parts; each process of accelerate takes a part of a part."})
+    push_to_hub: str | None = field(default=None, metadata={"help": "Push the ground truth to this dataset of the Hub."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace other jobs in the output folder."})
+
+
+def main(args: JobArguments, setting: Setting, recipe: Recipe) -> None:
+    """Run the jobs; the process that finishes last collects them."""
+    state = PartialState()
+    options = {"data_folder": Path(args.data), "device": str(state.device)}
+    if setting.pretrain_classes:
+        with state.main_process_first():
+            setting = pretrain(setting, recipe, Path(args.output) / "pretrained", **options)
+    prepared = prepare(setting, **options)
+    save_data(prepared, Path(args.output) / "data", state)
+    jobs = make_jobs(args, recipe, prepared, state)
+    for job in jobs.values():
+        job.work(
+            prepared.make_model,
+            prepared.train_rows,
+            prepared.query_rows,
+            prepared.task,
+            shard=args.shard_index * state.num_processes + state.process_index,
+            n_shards=args.num_shards * state.num_processes,
+            device=str(state.device),
+            processing_class=prepared.processing_class,
+        )
+    state.wait_for_everyone()
+    if state.is_main_process:
+        report({name: job for name, job in jobs.items() if not job.missing()}, args)
+
+
+def save_data(prepared: Prepared, folder: Path, state: PartialState) -> None:
+    """Write the rows as they were trained on, for whoever scores these models."""
+    with state.main_process_first():
+        for name, rows in {"train": prepared.train_dataset, "queries": prepared.query_dataset}.items():
+            if not (folder / f"{name}.parquet").exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                rows.to_parquet(str(folder / f"{name}.parquet"))
+
+
+def make_jobs(args: JobArguments, recipe: Recipe, prepared: Prepared, state: PartialState) -> dict[str, SubsetJob]:
+    """Return the jobs that were asked for, in the order of their arguments."""
+    n_train = len(prepared.train_rows)
+    shapes = {
+        "full": (make_masks(n_train, 1, 1.0), args.n_full, args.keep_epochs),
+        "members": (make_masks(n_train, args.n_members, args.alpha, seed=1), 1, 1),
+        "ground_truth": (make_masks(n_train, args.n_subsets, args.alpha, seed=0), args.n_seeds, 0),
+    }
+    jobs = {}
+    with state.main_process_first():
+        for name in args.jobs:
+            masks, n_seeds, keep_epochs = shapes[name]
+            jobs[name] = SubsetJob(
+                Path(args.output) / name,
+                masks=masks,
+                n_seeds=n_seeds,
+                recipe=recipe,
+                identity=prepared.identity(),
+                keep_epochs=keep_epochs,
+                overwrite=args.overwrite,
+            )
+    return jobs
+
+
+def report(jobs: dict[str, SubsetJob], args: JobArguments) -> None:
+    """Collect the jobs that are done, and say how reliable the ground truth is."""
+    for name, job in jobs.items():
+        dataset = collect(job)
+        dataset.to_parquet(str(job.folder / f"{name}.parquet"))
+        print(f"{name}: {len(dataset)} runs in {job.folder / name}.parquet")
+    if "ground_truth" in jobs:
+        if args.n_seeds > 1:
+            print(ground_truth_reliability(jobs["ground_truth"].outputs()))
+        if args.push_to_hub:
+            collect(jobs["ground_truth"]).push_to_hub(args.push_to_hub, "ground_truth")
+
+
+def parse_arguments(arguments: list[str]) -> tuple[JobArguments, Setting, Recipe]:
+    """Return the arguments; `--setting NAME --scale SCALE` is short for `--config scripts/configs/NAME_SCALE.yaml`."""
+    shortcut = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    shortcut.add_argument("--setting", choices=sorted({path.stem.rsplit("_", 1)[0] for path in CONFIGS.glob("*.yaml")}))
+    shortcut.add_argument("--scale", choices=["paper", "small"], default="paper")
+    chosen, rest = shortcut.parse_known_args(arguments)
+    if chosen.setting is not None:
+        rest = ["--config", str(CONFIGS / f"{chosen.setting}_{chosen.scale}.yaml"), *rest]
+    parser = make_parser(
+        [JobArguments, Setting, Recipe],
+        command="train_subsets",
+        usage="--setting SETTING [--scale small] --output FOLDER [options]",
+        description=__doc__ or "",
+    )
+    return parse(parser, rest)
+
+
+if __name__ == "__main__":
+    main(*parse_arguments(sys.argv[1:]))
