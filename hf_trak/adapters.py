@@ -9,7 +9,10 @@ def is_adapter(source: str, revision: str | None = None) -> bool:
     """Return whether a folder or repository holds an adapter."""
     from transformers.utils import find_adapter_config_file
 
-    return find_adapter_config_file(source, revision=revision) is not None
+    try:
+        return find_adapter_config_file(source, revision=revision) is not None
+    except OSError:  # no folder and no repository: loading the configuration has the better message
+        return False
 
 
 def load_adapter(source: str, revision: str | None = None) -> Any:
