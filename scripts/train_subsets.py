@@ -12,6 +12,7 @@ the outputs that scores are compared with. When all runs are done, each job is c
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from pathlib import Path
 from accelerate import PartialState
 
 from hf_trak.cli.parsing import make_parser, parse
+from hf_trak.cli.quiet import hush
 from hf_trak.evaluation import (
     Prepared,
     Recipe,
@@ -57,13 +59,16 @@ class JobArguments:
 
 def main(args: JobArguments, setting: Setting, recipe: Recipe) -> None:
     """Run the jobs; the process that finishes last collects them."""
+    hush()
     state = PartialState()
+    check_processes(state)
     options = {"data_folder": Path(args.data), "device": str(state.device)}
     if setting.pretrain_classes:
         with state.main_process_first():
             setting = pretrain(setting, recipe, Path(args.output) / "pretrained", **options)
     prepared = prepare(setting, **options)
-    save_data(prepared, Path(args.output) / "data", state)
+    if not setting.on_demand:
+        prepared.save_data(Path(args.output) / "data", overwrite=args.overwrite)
     jobs = make_jobs(args, recipe, prepared, state)
     for job in jobs.values():
         job.work(
@@ -81,13 +86,14 @@ def main(args: JobArguments, setting: Setting, recipe: Recipe) -> None:
         report({name: job for name, job in jobs.items() if not job.missing()}, args)
 
 
-def save_data(prepared: Prepared, folder: Path, state: PartialState) -> None:
-    """Write the rows as they were trained on, for whoever scores these models."""
-    with state.main_process_first():
-        for name, rows in {"train": prepared.train_dataset, "queries": prepared.query_dataset}.items():
-            if not (folder / f"{name}.parquet").exists():
-                folder.mkdir(parents=True, exist_ok=True)
-                rows.to_parquet(str(folder / f"{name}.parquet"))
+def check_processes(state: PartialState) -> None:
+    """Stop if the launcher started processes that know nothing of each other: each would do all of the work."""
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != state.num_processes:
+        raise SystemExit(
+            f"{launched} processes were launched, but accelerate sees {state.num_processes}. On a machine without a GPU, launch with "
+            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N."
+        )
 
 
 def make_jobs(args: JobArguments, recipe: Recipe, prepared: Prepared, state: PartialState) -> dict[str, SubsetJob]:
@@ -117,9 +123,7 @@ def make_jobs(args: JobArguments, recipe: Recipe, prepared: Prepared, state: Par
 def report(jobs: dict[str, SubsetJob], args: JobArguments) -> None:
     """Collect the jobs that are done, and say how reliable the ground truth is."""
     for name, job in jobs.items():
-        dataset = collect(job)
-        dataset.to_parquet(str(job.folder / f"{name}.parquet"))
-        print(f"{name}: {len(dataset)} runs in {job.folder / name}.parquet")
+        print(f"{name}: {len(job.runs)} runs in {job.save()}")
     if "ground_truth" in jobs:
         if args.n_seeds > 1:
             print(ground_truth_reliability(jobs["ground_truth"].outputs()))

@@ -92,7 +92,7 @@ def test_the_interval_over_subsets_covers_what_many_subsets_would_give():
     expected = lds(*draw(20_000), n_bootstrap=0).value
     held = 0
     for _ in range(60):
-        low, high = lds(*draw(40), n_bootstrap=200, confidence=0.9).interval
+        low, high = lds(*draw(40), n_bootstrap=100, confidence=0.9).interval
         held += low <= expected <= high
     # Binomial(60, .9) has mean 54 and standard deviation 2.3; a percentile interval of 40 subsets is a little short.
     assert 44 <= held <= 60
@@ -137,7 +137,7 @@ def test_the_prediction_of_a_subset_is_the_sum_of_its_scores(problem):
 def test_the_ceiling_is_the_lds_of_the_noiseless_outputs():
     generator = np.random.default_rng(2)
     scores = generator.normal(size=(50, 30))
-    masks = generator.random((400, 50)) < 0.5
+    masks = generator.random((2000, 50)) < 0.5
     truth = masks @ scores
     for n_seeds in (2, 3, 8):
         outputs = truth + generator.normal(scale=truth.std(), size=(n_seeds, *truth.shape))

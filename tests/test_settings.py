@@ -2,9 +2,12 @@
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -244,3 +247,31 @@ def test_every_run_starts_from_what_was_pretrained_on_the_other_classes(script, 
     fresh = prepare(replace(setting, model=str(tmp_path / "pretrained")), data_folder=image_folder).make_model()
     same = {name: torch.equal(value, fresh.state_dict()[name]) for name, value in pretrained.state_dict().items()}
     assert [name for name, equal in same.items() if not equal] == ["classifier.weight"]
+
+
+@pytest.mark.slow
+def test_two_processes_of_accelerate_are_one(script, image_folder, tmp_path):
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(sys.path)}
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", str(SCRIPT)]
+    flags = arguments(image_folder, tmp_path / "two", "--jobs", "ground_truth")
+    done = subprocess.run([*launch, *flags], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Reliability") == 1
+    script.main(*script.parse_arguments(arguments(image_folder, tmp_path / "one", "--jobs", "ground_truth")))
+    two, one = ((tmp_path / name / "ground_truth" / "ground_truth.parquet").read_bytes() for name in ("two", "one"))
+    assert two == one
+    assert len((tmp_path / "two" / "ground_truth" / "log.jsonl").read_text().splitlines()) == 6  # no run was done twice
+
+
+def test_processes_that_do_not_know_each_other_are_refused(script, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="2 processes were launched, but accelerate sees 1.*ACCELERATE_USE_CPU=true"):
+        script.check_processes(SimpleNamespace(num_processes=1))
+
+
+def test_data_of_another_setting_is_replaced_only_when_asked(image_folder, tmp_path):
+    prepare(IMAGES, data_folder=image_folder).save_data(tmp_path)
+    other = prepare(replace(IMAGES, n_train=7), data_folder=image_folder)
+    for overwrite, expected in ((False, 12), (True, 7)):
+        other.save_data(tmp_path, overwrite=overwrite)
+        assert len(Dataset.from_parquet(str(tmp_path / "train.parquet"))) == expected

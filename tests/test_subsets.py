@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 from models import N_CLASSES
 
 from hf_trak import AutoTask
@@ -130,6 +130,14 @@ def test_torchs_own_generator_is_left_as_it_was(tmp_path):
     torch.manual_seed(5)
     work(make_job(tmp_path, masks=MASKS[:1], n_seeds=1))
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_what_a_killed_process_left_beside_a_checkpoint_is_removed(tmp_path):
+    job = make_job(tmp_path / "job", masks=MASKS[:1], n_seeds=1, keep_epochs=1)
+    leftover = job.checkpoint(job.runs[0]).parent / ".epoch-0002.123.tmp"
+    leftover.mkdir(parents=True)
+    work(job)
+    assert [path.name for path in leftover.parent.iterdir()] == ["epoch-0002"]
 
 
 def test_what_was_drawn_before_does_not_change_a_run(finished, tmp_path):
@@ -262,6 +270,14 @@ def test_a_collected_job_survives_parquet_and_any_order_of_rows(finished, tmp_pa
     np.testing.assert_array_equal(outputs, finished.outputs())
 
 
+def test_a_saved_job_is_a_file_that_datasets_reads(finished):
+    path = finished.save()
+    assert path.name == "job.parquet"
+    masks, outputs = ground_truth_from(Dataset.from_parquet(str(path)))
+    np.testing.assert_array_equal(masks, MASKS)
+    np.testing.assert_array_equal(outputs, finished.outputs())
+
+
 def test_a_ground_truth_with_a_run_missing_or_twice_is_refused(finished):
     dataset = collect(finished)
     with pytest.raises(ValueError, match="each of 2 seeds once for each of 3 subsets, but there are 5 rows"):
@@ -322,8 +338,6 @@ def test_texts_are_cut_to_the_batchs_longest():
 
 
 def test_rows_on_demand_are_the_rows_in_memory():
-    from datasets import Dataset
-
     held = rows(6)
     dataset = Dataset.from_dict(
         {"pixel_values": held.tensors["pixel_values"].numpy(), "labels": held.tensors["labels"].numpy()}

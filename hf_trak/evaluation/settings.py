@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import torch
 
 from hf_trak.evaluation.training import Recipe, Rows, RowsInMemory, RowsOnDemand, save_checkpoint, train
 from hf_trak.hashing import hash_tensors
+from hf_trak.store import write_atomically
 from hf_trak.tasks import AutoTask, Task
 
 if TYPE_CHECKING:
@@ -75,6 +77,17 @@ class Prepared:
             torch.manual_seed(0)
             model = hash_tensors(self.make_model().state_dict())
         return {"model": model, "train_rows": self.train_rows.fingerprint(), "query_rows": self.query_rows.fingerprint()}
+
+    def save_data(self, folder: Path, *, overwrite: bool = False) -> None:
+        """Write the rows as they are trained on, unless some are there already, for whoever scores these models."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, rows in {"train": self.train_dataset, "queries": self.query_dataset}.items():
+            if overwrite or not (folder / f"{name}.parquet").exists():
+                write_atomically(folder / f"{name}.parquet", partial(_write_rows, rows))
+
+
+def _write_rows(rows: Dataset, path: Path) -> None:
+    rows.to_parquet(str(path))
 
 
 def prepare(setting: Setting, *, data_folder: Path | None = None, device: str = "cpu") -> Prepared:

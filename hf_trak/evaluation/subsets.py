@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from hf_trak.evaluation.training import Recipe, Rows, outputs_on, save_checkpoint, train
 from hf_trak.hashing import hash_json, random_bits, stream_key
-from hf_trak.store import list_differences, read_json, to_table, write_atomically, write_json
+from hf_trak.store import TEMPORARY, discard, list_differences, read_json, to_table, write_atomically, write_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -129,12 +129,13 @@ class SubsetJob:
                     f"{self.folder} holds another job than this:\n{differences}\nChoose another folder, or pass overwrite=True "
                     "(--overwrite) to replace it."
                 )
-            shutil.rmtree(self.folder)
+            discard(self.folder)
         elif not path.exists() and self.folder.exists() and any(not name.startswith(".") for name in os.listdir(self.folder)):
             raise ValueError(f"{self.folder} is not empty and holds no job; choose another folder.")
-        (self.folder / "runs").mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            write_json(path, self.identity)
+            write_json(path, self.identity)  # first of all: another process may be looking at this folder now
+        (self.folder / "runs").mkdir(exist_ok=True)
 
     @property
     def runs(self) -> list[Run]:
@@ -196,6 +197,8 @@ class SubsetJob:
         device: str,
         processing_class: Any,
     ) -> Float[np.ndarray, " n_query"]:
+        for leftover in self.checkpoint(run).parent.glob(f".*{TEMPORARY}"):  # of a process that was killed while saving
+            shutil.rmtree(leftover, ignore_errors=True)
         # A subset's runs are as unlike as runs of different subsets: nothing but the subset is common to its seeds.
         seed = stream_key("run", run.subset, run.seed) % 2**63
         with torch.random.fork_rng():
@@ -230,6 +233,17 @@ class SubsetJob:
         """Return the outputs of some subsets, all of whose runs are done."""
         rows = [[_read_outputs(self.path(Run(subset, seed))) for subset in subsets] for seed in range(self.n_seeds)]
         return np.asarray(rows, dtype=np.float32)
+
+    def save(self) -> Path:
+        """Write a finished job as one Parquet file, and return where it lies.
+
+        Raises:
+            FileNotFoundError: If runs are missing.
+        """
+        path = self.folder / f"{self.folder.name}.parquet"
+        dataset = collect(self)
+        write_atomically(path, lambda temporary: dataset.to_parquet(str(temporary)))
+        return path
 
 
 def _read_outputs(path: Path) -> Float[np.ndarray, " n_query"]:
