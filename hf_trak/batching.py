@@ -41,7 +41,8 @@ class BatchSize:
 class ShardBatches:
     """The batches of one shard, and how much of one memory has proved to hold.
 
-    Rows of like length share a batch, and the longest come first, so that memory runs out at once or not at all.
+    Rows of like length share a batch. The shortest go first, so that a run has its first rows soon (and its gradients checked on
+    few tokens); then come the longest, so that memory runs out at once or not at all.
 
     Args:
         lengths (`Sequence[int]`, *optional*): A number per row of `rows` that grows with its cost: its tokens, if it has any.
@@ -57,7 +58,7 @@ class ShardBatches:
         return 1 if self.lengths is None else max(1, self.lengths[row - self.rows.start])
 
     def batches(self) -> list[list[int]]:
-        """Cut the rows, longest first."""
+        """Cut the rows."""
         order = sorted(self.rows, key=lambda row: (-self.length(row), row))
         most, tokens = self.size.budget
         result = []
@@ -66,7 +67,7 @@ class ShardBatches:
             allowed = most if tokens is None or self.lengths is None else min(most, tokens // self.length(order[done]))
             result.append(order[done : done + max(1, allowed)])
             done += len(result[-1])
-        return result
+        return result if self.lengths is None else [result[-1], *result[:-1]]
 
     def fits(self, rows: Sequence[int]) -> bool:
         """Whether nothing is known against computing these rows together."""

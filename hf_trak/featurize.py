@@ -1,8 +1,8 @@
 """The one loop that runs a featurizer over a dataset, and writes its shards.
 
 Three things go on at a time: one thread reads the next batches, this one computes, and another writes the shard that was finished
-last. On a GPU that keeps the device busy. On a CPU there is next to nothing to win or to lose (docs/performance.md has the figures);
-it is done alike there so that there is one path to test.
+last. On a GPU that keeps the device busy. On a CPU there is next to nothing to win or to lose: of MiniLM on QNLI, reading is under 1 %
+of the CPU time and writing .2 %. It is done alike there, so that there is one path.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -91,25 +92,26 @@ class TextInputs:
             columns = self.text_columns or tuple(key for key, values in rows.items() if isinstance(values[0], str))
             tokenized = self._tokenize([list(rows[column]) for column in columns], processing_class)
             encoded = {key: values for key, values in tokenized.items() if key in self.accepted}
-        return self._pad({key: [torch.as_tensor(row) for row in values] for key, values in encoded.items()})
+        return self._pad({key: [np.asarray(row) for row in values] for key, values in encoded.items()})
 
     def _tokenize(self, texts: list[list[str]], processing_class: Any) -> Mapping[str, list[list[int]]]:
         limit = min(self.max_length or 10**9, processing_class.model_max_length)
         options = {"truncation": True, "max_length": limit} if limit < 10**9 else {}
         return processing_class(*texts, **options)
 
-    def _pad(self, encoded: dict[str, list[Tensor]]) -> dict[str, Tensor]:
-        masks = [mask.bool() for mask in encoded.pop("attention_mask", [torch.ones_like(row) for row in encoded["input_ids"]])]
-        lengths = [int(mask.sum()) for mask in masks]
-        width = max(1, *lengths)
+    def _pad(self, encoded: dict[str, list[np.ndarray]]) -> dict[str, Tensor]:
+        masks = encoded.pop("attention_mask", None) or [np.ones(len(row)) for row in encoded["input_ids"]]
+        kept = np.concatenate(masks).astype(bool)
+        lengths = torch.tensor([np.count_nonzero(mask) for mask in masks])
+        filled = torch.arange(max(1, int(lengths.max()))) < lengths.unsqueeze(1)
         batch = {}
         for key, values in encoded.items():
             fill = self.pad_token_id if key == "input_ids" else 0
-            batch[key] = torch.full((len(values), width), fill, dtype=torch.int64)
-            for row, (value, mask) in enumerate(zip(values, masks, strict=True)):
-                batch[key][row, : lengths[row]] = value[mask]
+            batch[key] = torch.full(filled.shape, fill, dtype=torch.int64)
+            # Row after row on both sides; a loop over rows takes several times as long.
+            batch[key][filled] = torch.from_numpy(np.concatenate(values)[kept]).long()
         if "attention_mask" in self.accepted:
-            batch["attention_mask"] = (torch.arange(width) < torch.tensor(lengths).unsqueeze(1)).long()
+            batch["attention_mask"] = filled.long()
         return batch
 
     def lengths(self, dataset: Dataset, processing_class: Any = None) -> list[int] | None:
