@@ -147,7 +147,7 @@ def test_large_scores_are_memory_mapped(built, tmp_path, monkeypatch):
 
 def test_building_again_computes_nothing_and_changes_nothing(built, checkpoints, monkeypatch):
     before = files_of(built.folder)
-    monkeypatch.setattr("hf_trak.featurizer.Featurizer.__call__", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr("hf_trak.featurizer.Featurizer.compute", lambda *_: pytest.fail("computed again"))
     build(built.folder, checkpoints)
     assert files_of(built.folder) == before
 
