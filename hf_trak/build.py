@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,15 @@ from torch import Tensor
 from hf_trak.config import CONFIG_NAME, TrakConfig
 from hf_trak.featurize import featurize, kernel_of
 from hf_trak.featurizer import Featurizer
-from hf_trak.members import Pass
+from hf_trak.members import Pass, lay_out_passes
 from hf_trak.passes import PassWriter
 from hf_trak.store import TEMPORARY, MemberReader, MemberWriter, discard, write_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedModel
+
+    from hf_trak.tasks import Task
 
 
 def member_folders(folder: Path) -> list[Path]:
@@ -62,7 +66,53 @@ def identity_of(config: TrakConfig) -> dict[str, Any]:
     return {key: value for key, value in config.to_dict().items() if key not in ("task", "damping")}
 
 
-def check_masks(masks: Bool[Tensor, "n_checkpoints n_train"] | None, *, n_checkpoints: int, n_rows: int) -> None:
+def build_members(
+    folder: Path,
+    checkpoints: Sequence[PreTrainedModel | str | Path],
+    dataset: Dataset,
+    config: TrakConfig,
+    *,
+    processing_class: Any,
+    task: Task | None,
+    revision: str | None,
+    sketch_seeds_per_checkpoint: int,
+    dropout_seeds: int,
+    masks: Bool[Tensor, "n_checkpoints n_train"] | None,
+    overwrite: bool,
+    **options: Any,
+) -> None:
+    """Featurize a dataset for every member of an index; see [`AttributionIndex.build`], whose arguments these are."""
+    if not checkpoints:
+        raise ValueError("`models` is empty: give at least one checkpoint.")
+    if len(dataset) == 0:
+        raise ValueError("The dataset is empty: there is nothing to featurize.")
+    _check_masks(masks, n_checkpoints=len(checkpoints), n_rows=len(dataset))
+    passes = lay_out_passes(
+        len(checkpoints),
+        seed=config.seed,
+        sketch_seeds_per_checkpoint=sketch_seeds_per_checkpoint,
+        dropout_seeds=dropout_seeds,
+    )
+    for number, plan in enumerate(passes):
+        featurizer = Featurizer(
+            checkpoints[plan.checkpoint],
+            config,
+            processing_class,
+            task=task,
+            seed=plan.seeds,
+            dropout_seed=plan.dropout_seed,
+            revision=revision,
+        )
+        featurizer.task.check(dataset, featurizer.processing_class)
+        if number == 0:
+            config = replace(config, task=featurizer.task.name)
+            begin_index(folder, config, passes[-1].members[-1] + 1, overwrite=overwrite)
+        mask = None if masks is None else masks[plan.checkpoint]
+        description = f"Featurizing {number + 1}/{len(passes)}"
+        build_pass(folder, plan, featurizer, dataset, mask=mask, overwrite=overwrite, description=description, **options)
+
+
+def _check_masks(masks: Bool[Tensor, "n_checkpoints n_train"] | None, *, n_checkpoints: int, n_rows: int) -> None:
     """Check that there is one entry per checkpoint and training row.
 
     Raises:

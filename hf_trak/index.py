@@ -17,26 +17,16 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_trak.build import (
-    begin_index,
-    build_pass,
-    check_masks,
-    describe_featurizer,
-    identity_of,
-    member_folders,
-    recorded_checkpoint,
-    recorded_passes,
-)
+from hf_trak.build import build_members, identity_of, member_folders, recorded_passes
 from hf_trak.cards import CURVE_NAME, draw_damping_curve, render_index_card
 from hf_trak.config import CARD_NAME, CONFIG_NAME, TrakConfig
 from hf_trak.damping import DAMPING_NAME, DampingChoice, choose_damping
 from hf_trak.ensemble import ScoreOptions, SolvedQueries, check_residuals, solve_queries, stream_scores
-from hf_trak.featurize import featurize_rows
 from hf_trak.featurizer import Featurizer
 from hf_trak.hub import download_index, upload_index
 from hf_trak.linalg import damped, default_damping, factor, leverage
-from hf_trak.members import Pass, lay_out_passes
-from hf_trak.passes import columns_of, encode_pass
+from hf_trak.passes import columns_of
+from hf_trak.query_side import QuerySide, featurize_queries
 from hf_trak.scoring import soft_threshold, soft_threshold_top_k, top_k
 from hf_trak.store import MEMBER_NAME, MemberReader, list_differences, write_atomically, write_json
 from hf_trak.tasks import Task
@@ -78,14 +68,7 @@ class AttributionIndex:
         self._check_members()
         self.passes = recorded_passes(self.members)
         self.n_checkpoints = len({plan.checkpoint for plan in self.passes})
-        if models is not None and len(models) not in (self.n_checkpoints, len(self.members)):
-            raise ValueError(
-                f"{self.folder} has {self.n_checkpoints} checkpoints and {len(self.members)} members, but {len(models)} models were "
-                "given. Give one per checkpoint."
-            )
-        self._models = models
-        self._processing_class = processing_class
-        self._task = task
+        self._queries = QuerySide(self.folder, self.config, self.members, self.passes, models, processing_class, task)
         self._choice: DampingChoice | None = None
 
     def _check_members(self) -> None:
@@ -149,45 +132,24 @@ class AttributionIndex:
                 f"Featurizing runs in one process, but WORLD_SIZE is {os.environ['WORLD_SIZE']}: these would write the same files. "
                 "Start it without a launcher, or with `--num_processes 1`."
             )
-        folder, config = Path(folder), config or TrakConfig()
+        folder = Path(folder)
         checkpoints = list(models) if isinstance(models, (list, tuple)) else [models]
-        if not checkpoints:
-            raise ValueError("`models` is empty: give at least one checkpoint.")
-        if len(dataset) == 0:
-            raise ValueError("The dataset is empty: there is nothing to featurize.")
-        check_masks(masks, n_checkpoints=len(checkpoints), n_rows=len(dataset))
-        passes = lay_out_passes(
-            len(checkpoints),
-            seed=config.seed,
+        build_members(
+            folder,
+            checkpoints,
+            dataset,
+            config or TrakConfig(),
+            processing_class=processing_class,
+            task=task,
+            revision=revision,
             sketch_seeds_per_checkpoint=sketch_seeds_per_checkpoint,
             dropout_seeds=dropout_seeds,
+            masks=masks,
+            batch_size=batch_size,
+            shard_rows=shard_rows,
+            overwrite=overwrite,
+            progress=progress,
         )
-        for number, plan in enumerate(passes):
-            featurizer = Featurizer(
-                checkpoints[plan.checkpoint],
-                config,
-                processing_class,
-                task=task,
-                seed=plan.seeds,
-                dropout_seed=plan.dropout_seed,
-                revision=revision,
-            )
-            featurizer.task.check(dataset, featurizer.processing_class)
-            if number == 0:
-                config = replace(config, task=featurizer.task.name)
-                begin_index(folder, config, passes[-1].members[-1] + 1, overwrite=overwrite)
-            build_pass(
-                folder,
-                plan,
-                featurizer,
-                dataset,
-                mask=None if masks is None else masks[plan.checkpoint],
-                batch_size=batch_size,
-                shard_rows=shard_rows,
-                overwrite=overwrite,
-                progress=progress,
-                description=f"Featurizing {number + 1}/{len(passes)}",
-            )
         index = cls(folder, models=checkpoints, processing_class=processing_class, task=task)
         index._record_damping()
         write_atomically(folder / CARD_NAME, lambda temporary: temporary.write_text(index._render_card(folder.name)))
@@ -424,54 +386,14 @@ class AttributionIndex:
             ValueError: If the model, task or parameters are not those recorded; the message lists what differs.
         """
         plan = next(plan for plan in self.passes if member in plan.members)
-        return self._featurizer(replace(plan, members=(member,), seeds=(self.members[member].identity["seed"],)))
-
-    def _featurizer(self, plan: Pass) -> Featurizer:
-        first = plan.members[0]
-        info = self.members[first].info
-        checkpoint = (
-            self._given_model(plan) if self._models is not None else recorded_checkpoint(self.folder, info["checkpoint"])
-        )
-        featurizer = Featurizer(
-            checkpoint,
-            self.config,
-            self._processing_class,
-            task=self._task,
-            seed=plan.seeds,
-            dropout_seed=plan.dropout_seed,
-            revision=info["checkpoint"]["revision"] if self._models is None else None,
-        )
-        recorded = self.members[first].identity
-        found = describe_featurizer(featurizer)
-        lines = list_differences({key: recorded.get(key) for key in found}, found)
-        if lines:
-            raise ValueError(
-                f"This is not what member_{first} of {self.folder} was featurized with:\n"
-                + "\n".join(f"  {line}" for line in lines)
-                + "\nGive the recorded checkpoint as `models`, or featurize the training set again."
-            )
-        return featurizer
-
-    def _given_model(self, plan: Pass) -> PreTrainedModel | str | Path:
-        assert self._models is not None
-        return self._models[plan.checkpoint if len(self._models) == self.n_checkpoints else plan.members[0]]
+        return self._queries.featurizer(replace(plan, members=(member,), seeds=(self.members[member].identity["seed"],)))
 
     def featurize_queries(
         self, queries: Dataset, member: int = 0, *, batch_size: int | str = "auto", progress: bool = True
     ) -> dict[str, np.ndarray]:
         """Return the trak_* columns of queries under one member, in float32."""
         description = f"Queries {member + 1}/{len(self.members)}"
-        return self._featurize(self.featurizer(member), queries, batch_size, progress, description)
-
-    def _featurize(
-        self, featurizer: Featurizer, queries: Dataset, batch_size: int | str, progress: bool, description: str
-    ) -> dict[str, np.ndarray]:
-        if len(queries) == 0:
-            raise ValueError("There are no queries: the dataset is empty.")
-        featurizer.task.check(queries, featurizer.processing_class)
-        with tqdm(total=len(queries), unit="rows", desc=description, disable=not progress) as bar:
-            found = featurize_rows(featurizer, queries, range(len(queries)), batch_size=batch_size, on_batch=bar.update)
-        return encode_pass(found.features, found.output, found.out_to_loss, seeds=featurizer.seeds, dtype="float32")
+        return featurize_queries(self.featurizer(member), queries, batch_size, progress, description)
 
     def _solve(
         self, queries: Dataset, options: ScoreOptions, batch_size: int | str, progress: bool
@@ -482,7 +404,7 @@ class AttributionIndex:
         damped(self.members[0].kernel(), n_rows=self.n_rows, damping=options.damping)
         for number, plan in enumerate(self.passes):
             description = f"Queries {number + 1}/{len(self.passes)}"
-            columns = self._featurize(self._featurizer(plan), queries, batch_size, progress, description)
+            columns = featurize_queries(self._queries.featurizer(plan), queries, batch_size, progress, description)
             for member, seed in zip(plan.members, plan.seeds, strict=True):
                 mine = columns_of(columns, seed, plan.seeds)
                 solved.append(solve_queries(self.members[member], torch.from_numpy(mine["trak_features"]), options))

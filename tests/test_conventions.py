@@ -22,6 +22,7 @@ FLOORS = {
     "metrics": 6,
     "feature_args": 5,
     "index": 5,
+    "query_side": 4.75,
     "build": 4.5,
     "hub": 4,
     "cards": 3.75,

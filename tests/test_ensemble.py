@@ -60,8 +60,8 @@ def test_one_pass_for_several_sketches_makes_the_bytes_of_separate_passes(built,
 
 
 def test_gradients_are_computed_once_per_checkpoint(checkpoints, tmp_path, monkeypatch):
-    rows, call = [], Featurizer.__call__
-    monkeypatch.setattr(Featurizer, "__call__", lambda self, batch, ids: rows.append(len(ids)) or call(self, batch, ids))
+    rows, compute = [], Featurizer.compute
+    monkeypatch.setattr(Featurizer, "compute", lambda self, batch, ids: rows.append(len(ids)) or compute(self, batch, ids))
     index = build(tmp_path / "index", checkpoints, sketch_seeds_per_checkpoint=3)
     assert len(index.members) == 6
     assert sum(rows) == 2 * len(TRAIN)
@@ -185,7 +185,7 @@ def test_a_killed_pass_computes_only_what_a_member_lacks_and_ends_in_the_same_by
         build(folder, checkpoints[0], sketch_seeds_per_checkpoint=2)
     assert sorted(writes) == [(f"member_{m}", s) for m in range(2) for s in range(4)], "each was written once"
     monkeypatch.setattr(MemberWriter, "finish", finish)
-    monkeypatch.setattr(Featurizer, "__call__", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(Featurizer, "compute", lambda *_: pytest.fail("computed again"))
     index = build(folder, checkpoints[0], sketch_seeds_per_checkpoint=2)
     for number in range(2):
         found, expected = files_of(index.members[number]), files_of(built.members[number])
