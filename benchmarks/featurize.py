@@ -43,6 +43,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=int, default=8192, help="of the decoder")
     parser.add_argument("--proj_dim", type=int, nargs="+", default=[4096])
     parser.add_argument("--memory_proj_dim", type=int, nargs="*", default=[4096, 16384])
+    parser.add_argument("--parameters", nargs="+", help="regular expressions; by default, all parameters")
     parser.add_argument("--skip_parts", action="store_true", help="do not time the parts of a pass by themselves")
     parser.add_argument("--fold", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
@@ -67,17 +68,17 @@ def sketch_of(options: argparse.Namespace, proj_dim: int) -> Projector:
     return make_projector("block_count_sketch", proj_dim=proj_dim, seed=0, fold=options.fold)
 
 
-def featurize(workload: Workload, projector: Projector) -> None:
-    parameters = select_parameters(workload.model).parameters
+def featurize(workload: Workload, projector: Projector, patterns: list[str] | None = None) -> None:
+    parameters = select_parameters(workload.model, patterns).parameters
     for batch in workload.batches:
         layerwise_features(
             workload.model, batch, output_function=workload.output_function, parameters=parameters, projector=projector
         )
 
 
-def relative_error(workload: Workload, projector: Projector, *, rows: int = 4) -> float:
+def relative_error(workload: Workload, projector: Projector, patterns: list[str] | None = None, *, rows: int = 4) -> float:
     """Features of some rows against a loop of float64 autograd over them, sketched in float64."""
-    model, parameters = workload.model, select_parameters(workload.model).parameters
+    model, parameters = workload.model, select_parameters(workload.model, patterns).parameters
     batch = {key: value[:rows] for key, value in workload.batches[-1].items()}
     arguments: dict[str, Any] = {
         "output_function": workload.output_function,
@@ -99,6 +100,12 @@ def relative_error(workload: Workload, projector: Projector, *, rows: int = 4) -
         errors.append(((features[row] - expected).norm() / expected.norm()).item())
     model.float()
     return max(errors)
+
+
+def method_of(options: argparse.Namespace, workload: Workload) -> str:
+    coverage = select_parameters(workload.model, options.parameters).coverage
+    part = f", {coverage:.0%} of the parameters" if options.parameters else ""
+    return METHOD + ("" if options.fold > 1 else ", nothing folded") + part
 
 
 class NoSketch(Projector):
@@ -154,18 +161,21 @@ def time_rows(options: argparse.Namespace, name: str) -> Iterator[dict[str, Any]
     workload = load(options, name)
     for proj_dim in options.proj_dim:
         projector = sketch_of(options, proj_dim)
-        error = relative_error(workload, projector)
+        error = relative_error(workload, projector, options.parameters)
         if not error < 1e-4:
             raise SystemExit(f"Wrong answer: features differ from the float64 loop by {error:.1e}.")
         train(workload.model, workload.batches[-1:])
         times = [
-            (cpu_seconds(train, workload.model, workload.batches), cpu_seconds(featurize, workload, projector))
+            (
+                cpu_seconds(train, workload.model, workload.batches),
+                cpu_seconds(featurize, workload, projector, options.parameters),
+            )
             for _ in range(options.rounds)
         ]
         ratios = [ours / plain for plain, ours in times]
         yield {
             "case": f"{workload.case}, proj_dim {proj_dim}, 1 member",
-            "method": METHOD if options.fold > 1 else f"{METHOD}, nothing folded",
+            "method": method_of(options, workload),
             "relative_error_to_float64": error,
             "metric": "featurize_cpu_ratio",
             "value": statistics.median(ratios),

@@ -24,30 +24,42 @@ import run_traker
 PEERS = (run_bergson, run_traker, run_dattri)
 
 
-def measure_ours(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return hf_trak's rows, on the same workloads."""
+# What bergson covers of the decoder: the weights of the blocks' linear layers.
+BLOCKS = r"\.(c_attn|c_proj|c_fc)\.weight$"
+
+
+def measure_ours(options: argparse.Namespace, *flags: str) -> list[dict[str, Any]]:
+    """Return hf_trak's rows on the same workloads."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "ours.json"
-        flags = [f"--dataset={options.dataset}", f"--threads={options.threads}", f"--rounds={options.rounds or 3}"]
-        flags += [f"--{name}={value}" for name in ("model", "rows", "batch_size") if (value := getattr(options, name))]
+        common_flags = [f"--dataset={options.dataset}", f"--threads={options.threads}", f"--rounds={options.rounds or 3}"]
+        common_flags += [f"--{name}={value}" for name in ("model", "rows", "batch_size") if (value := getattr(options, name))]
         script = common.ROOT / "benchmarks" / "featurize.py"
-        command = [sys.executable, str(script), *flags, "--skip_parts", "--memory_proj_dim=4096", f"--output={output}"]
+        command = [sys.executable, str(script), *common_flags, "--skip_parts", f"--output={output}", *flags]
         subprocess.run(command, check=True)
         return json.loads(output.read_text())["rows"]
 
 
 def main() -> None:
+    cases = {f"{peer.ENVIRONMENT.requirement.split('==')[0]}/{name}": (peer, name) for peer in PEERS for name in peer.CASES}
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--skip", nargs="+", choices=list(cases), default=[])
+    skip, rest = parser.parse_known_args()
+    sys.argv[1:] = rest
     options = common.parse(__doc__, {}, output="results/peers_cpu.json")
-    rows, failed = measure_ours(options), []
-    for peer in PEERS:
-        for name, case in peer.CASES.items():
-            try:
-                new, versions = common.measure(peer.ENVIRONMENT, name, case, options, peer.__file__)
-            except SystemExit as problem:
-                failed.append(f"{peer.ENVIRONMENT.requirement}, {name}: {problem}")
-                continue
-            rows += new
-            common.write(options, rows, versions, command="python benchmarks/peers/run.py")
+    rows = measure_ours(options, "--workloads=decoder", "--memory_proj_dim")
+    rows += measure_ours(options, "--workloads=decoder", "--memory_proj_dim", f"--parameters={BLOCKS}")
+    failed = []
+    for case_name, (peer, name) in cases.items():
+        if case_name in skip.skip:
+            continue
+        try:
+            new, versions = common.measure(peer.ENVIRONMENT, name, peer.CASES[name], options, peer.__file__)
+        except SystemExit as problem:
+            failed.append(f"{case_name}: {problem}")
+            continue
+        rows += new
+        common.write(options, rows, versions, command="python benchmarks/peers/run.py")
     if failed:
         raise SystemExit("\n\n".join(["Not measured:", *failed]))
 

@@ -136,7 +136,7 @@ class BlockCountSketch(Projector):
             for tile in column.tiles:
                 entries = tile.columns(whole[:, tile.rows]) if tile.columns.is_folded else whole[:, tile.rows]
                 column_signs = torch.ones_like(tile.columns.signs) if tile.columns.is_folded else tile.columns.signs
-                laps = laps_around(accumulator, tile.ring)
+                laps = laps_around(accumulator, tile.ring, column.width * (tile.rows.stop - tile.rows.start))
                 signs = torch.outer(row_signs[tile.rows], column_signs[: entries.shape[2]][column.columns])
                 laps.add(entries[:, :, column.columns].flatten(1), signs.to(grads).flatten())
                 laps.close()
@@ -154,7 +154,7 @@ class BlockCountSketch(Projector):
             folded_left = column.rows(left).transpose(1, 2)
             for tile in column.tiles:
                 folded_right = tile.columns(right)[:, :, column.columns]
-                laps = laps_around(accumulator, tile.ring)
+                laps = laps_around(accumulator, tile.ring, column.width * (tile.rows.stop - tile.rows.start))
                 # (batch, tokens, rows), (batch, tokens, columns) -> (batch, rows · columns), some rows at a time
                 for rows in folded_left[:, tile.rows].split(rows_at_once, dim=1):
                     laps.add(torch.bmm(rows, folded_right).flatten(1))

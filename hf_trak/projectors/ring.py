@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_trak.hashing import random_integers
 
-_LAP = 1 << 13  # entries added by one operation: short rings are laid end to end until they are this long
+_LAP = 1 << 15  # entries added by one operation: short rings are laid end to end until they are this long
 
 
 class Ring(NamedTuple):
@@ -42,10 +42,10 @@ def draw_ring(key: int, width: int, *, proj_dim: int) -> Ring:
 class Laps:
     """Adds a stream of entries around a ring, in long contiguous pieces."""
 
-    def __init__(self, accumulator: Float[Tensor, "batch width"], ring: Ring) -> None:
+    def __init__(self, accumulator: Float[Tensor, "batch width"], ring: Ring, n_entries: int) -> None:
         self.ring = ring
         self.target = accumulator[:, ring.offset : ring.offset + ring.length]
-        n_rings = max(1, _LAP // ring.length)
+        n_rings = max(1, min(_LAP, n_entries // 4) // ring.length)  # a stream of few entries is not worth a longer ring
         self.lap = self.target if n_rings == 1 else accumulator.new_zeros(accumulator.shape[0], n_rings * ring.length)
         self.place = 0
 
@@ -101,10 +101,10 @@ def _load_kernels() -> Any:
     return ring_kernels
 
 
-def laps_around(accumulator: Float[Tensor, "batch width"], ring: Ring) -> Laps | KernelLaps:
-    """Begin a stream of entries around `ring`."""
+def laps_around(accumulator: Float[Tensor, "batch width"], ring: Ring, n_entries: int) -> Laps | KernelLaps:
+    """Begin a stream of `n_entries` entries around `ring`."""
     kernels = kernels_for(accumulator.device)
-    return Laps(accumulator, ring) if kernels is None else KernelLaps(accumulator, ring, kernels)
+    return Laps(accumulator, ring, n_entries) if kernels is None else KernelLaps(accumulator, ring, kernels)
 
 
 def add_rows_around(
