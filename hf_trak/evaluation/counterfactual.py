@@ -58,7 +58,8 @@ class Counterfactuals:
 
     Args:
         scores (`Mapping[str, np.ndarray]`): Scores by method, (n_train, n_query) each.
-        targets (`Sequence[int]`): Queries to do this for, as columns of the scores.
+        targets (`Sequence[int]`): Queries to do this for, as columns of the scores. Choose them without looking at the outputs of
+            these seeds: those that one run happens to get right fall back in the next, whatever is removed.
         top_k (`Sequence[int]`): How many training examples to remove.
         seeds (`Sequence[int]`): Of training; outputs are averaged over them. Each has its own random examples for the control, which
             are the same for all targets, so that the control costs one run per seed and k.
