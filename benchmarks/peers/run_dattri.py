@@ -5,8 +5,7 @@
 It runs as its documentation has it: `TRAKAttributor.cache` over a loader, which takes `torch.func` gradients of every example,
 projects them (on a CPU, by dense normal entries), evaluates p once more, and solves for the features' inverse, proj_dim × proj_dim,
 whose cost is nothing beside the rest. It makes its projector anew for every batch, so that its cost grows with proj_dim × parameters.
-It differentiates one flat vector of all parameters, and the derivative of taking each tensor from it is a vector of full length, for
-every example: its gradients alone cost more than its projection. A batch, once, and 512 are what finishes. It has no decoder here.
+A batch of 8, once, and 512 are what finishes; "gradients alone" says how much of that is its gradients. It has no decoder here.
 """
 
 from __future__ import annotations
@@ -123,10 +122,10 @@ class Gradients(Cached):
 
 NOT_PROJECTED = "not projected"
 CASES = {
-    "bert": Case("bert", Cached, proj_dim=512, rows=16, rounds=1, memory_gb=17),
-    "bert-gradients": Case("bert", Gradients, proj_dim=512, rows=16, rounds=1, memory_gb=8, label=NOT_PROJECTED),
-    "vit": Case("vit", Cached, proj_dim=512, rows=16, rounds=1, memory_gb=15),
-    "vit-gradients": Case("vit", Gradients, proj_dim=512, rows=16, rounds=1, memory_gb=8, label=NOT_PROJECTED),
+    "bert": Case("bert", Cached, proj_dim=512, rows=8, batch_size=8, rounds=1, memory_gb=17),
+    "bert-gradients": Case("bert", Gradients, proj_dim=512, rows=8, batch_size=8, rounds=1, memory_gb=8, label=NOT_PROJECTED),
+    "vit": Case("vit", Cached, proj_dim=512, rows=8, batch_size=8, rounds=1, memory_gb=15),
+    "vit-gradients": Case("vit", Gradients, proj_dim=512, rows=8, batch_size=8, rounds=1, memory_gb=8, label=NOT_PROJECTED),
 }
 
 if __name__ == "__main__":

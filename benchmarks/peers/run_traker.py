@@ -3,7 +3,7 @@
     python benchmarks/peers/run_traker.py --dataset qnli.parquet --images cifar10.parquet --output results/peers_traker.json
 
 It runs as its documentation has it, `TRAKer.load_checkpoint` and `TRAKer.featurize`, with its own gradient computer and, as always on
-a CPU, its `BasicProjector` with normal entries; `use_half_precision=False`, since its float16 default is about 14 times slower there.
+a CPU, its `BasicProjector` with normal entries; `use_half_precision=False`, since its default, float16, has no fast product of matrices there.
 Its projection is generated again for every batch, so that its cost grows with proj_dim × parameters: 512, and a batch or two, are
 what finishes. It has no output function for language models, and so no decoder here.
 """
