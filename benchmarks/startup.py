@@ -21,8 +21,9 @@ from pathlib import Path
 
 import torch
 import transformers
-from featurize import minilm, write
+from featurize import write
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from workloads import minilm
 
 _FIRST_ROWS = re.compile(rb"Featurizing[^\r\n]* [1-9]\d*/\d+ \[")  # as the progress bar shows them
 _BASELINE = """

@@ -95,7 +95,8 @@ def split_in_halves(n_checkpoints: int, *, n_splits: int = _SPLITS) -> list[Fold
 def choose_damping(
     members: Sequence[MemberReader], checkpoints: Sequence[int], *, grid: Sequence[float] = GRID
 ) -> DampingChoice | None:
-    """Choose λ by the members' own masks; None where they cannot tell: fewer than four checkpoints have one.
+    """Choose λ by the members' own masks; None where they cannot tell: fewer than four checkpoints have one, or no λ ranks
+    their outputs better than chance.
 
     Each kernel is factored once per λ: up to a dozen λ, that is cheaper than its eigenvalues.
 
@@ -122,7 +123,7 @@ def choose_damping(
             for index, part in zip(mine, found.split([len(w) for w in weights], dim=1), strict=True):
                 predictions[index] += part
     curve = _curve(predictions, folds, outputs[:, targets], mask[:, targets])
-    if curve is None:
+    if curve is None or curve.max() <= 0:
         return None
     best = int(curve.argmax())
     return DampingChoice(

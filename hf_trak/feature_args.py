@@ -17,7 +17,9 @@ class FeatureArguments:
     sketch_seed: int = field(default=0, metadata={"help": "Sketch seed of the first member; member i uses this plus i."})
     sketch_seeds_per_checkpoint: int = field(
         default=1,
-        metadata={"help": "Members per checkpoint that share its gradients, each with a sketch of its own. They cost disk."},
+        metadata={
+            "help": "Members per checkpoint that share its gradients, each with a sketch of its own. A further one costs disk, and about a third of a pass."
+        },
     )
     dropout_seeds: int = field(
         default=0,

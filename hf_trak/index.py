@@ -115,8 +115,8 @@ class AttributionIndex:
                 folder or repository is recorded and found again, a model in memory has to be given again.
             dataset (`Dataset`): The training set; its row order is the index's.
             revision (`str`, *optional*): Of the repositories in `models`.
-            sketch_seeds_per_checkpoint (`int`): Members that share a checkpoint's gradients, each with a sketch of its own. They cost
-                disk, and next to no time.
+            sketch_seeds_per_checkpoint (`int`): Members that share a checkpoint's gradients, each with a sketch of its own. Each
+                further one costs disk, and the time of one more sketch: about a third of a pass.
             dropout_seeds (`int`): Thinned networks per checkpoint, in place of the whole one; each costs a pass of gradients.
             masks (`torch.Tensor`, *optional*): Which rows each checkpoint was trained on, where those were random subsets. They are
                 recorded, and `damping="auto"` is chosen by them.

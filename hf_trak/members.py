@@ -72,7 +72,7 @@ def lay_out_passes(
     """Return the passes that make an ensemble; member i has sketch seed `seed + i`.
 
     Args:
-        sketch_seeds_per_checkpoint (`int`): Sketches of each pass; they cost no gradients.
+        sketch_seeds_per_checkpoint (`int`): Sketches of each pass; they share its gradients.
         dropout_seeds (`int`): Thinned networks per checkpoint, in place of the whole one; each costs a pass. 0 keeps it whole.
 
     Raises:

@@ -17,6 +17,8 @@ jaxtyping.install_import_hook(
         "hf_trak.projectors",
         "hf_trak.gradients",
         "hf_trak.scoring",
+        "hf_trak.damping",
+        "hf_trak.ensemble",
         "hf_trak.evaluation.baselines.arnoldi",
         "hf_trak.evaluation.baselines.hessian",
         "hf_trak.evaluation.baselines.losses",

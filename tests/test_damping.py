@@ -115,6 +115,13 @@ def test_too_few_checkpoints_or_no_masks_choose_nothing(tmp_path):
     assert choose_damping(write_members(tmp_path / "all", outputs, everything, **options), range(4)) is None
 
 
+def test_outputs_that_no_score_can_rank_choose_nothing(tmp_path):
+    features, q = features_of(0), torch.rand(N)
+    masks = draw_masks(N, N_CHECKPOINTS, alpha=0.5, seed=0)
+    equal = write_members(tmp_path, np.zeros((N_CHECKPOINTS, N)), masks, features=features, out_to_loss=q)
+    assert choose_damping(equal, range(N_CHECKPOINTS)) is None
+
+
 def test_ranks_agree_with_scipy_where_entries_are_missing_or_tied():
     generator = np.random.default_rng(0)
     first, second = generator.integers(0, 4, (12, 30)), generator.normal(size=(12, 30)).round(1)

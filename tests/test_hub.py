@@ -17,10 +17,13 @@ from uuid import uuid4
 
 import numpy as np
 import pytest
+import torch
 from datasets_for_tests import save_model, token_rows
 from hub_server import TOKEN, CuttingProxy, HubServer
 
 from hf_trak import AttributionIndex, TrakConfig
+from hf_trak.damping import DampingChoice, hash_members
+from hf_trak.runs import draw_masks
 
 QUERIES = token_rows(3, seed=1)
 ENDPOINT = os.environ.get("HF_ENDPOINT")
@@ -176,6 +179,25 @@ def without_token(function, *args, **options):
     with mock.patch.dict(os.environ):
         del os.environ["HF_TOKEN"]
         return function(*args, **options)
+
+
+def load_choice(repo, models):
+    index = AttributionIndex.from_pretrained(repo, models=models)
+    return index.damping_choice(), [member.mask() for member in index.members]
+
+
+def train_and_push(folder, repo):
+    """Return the names of a model repository's files, and its card, after a trainer's push."""
+    from huggingface_hub import HfApi
+    from test_runs import make_trainer
+
+    trainer = make_trainer(folder, members="runs:2", num_train_epochs=1, hub_model_id=repo)
+    trainer.train()
+    trainer.push_to_hub()
+    try:
+        return HfApi().list_repo_files(repo), Path(HfApi().hf_hub_download(repo, "README.md")).read_text()
+    finally:
+        HfApi().delete_repo(repo)
 
 
 def push_while_another_commits(folder, repo):
@@ -352,3 +374,23 @@ def test_an_interrupted_push_leaves_the_old_commit_and_the_next_succeeds(
     assert client(contents, repo) == pushed(large.folder, repo)
     client(push, new.folder, repo)
     assert np.array_equal(client(load_and_score, repo, checkpoint), scores_of(new))
+
+
+def test_masks_and_the_damping_that_they_chose_travel(client, repo, tmp_path):
+    checkpoints = [save_model(tmp_path / f"bert-{seed}", seed=seed) for seed in range(4)]
+    masks = draw_masks(20, 4, alpha=0.5, seed=0)
+    index = build(tmp_path / "index", checkpoints, masks=masks)
+    choice = DampingChoice(0.3, (0.1, 0.3), (0.2, 0.4), 4, 20, hash_members(index.members))
+    choice.save(index.folder)
+    client(push, index.folder, repo)
+    found, loaded = client(load_choice, repo, checkpoints)
+    assert found == choice
+    assert torch.equal(torch.stack(loaded), masks)
+
+
+def test_a_trainer_pushes_its_model_its_members_and_a_card(client, repo, tmp_path):
+    files, card = client(train_and_push, tmp_path / "run", repo)
+    assert {"model.safetensors", "members/run-0000/model.safetensors", "members/run-0001/model.safetensors"} <= set(files)
+    assert not any(name.startswith("_runs") for name in files)
+    assert "- data-attribution" in card
+    assert "## Training data attribution" in card

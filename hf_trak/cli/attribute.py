@@ -44,7 +44,7 @@ class AttributeArguments:
     top_k: int = field(default=10, metadata={"help": "Proponents and opponents per query."})
     damping: str | None = field(default=None, metadata={"help": "A number or auto, in place of the index's damping."})
     model: list[str] | None = field(
-        default=None, metadata={"help": "Checkpoints, one per member, in place of the recorded ones.", "action": Collect}
+        default=None, metadata={"help": "Checkpoints, in order, in place of the recorded ones.", "action": Collect}
     )
     revision: str | None = field(default=None, metadata={"help": "Revision of an index repository."})
     batch_size: str = field(default="auto", metadata={"help": "Queries at a time; auto halves when memory runs out."})

@@ -26,7 +26,7 @@ class FeaturizeArguments:
     """What to featurize, and where the index goes."""
 
     model: list[str] = field(
-        metadata={"help": "Folder or repository of a checkpoint; several make one member each.", "action": Collect}
+        metadata={"help": "Folder or repository of a checkpoint; several make an ensemble.", "action": Collect}
     )
     dataset: str = field(metadata={"help": "The training set: a Parquet, CSV or JSON file, a folder, or a dataset of the Hub."})
     output: str = field(metadata={"help": "Folder for the index."})
