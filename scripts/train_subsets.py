@@ -15,9 +15,12 @@ import argparse
 import os
 import sys
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 
 from hf_trak.cli.parsing import make_parser, parse
 from hf_trak.cli.quiet import hush
@@ -60,7 +63,8 @@ class JobArguments:
 def main(args: JobArguments, setting: Setting, recipe: Recipe) -> None:
     """Run the jobs; the process that finishes last collects them."""
     hush()
-    state = PartialState()
+    # Processes wait for each other at the end only, and for as long as a run takes.
+    state = PartialState(cpu=use_cpu(), timeout=timedelta(days=30))
     check_processes(state)
     options = {"data_folder": Path(args.data), "device": str(state.device)}
     if setting.pretrain_classes:
@@ -86,13 +90,18 @@ def main(args: JobArguments, setting: Setting, recipe: Recipe) -> None:
         report({name: job for name, job in jobs.items() if not job.missing()}, args)
 
 
+def use_cpu() -> bool:
+    """Return whether to stay on the CPU: told to by accelerate's variable, or for want of anything else."""
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+
+
 def check_processes(state: PartialState) -> None:
     """Stop if the launcher started processes that know nothing of each other: each would do all of the work."""
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != state.num_processes:
         raise SystemExit(
-            f"{launched} processes were launched, but accelerate sees {state.num_processes}. On a machine without a GPU, launch with "
-            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N."
+            f"{launched} processes were launched, but accelerate sees {state.num_processes}. Launch with "
+            "accelerate launch --multi_gpu --num_processes N, on a machine without a GPU too."
         )
 
 

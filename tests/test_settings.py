@@ -251,7 +251,7 @@ def test_every_run_starts_from_what_was_pretrained_on_the_other_classes(script, 
 
 @pytest.mark.slow
 def test_two_processes_of_accelerate_are_one(script, image_folder, tmp_path):
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", str(SCRIPT)]
     flags = arguments(image_folder, tmp_path / "two", "--jobs", "ground_truth")
     done = subprocess.run([*launch, *flags], env=environment, capture_output=True, text=True, check=False)
@@ -265,7 +265,7 @@ def test_two_processes_of_accelerate_are_one(script, image_folder, tmp_path):
 
 def test_processes_that_do_not_know_each_other_are_refused(script, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit, match="2 processes were launched, but accelerate sees 1.*ACCELERATE_USE_CPU=true"):
+    with pytest.raises(SystemExit, match="2 processes were launched, but accelerate sees 1.*--multi_gpu --num_processes N"):
         script.check_processes(SimpleNamespace(num_processes=1))
 
 
