@@ -14,6 +14,7 @@ from reference import gradient_loop, to_double
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_trak.autocast import in_bfloat16
 from hf_trak.gradients import GRADIENTS, check_gradients, functional_features, select_parameters
 from hf_trak.projectors import BlockCountSketch, Identity, folding
 from hf_trak.tasks import classification_margin, vmappable_attention
@@ -97,6 +98,17 @@ def test_a_bfloat16_model_has_float32_features_close_to_its_float32_ones(name: s
     assert result.features.dtype == torch.float32
     # Where activations are pooled by their maximum, rounding may pick another of two that are nearly equal.
     assert_rows_close(result.features, grads, relative=0.5 if name == "resnet9" else 0.05)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "vit", "convnext"])
+def test_layerwise_features_under_autocast_are_close_to_float32_ones(name: str):
+    model, batch = make_model(name), make_batch(name)
+    output_function = in_bfloat16(classification_margin, device_type="cpu", vmapped=False)
+    features = gradients_of(model, batch, output_function).features
+    expected = gradients_of(model, batch).features
+    assert features.dtype == torch.float32
+    assert not torch.equal(features, expected)  # autocast did something
+    assert (torch.cosine_similarity(features, expected) > 0.99).all()
 
 
 @pytest.mark.parametrize("fold", [1, 4])

@@ -119,14 +119,16 @@ class _Watch:
         if self.recomputing or not torch.is_grad_enabled():
             return None
         leaves, structure = tree_flatten((args, kwargs))
-        leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        own = {name: module._parameters[name].detach() for name in self.owned[module]}  # type: ignore[union-attr]
+        # Autocast may have handed the module bfloat16; run again outside of it, it computes in its parameters' dtype.
+        dtype = next(iter(own.values())).dtype
+        leaves = [_as_dtype(leaf.detach(), dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         results, result_structure = tree_flatten(output)
         differentiable = [i for i, leaf in enumerate(results) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         outputs: list[Tensor] = [results[i] for i in differentiable]
         for tensor in outputs:
             self._require_examples(module, tensor)
         batched = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.shape[:1] == (self.batch_size,)]
-        own = {name: module._parameters[name].detach() for name in self.owned[module]}  # type: ignore[union-attr]
 
         def run(parameters: dict[str, Tensor], examples: list[Tensor]) -> list[Tensor]:
             filled = list(leaves)
@@ -146,7 +148,7 @@ class _Watch:
                 self._start(filled[0])
             self.recomputing = True
             try:
-                values = vmap(grads_of_one)([leaves[i] for i in batched], [grad.detach() for grad in filled])
+                values = vmap(grads_of_one)([leaves[i] for i in batched], [_as_dtype(grad.detach(), dtype) for grad in filled])
             except Exception as error:
                 raise ValueError(
                     f"`layerwise` has no rule for {self._describe(module)}, and differentiating it on its own failed "
@@ -205,3 +207,7 @@ def _on_gradient(outputs: list[Tensor], catch: Callable[[list[Any]], None]) -> l
     elif outputs:
         torch.autograd.graph.register_multi_grad_hook(outputs, lambda grads: catch(list(grads)))
     return [output.clone() if begin else output for output, begin in zip(outputs, begins, strict=True)]
+
+
+def _as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
