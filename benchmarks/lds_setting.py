@@ -6,7 +6,7 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from hf_trak.damping import choose_damping
 from hf_trak.ensemble import ScoreOptions, solve_queries, stream_scores
 from hf_trak.evaluation import GroundTruth, ground_truth_from, predicted_outputs, spearman
 from hf_trak.evaluation.lds import percentile_interval
+from hf_trak.hashing import hash_json
 from hf_trak.linalg import default_damping
 
 
@@ -120,11 +121,16 @@ class Pool:
         return default_damping(len(set(checkpoints))) if choice is None else choice.damping
 
     def score(self, members: Sequence[int], damping: float | str = "auto", **options: bool) -> np.ndarray:
-        """Return the scores of an ensemble, (n_train, n_query)."""
+        """Return the scores of an ensemble, (n_train, n_query); those of an earlier run are found again."""
         chosen = [self.index.members[member] for member in members]
         settings = ScoreOptions(self.damping(members, damping), **options)
+        found = self.index.folder / "scores" / f"{hash_json([list(members), asdict(settings)])[:16]}.npy"
+        if found.exists():
+            return np.load(found)
         solved = [solve_queries(member, self.queries[number], settings) for number, member in zip(members, chosen, strict=True)]
-        return torch.cat(list(stream_scores(chosen, solved))).float().numpy()
+        found.parent.mkdir(exist_ok=True)
+        np.save(found, torch.cat(list(stream_scores(chosen, solved))).float().numpy())
+        return np.load(found)
 
 
 class Judge:
