@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from featurize import write
-from lds_setting import Job, Judge, Pool, Setting, as_row, parquet
+from lds_setting import Judge, Pool, Setting, as_row, parquet
 
 from hf_trak import TrakConfig
 from hf_trak.evaluation import ground_truth_from, ground_truth_reliability
