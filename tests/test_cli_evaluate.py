@@ -13,7 +13,8 @@ from datasets_for_tests import save_model, token_rows
 
 from hf_trak import AttributionIndex, TrakConfig
 from hf_trak.cli.evaluate import MEASURES
-from hf_trak.cli.evaluate_lds import LDSArguments, checkpoints_of
+from hf_trak.cli.evaluate_lds import LDSArguments
+from hf_trak.cli.evaluate_lds_inputs import checkpoints_of
 from hf_trak.cli.main import main
 from hf_trak.cli.parsing import make_parser
 from hf_trak.evaluation import ground_truth_from, ground_truth_reliability, lds, make_masks
@@ -116,7 +117,7 @@ def test_results_are_in_the_form_of_every_results_file(files: SimpleNamespace, t
 
 def test_scores_in_a_file_need_neither_index_nor_queries(files: SimpleNamespace, tmp_path: Path) -> None:
     (row, *_) = results_of(of_scores(files), tmp_path / "lds.json")["rows"]
-    assert row["method"] == "scores.npy"
+    assert row["method"] == str(files.folder / "scores.npy")
     assert row["value"] == lds(files.scores, *files.truth).value
 
 
