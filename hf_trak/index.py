@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +15,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_trak.build import build_members, identity_of, member_folders, recorded_passes
-from hf_trak.cards import CURVE_NAME, draw_damping_curve, render_index_card
-from hf_trak.config import CARD_NAME, CONFIG_NAME, TrakConfig
+from hf_trak.cards import CURVE_NAME, draw_damping_curve
+from hf_trak.config import TrakConfig
+from hf_trak.copies import card_for, copy_index, render_card, write_card
 from hf_trak.damping import DAMPING_NAME, DampingChoice, choose_damping
 from hf_trak.ensemble import ScoreOptions, SolvedQueries, check_residuals, solve_queries, stream_scores
 from hf_trak.featurizer import Featurizer
@@ -27,8 +25,9 @@ from hf_trak.hub import download_index, upload_index
 from hf_trak.linalg import damped, default_damping, factor, leverage
 from hf_trak.passes import columns_of
 from hf_trak.query_side import QuerySide, featurize_queries
-from hf_trak.scoring import soft_threshold, soft_threshold_top_k, top_k
-from hf_trak.store import MEMBER_NAME, MemberReader, list_differences, write_atomically, write_json
+from hf_trak.score_matrix import allocate, check_keep, soft_threshold_in_place
+from hf_trak.scoring import soft_threshold_top_k, top_k
+from hf_trak.store import MemberReader, list_differences
 from hf_trak.tasks import Task
 
 if TYPE_CHECKING:
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DEFAULT_SHARD_ROWS = 1024
-_IN_MEMORY_BYTES = 1 << 30  # larger score matrices are memory-mapped
 
 
 class AttributionIndex:
@@ -152,7 +150,7 @@ class AttributionIndex:
         )
         index = cls(folder, models=checkpoints, processing_class=processing_class, task=task)
         index._record_damping()
-        write_atomically(folder / CARD_NAME, lambda temporary: temporary.write_text(index._render_card(folder.name)))
+        write_card(folder, render_card(folder, index.config, index.members, name=folder.name))
         return index
 
     def _record_damping(self) -> None:
@@ -207,49 +205,15 @@ class AttributionIndex:
         Raises:
             ValueError: If `folder` is not empty and `overwrite` is not set.
         """
-        target = Path(folder)
-        if target.exists() and any(target.iterdir()) and target.resolve() != self.folder.resolve():
-            if not overwrite:
-                raise ValueError(f"{target} is not empty; choose another folder, or pass overwrite=True.")
-            shutil.rmtree(target)
-        if target.resolve() == self.folder.resolve():
-            return
-        chosen = [path for name in (DAMPING_NAME, CURVE_NAME) if (path := self.folder / name).exists()]
-        for source in [self.folder / CONFIG_NAME, *chosen, *(m.folder for m in self.members)]:
-            for path in [source] if source.is_file() else sorted(source.iterdir()):
-                copy = target / path.relative_to(self.folder)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(copy, partial(shutil.copyfile, path))
-        card = self._card(target.name)
-        write_atomically(target / CARD_NAME, lambda temporary: temporary.write_text(card))
-        for member in self.members:  # a checkpoint's path is as seen from the index
-            checkpoint = member.info["checkpoint"]
-            if checkpoint["path"] is not None:
-                moved = {**checkpoint, "path": os.path.relpath(self.folder / checkpoint["path"], target)}
-                write_json(target / member.folder.name / MEMBER_NAME, {**member.info, "checkpoint": moved})
+        copy_index(self.folder, Path(folder), self.config, self.members, overwrite=overwrite)
 
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, revision: str | None = None, commit_message: str | None = None
     ) -> str:
         """Upload the index to a dataset repository in one commit; return its URL."""
         message = commit_message or f"TRAK features: {len(self.members)} members of {self.n_rows:,} rows"
-        return upload_index(self.folder, repo_id, card=self._card(repo_id), private=private, revision=revision, message=message)
-
-    def _card(self, name: str) -> str:
-        """Return the card for a copy called `name`: the one here if somebody wrote it, else with snippets that fit."""
-        readme = self.folder / CARD_NAME
-        if readme.exists() and readme.read_text() != self._render_card(self.folder.name):
-            return readme.read_text()
-        return self._render_card(name)
-
-    def _render_card(self, name: str) -> str:
-        return render_index_card(
-            self.config,
-            [member.info for member in self.members],
-            name=name,
-            choice=DampingChoice.load(self.folder, self.members),
-            has_curve=(self.folder / CURVE_NAME).exists(),
-        )
+        card = card_for(self.folder, self.config, self.members, name=repo_id)
+        return upload_index(self.folder, repo_id, card=card, private=private, revision=revision, message=message)
 
     @property
     def n_rows(self) -> int:
@@ -291,16 +255,16 @@ class AttributionIndex:
                 are mapped to a temporary file that vanishes with the array.
         """
         options = self._options(damping, residual_weighting, leverage, reference_rescale)
-        _check_keep(soft_threshold)
+        check_keep(soft_threshold)
         solved, _ = self._solve(queries, options, batch_size, progress)
         shape = (self.n_rows, len(queries))
-        scores = _allocate(shape, output_file)
+        scores = allocate(shape, output_file)
         row = 0
         for block in self._scores(solved, progress):
             scores[row : row + len(block)] = block.float().numpy()
             row += len(block)
         if soft_threshold is not None:
-            _soft_threshold_in_place(scores, soft_threshold)
+            soft_threshold_in_place(scores, soft_threshold)
         if isinstance(scores, np.memmap):
             scores.flush()
         return scores
@@ -332,7 +296,7 @@ class AttributionIndex:
         if top_k < 1:
             raise ValueError(f"`top_k` must be at least 1, but is {top_k}.")
         options = self._options(damping, residual_weighting, leverage)
-        _check_keep(soft_threshold)
+        check_keep(soft_threshold)
         solved, output = self._solve(queries, options, batch_size, progress)
         best = _top_k(self._scores(solved, progress), max(top_k, (soft_threshold or 0) + 1))
         keep = self.n_rows if soft_threshold is None else soft_threshold
@@ -419,26 +383,4 @@ class AttributionIndex:
         )
 
 
-def _check_keep(keep: int | None) -> None:
-    if keep is not None and keep < 1:
-        raise ValueError(f"`soft_threshold` is the number of scores per query to keep, at least 1, but is {keep}.")
-
-
-def _soft_threshold_in_place(scores: np.ndarray, keep: int) -> None:
-    """Soft-threshold some queries at a time, so that a memory-mapped matrix is never whole in memory."""
-    at_once = max(1, _IN_MEMORY_BYTES // (4 * max(1, len(scores))))
-    for start in range(0, scores.shape[1], at_once):
-        columns = torch.from_numpy(np.array(scores[:, start : start + at_once]))
-        scores[:, start : start + at_once] = soft_threshold(columns, keep).numpy()
-
-
 _top_k: Callable[..., Any] = top_k  # the method's own argument has the name users expect
-
-
-def _allocate(shape: tuple[int, int], output_file: str | Path | None) -> np.ndarray:
-    if output_file is not None:
-        return np.lib.format.open_memmap(output_file, mode="w+", dtype=np.float32, shape=shape)
-    if 4 * shape[0] * shape[1] <= _IN_MEMORY_BYTES:
-        return np.empty(shape, dtype=np.float32)
-    with tempfile.TemporaryFile() as file:
-        return np.memmap(file, dtype=np.float32, mode="w+", shape=shape)

@@ -115,7 +115,7 @@ def test_a_soft_threshold_leaves_so_many_scores_and_attribute_agrees(built, keep
 
 def test_a_soft_threshold_in_pieces_is_the_same(built, monkeypatch):
     expected = built.score(QUERIES, soft_threshold=5, progress=False)
-    monkeypatch.setattr("hf_trak.index._IN_MEMORY_BYTES", 4 * 50 * 2)
+    monkeypatch.setattr("hf_trak.score_matrix._IN_MEMORY_BYTES", 4 * 50 * 2)
     assert np.array_equal(built.score(QUERIES, soft_threshold=5, progress=False), expected)
     with pytest.raises(ValueError, match="`soft_threshold` is the number of scores per query to keep, at least 1, but is 0"):
         built.score(QUERIES, soft_threshold=0, progress=False)

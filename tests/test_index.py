@@ -139,7 +139,7 @@ def test_large_scores_are_memory_mapped(built, tmp_path, monkeypatch):
     mapped = built.score(QUERIES, output_file=tmp_path / "scores.npy", progress=False)
     assert isinstance(mapped, np.memmap)
     assert np.array_equal(np.load(tmp_path / "scores.npy"), expected)
-    monkeypatch.setattr("hf_trak.index._IN_MEMORY_BYTES", 100)
+    monkeypatch.setattr("hf_trak.score_matrix._IN_MEMORY_BYTES", 100)
     temporary = built.score(QUERIES, progress=False)
     assert isinstance(temporary, np.memmap)
     assert np.array_equal(temporary, expected)
