@@ -37,8 +37,10 @@ OURS, OURS_SMALL = f"hf_trak, proj_dim {LARGE}", f"hf_trak, proj_dim {SMALL}"
 
 OF_CHECKPOINTS = (
     *("representation_dot", "representation_cosine", "gradient_dot", "gradient_cosine"),
-    *("output_gradient_dot", "output_gradient_cosine", "influence_arnoldi", "influence_ekfac"),
+    *("output_gradient_dot", "output_gradient_cosine", "influence_ekfac"),
 )
+ARNOLDI = {"n_iterations": 40, "n_eigenvectors": 20, "n_hessian_rows": 256}
+"""Of the Hessian of all rows, the eigenvectors would cost more than all else here together."""
 OF_RUNS = ("tracin_cp", "gas")
 
 
@@ -98,8 +100,9 @@ def of_full_runs(compare: Comparison, work: Path, setting: Setting) -> None:
             (OURS, large, {}),
             (f"{OURS}, residual weighting and leverage", large, {"residual_weighting": True, "leverage": True}),
             (OURS_SMALL, small, {}),
-            (PUBLISHED, small, {"damping": 0}),
-            (REFERENCE, small, {"damping": 0, "reference_rescale": True}),
+            (f"{OURS}, out_to_loss_power 1", large, {"out_to_loss_power": 1.0}),
+            (PUBLISHED, small, {"damping": 0.0, "out_to_loss_power": 1.0}),
+            (REFERENCE, small, {"damping": 0.0, "out_to_loss_power": 1.0, "reference_rescale": True}),
         ]
         for method, pool, options in variants:
             compare.add(method, n, [pool.score(group, **options) for group in groups], of=of, compute_s=cost)
@@ -117,7 +120,8 @@ def of_half_subsets(compare: Comparison, work: Path, setting: Setting) -> None:
         for method, pool, options in (
             (f"{OURS}, subsets:M", large, {}),
             (f"{OURS_SMALL}, subsets:M", small, {}),
-            (f"{PUBLISHED}, halves", small, {"damping": 0}),
+            (f"{OURS}, subsets:M, out_to_loss_power 1", large, {"out_to_loss_power": 1.0}),
+            (f"{PUBLISHED}, halves", small, {"damping": 0.0, "out_to_loss_power": 1.0}),
         ):
             compare.add(method, n, [pool.score(group, **options) for group in groups], of=of, compute_s=cost)
     outputs = job.truth.outputs.mean(0)
@@ -145,6 +149,8 @@ def of_baselines(compare: Comparison, work: Path, setting: Setting) -> None:
     epochs = [Checkpoints(run, config) for run in job.runs]
     for name in OF_RUNS:
         add_baseline(compare, work, setting, name, lambda run, name=name: make_baseline(name, epochs[run]))
+    arnoldi = f"influence_arnoldi, Hessian of {ARNOLDI['n_hessian_rows']} rows"
+    add_baseline(compare, work, setting, arnoldi, lambda run: make_baseline("influence_arnoldi", shared[run], **ARNOLDI))
     random = [make_baseline("random", seed=seed)(setting.train, setting.queries) for seed in range(5)]
     compare.add("random", 0, random, of="no run", compute_s=0.1)
     if "sentence" in setting.train.column_names:
@@ -160,7 +166,7 @@ def add_baseline(
     job = setting.job("full")
     scores, seconds = [], []
     for run in range(len(job.runs)):
-        found = work / "baselines" / f"{name}-{run}.npz"
+        found = work / "baselines" / f"{name.split(',')[0]}-{run}.npz"
         if not found.exists():
             found.parent.mkdir(parents=True, exist_ok=True)
             begin = time.process_time()

@@ -52,7 +52,8 @@ def by_proj_dim(work: Path, setting: Setting) -> Iterator[Found]:
         runs = [[run] for run in range(len(pool.queries))]
         yield "1 run", "hf_trak", [pool.score(run) for run in runs], {"proj_dim": proj_dim}
         if proj_dim < len(setting.train):
-            yield "1 run", "damping 0", [pool.score(run, 0.0) for run in runs], {"proj_dim": proj_dim}
+            published = [pool.score(run, 0.0, out_to_loss_power=1.0) for run in runs]
+            yield "1 run", "TRAK as published", published, {"proj_dim": proj_dim}
 
 
 def by_damping(work: Path, setting: Setting) -> Iterator[Found]:

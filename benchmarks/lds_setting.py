@@ -17,11 +17,13 @@ from datasets import Dataset
 
 from hf_trak import AttributionIndex, TrakConfig
 from hf_trak.damping import choose_damping
-from hf_trak.ensemble import ScoreOptions, solve_queries, stream_scores
+from hf_trak.ensemble import ScoreOptions, default_power, solve_queries, stream_scores
 from hf_trak.evaluation import GroundTruth, ground_truth_from, predicted_outputs, spearman
 from hf_trak.evaluation.lds import percentile_interval
 from hf_trak.hashing import hash_json
 from hf_trak.linalg import default_damping
+
+POWER = default_power("text-classification")
 
 
 def parquet(path: Path) -> Dataset:
@@ -117,19 +119,21 @@ class Pool:
         if damping != "auto":
             return float(damping)
         checkpoints = [self.checkpoints[member] for member in members]
-        choice = choose_damping([self.index.members[member] for member in members], checkpoints)
+        chosen = [self.index.members[member] for member in members]
+        choice = choose_damping(chosen, checkpoints, out_to_loss_power=POWER)
         return default_damping(len(set(checkpoints))) if choice is None else choice.damping
 
-    def score(self, members: Sequence[int], damping: float | str = "auto", **options: bool) -> np.ndarray:
+    def score(self, members: Sequence[int], damping: float | str = "auto", **options: Any) -> np.ndarray:
         """Return the scores of an ensemble, (n_train, n_query); those of an earlier run are found again."""
         chosen = [self.index.members[member] for member in members]
-        settings = ScoreOptions(self.damping(members, damping), **options)
+        settings = ScoreOptions(self.damping(members, damping), **{"out_to_loss_power": POWER, **options})
         found = self.index.folder / "scores" / f"{hash_json([list(members), asdict(settings)])[:16]}.npy"
         if found.exists():
             return np.load(found)
         solved = [solve_queries(member, self.queries[number], settings) for number, member in zip(members, chosen, strict=True)]
+        blocks = stream_scores(chosen, solved, out_to_loss_power=settings.out_to_loss_power)
         found.parent.mkdir(exist_ok=True)
-        np.save(found, torch.cat(list(stream_scores(chosen, solved))).float().numpy())
+        np.save(found, torch.cat(list(blocks)).float().numpy())
         return np.load(found)
 
 

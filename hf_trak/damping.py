@@ -24,6 +24,7 @@ from torch import Tensor
 
 from hf_trak.hashing import hash_json, random_bits, stream_key
 from hf_trak.linalg import factor, solve
+from hf_trak.scoring import weigh
 from hf_trak.store import MemberReader, read_json, write_json
 
 DAMPING_NAME = "damping.json"
@@ -98,7 +99,11 @@ def split_in_halves(n_checkpoints: int, *, n_splits: int = _SPLITS) -> list[Fold
 
 
 def choose_damping(
-    members: Sequence[MemberReader], checkpoints: Sequence[int], *, grid: Sequence[float] = GRID
+    members: Sequence[MemberReader],
+    checkpoints: Sequence[int],
+    *,
+    grid: Sequence[float] = GRID,
+    out_to_loss_power: float = 1.0,
 ) -> DampingChoice | None:
     """Choose λ by the members' own masks; None where they cannot tell: fewer than four checkpoints have one, or no λ ranks
     their outputs better than chance.
@@ -107,6 +112,7 @@ def choose_damping(
 
     Args:
         checkpoints (`Sequence[int]`): Of each member, the number of its checkpoint: members that share one are never on both sides.
+        out_to_loss_power (`float`): As in the scores that the choice is for.
     """
     by_checkpoint = [
         [m for m, c in zip(members, checkpoints, strict=True) if c == number] for number in sorted(set(checkpoints))
@@ -122,7 +128,7 @@ def choose_damping(
     predictions = [torch.zeros(len(grid), len(fold.ranked), len(targets), dtype=torch.float64) for fold in folds]
     for number, group in enumerate(by_checkpoint):
         mine = [index for index, fold in enumerate(folds) if number in fold.scoring]
-        weights = [_weights(mask, out_to_loss, folds[index]) for index in mine]
+        weights = [_weights(mask, out_to_loss, folds[index], out_to_loss_power) for index in mine]
         for member in group:
             found = _predictions(member, torch.cat(weights), targets, grid)
             for index, part in zip(mine, found.split([len(w) for w in weights], dim=1), strict=True):
@@ -155,10 +161,13 @@ def _targets(n_rows: int) -> Int64[Tensor, " n_targets"]:
 
 
 def _weights(
-    mask: Bool[Tensor, "n_checkpoints n_train"], out_to_loss: Float64[Tensor, "n_checkpoints n_train"], fold: Fold
+    mask: Bool[Tensor, "n_checkpoints n_train"],
+    out_to_loss: Float64[Tensor, "n_checkpoints n_train"],
+    fold: Fold,
+    out_to_loss_power: float,
 ) -> Float64[Tensor, "n_ranked n_train"]:
     """Return what each training row's influence counts for in each ranked checkpoint: its mean Q if it was trained on, else 0."""
-    return mask[fold.ranked] * out_to_loss[fold.scoring].mean(0)
+    return mask[fold.ranked] * weigh(out_to_loss[fold.scoring].mean(0), out_to_loss_power)
 
 
 def _predictions(

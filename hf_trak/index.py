@@ -19,7 +19,7 @@ from hf_trak.cards import CURVE_NAME, draw_damping_curve
 from hf_trak.config import TrakConfig
 from hf_trak.copies import card_for, copy_index, render_card, write_card
 from hf_trak.damping import DAMPING_NAME, DampingChoice, choose_damping
-from hf_trak.ensemble import ScoreOptions, SolvedQueries, check_residuals, solve_queries, stream_scores
+from hf_trak.ensemble import ScoreOptions, SolvedQueries, check_residuals, default_power, solve_queries, stream_scores
 from hf_trak.featurizer import Featurizer
 from hf_trak.hub import download_index, upload_index
 from hf_trak.linalg import damped, default_damping, factor, leverage
@@ -171,7 +171,9 @@ class AttributionIndex:
         """
         if self._choice is None:
             self._choice = DampingChoice.load(self.folder, self.members) or choose_damping(
-                self.members, [plan.checkpoint for plan in self.passes for _ in plan.members]
+                self.members,
+                [plan.checkpoint for plan in self.passes for _ in plan.members],
+                out_to_loss_power=self._default_power,
             )
         return self._choice
 
@@ -234,6 +236,7 @@ class AttributionIndex:
         residual_weighting: bool = False,
         leverage: bool = False,
         soft_threshold: int | None = None,
+        out_to_loss_power: float | None = None,
         reference_rescale: bool = False,
         batch_size: int | str = "auto",
         output_file: str | Path | None = None,
@@ -250,17 +253,19 @@ class AttributionIndex:
             leverage (`bool`): Divide each row's influence by 1 − its leverage. See [`ScoreOptions`].
             soft_threshold (`int`, *optional*): Scores per query to stay nonzero: all move towards 0 until no more are left. The
                 paper's last step, which picks the number by cross-validation.
-            reference_rescale (`bool`): Only to reproduce MadryLab/trak's numbers, with `damping=0`.
+            out_to_loss_power (`float`, *optional*): What the mean of 1 − p over members is raised to; by default 1/2, and 1 where
+                `trak_out_to_loss` is no 1 − p. The paper's TRAK is `damping=0, out_to_loss_power=1`.
+            reference_rescale (`bool`): Only to reproduce MadryLab/trak's numbers, with `damping=0, out_to_loss_power=1`.
             output_file (`str` or `Path`, *optional*): A `.npy` file to memory-map the result to. Without it, results above 1 GiB
                 are mapped to a temporary file that vanishes with the array.
         """
-        options = self._options(damping, residual_weighting, leverage, reference_rescale)
+        options = self._options(damping, residual_weighting, leverage, out_to_loss_power, reference_rescale)
         check_keep(soft_threshold)
         solved, _ = self._solve(queries, options, batch_size, progress)
         shape = (self.n_rows, len(queries))
         scores = allocate(shape, output_file)
         row = 0
-        for block in self._scores(solved, progress):
+        for block in self._scores(solved, options, progress):
             scores[row : row + len(block)] = block.float().numpy()
             row += len(block)
         if soft_threshold is not None:
@@ -278,6 +283,7 @@ class AttributionIndex:
         residual_weighting: bool = False,
         leverage: bool = False,
         soft_threshold: int | None = None,
+        out_to_loss_power: float | None = None,
         batch_size: int | str = "auto",
         progress: bool = True,
     ) -> Dataset:
@@ -285,7 +291,7 @@ class AttributionIndex:
 
         Args:
             top_k (`int`): How many of each; at most the number of training examples are returned.
-            damping, residual_weighting, leverage, soft_threshold (*optional*): As in [`AttributionIndex.score`].
+            damping, residual_weighting, leverage, soft_threshold, out_to_loss_power (*optional*): As in [`AttributionIndex.score`].
 
         Returns:
             `Dataset`: One row per query: `query_id`, `query_output`, `proponents` and `opponents` (rows of the training set, the
@@ -295,10 +301,10 @@ class AttributionIndex:
 
         if top_k < 1:
             raise ValueError(f"`top_k` must be at least 1, but is {top_k}.")
-        options = self._options(damping, residual_weighting, leverage)
+        options = self._options(damping, residual_weighting, leverage, out_to_loss_power)
         check_keep(soft_threshold)
         solved, output = self._solve(queries, options, batch_size, progress)
-        best = _top_k(self._scores(solved, progress), max(top_k, (soft_threshold or 0) + 1))
+        best = _top_k(self._scores(solved, options, progress), max(top_k, (soft_threshold or 0) + 1))
         keep = self.n_rows if soft_threshold is None else soft_threshold
         proponents, opponents = soft_threshold_top_k(best, keep, top_k)
         return Dataset.from_dict(
@@ -336,12 +342,24 @@ class AttributionIndex:
         choice = self.damping_choice()
         return default_damping(self.n_checkpoints) if choice is None else choice.damping
 
+    @property
+    def _default_power(self) -> float:
+        return default_power(self.members[0].identity["task"])
+
     def _options(
-        self, damping: float | str | None, residual_weighting: bool, leverage: bool, reference_rescale: bool = False
+        self,
+        damping: float | str | None,
+        residual_weighting: bool,
+        leverage: bool,
+        out_to_loss_power: float | None,
+        reference_rescale: bool = False,
     ) -> ScoreOptions:
         if residual_weighting:
             check_residuals(self.members[0])
-        return ScoreOptions(self.resolve_damping(damping), residual_weighting, leverage, reference_rescale)
+        power = self._default_power if out_to_loss_power is None else float(out_to_loss_power)
+        if not 0 <= power <= 1:
+            raise ValueError(f"`out_to_loss_power` must lie in 0 to 1, but is {out_to_loss_power}.")
+        return ScoreOptions(self.resolve_damping(damping), residual_weighting, leverage, reference_rescale, power)
 
     def featurizer(self, member: int = 0) -> Featurizer:
         """Return the featurizer of a member's checkpoint, task and sketch.
@@ -375,12 +393,13 @@ class AttributionIndex:
                 outputs.append(mine["trak_output"])
         return solved, np.mean(outputs, axis=0)
 
-    def _scores(self, solved: Sequence[SolvedQueries], progress: bool) -> Iterator[Float64[Tensor, "_ n_query"]]:
+    def _scores(
+        self, solved: Sequence[SolvedQueries], options: ScoreOptions, progress: bool
+    ) -> Iterator[Float64[Tensor, "_ n_query"]]:
         """Yield the scores of one shard after another."""
         n_shards = len(self.members[0].shard_paths)
-        yield from tqdm(
-            stream_scores(self.members, solved), total=n_shards, unit="shards", desc="Scoring", disable=not progress
-        )
+        scores = stream_scores(self.members, solved, out_to_loss_power=options.out_to_loss_power)
+        yield from tqdm(scores, total=n_shards, unit="shards", desc="Scoring", disable=not progress)
 
 
 _top_k: Callable[..., Any] = top_k  # the method's own argument has the name users expect

@@ -186,10 +186,14 @@ def compared(options: argparse.Namespace, setting: Any, judge: Any, theirs: np.n
             continue
         case = f"{options.case}, proj_dim {options.proj_dim}, {of}"
         values = judge(list(scores))
-        ours = [judge([pool.score(group, 0.0, reference_rescale=True) for group in groups]) for pool in pools]
+        ours = [
+            judge([pool.score(group, 0.0, reference_rescale=True, out_to_loss_power=1.0) for group in groups]) for pool in pools
+        ]
         lds = [draws[0] for draws in ours]
         yield as_row(case, ENVIRONMENT.method, values)
-        yield as_row(case, f"hf_trak, damping 0, reference_rescale, mean of {SEEDS} sketch seeds", sum(ours) / SEEDS)
+        yield as_row(
+            case, f"hf_trak, damping 0, out_to_loss_power 1, reference_rescale, mean of {SEEDS} sketch seeds", sum(ours) / SEEDS
+        )
         spread = {"metric": "lds_difference", "unit": "Spearman", "interval": [values[0] - max(lds), values[0] - min(lds)]}
         yield {
             "case": case,
