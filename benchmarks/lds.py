@@ -155,7 +155,9 @@ def of_baselines(compare: Comparison, work: Path, setting: Setting) -> None:
     compare.add("random", 0, random, of="no run", compute_s=0.1)
     if "sentence" in setting.train.column_names:
         begin = time.process_time()
-        scores = make_baseline("bm25", text_columns=["sentence"])(setting.train, setting.queries)
+        scores = make_baseline("bm25", Checkpoints(job.last[0], TrakConfig(text_columns=("sentence",))))(
+            setting.train, setting.queries
+        )
         compare.add("bm25", 0, [scores], of="no run", compute_s=time.process_time() - begin)
 
 

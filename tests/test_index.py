@@ -18,6 +18,7 @@ from models import make_model
 from reference import trak_scores
 
 from hf_trak import AttributionIndex, Task, TrakConfig
+from hf_trak.ensemble import default_power
 from hf_trak.linalg import DEFAULT_DAMPING
 
 CONFIG = TrakConfig(proj_dim=32)
