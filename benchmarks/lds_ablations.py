@@ -24,9 +24,10 @@ from lds_setting import Job, Judge, Pool, Setting, as_row, parquet
 from hf_trak.evaluation import ground_truth_from, ground_truth_reliability
 from hf_trak.scoring import soft_threshold
 
-PROJ_DIMS = (64, 128, 256, 512, 1024, 2048, 4096)
+PROJ_DIMS = (64, 128, 256, 512, 1024, 2048)
 DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 SEEDS = 5
+N_RUNS = 2  # full runs whose members are looked at one run at a time; a value is the mean over them
 ALPHA_MEMBERS = 5
 
 Found = tuple[str, str, list[np.ndarray], dict[str, float]]
@@ -46,9 +47,9 @@ def parse() -> argparse.Namespace:
 
 
 def by_proj_dim(work: Path, setting: Setting) -> Iterator[Found]:
-    """One checkpoint, with and without damping; each of the five full runs by itself."""
+    """One checkpoint, with and without damping."""
     for proj_dim in PROJ_DIMS:
-        pool = Pool.make(work / f"full_{proj_dim}", setting.job("full").last, setting, proj_dim)
+        pool = Pool.make(work / f"of_{N_RUNS}_{proj_dim}", setting.job("full").last[:N_RUNS], setting, proj_dim)
         runs = [[run] for run in range(len(pool.queries))]
         yield "1 run", "hf_trak", [pool.score(run) for run in runs], {"proj_dim": proj_dim}
         if proj_dim < len(setting.train):
@@ -75,6 +76,7 @@ def half_pool(work: Path, setting: Setting) -> Pool:
 def by_members(work: Path, setting: Setting) -> Iterator[Found]:
     """Members of one training run, beside members with a run each."""
     job = setting.job("full")
+    runs = range(N_RUNS)
     pools = {
         "sketch seeds of one run": {"sketch_seeds_per_checkpoint": SEEDS},
         "dropout seeds of one run": {"dropout_seeds": SEEDS},
@@ -82,14 +84,14 @@ def by_members(work: Path, setting: Setting) -> Iterator[Found]:
     for method, options in pools.items():
         if "dropout" in method and not has_dropout(job.last[0]):
             continue
-        pool = Pool.make(work / f"full_{LARGE}_{method.split()[0]}", job.last, setting, LARGE, **options)
+        pool = Pool.make(work / f"of_{N_RUNS}_{LARGE}_{method.split()[0]}", job.last[:N_RUNS], setting, LARGE, **options)
         for n in (1, 2, 3, SEEDS):
-            groups = [list(range(SEEDS * run, SEEDS * run + n)) for run in range(len(job.runs))]
+            groups = [list(range(SEEDS * run, SEEDS * run + n)) for run in runs]
             yield f"{n} members", method, [pool.score(group) for group in groups], {"n_members": n}
-    epochs = [path for run in job.runs for path in run]
-    pool, count = Pool.make(work / f"epochs_{LARGE}", epochs, setting, LARGE), len(job.runs[0])
+    epochs = [path for run in job.runs[:N_RUNS] for path in run]
+    pool, count = Pool.make(work / f"of_{N_RUNS}_{LARGE}_epochs", epochs, setting, LARGE), len(job.runs[0])
     for n in range(1, count + 1):
-        groups = [list(range(count * (run + 1) - n, count * (run + 1))) for run in range(len(job.runs))]
+        groups = [list(range(count * (run + 1) - n, count * (run + 1))) for run in runs]
         yield f"{n} members", "last epochs of one run", [pool.score(group) for group in groups], {"n_members": n}
     full, halves = Pool.make(work / f"full_{LARGE}", job.last, setting, LARGE), half_pool(work, setting)
     for method, pool, sizes in (("runs:M", full, (1, 2, 3, 5)), ("subsets:M", halves, (1, 2, 3, 5, 10, 20))):

@@ -1,5 +1,8 @@
 """Write the tables of README.md and docs/ from results/*.json, between `<!-- results: NAME METRIC ... -->` and `<!-- end -->`.
 
+After the metrics, `case=PATTERN` and `method=PATTERN` keep the rows whose case or method has the regular expression, which can hold no space
+(`\\s` is one).
+
 python benchmarks/render.py            # rewrite the files
 python benchmarks/render.py --check    # exit 1 if a table is not what its results say
 """
@@ -22,12 +25,15 @@ def number(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-def table(name: str, metrics: list[str]) -> str:
-    """Return the rows of one result file that have one of the metrics, as Markdown."""
+def table(name: str, wanted: list[str]) -> str:
+    """Return the rows of one result file that have one of the metrics and fit the patterns, as Markdown."""
+    patterns = dict(word.split("=", 1) for word in wanted if "=" in word)
+    metrics = [word for word in wanted if "=" not in word]
     result = json.loads((ROOT / "results" / f"{name}.json").read_text())
     lines = ["| case | method | metric | value | interval |", "|---|---|---|---|---|"]
     for row in result["rows"]:
-        if not metrics or row["metric"] in metrics:
+        fits = all(re.search(pattern, row[key]) for key, pattern in patterns.items())
+        if fits and (not metrics or row["metric"] in metrics):
             interval = " to ".join(map(number, row["interval"])) if row["interval"] else ""
             unit = "" if row["unit"] in ("x", "share") else f" {row['unit']}"
             suffix = "×" if row["unit"] == "x" else unit
