@@ -17,7 +17,12 @@ _CHOICES = {
     "dtype": ("float32", "float16"),
     "gradients": ("layerwise", "functional"),
     "compute_dtype": ("float32", "bfloat16"),
+    "reduction": ("mean", "sum"),
+    "score_tokens": ("all", "content"),
 }
+# Fields that came after the first indices of this format version: written only where they say something, so that an index of before
+# and one of now that mean the same have the same files.
+_LATER = ("reduction", "score_tokens")
 
 
 def _option(default: Any, help: str) -> Any:
@@ -33,7 +38,8 @@ class TrakConfig:
 
     task: str = _option(
         "auto",
-        "Model output to attribute: text-classification, image-classification, text-regression, image-regression, or auto (from the model).",
+        "Model output to attribute: text-classification, image-classification, text-regression, image-regression, causal-lm, "
+        "masked-lm, seq2seq, question-answering, token-classification, or auto (from the model).",
     )
     proj_dim: int = _option(
         4096, "Numbers kept per example. More is better and costs disk, not compute; 1,024 to 16,384 is usual."
@@ -66,8 +72,18 @@ class TrakConfig:
     )
     text_columns: tuple[str, ...] | None = _option(None, "One or two text columns, in the model's order; found by default.")
     image_column: str | None = _option(None, "The image column; found by default.")
-    label_column: str | None = _option(None, "The label column; 'labels' or 'label' by default.")
+    label_column: str | None = _option(
+        None, "The label column, or a sequence-to-sequence model's target text; found by default."
+    )
     max_length: int | None = _option(None, "Tokens kept of a text; the model's own limit by default.")
+    reduction: Literal["mean", "sum"] = _option(
+        "mean", "How the outputs of an example's scored tokens become one: mean, or sum. For language models."
+    )
+    score_tokens: Literal["all", "content"] = _option(
+        "all",
+        "Target tokens that count: all, or content, which leaves out special tokens such as EOS and sentinels such as "
+        "<extra_id_0>. For language models.",
+    )
     format_version: int = _option(FORMAT_VERSION, "Version of the files an index is made of.")
 
     def __post_init__(self) -> None:
@@ -103,7 +119,9 @@ class TrakConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-serialisable dictionary."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        defaults = {f.name: f.default for f in fields(self) if f.name in _LATER}
+        values = {key: value for key, value in asdict(self).items() if key not in defaults or value != defaults[key]}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrakConfig:
@@ -145,7 +163,7 @@ class TrakConfig:
 
     def differences(self, other: TrakConfig) -> list[str]:
         """Return one line per field that makes features of `other` incomparable with features of this configuration."""
-        mine, theirs = self.to_dict(), other.to_dict()
+        mine, theirs = ({**asdict(config), **config.to_dict()} for config in (self, other))
         return [
             f"{name}: {mine[name]!r} here, {theirs[name]!r} there"
             for name in mine

@@ -142,6 +142,85 @@ class Tied(nn.Module):
         return SimpleNamespace(logits=self.head(hidden.sum(1)))
 
 
+_T5 = {
+    "vocab_size": VOCAB_SIZE, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "pad_token_id": PAD,
+    "relative_attention_num_buckets": 8, "relative_attention_max_distance": 6, "decoder_start_token_id": PAD, "eos_token_id": 1,
+}  # fmt: skip
+
+
+def t5(**options: object) -> nn.Module:
+    """A relative attention bias computed once for the batch; one matrix for both embeddings and the head."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    return T5ForConditionalGeneration(T5Config(**{**_T5, **options}))
+
+
+def mt5(**options: object) -> nn.Module:
+    """With a head of its own, as the published weights have, and a gated feed-forward layer."""
+    from transformers import MT5Config, MT5ForConditionalGeneration
+
+    model = MT5ForConditionalGeneration(MT5Config(**{**_T5, "feed_forward_proj": "gated-gelu", **options}))
+    model.lm_head.weight = nn.Parameter(torch.randn_like(model.lm_head.weight))
+    return model
+
+
+def bart(**options: object) -> nn.Module:
+    """Embeddings that are scaled, and positions that the module counts."""
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    sizes = {
+        "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_position_embeddings": 20, "scale_embedding": True,
+        "decoder_start_token_id": 2, "vocab_size": VOCAB_SIZE, "pad_token_id": PAD,
+    }  # fmt: skip
+    return BartForConditionalGeneration(BartConfig(**{**_IDS, **sizes, **options}))
+
+
+def gpt2_lm(**options: object) -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"vocab_size": VOCAB_SIZE, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 20, "pad_token_id": PAD}
+    return GPT2LMHeadModel(GPT2Config(**{**_IDS, **sizes, **options}))
+
+
+def llama_lm(**options: object) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {**_TRANSFORMER, "max_position_embeddings": 20, "vocab_size": VOCAB_SIZE, "pad_token_id": PAD}
+    return LlamaForCausalLM(LlamaConfig(**{**_IDS, **sizes, **options}))
+
+
+def qwen3_lm(**options: object) -> nn.Module:
+    """Keys shared by heads, norms of queries and keys, and a tied head."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    sizes = {**_TRANSFORMER, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": VOCAB_SIZE, "pad_token_id": PAD}
+    return Qwen3ForCausalLM(Qwen3Config(**{**_IDS, **sizes, "tie_word_embeddings": True, **options}))
+
+
+def _bert_as(kind: str) -> Callable[..., nn.Module]:
+    def make(**options: object) -> nn.Module:
+        import transformers
+
+        options = {"num_labels": 2, **options} if kind.endswith("QuestionAnswering") else options
+        config = transformers.BertConfig if kind.startswith("Bert") else transformers.RobertaConfig
+        return getattr(transformers, kind)(config(**{**_TEXT, **_TRANSFORMER, "max_position_embeddings": 20, **options}))
+
+    return make
+
+
+LANGUAGE_MODELS: dict[str, Callable[..., nn.Module]] = {
+    "t5": t5,
+    "mt5": mt5,
+    "bart": bart,
+    "gpt2 lm": gpt2_lm,
+    "llama lm": llama_lm,
+    "qwen3 lm": qwen3_lm,
+    "bert mlm": _bert_as("BertForMaskedLM"),
+    "roberta mlm": _bert_as("RobertaForMaskedLM"),
+    "bert qa": _bert_as("BertForQuestionAnswering"),
+    "bert tokens": _bert_as("BertForTokenClassification"),
+}
 TEXT_MODELS: dict[str, Callable[..., nn.Module]] = {
     "bert": bert,
     "distilbert": distilbert,
@@ -165,7 +244,7 @@ MODELS = TEXT_MODELS | IMAGE_MODELS
 def make_model(name: str, *, seed: int = 0) -> nn.Module:
     """Return a model in training mode, every parameter trainable and none of them zero."""
     torch.manual_seed(seed)
-    model = MODELS[name]()
+    model = (MODELS | LANGUAGE_MODELS)[name]()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))

@@ -23,6 +23,8 @@ FULL: dict[str, Any] = {
     "image_column": "image",
     "label_column": "label",
     "max_length": 64,
+    "reduction": "sum",
+    "score_tokens": "content",
     "format_version": FORMAT_VERSION,
 }
 
@@ -85,6 +87,8 @@ def test_a_damping_of_zero_is_the_papers_and_allowed():
         ({"proj_dim": "8"}, "`proj_dim` must be a whole number of at least 1, but is '8'"),
         ({"proj_dim": True}, "`proj_dim` must be a whole number of at least 1, but is True"),
         ({"fold": 0}, "`fold` must be a whole number of at least 1, but is 0"),
+        ({"reduction": "max"}, "`reduction` must be one of mean, sum, but is 'max'"),
+        ({"score_tokens": "some"}, "`score_tokens` must be one of all, content, but is 'some'"),
         ({"dtype": "int8"}, "`dtype` must be one of float32, float16, but is 'int8'"),
         ({"gradients": "magic"}, "`gradients` must be one of layerwise, functional, but is 'magic'"),
         ({"text_columns": ()}, "one column or two, but has 0"),

@@ -20,6 +20,8 @@ from hf_trak.gradients.batch import BatchFeatures, OutputFunction, check_outputs
 from hf_trak.gradients.rules import Contribution, Dense, Outer, Rows, find_rule
 from hf_trak.projectors import Projector
 
+_COUNTED_POSITIONS = ("BartLearnedPositionalEmbedding", "MBartLearnedPositionalEmbedding")
+
 
 def layerwise_features(
     model: nn.Module,
@@ -53,6 +55,7 @@ class _Watch:
     """Hooks on every module that owns a selected parameter, for the length of one forward and backward pass."""
 
     def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], projector: Projector, batch_size: int) -> None:
+        self.model = model
         self.projector = projector
         self.batch_size = batch_size
         self.accumulator: Tensor | None = None
@@ -73,8 +76,46 @@ class _Watch:
                 handle = module.register_forward_pre_hook(self._expand_shared_rows)
                 self.stack.callback(handle.remove)
             hook = self._catch_functional if rule is None else self._catch(rule)
+            if type(module).__name__ in _COUNTED_POSITIONS:
+                hook = self._catch_counted_positions
             self.stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+
+        for module in self.model.modules():
+            bias = getattr(module, "relative_attention_bias", None)
+            if isinstance(bias, nn.Embedding) and bias in self.owned and hasattr(module, "compute_bias"):
+                self._watch_bias(module, bias)
         return self
+
+    def _watch_bias(self, attention: nn.Module, bias: nn.Embedding) -> None:
+        """Give every example its own copy of T5's relative attention bias, which is computed once for the whole batch."""
+        compute: Callable[..., Tensor] = attention.compute_bias  # type: ignore[assignment]
+
+        def compute_for_each(*args: Any, **kwargs: Any) -> Tensor:
+            buckets: list[Tensor] = []
+            handle = bias.register_forward_pre_hook(lambda module, inputs: buckets.append(inputs[0]))
+            self.recomputing, before = True, self.recomputing
+            try:
+                values = compute(*args, **kwargs)  # (1, heads, query, key)
+            finally:
+                self.recomputing = before
+                handle.remove()
+            if before or not torch.is_grad_enabled():
+                return values
+
+            def catch(grads: Tensor) -> None:
+                if self.accumulator is None:
+                    self._start(grads)
+                with torch.no_grad():
+                    # (batch, heads, query, key) -> (batch, query · key, heads) -> (batch, buckets, heads)
+                    flat = grads.permute(0, 2, 3, 1).flatten(1, 2).to(working_dtype(grads.dtype))
+                    total = flat.new_zeros(len(flat), *bias.weight.shape).index_add_(1, buckets[0].flatten(), flat)
+                    self._add(bias, {"weight": Dense(total)})
+
+            expanded = values.expand(self.batch_size, *values.shape[1:])
+            return _on_gradient([expanded], lambda grads: catch(grads[0]))[0]
+
+        attention.compute_bias = compute_for_each  # type: ignore[assignment]
+        self.stack.callback(attention.__dict__.pop, "compute_bias", None)
 
     def __exit__(self, *exception: object) -> None:
         self.stack.close()
@@ -93,6 +134,29 @@ class _Watch:
         if not self.recomputing and args and args[0].ndim == 2 and args[0].shape[0] == 1 < self.batch_size:
             return (args[0].expand(self.batch_size, -1), *args[1:])
         return None
+
+    def _catch_counted_positions(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
+        """Give every example its own copy of BART's position embeddings, which the module counts itself, from the first token on."""
+        if self.recomputing or not torch.is_grad_enabled():
+            return None
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(output.shape[1], device=output.device)
+        rows = (positions + module.offset).expand(self.batch_size, -1)  # type: ignore[operator]
+
+        def catch(grads: Tensor) -> None:
+            if self.accumulator is None:
+                self._start(grads)
+            with torch.no_grad():
+                values = grads.to(working_dtype(grads.dtype))
+                if module.padding_idx is not None:
+                    values = values * rows.ne(int(module.padding_idx)).unsqueeze(-1)  # type: ignore[arg-type]
+                self._add(module, {"weight": Rows(rows, values)})
+
+        expanded = output.expand(self.batch_size, *output.shape[1:])
+        return _on_gradient([expanded], lambda grads: catch(grads[0]))[0]
 
     def _catch(self, rule: Callable[..., dict[str, Contribution]]) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:

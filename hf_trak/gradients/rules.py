@@ -88,12 +88,23 @@ def embedding(module: nn.Embedding, inputs: Tensor, grads: Tensor) -> dict[str, 
     return {"weight": Rows(rows, values)}
 
 
+def scaled_embedding(module: nn.Embedding, inputs: Tensor, grads: Tensor) -> dict[str, Contribution]:
+    """BART's, which multiplies what it looks up."""
+    return embedding(module, inputs, grads * float(module.embed_scale))  # type: ignore[arg-type]
+
+
 def layer_norm(module: nn.LayerNorm, inputs: Tensor, grads: Tensor) -> dict[str, Contribution]:
     return _affine(F.layer_norm(inputs, module.normalized_shape, eps=module.eps), grads, module.normalized_shape)
 
 
 def rms_norm(module: nn.RMSNorm, inputs: Tensor, grads: Tensor) -> dict[str, Contribution]:
     return _affine(F.rms_norm(inputs, module.normalized_shape, eps=module.eps), grads, module.normalized_shape)
+
+
+def rms_norm_of_transformers(module: nn.Module, inputs: Tensor, grads: Tensor) -> dict[str, Contribution]:
+    """T5's layer norm and its likes, each a class of its own: a mean square, a scale, no bias."""
+    normalized = inputs * torch.rsqrt(inputs.square().mean(-1, keepdim=True) + float(module.variance_epsilon))  # type: ignore[arg-type]
+    return {"weight": Dense((grads * normalized).reshape(len(grads), -1, grads.shape[-1]).sum(1))}
 
 
 def _affine(normalized: Tensor, grads: Tensor, shape: tuple[int, ...]) -> dict[str, Contribution]:
@@ -142,6 +153,10 @@ def find_rule(module: nn.Module) -> Rule | None:
     """
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         return conv1d_of_transformers
+    if type(module).__name__ in ("T5LayerNorm", "MT5LayerNorm") and hasattr(module, "variance_epsilon"):
+        return rms_norm_of_transformers
+    if isinstance(module, nn.Embedding) and type(module).__name__.endswith("ScaledWordEmbedding"):
+        return scaled_embedding if hasattr(module, "embed_scale") else None
     if isinstance(module, (nn.Conv1d, nn.Conv2d)) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
         return None
     if isinstance(module, nn.Embedding) and (module.scale_grad_by_freq or module.max_norm is not None):

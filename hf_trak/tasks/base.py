@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_trak.tasks.inputs import CustomInputs, Inputs, Rows
+from hf_trak.tasks.token_inputs import TokenInputs
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -74,6 +75,8 @@ class Task:
             ValueError: Naming the column or the rows that cannot serve.
         """
         self.inputs.check(dataset.features, processing_class)
+        if isinstance(self.inputs, TokenInputs):
+            self.inputs.check_rows(dataset, processing_class)
         if self.needs_labels:
             self._labels(dataset[self._find_label(dataset.column_names)][:])
 
