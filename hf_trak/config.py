@@ -13,6 +13,8 @@ FORMAT_VERSION = 3
 
 # Fields that decide scores after the fact; two indices that differ in them still speak the same language.
 _CHOSEN_AFTER = ("damping", "dtype")
+# Fields that came after the first indexes of this format version. At their defaults a member does not say them, and need not.
+_LATER = ("bank_size", "bank_seed")
 _CHOICES = {
     "dtype": ("float32", "float16"),
     "gradients": ("layerwise", "functional"),
@@ -33,7 +35,7 @@ class TrakConfig:
 
     task: str = _option(
         "auto",
-        "Model output to attribute: text-classification, image-classification, text-regression, image-regression, or auto (from the model).",
+        "Model output to attribute: text-classification, image-classification, text-regression, image-regression, contrastive, or auto (from the model).",
     )
     proj_dim: int = _option(
         4096, "Numbers kept per example. More is better and costs disk, not compute; 1,024 to 16,384 is usual."
@@ -68,6 +70,10 @@ class TrakConfig:
     image_column: str | None = _option(None, "The image column; found by default.")
     label_column: str | None = _option(None, "The label column; 'labels' or 'label' by default.")
     max_length: int | None = _option(None, "Tokens kept of a text; the model's own limit by default.")
+    bank_size: int | None = _option(
+        None, "Contrastive: pairs of the training set that each example is held against; 512, or all if fewer, by default."
+    )
+    bank_seed: int = _option(0, "Contrastive: decides which pairs those are, for all members alike.")
     format_version: int = _option(FORMAT_VERSION, "Version of the files an index is made of.")
 
     def __post_init__(self) -> None:
@@ -86,6 +92,9 @@ class TrakConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` must be a whole number of at least 1, but is {value!r}.")
+        size = self.bank_size
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 2):
+            raise ValueError(f"`bank_size` must be a whole number of at least 2, but is {size!r}.")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {', '.join(choices)}, but is {getattr(self, name)!r}.")
@@ -104,6 +113,15 @@ class TrakConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-serialisable dictionary."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the rows of an index: not the task's name, which may be "auto", nor the damping."""
+        later = {f.name: f.default for f in fields(self) if f.name in _LATER}
+        return {
+            key: value
+            for key, value in self.to_dict().items()
+            if key not in ("task", "damping") and not (key in later and value == later[key])
+        }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrakConfig:

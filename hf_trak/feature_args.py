@@ -55,6 +55,11 @@ class FeatureArguments:
     image_column: str | None = field(default=None, metadata={"help": "The image column; found by default."})
     label_column: str | None = field(default=None, metadata={"help": "The label column; 'labels' or 'label' by default."})
     max_length: int | None = field(default=None, metadata={"help": "Tokens kept of a text; the model's own limit by default."})
+    bank_size: int | None = field(
+        default=None,
+        metadata={"help": "For image-caption pairs: how many of them each is held against; 512, or all if fewer, by default."},
+    )
+    bank_seed: int = field(default=0, metadata={"help": "For image-caption pairs: decides which pairs those are."})
     featurize_batch_size: str = field(
         default="auto",
         metadata={"help": "Rows featurized at a time; 'auto' takes more of short rows, and fewer where memory runs out."},
@@ -77,6 +82,8 @@ class FeatureArguments:
             image_column=self.image_column,
             label_column=self.label_column,
             max_length=self.max_length,
+            bank_size=self.bank_size,
+            bank_seed=self.bank_seed,
         )
 
     def member_counts(self) -> dict[str, Any]:

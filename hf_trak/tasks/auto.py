@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from hf_trak.config import TrakConfig
 from hf_trak.tasks.base import Task
+from hf_trak.tasks.contrastive import DUAL_ENCODERS, contrastive_task, is_dual_encoder
 from hf_trak.tasks.inputs import ImageInputs, TextInputs
 from hf_trak.tasks.outputs import classification_margin, regression_prediction
 
@@ -41,6 +42,7 @@ TASKS: dict[str, Callable[[PreTrainedModel, TrakConfig], Task]] = {
     "text-regression": _regression("text-regression", _text),
     "image-classification": _classification("image-classification", _image),
     "image-regression": _regression("image-regression", _image),
+    "contrastive": contrastive_task,
 }
 
 
@@ -71,6 +73,8 @@ class AutoTask:
     def name_for(model: PreTrainedModel) -> str:
         """Return the name of the task that a model's class and number of labels imply."""
         architecture = type(model).__name__
+        if is_dual_encoder(model):
+            return "contrastive"
         modality = {"ForSequenceClassification": "text", "ForImageClassification": "image"}
         for suffix, kind in modality.items():
             if architecture.endswith(suffix):
@@ -84,6 +88,7 @@ class AutoTask:
                     )
                 return f"{kind}-regression" if model.config.num_labels == 1 else f"{kind}-classification"
         raise ValueError(
-            f"No task serves {architecture} yet. Served are transformers' {', '.join('*' + suffix for suffix in modality)} classes; "
+            f"No task serves {architecture} yet. Served are transformers' {', '.join('*' + suffix for suffix in modality)} classes "
+            f"and the dual encoders {', '.join(DUAL_ENCODERS)}; "
             "for any other model output, make a task with `Task.custom` and pass it as `task`."
         )
