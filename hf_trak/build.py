@@ -19,7 +19,7 @@ from hf_trak.featurizer import Featurizer
 from hf_trak.members import Pass, lay_out_passes
 from hf_trak.passes import PassWriter
 from hf_trak.store import TEMPORARY, MemberReader, MemberWriter, discard, write_json
-from hf_trak.tasks import Bank
+from hf_trak.tasks import Bank, draw_rows, needs_bank
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -106,6 +106,10 @@ def build_members(
         )
         featurizer.task.check(dataset, featurizer.processing_class)
         if number == 0:
+            if needs_bank(featurizer.task):
+                draw_rows(
+                    len(dataset), config.bank_size, config.bank_seed
+                )  # a bank that cannot be is refused before a file is written
             config = replace(config, task=featurizer.task.name)
             begin_index(folder, config, passes[-1].members[-1] + 1, overwrite=overwrite)
         mask = None if masks is None else masks[plan.checkpoint]

@@ -17,7 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_trak.ahead import ahead, one_thread
-from hf_trak.batching import BatchSize, Budget, ShardBatches
+from hf_trak.batching import BatchSize, Budget, ShardBatches, read_rows
 from hf_trak.gradients import BatchFeatures
 from hf_trak.linalg import accumulate_kernel
 from hf_trak.passes import PassWriter
@@ -68,7 +68,7 @@ def featurize_ranges(
             # Lengths of a whole dataset would keep the first row waiting.
             shard = ShardBatches(rows, featurizer.lengths(dataset.select(rows)), size)
             for chosen in shard.batches():
-                yield shard, chosen, featurizer.collate(_read(dataset, chosen))
+                yield shard, chosen, featurizer.collate(read_rows(dataset, chosen))
 
     with one_thread("reader") as reader, closing(ahead(read(), reader)) as batches:
 
@@ -88,22 +88,6 @@ def featurize_ranges(
             if whole is not None and done == len(shard.rows):
                 yield whole
                 whole, done = None, 0
-
-
-def _read(dataset: Dataset, rows: list[int]) -> dict[str, list[Any]]:
-    """Read rows, or say which cannot be read."""
-    try:
-        return dataset[rows]
-    except (OSError, ValueError, SyntaxError):  # what Pillow raises on files that are no images, truncated, or broken
-        for row in rows:
-            try:
-                dataset[row]
-            except (OSError, ValueError, SyntaxError) as error:
-                raise ValueError(
-                    f"Row {row} of the dataset cannot be read: {error}. Repair it, or filter such rows. Nothing of this shard was "
-                    "written."
-                ) from error
-        raise
 
 
 def _compute(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_trak.adapters import is_adapter, load_adapter
 from hf_trak.autocast import in_bfloat16
-from hf_trak.batching import Budget
+from hf_trak.batching import Budget, read_rows
 from hf_trak.config import TrakConfig
 from hf_trak.gradients import (
     GRADIENTS,
@@ -179,7 +179,7 @@ class Featurizer:
         chunks = [chunk.tolist() for chunk in rows.split(_BANK_ROWS)]
         parts = []
         for chunk in chunks:
-            batch = self._on_device(task.collate(dataset[chunk], processing_class))
+            batch = self._on_device(task.collate(read_rows(dataset, chunk), processing_class))
             with thinned(self.model, self.dropout_seed), evaluation_mode(self.model), self._autocast():
                 parts.append(embed_bank(task, self.model, batch, torch.tensor(chunk)))
         bank = Bank.join(parts)

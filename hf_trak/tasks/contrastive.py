@@ -135,7 +135,7 @@ class ContrastiveOutput:
         """Return the images' embeddings, and those of each slot of captions, of unit length."""
         images = model.get_image_features(**{name: batch[name] for name in self.image_names if name in batch})
         texts = {name: batch[name] for name in self.text_names if name in batch}
-        n_slots = batch["input_ids"].shape[1]
+        n_slots = batch["caption_weights"].shape[1]
         # One caption at a time, so that a row of a tower's input is an example.
         slots = [
             model.get_text_features(**{name: values[:, slot] for name, values in texts.items()}) for slot in range(n_slots)

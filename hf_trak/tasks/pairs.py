@@ -69,12 +69,10 @@ class PairInputs:
         """Check the columns; [`~PairInputs.check_rows`] checks what they hold."""
         if not self._has_pixels(features):
             self.images._column(features)
-            if _part(processing_class, "image_processor") is None:
-                raise ValueError("An image column needs an image processor: pass the model's processor as `processing_class`.")
+            _needed(processing_class, "image_processor")
         if not self._has_ids(features):
             self.caption_column(features)
-            if _part(processing_class, "tokenizer") is None:
-                raise ValueError("A caption column needs a tokenizer: pass the model's processor as `processing_class`.")
+            _needed(processing_class, "tokenizer")
 
     def check_rows(self, dataset: Dataset) -> None:
         """Check that every row has an image and at least one caption.
@@ -133,7 +131,7 @@ class PairInputs:
             return {name: value.float() if name == "pixel_values" else value for name, value in found.items()}
         column = self.images.image_column or next(key for key, values in rows.items() if hasattr(values[0], "convert"))
         pictures = [to_rgb(image) for image in rows[column]]
-        encoded = _part(processing_class, "image_processor")(pictures, return_tensors="pt")
+        encoded = _needed(processing_class, "image_processor")(pictures, return_tensors="pt")
         return {name: encoded[name] for name in self.image_names if name in encoded}
 
     def _text_batch(self, rows: Rows, processing_class: Any) -> dict[str, Tensor]:
@@ -144,7 +142,7 @@ class PairInputs:
             lists = [[value] if isinstance(value, str) else list(value) for value in rows[self._captions_of(rows)]]
             counts = [len(captions) for captions in lists]
             texts = [caption for captions in lists for caption in captions]
-            flat = self.texts._tokenize([texts], _part(processing_class, "tokenizer"))
+            flat = self.texts._tokenize([texts], _needed(processing_class, "tokenizer"))
             flat = {key: flat[key] for key in flat if key in self.texts.accepted}
         encoded = self._pad(flat, getattr(_part(processing_class, "tokenizer"), "pad_token_id", None))
         slots = _slots(counts)
@@ -215,6 +213,13 @@ def _part(processing_class: Any, name: str) -> Any:
         return getattr(processing_class, name)
     is_tokenizer = hasattr(processing_class, "convert_tokens_to_ids")
     return processing_class if processing_class is not None and is_tokenizer == (name == "tokenizer") else None
+
+
+def _needed(processing_class: Any, name: str) -> Any:
+    if (part := _part(processing_class, name)) is None:
+        column, needs = ("An image", "an image processor") if name == "image_processor" else ("A caption", "a tokenizer")
+        raise ValueError(f"{column} column needs {needs}: pass the model's processor as `processing_class`.")
+    return part
 
 
 def _is_text(kind: Any) -> bool:
