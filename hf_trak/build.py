@@ -182,8 +182,8 @@ def build_pass(
                 "checkpoint_number": plan.checkpoint,
                 "coverage": featurizer.selection.coverage,
                 "grad_dim": featurizer.selection.grad_dim,
-                "versions": _versions(),
-                "hardware": _hardware(featurizer.device),
+                "versions": library_versions(),
+                "hardware": hardware_name(featurizer.device),
                 **_describe_bank(featurizer),
             },
             mask,
@@ -270,7 +270,8 @@ def recorded_checkpoint(folder: Path, checkpoint: dict[str, Any]) -> str:
     return checkpoint["repository"]
 
 
-def _versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
+    """Return the versions of what features are computed with."""
     import datasets
     import transformers
 
@@ -285,5 +286,6 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _hardware(device: torch.device) -> str:
+def hardware_name(device: torch.device) -> str:
+    """Return the GPU's model, or the kind of CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()

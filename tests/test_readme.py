@@ -1,6 +1,7 @@
 """The README says what is true: its example runs, and its tables are what `results/` holds."""
 
 import json
+import pkgutil
 import re
 import subprocess
 import sys
@@ -43,3 +44,16 @@ def test_commands_of_the_readme_exist():
     text = (ROOT / "README.md").read_text()
     for flag in re.findall(r"hf-trak (\w+)", text):
         assert flag in ("demo", "featurize", "attribute"), flag
+
+
+def test_every_name_of_ours_in_the_paper_index_exists():
+    text = (ROOT / "docs" / "paper_index.md").read_text()
+    names = sorted(set(re.findall(r"`(hf_trak(?:\.\w+)+)", text)))
+    assert len(names) > 5
+    for name in names:
+        assert pkgutil.resolve_name(name), name
+    from hf_trak.evaluation.baselines import BASELINES, SUBSET_FITS
+
+    table = text.split("Baselines of the paper's figures")[1].split("##")[0]
+    ours = {name for row in table.splitlines() if row.startswith("|") for name in re.findall(r"`(\w+)`", row.split("|")[2])}
+    assert ours <= {*BASELINES, *SUBSET_FITS, "datamodel", "cross_fit"}
