@@ -20,9 +20,9 @@ _CHOICES = {
     "reduction": ("mean", "sum"),
     "score_tokens": ("all", "content"),
 }
-# Fields that came after the first indices of this format version: written only where they say something, so that an index of before
+# Fields that came after the first indexes of this format version: written only where they say something, so that an index of before
 # and one of now that mean the same have the same files.
-_LATER = ("reduction", "score_tokens")
+_LATER = ("reduction", "score_tokens", "bank_size", "bank_seed")
 
 
 def _option(default: Any, help: str) -> Any:
@@ -39,7 +39,7 @@ class TrakConfig:
     task: str = _option(
         "auto",
         "Model output to attribute: text-classification, image-classification, text-regression, image-regression, causal-lm, "
-        "masked-lm, seq2seq, question-answering, token-classification, or auto (from the model).",
+        "masked-lm, seq2seq, question-answering, token-classification, contrastive, or auto (from the model).",
     )
     proj_dim: int = _option(
         4096, "Numbers kept per example. More is better and costs disk, not compute; 1,024 to 16,384 is usual."
@@ -84,6 +84,10 @@ class TrakConfig:
         "Target tokens that count: all, or content, which leaves out special tokens such as EOS and sentinels such as "
         "<extra_id_0>. For language models.",
     )
+    bank_size: int | None = _option(
+        None, "Contrastive: pairs of the training set that each example is held against; 512, or all if fewer, by default."
+    )
+    bank_seed: int = _option(0, "Contrastive: decides which pairs those are, for all members alike.")
     format_version: int = _option(FORMAT_VERSION, "Version of the files an index is made of.")
 
     def __post_init__(self) -> None:
@@ -102,6 +106,9 @@ class TrakConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` must be a whole number of at least 1, but is {value!r}.")
+        size = self.bank_size
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 2):
+            raise ValueError(f"`bank_size` must be a whole number of at least 2, but is {size!r}.")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {', '.join(choices)}, but is {getattr(self, name)!r}.")
@@ -122,6 +129,10 @@ class TrakConfig:
         defaults = {f.name: f.default for f in fields(self) if f.name in _LATER}
         values = {key: value for key, value in asdict(self).items() if key not in defaults or value != defaults[key]}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the rows of an index: not the task's name, which may be "auto", nor the damping."""
+        return {key: value for key, value in self.to_dict().items() if key not in ("task", "damping")}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrakConfig:

@@ -64,6 +64,11 @@ class FeatureArguments:
         default="all",
         metadata={"help": "Target tokens that count: all, or content (no special tokens such as EOS, no <extra_id_0>)."},
     )
+    bank_size: int | None = field(
+        default=None,
+        metadata={"help": "For image-caption pairs: how many of them each is held against; 512, or all if fewer, by default."},
+    )
+    bank_seed: int = field(default=0, metadata={"help": "For image-caption pairs: decides which pairs those are."})
     featurize_batch_size: str = field(
         default="auto",
         metadata={"help": "Rows featurized at a time; 'auto' takes more of short rows, and fewer where memory runs out."},
@@ -88,6 +93,8 @@ class FeatureArguments:
             max_length=self.max_length,
             reduction=self.token_reduction,  # type: ignore[arg-type]
             score_tokens=self.score_tokens,  # type: ignore[arg-type]
+            bank_size=self.bank_size,
+            bank_seed=self.bank_seed,
         )
 
     def member_counts(self) -> dict[str, Any]:

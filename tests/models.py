@@ -271,3 +271,83 @@ def image_batch(*, n_rows: int = 5, size: int = 8, seed: int = 0) -> dict[str, T
 
 def make_batch(name: str, **options: object) -> dict[str, Tensor]:
     return text_batch(**options) if name in TEXT_MODELS else image_batch(size=16 if "resnet" in name else 8, **options)
+
+
+# Dual encoders.
+
+_TOWER = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "hidden_size": 16}
+_CAPTIONS = {**_TOWER, "vocab_size": VOCAB_SIZE, "max_position_embeddings": 10, "pad_token_id": PAD}
+_PICTURES = {**_TOWER, "image_size": 8, "patch_size": 4}
+
+
+def clip(**options: object) -> nn.Module:
+    from transformers import CLIPConfig, CLIPModel
+
+    ids = {"bos_token_id": 1, "eos_token_id": 3}
+    return CLIPModel(CLIPConfig(text_config={**_CAPTIONS, **ids}, vision_config=_PICTURES, projection_dim=12, **options))
+
+
+def chinese_clip(**options: object) -> nn.Module:
+    from transformers import ChineseCLIPConfig, ChineseCLIPModel
+
+    return ChineseCLIPModel(ChineseCLIPConfig(text_config=_CAPTIONS, vision_config=_PICTURES, projection_dim=12, **options))
+
+
+def siglip(**options: object) -> nn.Module:
+    """A sigmoid loss with a bias; its images are pooled by an attention whose weights are bare parameters."""
+    from transformers import SiglipConfig, SiglipModel
+
+    captions = {**_CAPTIONS, "projection_size": 16, "bos_token_id": 1, "eos_token_id": 3}
+    return SiglipModel(SiglipConfig(text_config=captions, vision_config=_PICTURES, **options))
+
+
+def siglip2(**options: object) -> nn.Module:
+    """Images are patches, of shapes of their own; position embeddings are stretched to each."""
+    from transformers import Siglip2Config, Siglip2Model
+
+    captions = {**_CAPTIONS, "projection_size": 16, "bos_token_id": 1, "eos_token_id": 3}
+    pictures = {**_TOWER, "num_patches": 9, "patch_size": 2}
+    return Siglip2Model(Siglip2Config(text_config=captions, vision_config=pictures, **options))
+
+
+def vision_text(**options: object) -> nn.Module:
+    from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model, VisionTextDualEncoderModel
+
+    captions = BertModel(BertConfig(**{**_CAPTIONS, "initializer_range": 0.15}))
+    return VisionTextDualEncoderModel(vision_model=Dinov2Model(Dinov2Config(**_PICTURES)), text_model=captions)
+
+
+DUAL_ENCODERS: dict[str, Callable[..., nn.Module]] = {
+    "clip": clip,
+    "chinese_clip": chinese_clip,
+    "siglip": siglip,
+    "siglip2": siglip2,
+    "vision_text": vision_text,
+}
+
+
+def make_dual_encoder(name: str, *, seed: int = 0) -> nn.Module:
+    """Return a model in training mode, every parameter trainable and none of them zero."""
+    torch.manual_seed(seed)
+    model = DUAL_ENCODERS[name]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        model.logit_scale.fill_(1.3)
+        if hasattr(model, "logit_bias"):
+            model.logit_bias.fill_(-2.0)
+    return model
+
+
+def pair_columns(name: str, n_rows: int = 6, *, seed: int = 0) -> dict[str, list]:
+    """Return rows for a dual encoder: pixels, and captions of different lengths that end as CLIP's do."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [3 + row % 5 for row in range(n_rows)]
+    ids = [[*torch.randint(4, VOCAB_SIZE, (length,), generator=generator).tolist(), 3] for length in lengths]
+    if name != "siglip2":
+        return {"pixel_values": torch.randn(n_rows, 3, 8, 8, generator=generator).tolist(), "input_ids": ids}
+    shapes = torch.tensor([[2, 3], [3, 2], [2, 2]])[torch.arange(n_rows) % 3]
+    mask = (torch.arange(6) < shapes.prod(1, keepdim=True)).long()
+    pixels = torch.randn(n_rows, 6, 12, generator=generator)
+    extra = {"pixel_attention_mask": mask.tolist(), "spatial_shapes": shapes.tolist()}
+    return {"pixel_values": pixels.tolist(), **extra, "input_ids": ids}

@@ -25,6 +25,8 @@ FULL: dict[str, Any] = {
     "max_length": 64,
     "reduction": "sum",
     "score_tokens": "content",
+    "bank_size": 300,
+    "bank_seed": 4,
     "format_version": FORMAT_VERSION,
 }
 
@@ -48,6 +50,7 @@ def test_the_file_is_golden(tmp_path):
         '{\n  "task": "image-classification",\n  "proj_dim": 4096,\n  "seed": 0,\n  "projector": "block_count_sketch",\n'
         '  "fold": 4,\n  "gradients": "layerwise",\n  "compute_dtype": "float32",\n  "damping": "auto",\n  "dtype": "float32",\n  "parameters": [\n    "classifier"\n  ],\n'
         '  "text_columns": null,\n  "image_column": null,\n  "label_column": null,\n  "max_length": null,\n'
+        '  "bank_size": null,\n  "bank_seed": 0,\n'
         '  "format_version": 3\n}\n'
     )
 
@@ -142,3 +145,8 @@ def test_what_is_chosen_after_featurizing_is_no_difference():
 @pytest.mark.parametrize("field", sorted(set(FULL) - {"damping", "dtype", "format_version", "gradients"}))
 def test_every_field_that_gives_features_their_meaning_is_a_difference(field: str):
     assert len(TrakConfig(**{field: FULL[field]}).differences(TrakConfig())) == 1
+
+
+def test_fields_that_came_later_are_no_part_of_an_older_members_identity():
+    assert not {"bank_size", "bank_seed", "task", "damping"} & set(TrakConfig().identity())
+    assert TrakConfig(bank_size=300).identity()["bank_size"] == 300

@@ -17,7 +17,7 @@ from torch.func import functional_call, vjp, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hf_trak.gradients.batch import BatchFeatures, OutputFunction, check_outputs, evaluation_mode, working_dtype
-from hf_trak.gradients.rules import Contribution, Dense, Outer, Rows, find_rule
+from hf_trak.gradients.rules import Contribution, Dense, Outer, Rows, find_rule, own_parameters, owners
 from hf_trak.projectors import Projector
 
 _COUNTED_POSITIONS = ("BartLearnedPositionalEmbedding", "MBartLearnedPositionalEmbedding")
@@ -60,12 +60,14 @@ class _Watch:
         self.batch_size = batch_size
         self.accumulator: Tensor | None = None
         self.recomputing = False
+        self.model = model
+        self.parameters = parameters
         names = {id(parameter): name for name, parameter in parameters.items()}
         # module -> {its own name of a parameter: the model's name}; tied weights have the same name in every module
         self.owned = {
             module: owned
-            for module in model.modules()
-            if (owned := {own: names[id(p)] for own, p in module._parameters.items() if id(p) in names})
+            for module, used in owners(model).items()
+            if (owned := {own: names[id(p)] for own, p in used.items() if id(p) in names})
         }
 
     def __enter__(self) -> _Watch:
@@ -84,6 +86,9 @@ class _Watch:
             bias = getattr(module, "relative_attention_bias", None)
             if isinstance(bias, nn.Embedding) and bias in self.owned and hasattr(module, "compute_bias"):
                 self._watch_bias(module, bias)
+        # An output function may read parameters itself, such as a temperature: see `OutputFunction`.
+        self.model.__dict__["get_parameter"] = self._hand_out
+        self.stack.callback(self.model.__dict__.pop, "get_parameter")
         return self
 
     def _watch_bias(self, attention: nn.Module, bias: nn.Embedding) -> None:
@@ -125,6 +130,23 @@ class _Watch:
             self._start(output)
         assert self.accumulator is not None
         return self.projector.finish(self.accumulator)
+
+    def _hand_out(self, name: str) -> Tensor:
+        """Return a copy of a parameter per example, so that each one's gradient comes back by itself."""
+        parameter = type(self.model).get_parameter(self.model, name)
+        chosen = next((own for own, selected in self.parameters.items() if selected is parameter), None)
+        if chosen is None or not torch.is_grad_enabled():
+            return parameter
+        copies = parameter.detach().expand(self.batch_size, *parameter.shape).clone().requires_grad_()
+
+        def catch(grads: Tensor) -> None:
+            if self.accumulator is None:
+                self._start(grads)
+            assert self.accumulator is not None
+            self.projector.add(self.accumulator, chosen, grads.detach().to(self.accumulator.dtype))
+
+        copies.register_hook(catch)
+        return copies
 
     def _start(self, like: Tensor) -> None:
         self.accumulator = self.projector.start(self.batch_size, dtype=working_dtype(like.dtype), device=like.device)
@@ -183,7 +205,7 @@ class _Watch:
         if self.recomputing or not torch.is_grad_enabled():
             return None
         leaves, structure = tree_flatten((args, kwargs))
-        own = {name: module._parameters[name].detach() for name in self.owned[module]}  # type: ignore[union-attr]
+        own = {name: parameter.detach() for name, parameter in own_parameters(module).items() if name in self.owned[module]}
         # Autocast may have handed the module bfloat16; run again outside of it, it computes in its parameters' dtype.
         dtype = next(iter(own.values())).dtype
         leaves = [_as_dtype(leaf.detach(), dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -212,7 +234,8 @@ class _Watch:
                 self._start(filled[0])
             self.recomputing = True
             try:
-                values = vmap(grads_of_one)([leaves[i] for i in batched], [_as_dtype(grad.detach(), dtype) for grad in filled])
+                examples = [leaves[i] for i in batched], [_as_dtype(grad.detach(), dtype) for grad in filled]
+                values = _over_examples(grads_of_one, *examples)
             except Exception as error:
                 raise ValueError(
                     f"`layerwise` has no rule for {self._describe(module)}, and differentiating it on its own failed "
@@ -246,8 +269,8 @@ class _Watch:
                 case Outer(left, right):
                     self.projector.add_outer(self.accumulator, name, self._join(left), self._join(right))
                 case Rows(rows, values):
-                    shape = tuple(module._parameters[own].shape)  # type: ignore[union-attr]
-                    self.projector.add_rows(self.accumulator, name, shape, rows, values)
+                    shape = tuple(own_parameters(module)[own].shape)
+                    self.projector.add_rows(self.accumulator, name, shape, rows, values)  # type: ignore[arg-type]
                 case Dense(grads):
                     if len(grads) != self.batch_size:
                         grads = grads.unflatten(0, (self.batch_size, -1)).sum(1)
@@ -256,6 +279,17 @@ class _Watch:
     def _join(self, factor: Tensor) -> Tensor:
         """(batch · windows, tokens, dim) -> (batch, windows · tokens, dim)"""
         return factor.reshape(self.batch_size, -1, factor.shape[-1])
+
+
+def _over_examples(
+    function: Callable[[list[Tensor], list[Tensor]], dict[str, Tensor]], examples: list[Tensor], grads: list[Tensor]
+) -> dict[str, Tensor]:
+    """Call a function example by example: by `vmap`, or, where a module looks at values, as `vmap` forbids, one after another."""
+    try:
+        return vmap(function)(examples, grads)
+    except RuntimeError:
+        rows = [function([x[row] for x in examples], [x[row] for x in grads]) for row in range(len(grads[0]))]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def _on_gradient(outputs: list[Tensor], catch: Callable[[list[Any]], None]) -> list[Tensor]:

@@ -146,6 +146,38 @@ RULES: dict[type[nn.Module], Rule] = {
 }
 
 
+# Class -> parameters of its children that it uses without calling the child, or that only it can tell the examples of.
+_ATTENTION = ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
+_OF_CHILDREN = {
+    "MultiheadAttention": _ATTENTION[2:],
+    "Siglip2VisionEmbeddings": ("position_embedding.weight",),
+    "Siglip2MultiheadAttentionPoolingHead": tuple(f"attention.{name}" for name in _ATTENTION),  # its mask has a row per head
+}
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters a module uses itself, by its own names for them."""
+    own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
+    for name in _OF_CHILDREN.get(type(module).__name__, ()):
+        place, _, leaf = name.rpartition(".")
+        if (parameter := module.get_submodule(place)._parameters.get(leaf)) is not None:
+            own[name] = parameter
+    return own
+
+
+def owners(model: nn.Module) -> dict[nn.Module, dict[str, nn.Parameter]]:
+    """Return for each module that uses parameters itself which those are; what a parent uses is not its child's."""
+    found: dict[nn.Module, dict[str, nn.Parameter]] = {}
+    taken: set[tuple[nn.Module, str]] = set()
+    for module in model.modules():  # parents first
+        own = own_parameters(module)
+        places = {name: (module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in own}
+        if kept := {name: parameter for name, parameter in own.items() if places[name] not in taken}:
+            found[module] = kept
+        taken |= set(places.values())
+    return found
+
+
 def find_rule(module: nn.Module) -> Rule | None:
     """Return the rule for a module, or None if it has none and must be differentiated functionally.
 

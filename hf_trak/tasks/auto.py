@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from hf_trak.config import TrakConfig
 from hf_trak.tasks.annotation_inputs import SpanInputs, TokenLabelInputs
 from hf_trak.tasks.base import Task
+from hf_trak.tasks.contrastive import DUAL_ENCODERS, contrastive_task, is_dual_encoder
 from hf_trak.tasks.inputs import ImageInputs, TextInputs
 from hf_trak.tasks.language_inputs import CausalInputs, MaskedInputs, Seq2SeqInputs
 from hf_trak.tasks.outputs import classification_margin, regression_prediction
@@ -57,6 +58,7 @@ TASKS: dict[str, Callable[[PreTrainedModel, TrakConfig], Task]] = {
     "seq2seq": _tokens("seq2seq", Seq2SeqInputs, lambda reduction: TokenOutput(reduction, decodes=True)),
     "question-answering": _tokens("question-answering", SpanInputs, SpanOutput),
     "token-classification": _tokens("token-classification", TokenLabelInputs, TokenOutput),
+    "contrastive": contrastive_task,
 }
 
 
@@ -100,6 +102,8 @@ class AutoTask:
         """Return the name of the task that a model's class and number of labels imply."""
         model = _without_adapter(model)
         architecture = type(model).__name__
+        if is_dual_encoder(model):
+            return "contrastive"
         modality = {"ForSequenceClassification": "text", "ForImageClassification": "image"}
         for suffix, kind in modality.items():
             if architecture.endswith(suffix):
@@ -117,7 +121,7 @@ class AutoTask:
                 return name
         served = ", ".join("*" + suffix for suffix in (*modality, *_LANGUAGE_MODELS))
         raise ValueError(
-            f"No task serves {architecture} yet. Served are transformers' {served} classes; "
+            f"No task serves {architecture} yet. Served are transformers' {served} classes and the dual encoders {', '.join(DUAL_ENCODERS)}; "
             "for any other model output, make a task with `Task.custom` and pass it as `task`."
         )
 
