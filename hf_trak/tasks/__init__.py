@@ -18,9 +18,9 @@ from hf_trak.tasks.contrastive import (
 from hf_trak.tasks.inputs import CustomInputs, ImageInputs, Inputs, TextInputs
 from hf_trak.tasks.language_inputs import CausalInputs, MaskedInputs, Seq2SeqInputs
 from hf_trak.tasks.outputs import classification_margin, margin, regression_prediction
+from hf_trak.tasks.pairs import PairInputs
 from hf_trak.tasks.token_inputs import TokenInputs
 from hf_trak.tasks.token_outputs import SpanOutput, TokenOutput, token_margins
-from hf_trak.tasks.pairs import PairInputs
 
 __all__ = [
     "TASKS",
