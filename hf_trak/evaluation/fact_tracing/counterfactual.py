@@ -157,7 +157,9 @@ def run_forgetting(
         mask[run.removed] = False
         right, output = retrain(mask, run.seed)
         if right.shape != (plan.n_targets,) or output.shape != (plan.n_targets,):
-            raise ValueError(f"`retrain` must answer {plan.n_targets} facts, but returned shapes {right.shape}, {output.shape}.")
+            raise ValueError(
+                f"`retrain` must answer {plan.n_targets} facts, but returned shapes {right.shape}, {output.shape}."
+            )
         answers = {"right": [bool(value) for value in right], "output": [float(value) for value in output]}
         write_json(folder / run.file_name, {**_identity(plan, run), **answers})
 
@@ -173,7 +175,9 @@ def summarize_forgetting(plan: Forgetting, folder: str | Path) -> list[dict[str,
     found = {(run.method, run.batch, run.k, run.seed): _read(plan, run, Path(folder)) for run in plan.removals}
     missing = [run.file_name for run in plan.removals if found[run.method, run.batch, run.k, run.seed] is None]
     if missing:
-        raise FileNotFoundError(f"{len(missing)} of {len(found)} runs are missing in {folder}, such as {missing[0]}; run again.")
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(found)} runs are missing in {folder}, such as {missing[0]}; run again."
+        )
     groups = [(GROUND_TRUTH, 0), *((method, k) for method in (*plan.scores, RANDOM) for k in plan.top_k)]
     rows = []
     for method, k in groups:

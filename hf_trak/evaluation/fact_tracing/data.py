@@ -63,7 +63,9 @@ def _load(source: str | Path, part: str, revision: str) -> Dataset:
     if folder.is_dir():
         files = sorted([*folder.glob(f"{part}*.parquet"), *(folder / part).glob("**/*.parquet")])
         if not files:
-            raise FileNotFoundError(f"{folder} has neither {part}*.parquet nor {part}/**/*.parquet, which hold FTRACE's {part}.")
+            raise FileNotFoundError(
+                f"{folder} has neither {part}*.parquet nor {part}/**/*.parquet, which hold FTRACE's {part}."
+            )
         pattern: str | list[str] = [str(file) for file in files]
     else:
         # The converter has named its files in more than one way, so all of a folder's are taken.

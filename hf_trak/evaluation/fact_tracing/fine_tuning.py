@@ -97,7 +97,9 @@ def fine_tune(
             on_step(step + 1, optimizer)
     last = torch.stack(losses[-max(1, len(losses) // 10) :]).mean().item()
     if not np.isfinite(last):
-        raise FloatingPointError(f"The loss is {last} after {recipe.steps} steps; try a learning rate below {recipe.learning_rate}.")
+        raise FloatingPointError(
+            f"The loss is {last} after {recipe.steps} steps; try a learning rate below {recipe.learning_rate}."
+        )
     return last
 
 

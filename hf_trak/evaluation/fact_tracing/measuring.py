@@ -21,9 +21,7 @@ CandidateScores = list[np.ndarray]
 """Per query, one score per row of its candidates, in the order of `Candidates.rows`."""
 
 
-def score_candidates(
-    method: Method, abstracts: Dataset, queries: Dataset, candidates: Sequence[Candidates]
-) -> CandidateScores:
+def score_candidates(method: Method, abstracts: Dataset, queries: Dataset, candidates: Sequence[Candidates]) -> CandidateScores:
     """Return the scores of every query's candidates.
 
     A method sees the union of all candidates, or all abstracts if it needs the whole corpus.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from datasets import Dataset
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 
 from hf_trak.evaluation.baselines.bm25 import BM25PlusIndex
 from hf_trak.evaluation.fact_tracing.data import restored
@@ -34,6 +34,11 @@ class BM25PlusSentences:
         if getattr(self, "_key", None) != key:
             self._key, self._index = key, BM25PlusIndex(restored(train))
         return self._index
+
+    def nearest_to(self, train: Dataset, queries: Dataset, k: int) -> Callable[[int], Int64[np.ndarray, " k"]]:
+        """Return `(query number) -> its k best abstracts`, for [`draw_candidates`]."""
+        index, texts = self.index(train), restored(queries)
+        return lambda number: index.nearest(texts[number], k)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 OUTPUTS = ("log_odds", "log_probability")
 
+PARAMETERS = (r"^(?!.*relative_attention_bias)",)
+"""What gradients are taken of: all but T5's relative position bias, which is the same for all examples of a batch, so that layerwise
+gradients cannot tell them apart. It is well under a thousandth of the parameters."""
+
 
 def fact_task(encoder: Encoder, *, output: str = "log_odds", reduction: str = "mean") -> Task:
     """Return the task whose output is about a masked sentence's answer.
