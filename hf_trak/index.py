@@ -238,6 +238,7 @@ class AttributionIndex:
         soft_threshold: int | None = None,
         out_to_loss_power: float | None = None,
         reference_rescale: bool = False,
+        direction: str = "pair",
         batch_size: int | str = "auto",
         output_file: str | Path | None = None,
         progress: bool = True,
@@ -255,13 +256,15 @@ class AttributionIndex:
                 paper's last step, which picks the number by cross-validation.
             out_to_loss_power (`float`, *optional*): What the mean of 1 − p over members is raised to; by default 1/2, and 1 where
                 `trak_out_to_loss` is no 1 − p. The paper's TRAK is `damping=0, out_to_loss_power=1`.
+            direction (`str`): For image-caption pairs, what of a query is attributed: "pair"; "image", how the image tells its caption
+                from those of the bank; or "caption", how the caption tells its image.
             reference_rescale (`bool`): Only to reproduce MadryLab/trak's numbers, with `damping=0, out_to_loss_power=1`.
             output_file (`str` or `Path`, *optional*): A `.npy` file to memory-map the result to. Without it, results above 1 GiB
                 are mapped to a temporary file that vanishes with the array.
         """
         options = self._options(damping, residual_weighting, leverage, out_to_loss_power, reference_rescale)
         check_keep(soft_threshold)
-        solved, _ = self._solve(queries, options, batch_size, progress)
+        solved, _ = self._solve(queries, options, batch_size, progress, direction)
         shape = (self.n_rows, len(queries))
         scores = allocate(shape, output_file)
         row = 0
@@ -284,6 +287,7 @@ class AttributionIndex:
         leverage: bool = False,
         soft_threshold: int | None = None,
         out_to_loss_power: float | None = None,
+        direction: str = "pair",
         batch_size: int | str = "auto",
         progress: bool = True,
     ) -> Dataset:
@@ -291,7 +295,8 @@ class AttributionIndex:
 
         Args:
             top_k (`int`): How many of each; at most the number of training examples are returned.
-            damping, residual_weighting, leverage, soft_threshold, out_to_loss_power (*optional*): As in [`AttributionIndex.score`].
+            damping, residual_weighting, leverage, soft_threshold, out_to_loss_power, direction (*optional*): As in
+                [`AttributionIndex.score`].
 
         Returns:
             `Dataset`: One row per query: `query_id`, `query_output`, `proponents` and `opponents` (rows of the training set, the
@@ -303,7 +308,7 @@ class AttributionIndex:
             raise ValueError(f"`top_k` must be at least 1, but is {top_k}.")
         options = self._options(damping, residual_weighting, leverage, out_to_loss_power)
         check_keep(soft_threshold)
-        solved, output = self._solve(queries, options, batch_size, progress)
+        solved, output = self._solve(queries, options, batch_size, progress, direction)
         best = _top_k(self._scores(solved, options, progress), max(top_k, (soft_threshold or 0) + 1))
         keep = self.n_rows if soft_threshold is None else soft_threshold
         proponents, opponents = soft_threshold_top_k(best, keep, top_k)
@@ -378,7 +383,7 @@ class AttributionIndex:
         return featurize_queries(self.featurizer(member), queries, batch_size, progress, description)
 
     def _solve(
-        self, queries: Dataset, options: ScoreOptions, batch_size: int | str, progress: bool
+        self, queries: Dataset, options: ScoreOptions, batch_size: int | str, progress: bool, direction: str
     ) -> tuple[list[SolvedQueries], Float[np.ndarray, " n_query"]]:
         """Return the queries solved under every member, and their mean output."""
         solved, outputs = [], []
@@ -386,7 +391,9 @@ class AttributionIndex:
         damped(self.members[0].kernel(), n_rows=self.n_rows, damping=options.damping)
         for number, plan in enumerate(self.passes):
             description = f"Queries {number + 1}/{len(self.passes)}"
-            columns = featurize_queries(self._queries.featurizer(plan), queries, batch_size, progress, description)
+            columns = featurize_queries(
+                self._queries.featurizer(plan, direction=direction), queries, batch_size, progress, description
+            )
             for member, seed in zip(plan.members, plan.seeds, strict=True):
                 mine = columns_of(columns, seed, plan.seeds)
                 solved.append(solve_queries(self.members[member], torch.from_numpy(mine["trak_features"]), options))

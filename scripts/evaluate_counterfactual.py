@@ -10,7 +10,7 @@ The targets are drawn from the queries that come first in a permutation of them,
 
 from __future__ import annotations
 
-import json
+import platform
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from train_subsets import add_setting_shortcut
 
 from hf_trak.cli.parsing import make_parser, parse
 from hf_trak.cli.quiet import hush
+from hf_trak.cli.results import commit, write_results
 from hf_trak.evaluation import Prepared, Recipe, Setting, prepare, pretrain
 from hf_trak.evaluation.counterfactual import Counterfactuals, Retrain, run_counterfactuals, summarize_counterfactuals
 from hf_trak.evaluation.training import outputs_on, train
@@ -102,10 +103,15 @@ def report(rows: list[dict[str, object]], args: RemovalArguments) -> None:
     for row in rows:
         print(f"{row['method']:<40} k {row['top_k']:>5}  {row['metric']:<30} {row['value']:+.3f}  {row['interval']}")
     if args.result:
-        versions = {"torch": torch.__version__}
-        hardware = {"threads": torch.get_num_threads()}
-        result = {"name": Path(args.result).stem, "command": "python scripts/evaluate_counterfactual.py", "versions": versions}
-        Path(args.result).write_text(json.dumps({**result, "hardware": hardware, "rows": rows}, indent=2) + "\n")
+        result = {
+            "name": Path(args.result).stem,
+            "command": f"python scripts/evaluate_counterfactual.py --result results/{Path(args.result).name}",
+            "commit": commit(),
+            "versions": {"torch": torch.__version__},
+            "hardware": {"machine": platform.machine(), "threads": torch.get_num_threads()},
+            "rows": rows,
+        }
+        write_results(result, Path(args.result))
 
 
 def parse_arguments(arguments: list[str]) -> tuple[RemovalArguments, Setting, Recipe]:

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 
 MEASURES = {
     "lds": "the linear datamodeling score: how well scores predict models trained on parts of the training set",
+    "ftrace": "fact tracing: whether scores find the sentences that state a fact, and whether it is forgotten without them",
 }
 """A measure NAME lives in `hf_trak/cli/evaluate_NAME.py`, which has `main(arguments)`."""
 
 _EPILOG = """\
 examples:
   hf-trak evaluate lds --help
+  hf-trak evaluate ftrace --help
 """
 
 

@@ -15,7 +15,7 @@ def load_metric(name: str = "lds") -> Any:
     """
     folder = files("hf_trak") / "metrics" / name
     if not (folder / f"{name}.py").is_file():
-        raise FileNotFoundError(f"hf_trak has no metric {name!r}; it has lds.")
+        raise FileNotFoundError(f"hf_trak has no metric {name!r}; it has fact_tracing and lds.")
     try:
         import evaluate
     except ModuleNotFoundError as error:

@@ -10,12 +10,13 @@ factual knowledge in language models back to the training data](https://huggingf
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from jaxtyping import Float64
+from jaxtyping import Float64, Int64
 
 from hf_trak.config import TrakConfig
 from hf_trak.evaluation.baselines.base import Checkpoints, check_scores
@@ -68,6 +69,63 @@ class BM25:
             return [list(map(str, row)) for row in _token_ids(dataset)]
         texts = [" ".join(parts) for parts in zip(*(dataset[column][:] for column in columns), strict=True)]
         return bm25s.tokenize(texts, stopwords=self.stopwords, return_ids=False, show_progress=False)
+
+
+class BM25PlusIndex:
+    r"""BM25+ over many short texts, as a sparse matrix of words.
+
+    $\sum_{w \in z} \log\frac{n + 1}{n_w} \left(\delta + \frac{(k_1 + 1)\, tf(w, z_i)}{tf(w, z_i) + k_1\,(1 - b + b\,|z_i| /
+    \overline{|z|})}\right)$: what `rank_bm25.BM25Plus` computes, where $\delta$ counts for texts without the word too, and so changes
+    no rank. Words are what stands between single spaces, as they are written.
+
+    Source: Lv and Zhai (2011), Lower-bounding term frequency normalization.
+
+    Args:
+        texts (`Sequence[str]`): What is searched.
+        k1, b, delta (`float`): As above; the defaults are those of `rank_bm25`.
+    """
+
+    def __init__(self, texts: Sequence[str], *, k1: float = 1.5, b: float = 0.75, delta: float = 1.0) -> None:
+        if len(texts) == 0:
+            raise ValueError("There is nothing to search: no text was given.")
+        self.delta = delta
+        self.vocabulary: dict[str, int] = {}
+        for text in texts:
+            for word in text.split(" "):
+                self.vocabulary.setdefault(word, len(self.vocabulary))
+        counts = self._count(texts)
+        lengths = np.array([text.count(" ") + 1 for text in texts], dtype=np.float64)
+        n_with = np.bincount(counts.indices, minlength=len(self.vocabulary))
+        self.idf = np.log((len(texts) + 1) / n_with)
+        held_back = np.repeat(k1 * (1 - b + b * lengths / lengths.mean()), np.diff(counts.indptr))
+        counts.data = (k1 + 1) * counts.data / (held_back + counts.data) * self.idf[counts.indices]
+        self._weights = counts
+
+    def _count(self, texts: Sequence[str]) -> Any:
+        """Counts of known words, one sparse row per text."""
+        from scipy.sparse import csr_matrix
+
+        words: list[int] = []
+        starts = [0]
+        for text in texts:
+            words += [self.vocabulary[word] for word in text.split(" ") if word in self.vocabulary]
+            starts.append(len(words))
+        counts = csr_matrix((np.ones(len(words)), words, starts), shape=(len(texts), len(self.vocabulary)))
+        counts.sum_duplicates()
+        return counts
+
+    def score(self, queries: Sequence[str]) -> Float64[np.ndarray, "n_texts n_query"]:
+        """Return the score of every text for every query."""
+        counts = self._count(queries)
+        return (self._weights @ counts.T).toarray() + self.delta * (counts @ self.idf)
+
+    def nearest(self, query: str, k: int) -> Int64[np.ndarray, " k"]:
+        """Return the `k` best texts, the best first; ties in the texts' order."""
+        scores = self.score([query])[:, 0]
+        k = min(k, len(scores))
+        worst = np.partition(scores, len(scores) - k)[len(scores) - k]
+        rows = np.flatnonzero(scores >= worst)
+        return rows[np.argsort(-scores[rows], kind="stable")][:k]
 
 
 def _text_columns(dataset: Dataset) -> tuple[str, ...]:

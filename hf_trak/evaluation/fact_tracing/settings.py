@@ -1,0 +1,108 @@
+"""What `evaluate ftrace` does, as flags: by default as published, and small enough for two cores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hf_trak.evaluation.fact_tracing.data import HUB_DATASET
+from hf_trak.evaluation.fact_tracing.fine_tuning import FineTuning
+
+STAGES = ("data", "learn", "members", "rank", "forget", "report")
+
+
+@dataclass(frozen=True)
+class FTraceArguments:
+    """Data, model, methods and counterfactual of one evaluation."""
+
+    output: str = field(metadata={"help": "Folder for everything; the same command goes on where it was stopped."})
+    data: str = field(
+        default=HUB_DATASET, metadata={"help": "Folder with abstracts*.parquet and queries*.parquet, or a dataset of the Hub."}
+    )
+    candidates: str | None = field(
+        default=None, metadata={"help": "File of candidates (JSON, .gz or not), in place of drawn ones; its queries are asked."}
+    )
+    stages: list[str] = field(default_factory=lambda: list(STAGES), metadata={"help": "Which stages to do, of all."})
+    seed: int = field(default=0, metadata={"help": "Of every draw: corpus, queries, candidates, runs."})
+    # model
+    model: str = field(
+        default="google/mt5-small",
+        metadata={
+            "help": "Seq2seq checkpoint to fine-tune; 'scratch' trains a small mT5 and its tokenizer on other abstracts."
+        },
+    )
+    vocab_size: int = field(default=8000, metadata={"help": "Tokens of the small model."})
+    width: int = field(default=128, metadata={"help": "Width of the small model."})
+    n_layers: int = field(default=2, metadata={"help": "Encoder layers, and decoder layers, of the small model."})
+    dropout: float = field(default=0.1, metadata={"help": "Dropout of training."})
+    pretrain_steps: int = field(default=0, metadata={"help": "Steps of the small model on other abstracts."})
+    pretrain_learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of that."})
+    # corpus
+    n_corpus_queries: int | None = field(
+        default=None, metadata={"help": "Draw so many queries, and only their proponents; by default all abstracts."}
+    )
+    n_background: int = field(default=0, metadata={"help": "Other abstracts for the small model to read before."})
+    most_proponents: int = field(default=20, metadata={"help": "Of a drawn query."})
+    # queries and candidates
+    n_queries: int = field(default=200, metadata={"help": "Learned queries to rank candidates for."})
+    n_nearest: int = field(default=100, metadata={"help": "Candidates from BM25+."})
+    n_same_target: int = field(default=100, metadata={"help": "Candidates with the query's very target, at most."})
+    n_random: int = field(default=100, metadata={"help": "Random candidates."})
+    # methods
+    checkpoint_steps: list[int] = field(
+        default_factory=lambda: [5_000, 10_000, 30_000], metadata={"help": "Steps of fine-tuning whose weights TracIn uses."}
+    )
+    tracin_dim: int = field(default=4096, metadata={"help": "Numbers TracIn keeps per parameter."})
+    n_members: int = field(default=10, metadata={"help": "Runs on random halves of the abstracts that TRAK averages over."})
+    alpha: float = field(default=0.5, metadata={"help": "Share of the abstracts in such a run."})
+    proj_dim: int = field(default=4096, metadata={"help": "TRAK's features per member."})
+    sketch_seeds: int = field(default=1, metadata={"help": "Sketches per run."})
+    reduction: str = field(
+        default="mean", metadata={"help": "mean or sum of TRAK's output over tokens.", "choices": ["mean", "sum"]}
+    )
+    # counterfactual
+    n_targets: int = field(default=50, metadata={"help": "Learned facts to make the model forget."})
+    batch_facts: int = field(default=50, metadata={"help": "Facts that share a run."})
+    top_k: list[int] = field(default_factory=lambda: [5, 20, 100], metadata={"help": "Abstracts removed per fact."})
+    n_seeds: int = field(default=3, metadata={"help": "Runs per removal."})
+    # sharing the work
+    shard_index: int = field(default=0, metadata={"help": "Which part of the members and of the retraining runs to do."})
+    num_shards: int = field(default=1, metadata={"help": "Number of parts."})
+    device: str | None = field(default=None, metadata={"help": "By default CUDA where there is one."})
+
+    def __post_init__(self) -> None:
+        if unknown := [stage for stage in self.stages if stage not in STAGES]:
+            raise ValueError(f"There is no stage {', '.join(unknown)}; the stages are {', '.join(STAGES)}.")
+        if not 0 <= self.shard_index < self.num_shards:
+            raise ValueError(f"`shard_index` must lie in 0 to {self.num_shards - 1}, but is {self.shard_index}.")
+        if self.model == "scratch" and (self.n_corpus_queries is None or self.n_background < 1 or self.pretrain_steps < 1):
+            raise ValueError("A model from scratch needs `n_corpus_queries`, `n_background` and `pretrain_steps`.")
+
+
+SCALES: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "small": {
+        "model": "scratch",
+        "n_corpus_queries": 1500,
+        "n_background": 20_000,
+        "pretrain_steps": 1000,
+        "dropout": 0.0,
+        "n_queries": 150,
+        "optimizer": "adamw",
+        "learning_rate": 2e-3,
+        "batch_size": 128,
+        "steps": 400,
+        "decay": True,
+        "warmup": 0.1,
+        "checkpoint_steps": [100, 200, 400],
+        "tracin_dim": 1024,
+        "proj_dim": 1024,
+        "n_members": 10,
+        "n_targets": 32,
+        "batch_facts": 32,
+        "n_seeds": 2,
+    },
+}
+"""Flags by scale, of [`FTraceArguments`] and [`FineTuning`]; `scripts/configs/ftrace_*.yaml` hold the same."""
+
+__all__ = ["SCALES", "STAGES", "FTraceArguments", "FineTuning"]
