@@ -57,7 +57,8 @@ def save_png(rows: Sequence[dict[str, Any]], path: str | Path, plot: Plot, *, ti
     if not curves:
         raise ValueError(f"No row of {plot.metric} has a number for {plot.x}, so there is nothing to draw.")
     figure_class, canvas_class = _matplotlib()
-    figure = figure_class(figsize=(7.5, 5), dpi=150, facecolor="white")
+    height = max(5.0, 0.36 * len(curves))  # of the legend beside it
+    figure = figure_class(figsize=(7.5, height), dpi=150, facecolor="white")
     canvas_class(figure)
     axes = figure.add_subplot()
     axis = Axis([point.x for curve in curves for point in curve.points], log=plot.log)
