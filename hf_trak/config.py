@@ -19,10 +19,11 @@ _CHOICES = {
     "compute_dtype": ("float32", "bfloat16"),
     "reduction": ("mean", "sum"),
     "score_tokens": ("all", "content"),
+    "token_out_to_loss": ("mean", "exact"),
 }
 # Fields that came after the first indexes of this format version: written only where they say something, so that an index of before
 # and one of now that mean the same have the same files.
-_LATER = ("reduction", "score_tokens", "bank_size", "bank_seed")
+_LATER = ("reduction", "score_tokens", "token_out_to_loss", "bank_size", "bank_seed")
 
 
 def _option(default: Any, help: str) -> Any:
@@ -84,6 +85,11 @@ class TrakConfig:
         "Target tokens that count: all, or content, which leaves out special tokens such as EOS and sentinels such as "
         "<extra_id_0>. For language models.",
     )
+    token_out_to_loss: Literal["mean", "exact"] = _option(
+        "mean",
+        "How 1 - p of an example's tokens enters its scores: by its mean, or exactly, each token's gradient times its own 1 - p, "
+        "which needs reduction sum. For language models.",
+    )
     bank_size: int | None = _option(
         None, "Contrastive: pairs of the training set that each example is held against; 512, or all if fewer, by default."
     )
@@ -112,6 +118,11 @@ class TrakConfig:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {', '.join(choices)}, but is {getattr(self, name)!r}.")
+        if self.token_out_to_loss == "exact" and self.reduction != "sum":
+            raise ValueError(
+                "`token_out_to_loss='exact'` needs reduction='sum', since the loss it makes exact is a sum over tokens, but `reduction` "
+                f"is {self.reduction!r}. Set both, or leave `token_out_to_loss` at 'mean'."
+            )
         if self.parameters == ():
             raise ValueError(
                 "`parameters` is an empty list, which selects nothing; leave it out to select all trainable parameters."

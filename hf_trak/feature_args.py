@@ -64,6 +64,12 @@ class FeatureArguments:
         default="all",
         metadata={"help": "Target tokens that count: all, or content (no special tokens such as EOS, no <extra_id_0>)."},
     )
+    token_out_to_loss: str = field(
+        default="mean",
+        metadata={
+            "help": "How 1 - p of a row's tokens enters its scores: mean, or exact (each token by its own; needs --token_reduction sum)."
+        },
+    )
     bank_size: int | None = field(
         default=None,
         metadata={"help": "For image-caption pairs: how many of them each is held against; 512, or all if fewer, by default."},
@@ -93,6 +99,7 @@ class FeatureArguments:
             max_length=self.max_length,
             reduction=self.token_reduction,  # type: ignore[arg-type]
             score_tokens=self.score_tokens,  # type: ignore[arg-type]
+            token_out_to_loss=self.token_out_to_loss,  # type: ignore[arg-type]
             bank_size=self.bank_size,
             bank_seed=self.bank_seed,
         )

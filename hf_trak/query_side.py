@@ -87,7 +87,7 @@ class QuerySide:
             )
         if (bank := self.members[first].bank()) is not None:
             featurizer.use_bank(Bank.from_tensors(bank))
-        featurizer.use_task(in_direction(featurizer.task, direction))
+        featurizer.use_task(in_direction(featurizer.task.for_queries(), direction))
         return featurizer
 
     def _model(self, plan: Pass) -> PreTrainedModel | str | Path | None:

@@ -16,7 +16,7 @@ from hf_trak.config import TrakConfig
 from hf_trak.index import AttributionIndex
 from hf_trak.more_runs import MoreRuns
 from hf_trak.runs import RunRecord, describe_run, load_masks
-from hf_trak.tasks import PairCollator, is_dual_encoder
+from hf_trak.tasks import AutoTask, PairCollator, TaskCollator, is_dual_encoder, is_language_model
 from hf_trak.training_args import AttributionArguments
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ class AttributionTrainer(Trainer):
     resumes from its last checkpoint if `save_strategy` writes any, and starts again otherwise.
 
     A dual encoder such as CLIP is trained with its own contrastive loss, on images and captions as they are: see [`PairCollator`].
+    A language model is trained on conversations, prompts with completions, texts or tokens as they are, with the loss of the very
+    tokens that are attributed: see [`CausalInputs`] and its kin. Both hold where no `data_collator` is given.
 
     Args:
         task (`Task`, *optional*): What to attribute, for models no task serves; by default, by the model's architecture.
@@ -69,6 +71,9 @@ class AttributionTrainer(Trainer):
         if model is not None and is_dual_encoder(model) and kwargs.get("data_collator") is None:
             kwargs["data_collator"] = PairCollator(model, args.trak_config(), kwargs.get("processing_class"))
             args.remove_unused_columns = False  # images and captions become what the model takes in the collator
+        elif model is not None and task is None and is_language_model(model) and kwargs.get("data_collator") is None:
+            kwargs["data_collator"] = TaskCollator(AutoTask.from_model(model, args.trak_config()), kwargs.get("processing_class"))
+            args.remove_unused_columns = False  # so do conversations and texts
         super().__init__(model=model, args=args, **kwargs)
         self.task = task
         self.index: AttributionIndex | None = None

@@ -11,6 +11,7 @@ import pytest
 import torch
 from models import LANGUAGE_MODELS, PAD, VOCAB_SIZE, make_model
 from reference import gradient_loop
+from tokenizers_for_tests import word_tokenizer
 from torch import Tensor, nn
 
 from hf_trak.config import TrakConfig
@@ -109,6 +110,51 @@ def test_outputs_are_reduced_over_an_examples_own_scored_tokens(name: str, reduc
         torch.testing.assert_close(out_to_loss[i], (1 - p).mean(), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["gpt2 lm", "t5", "bert qa"])
+def test_the_exact_gradient_weighs_each_token_by_its_own_one_minus_p(name: str):
+    """In float64, against a loop over examples and tokens; it is that of minus the summed loss. Queries keep the plain sum."""
+    model = make_model(name).double().eval()
+    task = AutoTask.from_model(model, TrakConfig(reduction="sum", token_out_to_loss="exact"))
+    plain = AutoTask.from_model(model, TrakConfig(reduction="sum"))
+    batch = task.collate(rows_for(task), None)
+    parameters = select_parameters(model).parameters
+    expected, outputs = [], []
+    for i in range(len(IDS)):
+        one = {key: value[i : i + 1] for key, value in batch.items()}
+        grads = [torch.zeros_like(p) for p in parameters.values()]
+        outputs.append(0.0)
+        for logits, label in scored_tokens(name, model, one):
+            p = logits.softmax(-1)[label]
+            odds = (p / (1 - p)).log()
+            outputs[-1] += odds.item()
+            found = torch.autograd.grad(odds, list(parameters.values()), retain_graph=True, allow_unused=True)
+            for total, grad in zip(grads, found, strict=True):
+                total += 0.0 if grad is None else (1 - p.item()) * grad
+        expected.append(torch.cat([grad.flatten() for grad in grads]))
+    for engine in GRADIENTS:
+        result = features_of(model, task, batch, engine)
+        assert_close(result.features, torch.stack(expected), 1e-9)
+        assert_close(result.output[:, None], torch.tensor(outputs, dtype=torch.float64)[:, None], 1e-9)
+        assert result.out_to_loss.tolist() == [1.0] * len(IDS)
+        query = features_of(model, task.for_queries(), batch, engine)
+        assert torch.equal(query.features, features_of(model, plain, batch, engine).features)
+        assert not torch.allclose(query.features, result.features, rtol=1e-2)
+
+
+def scored_tokens(name: str, model: nn.Module, one: Mapping[str, Tensor]) -> list[tuple[Tensor, int]]:
+    """Return the logits and label of every scored token of one example."""
+    inputs = {key: value for key, value in one.items() if key not in ("labels", "start_positions", "end_positions")}
+    result = model(**inputs)
+    if name == "bert qa":
+        width = int(one["attention_mask"].sum())
+        both = ((result.start_logits, one["start_positions"]), (result.end_logits, one["end_positions"]))
+        return [(logits[0, :width], label.item()) for logits, label in both]
+    logits, labels = result.logits[0], one["labels"][0]
+    if name == "gpt2 lm":
+        logits, labels = logits[:-1], labels[1:]
+    return [(logits[t], label) for t, label in enumerate(labels.tolist()) if label != -100]
+
+
 # Laws.
 
 
@@ -165,15 +211,7 @@ def test_an_adapters_parameters_alone_are_featurized(name: str):
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["[PAD]", "</s>", "[UNK]", "<extra_id_0>", "user", "assistant", ":", *"abcdefghij"]
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
-    result = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", eos_token="</s>")
-    result.chat_template = "{% for m in messages %}{{ m.role }} : {{ m.content }} </s> {% endfor %}{% if add_generation_prompt %}assistant : {% endif %}"
-    return result
+    return word_tokenizer()
 
 
 def labels_of(name: str, row: Mapping[str, Any], tokenizer: Any, **options: Any) -> tuple[list[int], list[int]]:
@@ -294,7 +332,7 @@ def test_rows_that_cannot_serve_are_named(name: str, rows: dict[str, Any], optio
 
 
 def test_a_configuration_that_says_nothing_of_tokens_is_written_as_before():
-    assert not {"reduction", "score_tokens"} & set(TrakConfig().to_dict())
+    assert not {"reduction", "score_tokens", "token_out_to_loss"} & set(TrakConfig().to_dict())
     assert TrakConfig(reduction="sum").differences(TrakConfig()) == ["reduction: 'sum' here, 'mean' there"]
 
 

@@ -15,6 +15,7 @@ from hf_trak.cli.parsing import Collect, make_parser, parse
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from hf_trak.cli.language_rows import LanguageRows
     from hf_trak.index import AttributionIndex
 
 _SHOWN_QUERIES = 3
@@ -90,10 +91,10 @@ def run(args: AttributeArguments) -> None:
     write_hits(hits, output)
 
     columns: dict[str, Any] = {name: getattr(index.config, name) for name in ("text_columns", "image_column", "label_column")}
-    of_pairs = index.config.task == "contrastive"
+    shown_as = {"language": _language_rows(args, index), "captions": index.config.task == "contrastive"}
     readers = (
-        ExampleReader(queries, **columns, captions=of_pairs),
-        ExampleReader(train, **(columns if train is not None else {}), captions=of_pairs),
+        ExampleReader(queries, **columns, **shown_as),
+        ExampleReader(train, **(columns if train is not None else {}), **shown_as),
     )
     shown = read_attributions(hits, *readers, rows=list(range(min(_SHOWN_QUERIES, len(hits)))), top_k=_SHOWN_HITS)
     print(f"\n{table(shown)}\n\nHits of {len(hits):,} queries: {output}")
@@ -124,6 +125,20 @@ def _check_targets(args: AttributeArguments, output: Path) -> None:
         taken += [path for name in ("report.html", "report.png") if (path := Path(args.report) / name).exists()]
     if taken and not args.overwrite:
         raise ValueError(f"{', '.join(map(str, taken))} exists. Choose another place, or pass --overwrite.")
+
+
+def _language_rows(args: AttributeArguments, index: AttributionIndex) -> LanguageRows | None:
+    """Return what makes the text of a language model's rows, with the tokenizer of the first checkpoint; None for other tasks."""
+    from hf_trak.build import recorded_checkpoint
+    from hf_trak.cli.language_rows import LANGUAGE_TASKS, LanguageRows
+    from hf_trak.featurizer import load_processing_class
+
+    config, place = index.config, index.members[0].info["checkpoint"]
+    if config.task not in LANGUAGE_TASKS:
+        return None
+    source = args.model[0] if args.model else recorded_checkpoint(index.folder, place)
+    tokenizer = load_processing_class(source, None if args.model else place["revision"])
+    return LanguageRows(config.task, tokenizer, text_columns=config.text_columns, label_column=config.label_column)
 
 
 def _load_train(args: AttributeArguments, index: AttributionIndex) -> Dataset | None:

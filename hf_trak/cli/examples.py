@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from hf_trak.cli.language_rows import LanguageRows
 from hf_trak.tasks.pairs import find_caption_column
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class ExampleReader:
         dataset (`Dataset`, *optional*): Without it, an example is its row number alone.
         text_columns, image_column, label_column (*optional*): Found by type and name otherwise.
         notes (`Mapping[int, str]`, *optional*): By row.
+        language (`LanguageRows`, *optional*): Makes the text of a language model's rows, label included.
         captions (`bool`): Of several text columns, only the one that holds the images' captions is shown.
     """
 
@@ -62,10 +64,12 @@ class ExampleReader:
         image_column: str | None = None,
         label_column: str | None = None,
         notes: Mapping[int, str] | None = None,
+        language: LanguageRows | None = None,
         captions: bool = False,
     ) -> None:
         self.dataset = dataset
         self.notes = notes or {}
+        self.language = language
         kinds = dict(dataset.features) if dataset is not None else {}
         strings = tuple(name for name, kind in kinds.items() if getattr(kind, "dtype", None) in ("string", "large_string"))
         images = [name for name, kind in kinds.items() if type(kind).__name__ == "Image"]
@@ -80,6 +84,8 @@ class ExampleReader:
         if self.dataset is None:
             return Example(row, note=self.notes.get(row, ""))
         values = self.dataset[row]
+        if self.language is not None:
+            return Example(row, text=self.language(values, self.dataset.features), note=self.notes.get(row, ""))
         text = "  |  ".join(_text_of(values[column]) for column in self.text_columns)
         if not text and self.image_column is None and "input_ids" in values:
             text = "tokens " + " ".join(map(str, values["input_ids"]))

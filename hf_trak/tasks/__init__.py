@@ -2,9 +2,9 @@
 
 from hf_trak.tasks.annotation_inputs import SpanInputs, TokenLabelInputs
 from hf_trak.tasks.attention import vmappable_attention
-from hf_trak.tasks.auto import TASKS, AutoTask
+from hf_trak.tasks.auto import TASKS, AutoTask, is_language_model
 from hf_trak.tasks.bank import Bank, draw_rows
-from hf_trak.tasks.base import Task
+from hf_trak.tasks.base import Task, TaskCollator
 from hf_trak.tasks.contrastive import (
     PairCollator,
     bank_of,
@@ -37,6 +37,7 @@ __all__ = [
     "SpanInputs",
     "SpanOutput",
     "Task",
+    "TaskCollator",
     "TextInputs",
     "TokenInputs",
     "TokenLabelInputs",
@@ -48,6 +49,7 @@ __all__ = [
     "embed_bank",
     "in_direction",
     "is_dual_encoder",
+    "is_language_model",
     "margin",
     "needs_bank",
     "regression_prediction",

@@ -41,9 +41,10 @@ def _regression(name: str, inputs: Callable[..., TextInputs | ImageInputs]) -> C
     return make
 
 
-def _tokens(name: str, inputs: type[TokenInputs], output: Callable[[str], TokenOutput | SpanOutput]) -> Callable[..., Task]:
+def _tokens(name: str, inputs: type[TokenInputs], output: type[TokenOutput | SpanOutput], **options: bool) -> Callable[..., Task]:
     def make(model: PreTrainedModel, config: TrakConfig) -> Task:
-        return Task(name, inputs.for_model(model, config), output(config.reduction), needs_labels=False)
+        function = output(config.reduction, exact=config.token_out_to_loss == "exact", **options)
+        return Task(name, inputs.for_model(model, config), function, needs_labels=False)
 
     return make
 
@@ -53,9 +54,9 @@ TASKS: dict[str, Callable[[PreTrainedModel, TrakConfig], Task]] = {
     "text-regression": _regression("text-regression", _text),
     "image-classification": _classification("image-classification", _image),
     "image-regression": _regression("image-regression", _image),
-    "causal-lm": _tokens("causal-lm", CausalInputs, lambda reduction: TokenOutput(reduction, shifted=True, decodes=True)),
+    "causal-lm": _tokens("causal-lm", CausalInputs, TokenOutput, shifted=True, decodes=True),
     "masked-lm": _tokens("masked-lm", MaskedInputs, TokenOutput),
-    "seq2seq": _tokens("seq2seq", Seq2SeqInputs, lambda reduction: TokenOutput(reduction, decodes=True)),
+    "seq2seq": _tokens("seq2seq", Seq2SeqInputs, TokenOutput, decodes=True),
     "question-answering": _tokens("question-answering", SpanInputs, SpanOutput),
     "token-classification": _tokens("token-classification", TokenLabelInputs, TokenOutput),
     "contrastive": contrastive_task,
@@ -116,14 +117,25 @@ class AutoTask:
                         "task serves; make a task that picks one with `Task.custom`."
                     )
                 return f"{kind}-regression" if model.config.num_labels == 1 else f"{kind}-classification"
-        for suffix, name in _LANGUAGE_MODELS.items():
-            if architecture.endswith(suffix) and _reads_text(model, generates=name == "seq2seq"):
-                return name
+        if (language := _language_task(model)) is not None:
+            return language
         served = ", ".join("*" + suffix for suffix in (*modality, *_LANGUAGE_MODELS))
         raise ValueError(
             f"No task serves {architecture} yet. Served are transformers' {served} classes and the dual encoders {', '.join(DUAL_ENCODERS)}; "
             "for any other model output, make a task with `Task.custom` and pass it as `task`."
         )
+
+
+def is_language_model(model: PreTrainedModel) -> bool:
+    """Whether a model's labels are tokens, or lie on tokens."""
+    return _language_task(_without_adapter(model)) is not None
+
+
+def _language_task(model: PreTrainedModel) -> str | None:
+    for suffix, name in _LANGUAGE_MODELS.items():
+        if type(model).__name__.endswith(suffix) and _reads_text(model, generates=name == "seq2seq"):
+            return name
+    return None
 
 
 def _without_adapter(model: PreTrainedModel) -> PreTrainedModel:

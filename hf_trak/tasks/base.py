@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,6 +70,11 @@ class Task:
 
         return cls(name or f"custom:{output.__qualname__}", CustomInputs(collator), output_function, needs_labels=False)
 
+    def for_queries(self) -> Task:
+        """Return the task of queries: this one, but where a training example's gradient is not that of its output alone."""
+        make = getattr(self.output_function, "for_queries", None)
+        return self if make is None else replace(self, output_function=make())
+
     def check(self, dataset: Dataset, processing_class: Any) -> None:
         """Check columns and every label before anything is computed.
 
@@ -131,3 +136,19 @@ class Task:
                 f"{' (-1 marks an unlabelled test split)' if labels[wrong[0]] == -1 else ''}. Filter these rows."
             )
         return labels.long()
+
+
+@dataclass
+class TaskCollator:
+    """Batches for training, of the same rows that are featurized and collated as they are.
+
+    Args:
+        processing_class (*optional*): The tokenizer, if rows are texts.
+    """
+
+    task: Task
+    processing_class: Any = None
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Return the model's inputs and `labels`."""
+        return self.task.collate({key: [row[key] for row in rows] for key in rows[0]}, self.processing_class)

@@ -19,6 +19,16 @@ _TARGETS = ("targets", "target", "targets_pretokenized", "labels", "label", "com
 _SCORED_BY = ("assistant_masks", "completion_mask")
 
 
+def find_texts(
+    strings: Sequence[str], *, text_columns: Sequence[str] | None = None, label_column: str | None = None
+) -> tuple[str | None, str | None]:
+    """Return which of some columns of strings holds a text, and which its target; None for what is not found."""
+    target = label_column or next((name for name in _TARGETS if name in strings), None)
+    rest = [name for name in strings if name != target]
+    source = text_columns[0] if text_columns else None
+    return source or next((name for name in _SOURCES if name in rest), rest[0] if len(rest) == 1 else None), target
+
+
 class CausalInputs(TokenInputs):
     """Rows of a causal language model.
 
@@ -133,10 +143,7 @@ class Seq2SeqInputs(TokenInputs):
 
     def _texts(self, columns: Any, strings: Sequence[str]) -> tuple[str, str]:
         """Return the names of the text and of its target."""
-        target = self.label_column or next((name for name in _TARGETS if name in strings), None)
-        rest = [name for name in strings if name != target]
-        source = self.text_columns[0] if self.text_columns else None
-        source = source or next((name for name in _SOURCES if name in rest), rest[0] if len(rest) == 1 else None)
+        source, target = find_texts(strings, text_columns=self.text_columns, label_column=self.label_column)
         if source not in strings or target not in strings or len(self.text_columns or "1") != 1:
             raise ValueError(
                 "seq2seq needs tokenized rows ('input_ids' and 'labels'), or a text and a target text, but the dataset has "

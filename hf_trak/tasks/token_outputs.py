@@ -6,14 +6,21 @@ With scored tokens t of an example, $f_t = \text{logit}_{y_t} - \text{logsumexp}
     reduction="sum"    f = Σ_t f_t
     out_to_loss        Q = (1/T) Σ_t (1 − p_t), for either
 
-The loss of an example is $-\sum_t \log p_t$ (or its mean), and $-\partial L/\partial f_t = 1 - p_t$. So its gradient is Σ_t (1 − p_t) ∇f_t,
-of which Q ∇f is what is left when every token is given the mean of the weights.
+The loss of an example is $L = -\sum_t \log p_t$ (or its mean), and $-\partial L/\partial f_t = 1 - p_t$. So $-\nabla L = \sum_t (1 - p_t) \nabla f_t$,
+of which Q ∇f is what is left when every token is given the mean of the weights: exact where p_t is the same for all tokens.
+
+With `token_out_to_loss="exact"`, for reduction="sum", training examples have
+
+    feature            ∇ Σ_t sg(1 − p_t) f_t = −∇L, where sg stops the gradient
+    out_to_loss        1
+
+and queries f = Σ_t f_t and its gradient, as ever. The kernel is then that of −∇L, and `output` is Σ_t f_t on both sides.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -64,27 +71,51 @@ def token_margins(logits: Float[Tensor, "*batch vocabulary"], labels: Int64[Tens
 
 
 def reduce_tokens(
-    margins: Float[Tensor, "batch tokens"], scored: Tensor, reduction: str
+    margins: Float[Tensor, "batch tokens"], scored: Tensor, reduction: str, *, exact: bool = False
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
-    """Return the output and out-to-loss of each example from its own scored tokens."""
+    """Return the output and out-to-loss of each example from its own scored tokens.
+
+    Args:
+        exact (`bool`): Weigh each token's gradient by its 1 − p, so that out-to-loss is 1; the output's value is that of the sum.
+    """
     counts = scored.sum(1)
     zero = margins.new_zeros(())
     total = torch.where(scored, margins, zero).sum(1)
-    wrong = torch.where(scored, torch.sigmoid(-margins.detach()), zero).sum(1) / counts  # 1 − p = σ(−margin)
-    return (total / counts if reduction == "mean" else total), wrong
+    wrong = torch.where(scored, torch.sigmoid(-margins.detach()), zero)  # 1 − p = σ(−margin)
+    if exact:
+        weighted = (wrong * torch.where(scored, margins, zero)).sum(1)
+        return total.detach() + (weighted - weighted.detach()), torch.ones_like(total).detach()
+    return (total / counts if reduction == "mean" else total), wrong.sum(1) / counts
 
 
 @dataclass(frozen=True)
-class TokenOutput:
+class _Reduced:
+    """What outputs over several tokens have in common.
+
+    Args:
+        reduction (`str`): "mean" or "sum" over an example's scored tokens.
+        exact (`bool`): Whether gradients are those of training examples with `token_out_to_loss="exact"`.
+    """
+
+    reduction: str = "mean"
+    exact: bool = False
+
+    def for_queries(self) -> _Reduced:
+        """Return the output that queries have."""
+        return replace(self, exact=False)
+
+
+@dataclass(frozen=True)
+class TokenOutput(_Reduced):
     """Log-odds of the tokens in `labels`.
 
     Args:
         reduction (`str`): "mean" or "sum" over an example's scored tokens.
+        exact (`bool`): Whether gradients are those of training examples with `token_out_to_loss="exact"`.
         shifted (`bool`): Whether a position's logits are about the next token, as a causal language model's are.
         decodes (`bool`): Whether the model may keep a cache of keys and values, for which there is no use here.
     """
 
-    reduction: str = "mean"
     shifted: bool = False
     decodes: bool = False
 
@@ -95,17 +126,15 @@ class TokenOutput:
         if self.shifted:  # labels move, not logits, which would be copied
             labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], 1)
         scored = labels != IGNORED
-        return reduce_tokens(token_margins(logits, labels.where(scored, 0)), scored, self.reduction)
+        return reduce_tokens(token_margins(logits, labels.where(scored, 0)), scored, self.reduction, exact=self.exact)
 
 
 @dataclass(frozen=True)
-class SpanOutput:
+class SpanOutput(_Reduced):
     """Log-odds of an answer's first and of its last token among the example's own tokens: their mean, or sum.
 
     Differs from transformers' loss, whose softmax also runs over padding, so that it depends on the batch.
     """
-
-    reduction: str = "mean"
 
     def __call__(self, model: Callable[..., Any], batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Return f and Q of every example."""
@@ -114,7 +143,8 @@ class SpanOutput:
         if "attention_mask" in batch:
             logits = logits.masked_fill(~batch["attention_mask"].bool().unsqueeze(1), float("-inf"))
         positions = torch.stack([batch["start_positions"], batch["end_positions"]], 1)
-        return reduce_tokens(token_margins(logits, positions), torch.ones_like(positions, dtype=torch.bool), self.reduction)
+        scored = torch.ones_like(positions, dtype=torch.bool)
+        return reduce_tokens(token_margins(logits, positions), scored, self.reduction, exact=self.exact)
 
 
 def _run(model: Callable[..., Any], batch: Mapping[str, Any], **options: Any) -> Any:
