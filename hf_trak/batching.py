@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
@@ -93,3 +96,23 @@ class ShardBatches:
         self.limit = self._cost((len(rows) + 1) // 2, rows)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def read_rows(dataset: Dataset, rows: list[int]) -> dict[str, list[Any]]:
+    """Read rows of a dataset.
+
+    Raises:
+        ValueError: Naming the first row that cannot be read, such as one whose image is none.
+    """
+    try:
+        return dataset[rows]
+    except (OSError, ValueError, SyntaxError):  # what Pillow raises on files that are no images, truncated, or broken
+        for row in rows:
+            try:
+                dataset[row]
+            except (OSError, ValueError, SyntaxError) as error:
+                raise ValueError(
+                    f"Row {row} of the dataset cannot be read: {error}. Repair it, or filter such rows. Nothing of this shard was "
+                    "written."
+                ) from error
+        raise

@@ -19,6 +19,7 @@ from hf_trak.featurizer import Featurizer
 from hf_trak.members import Pass, lay_out_passes
 from hf_trak.passes import PassWriter
 from hf_trak.store import TEMPORARY, MemberReader, MemberWriter, discard, write_json
+from hf_trak.tasks import Bank, draw_rows, needs_bank
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -63,7 +64,7 @@ def begin_index(folder: Path, config: TrakConfig, n_members: int, *, overwrite: 
 
 def identity_of(config: TrakConfig) -> dict[str, Any]:
     """Return the part of a configuration that decides the rows: not the task's name, which may be "auto", nor the damping."""
-    return {key: value for key, value in config.to_dict().items() if key not in ("task", "damping")}
+    return config.identity()
 
 
 def build_members(
@@ -105,6 +106,10 @@ def build_members(
         )
         featurizer.task.check(dataset, featurizer.processing_class)
         if number == 0:
+            if needs_bank(featurizer.task):
+                draw_rows(
+                    len(dataset), config.bank_size, config.bank_seed
+                )  # a bank that cannot be is refused before a file is written
             config = replace(config, task=featurizer.task.name)
             begin_index(folder, config, passes[-1].members[-1] + 1, overwrite=overwrite)
         mask = None if masks is None else masks[plan.checkpoint]
@@ -160,6 +165,7 @@ def build_pass(
     unfinished = [writer for writer in writers if not writer.is_finished]
     if not unfinished:
         return
+    _share_bank(writers, featurizer, dataset)
     featurize(
         featurizer,
         dataset,
@@ -176,11 +182,28 @@ def build_pass(
                 "checkpoint_number": plan.checkpoint,
                 "coverage": featurizer.selection.coverage,
                 "grad_dim": featurizer.selection.grad_dim,
-                "versions": _versions(),
-                "hardware": _hardware(featurizer.device),
+                "versions": library_versions(),
+                "hardware": hardware_name(featurizer.device),
+                **_describe_bank(featurizer),
             },
             mask,
         )
+
+
+def _share_bank(writers: Sequence[MemberWriter], featurizer: Featurizer, dataset: Dataset) -> None:
+    """Give every member of a pass the same bank: the one an earlier call wrote, so that going on gives the same bytes, or a new one."""
+    found = next((tensors for writer in writers if (tensors := writer.bank()) is not None), None)
+    if found is not None:
+        featurizer.use_bank(Bank.from_tensors(found))
+    bank = featurizer.make_bank(dataset) if found is None else featurizer.bank
+    for writer in writers:
+        if bank is not None and writer.bank() is None:
+            writer.write_bank(bank.tensors())
+
+
+def _describe_bank(featurizer: Featurizer) -> dict[str, Any]:
+    bank, config = featurizer.bank, featurizer.config
+    return {} if bank is None else {"bank": {"seed": config.bank_seed, "size": len(bank.rows), "sha256": bank.sha256}}
 
 
 def describe_featurizer(featurizer: Featurizer) -> dict[str, Any]:
@@ -247,7 +270,8 @@ def recorded_checkpoint(folder: Path, checkpoint: dict[str, Any]) -> str:
     return checkpoint["repository"]
 
 
-def _versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
+    """Return the versions of what features are computed with."""
     import datasets
     import transformers
 
@@ -262,5 +286,6 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _hardware(device: torch.device) -> str:
+def hardware_name(device: torch.device) -> str:
+    """Return the GPU's model, or the kind of CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()

@@ -17,7 +17,12 @@ _CHOICES = {
     "dtype": ("float32", "float16"),
     "gradients": ("layerwise", "functional"),
     "compute_dtype": ("float32", "bfloat16"),
+    "reduction": ("mean", "sum"),
+    "score_tokens": ("all", "content"),
 }
+# Fields that came after the first indexes of this format version: written only where they say something, so that an index of before
+# and one of now that mean the same have the same files.
+_LATER = ("reduction", "score_tokens", "bank_size", "bank_seed")
 
 
 def _option(default: Any, help: str) -> Any:
@@ -33,7 +38,8 @@ class TrakConfig:
 
     task: str = _option(
         "auto",
-        "Model output to attribute: text-classification, image-classification, text-regression, image-regression, or auto (from the model).",
+        "Model output to attribute: text-classification, image-classification, text-regression, image-regression, causal-lm, "
+        "masked-lm, seq2seq, question-answering, token-classification, contrastive, or auto (from the model).",
     )
     proj_dim: int = _option(
         4096, "Numbers kept per example. More is better and costs disk, not compute; 1,024 to 16,384 is usual."
@@ -66,8 +72,22 @@ class TrakConfig:
     )
     text_columns: tuple[str, ...] | None = _option(None, "One or two text columns, in the model's order; found by default.")
     image_column: str | None = _option(None, "The image column; found by default.")
-    label_column: str | None = _option(None, "The label column; 'labels' or 'label' by default.")
+    label_column: str | None = _option(
+        None, "The label column, or a sequence-to-sequence model's target text; found by default."
+    )
     max_length: int | None = _option(None, "Tokens kept of a text; the model's own limit by default.")
+    reduction: Literal["mean", "sum"] = _option(
+        "mean", "How the outputs of an example's scored tokens become one: mean, or sum. For language models."
+    )
+    score_tokens: Literal["all", "content"] = _option(
+        "all",
+        "Target tokens that count: all, or content, which leaves out special tokens such as EOS and sentinels such as "
+        "<extra_id_0>. For language models.",
+    )
+    bank_size: int | None = _option(
+        None, "Contrastive: pairs of the training set that each example is held against; 512, or all if fewer, by default."
+    )
+    bank_seed: int = _option(0, "Contrastive: decides which pairs those are, for all members alike.")
     format_version: int = _option(FORMAT_VERSION, "Version of the files an index is made of.")
 
     def __post_init__(self) -> None:
@@ -86,6 +106,9 @@ class TrakConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` must be a whole number of at least 1, but is {value!r}.")
+        size = self.bank_size
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 2):
+            raise ValueError(f"`bank_size` must be a whole number of at least 2, but is {size!r}.")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {', '.join(choices)}, but is {getattr(self, name)!r}.")
@@ -103,7 +126,13 @@ class TrakConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-serialisable dictionary."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        defaults = {f.name: f.default for f in fields(self) if f.name in _LATER}
+        values = {key: value for key, value in asdict(self).items() if key not in defaults or value != defaults[key]}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the rows of an index: not the task's name, which may be "auto", nor the damping."""
+        return {key: value for key, value in self.to_dict().items() if key not in ("task", "damping")}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrakConfig:
@@ -145,7 +174,7 @@ class TrakConfig:
 
     def differences(self, other: TrakConfig) -> list[str]:
         """Return one line per field that makes features of `other` incomparable with features of this configuration."""
-        mine, theirs = self.to_dict(), other.to_dict()
+        mine, theirs = ({**asdict(config), **config.to_dict()} for config in (self, other))
         return [
             f"{name}: {mine[name]!r} here, {theirs[name]!r} there"
             for name in mine

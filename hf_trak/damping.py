@@ -6,8 +6,8 @@ halves. The features of one half score the training rows; summed over the rows t
     g(c, j) = Σ_{i in mask_c} τ_λ(z_i, z_j)
 
 predicts its output f(z_j; θ_c) on a row j that it was not trained on, which is to it what a query is. The λ whose predictions rank
-these outputs best, over both halves and several splits, is taken. Only the training rows' stored features, outputs and masks are
-read.
+these outputs best, over both halves and several splits, is taken: the fewer checkpoints, the more it has to be better by than a λ
+that is usually good. Only the training rows' stored features, outputs and masks are read.
 """
 
 from __future__ import annotations
@@ -24,12 +24,18 @@ from torch import Tensor
 
 from hf_trak.hashing import hash_json, random_bits, stream_key
 from hf_trak.linalg import factor, solve
+from hf_trak.scoring import weigh
 from hf_trak.store import MemberReader, read_json, write_json
 
 DAMPING_NAME = "damping.json"
 GRID = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 FEWEST_CHECKPOINTS = 4  # halves of one checkpoint rank nothing
 _TARGETS = 2048
+
+# A handful of checkpoints ranks by chance: with five, the best of the curve once was 30 where .3 to 3 were twice as good. So the curve
+# is taken together with what is known beforehand, that λ lies within a factor of ten or so of _USUAL.
+_USUAL = 3**0.5  # between the defaults of one checkpoint and of many
+_STRENGTH = 0.4  # what one checkpoint's curve would have to be higher by at ten times, or a tenth of, the usual λ
 _SPLITS = 4
 
 
@@ -38,7 +44,7 @@ class DampingChoice:
     """A λ, and the curve it was taken from.
 
     Args:
-        damping (`float`): The best of `grid`.
+        damping (`float`): The one of `grid` that was taken.
         grid (`tuple[float, ...]`): Each λ tried, as multiples of the kernel's mean nonzero eigenvalue.
         curve (`tuple[float, ...]`): For each, the mean Spearman correlation of predicted and actual outputs.
         n_checkpoints (`int`): Checkpoints with a mask of their own.
@@ -93,7 +99,11 @@ def split_in_halves(n_checkpoints: int, *, n_splits: int = _SPLITS) -> list[Fold
 
 
 def choose_damping(
-    members: Sequence[MemberReader], checkpoints: Sequence[int], *, grid: Sequence[float] = GRID
+    members: Sequence[MemberReader],
+    checkpoints: Sequence[int],
+    *,
+    grid: Sequence[float] = GRID,
+    out_to_loss_power: float = 1.0,
 ) -> DampingChoice | None:
     """Choose λ by the members' own masks; None where they cannot tell: fewer than four checkpoints have one, or no λ ranks
     their outputs better than chance.
@@ -102,6 +112,7 @@ def choose_damping(
 
     Args:
         checkpoints (`Sequence[int]`): Of each member, the number of its checkpoint: members that share one are never on both sides.
+        out_to_loss_power (`float`): As in the scores that the choice is for.
     """
     by_checkpoint = [
         [m for m, c in zip(members, checkpoints, strict=True) if c == number] for number in sorted(set(checkpoints))
@@ -117,7 +128,7 @@ def choose_damping(
     predictions = [torch.zeros(len(grid), len(fold.ranked), len(targets), dtype=torch.float64) for fold in folds]
     for number, group in enumerate(by_checkpoint):
         mine = [index for index, fold in enumerate(folds) if number in fold.scoring]
-        weights = [_weights(mask, out_to_loss, folds[index]) for index in mine]
+        weights = [_weights(mask, out_to_loss, folds[index], out_to_loss_power) for index in mine]
         for member in group:
             found = _predictions(member, torch.cat(weights), targets, grid)
             for index, part in zip(mine, found.split([len(w) for w in weights], dim=1), strict=True):
@@ -125,10 +136,17 @@ def choose_damping(
     curve = _curve(predictions, folds, outputs[:, targets], mask[:, targets])
     if curve is None or curve.max() <= 0:
         return None
-    best = int(curve.argmax())
-    return DampingChoice(
-        float(grid[best]), tuple(grid), tuple(curve.tolist()), len(by_checkpoint), len(targets), hash_members(members)
-    )
+    damping = take(curve.tolist(), grid, n_checkpoints=len(by_checkpoint))
+    return DampingChoice(damping, tuple(grid), tuple(curve.tolist()), len(by_checkpoint), len(targets), hash_members(members))
+
+
+def take(curve: Sequence[float], grid: Sequence[float], *, n_checkpoints: int) -> float:
+    """Return the λ whose correlation, less what its distance from the usual λ weighs, is highest."""
+    weighed = [
+        value - _STRENGTH / n_checkpoints * math.log10(damping / _USUAL) ** 2
+        for value, damping in zip(curve, grid, strict=True)
+    ]
+    return float(grid[max(range(len(grid)), key=weighed.__getitem__)])
 
 
 def _mean_column(group: Sequence[MemberReader], column: str) -> Float64[Tensor, " n_train"]:
@@ -143,10 +161,13 @@ def _targets(n_rows: int) -> Int64[Tensor, " n_targets"]:
 
 
 def _weights(
-    mask: Bool[Tensor, "n_checkpoints n_train"], out_to_loss: Float64[Tensor, "n_checkpoints n_train"], fold: Fold
+    mask: Bool[Tensor, "n_checkpoints n_train"],
+    out_to_loss: Float64[Tensor, "n_checkpoints n_train"],
+    fold: Fold,
+    out_to_loss_power: float,
 ) -> Float64[Tensor, "n_ranked n_train"]:
     """Return what each training row's influence counts for in each ranked checkpoint: its mean Q if it was trained on, else 0."""
-    return mask[fold.ranked] * out_to_loss[fold.scoring].mean(0)
+    return mask[fold.ranked] * weigh(out_to_loss[fold.scoring].mean(0), out_to_loss_power)
 
 
 def _predictions(

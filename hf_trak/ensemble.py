@@ -28,12 +28,24 @@ class ScoreOptions:
         leverage (`bool`): Divide by $1 - h_i$, with $h_i$ the training row's leverage: what is left out cannot be relied upon to
             stay put. From the same approximation; the TRAK paper drops it too.
         reference_rescale (`bool`): Divide each inverse kernel by its mean absolute entry, only to reproduce MadryLab/trak's numbers.
+        out_to_loss_power (`float`): What the mean of Q over members is raised to; the paper has 1. See [`default_power`].
     """
 
     damping: float
     residual_weighting: bool = False
     leverage: bool = False
     reference_rescale: bool = False
+    out_to_loss_power: float = 1.0
+
+
+def default_power(task: str) -> float:
+    """Return what Q is raised to where nobody says: 1/2 where it is 1 − p, and 1 where it is something else.
+
+    A model believes what it was trained on: the 1 − p that it has of a training example is smaller than without that example, and
+    the more so the better the example was learned. The root counters that.
+    """
+    # Differs from the paper, which has Q itself: docs/decisions.md has the LDS of both.
+    return 1.0 if task.endswith("-regression") or task.startswith("custom:") else 0.5
 
 
 class SolvedQueries(NamedTuple):
@@ -94,11 +106,14 @@ def _leverage(shard: Shard, cholesky: Tensor, residual_weighting: bool) -> Float
     return leverage * residual_weights(shard.out_to_loss).double() if residual_weighting else leverage
 
 
-def stream_scores(members: Sequence[MemberReader], solved: Sequence[SolvedQueries]) -> Iterator[Float64[Tensor, "_ n_query"]]:
+def stream_scores(
+    members: Sequence[MemberReader], solved: Sequence[SolvedQueries], *, out_to_loss_power: float = 1.0
+) -> Iterator[Float64[Tensor, "_ n_query"]]:
     """Yield the scores of one shard after another."""
     shards = zip(*(member.shards() for member in members), strict=True)
     blocks = ([_block(shard, queries) for shard, queries in zip(row, solved, strict=True)] for row in shards)
-    yield from score_blocks(blocks, [queries.preconditioned for queries in solved])
+    preconditioned = [queries.preconditioned for queries in solved]
+    yield from score_blocks(blocks, preconditioned, out_to_loss_power=out_to_loss_power)
 
 
 def _block(shard: Shard, queries: SolvedQueries) -> MemberBlock:

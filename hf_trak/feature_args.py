@@ -53,8 +53,22 @@ class FeatureArguments:
     )
     text_columns: list[str] | None = field(default=None, metadata={"help": "One or two text columns; found by default."})
     image_column: str | None = field(default=None, metadata={"help": "The image column; found by default."})
-    label_column: str | None = field(default=None, metadata={"help": "The label column; 'labels' or 'label' by default."})
+    label_column: str | None = field(
+        default=None, metadata={"help": "The label column, or a sequence-to-sequence model's target text; found by default."}
+    )
     max_length: int | None = field(default=None, metadata={"help": "Tokens kept of a text; the model's own limit by default."})
+    token_reduction: str = field(
+        default="mean", metadata={"help": "How a language model's outputs of a row's tokens become one: mean or sum."}
+    )
+    score_tokens: str = field(
+        default="all",
+        metadata={"help": "Target tokens that count: all, or content (no special tokens such as EOS, no <extra_id_0>)."},
+    )
+    bank_size: int | None = field(
+        default=None,
+        metadata={"help": "For image-caption pairs: how many of them each is held against; 512, or all if fewer, by default."},
+    )
+    bank_seed: int = field(default=0, metadata={"help": "For image-caption pairs: decides which pairs those are."})
     featurize_batch_size: str = field(
         default="auto",
         metadata={"help": "Rows featurized at a time; 'auto' takes more of short rows, and fewer where memory runs out."},
@@ -77,6 +91,10 @@ class FeatureArguments:
             image_column=self.image_column,
             label_column=self.label_column,
             max_length=self.max_length,
+            reduction=self.token_reduction,  # type: ignore[arg-type]
+            score_tokens=self.score_tokens,  # type: ignore[arg-type]
+            bank_size=self.bank_size,
+            bank_seed=self.bank_seed,
         )
 
     def member_counts(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_trak.ahead import ahead, one_thread
-from hf_trak.batching import BatchSize, Budget, ShardBatches
+from hf_trak.batching import BatchSize, Budget, ShardBatches, read_rows
 from hf_trak.gradients import BatchFeatures
 from hf_trak.linalg import accumulate_kernel
 from hf_trak.passes import PassWriter
@@ -68,7 +68,7 @@ def featurize_ranges(
             # Lengths of a whole dataset would keep the first row waiting.
             shard = ShardBatches(rows, featurizer.lengths(dataset.select(rows)), size)
             for chosen in shard.batches():
-                yield shard, chosen, featurizer.collate(dataset[chosen])
+                yield shard, chosen, featurizer.collate(read_rows(dataset, chosen))
 
     with one_thread("reader") as reader, closing(ahead(read(), reader)) as batches:
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,26 +15,28 @@ from torch import Tensor
 
 from hf_trak.adapters import is_adapter, load_adapter
 from hf_trak.autocast import in_bfloat16
-from hf_trak.batching import Budget
+from hf_trak.batching import Budget, read_rows
 from hf_trak.config import TrakConfig
 from hf_trak.gradients import (
     GRADIENTS,
     BatchFeatures,
     ParameterSelection,
     check_gradients,
+    evaluation_mode,
     select_parameters,
     thinned,
 )
 from hf_trak.hashing import hash_file, hash_json, hash_tensors
 from hf_trak.passes import encode_pass
 from hf_trak.projectors import FastJL, Identity, Projector, StackedProjector, make_projectors
-from hf_trak.tasks import AutoTask, Task, vmappable_attention
+from hf_trak.tasks import AutoTask, Bank, Task, bank_of, draw_rows, embed_bank, needs_bank, vmappable_attention, with_bank
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel
 
 _CHECKED_ROWS = 2
+_BANK_ROWS = 32  # embedded at a time
 
 # On a CPU a token costs the same in batches of up to some 2,048 tokens, and more in larger ones, which leave the cache: MiniLM on
 # QNLI took 74 to 82 CPU ms per row at 512, 1,024 and 2,048 tokens, 86 to 92 at 4,096 and 110 at 8,192; a cap of 32 rows changed
@@ -87,6 +90,7 @@ class Featurizer:
         self._ready: tuple[Task, ParameterSelection, Projector, Any] | None = None
         self._hash: str | None = None
         self._checked = False
+        self._bank: Bank | None = None  # until there is a task to hold it
 
     @property
     def model(self) -> PreTrainedModel:
@@ -127,6 +131,8 @@ class Featurizer:
             if isinstance(first := _first_of(projector), FastJL):
                 first.tied_to(self.device)
             self.model.to(self.device)
+            if self._bank is not None:
+                task = with_bank(task, self._bank.to(self.device))
             self._ready = task, selection, projector, processing_class
         return self._ready
 
@@ -152,6 +158,51 @@ class Featurizer:
         """The model of GPU that features are tied to; None where they mean the same on every machine."""
         projector = _first_of(self.prepare()[2])
         return projector.tied_to(self.device) if isinstance(projector, FastJL) else None
+
+    @property
+    def bank(self) -> Bank | None:
+        """What a contrastive task holds examples against, once [`~Featurizer.make_bank`] has made it."""
+        return bank_of(self.task)
+
+    def make_bank(self, dataset: Dataset) -> Bank | None:
+        """Embed the pairs of a training set that examples are held against, and hold them against these; None for other tasks.
+
+        Which pairs those are depends on `bank_seed`, `bank_size` and the number of rows alone, their embeddings on the checkpoint.
+
+        Raises:
+            ValueError: If the training set is smaller than the bank.
+        """
+        task, _, _, processing_class = self.prepare()
+        if not needs_bank(task):
+            return None
+        rows = draw_rows(len(dataset), self.config.bank_size, self.config.bank_seed)
+        chunks = [chunk.tolist() for chunk in rows.split(_BANK_ROWS)]
+        parts = []
+        for chunk in chunks:
+            batch = self._on_device(task.collate(read_rows(dataset, chunk), processing_class))
+            with thinned(self.model, self.dropout_seed), evaluation_mode(self.model), self._autocast():
+                parts.append(embed_bank(task, self.model, batch, torch.tensor(chunk)))
+        bank = Bank.join(parts)
+        self.use_bank(bank)
+        return bank
+
+    def use_bank(self, bank: Bank) -> None:
+        """Hold examples against a bank that was made before."""
+        task, *others = self.prepare()
+        self._ready = (with_bank(task, bank.to(self.device)), *others)
+
+    def use_task(self, task: Task) -> None:
+        """Go on with another task of the same inputs."""
+        self._ready = (task, *self.prepare()[1:])
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.compute_dtype == "bfloat16")
+
+    def _on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+            for key, value in batch.items()
+        }
 
     def model_hash(self) -> str:
         """Return the SHA-256 of the model's weights and buffers."""
@@ -187,10 +238,7 @@ class Featurizer:
 
     def _features(self, batch: Mapping[str, Tensor]) -> BatchFeatures:
         task, selection, projector, _ = self.prepare()
-        batch = {
-            key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
-            for key, value in batch.items()
-        }
+        batch = self._on_device(batch)
         arguments: dict[str, Any] = {"parameters": selection.parameters, "projector": projector}
         functional = self.config.gradients == "functional"
         output_function = task.output_function
@@ -246,6 +294,7 @@ class Featurizer:
 
     def __getstate__(self) -> dict[str, Any]:
         processing_class, task = self._given
+        bank = bank_of(self._ready[0]) if self._ready is not None else self._bank
         return {
             "config": self.config.to_dict(),
             "seed": list(self.seeds),
@@ -255,6 +304,7 @@ class Featurizer:
             "model_hash": self.model_hash(),
             "processing_hash": hash_processing_class(processing_class),
             "task": task.name if task is not None else None,
+            "bank": {name: values.cpu().numpy() for name, values in bank.tensors().items()} if bank is not None else None,
             "portable": self.source is not None and processing_class is None and task is None,
         }
 
@@ -271,6 +321,8 @@ class Featurizer:
             revision=state["revision"],
         )
         self._hash = state["model_hash"]
+        if state["bank"] is not None:
+            self._bank = Bank.from_tensors({name: torch.from_numpy(values) for name, values in state["bank"].items()})
 
 
 def _first_of(projector: Projector) -> Projector:

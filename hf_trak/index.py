@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,17 +15,19 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_trak.build import build_members, identity_of, member_folders, recorded_passes
-from hf_trak.cards import CURVE_NAME, draw_damping_curve, render_index_card
-from hf_trak.config import CARD_NAME, CONFIG_NAME, TrakConfig
+from hf_trak.cards import CURVE_NAME, draw_damping_curve
+from hf_trak.config import TrakConfig
+from hf_trak.copies import card_for, copy_index, render_card, write_card
 from hf_trak.damping import DAMPING_NAME, DampingChoice, choose_damping
-from hf_trak.ensemble import ScoreOptions, SolvedQueries, check_residuals, solve_queries, stream_scores
+from hf_trak.ensemble import ScoreOptions, SolvedQueries, check_residuals, default_power, solve_queries, stream_scores
 from hf_trak.featurizer import Featurizer
 from hf_trak.hub import download_index, upload_index
 from hf_trak.linalg import damped, default_damping, factor, leverage
 from hf_trak.passes import columns_of
 from hf_trak.query_side import QuerySide, featurize_queries
-from hf_trak.scoring import soft_threshold, soft_threshold_top_k, top_k
-from hf_trak.store import MEMBER_NAME, MemberReader, list_differences, write_atomically, write_json
+from hf_trak.score_matrix import allocate, check_keep, soft_threshold_in_place
+from hf_trak.scoring import soft_threshold_top_k, top_k
+from hf_trak.store import MemberReader, list_differences
 from hf_trak.tasks import Task
 
 if TYPE_CHECKING:
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DEFAULT_SHARD_ROWS = 1024
-_IN_MEMORY_BYTES = 1 << 30  # larger score matrices are memory-mapped
 
 
 class AttributionIndex:
@@ -152,7 +150,7 @@ class AttributionIndex:
         )
         index = cls(folder, models=checkpoints, processing_class=processing_class, task=task)
         index._record_damping()
-        write_atomically(folder / CARD_NAME, lambda temporary: temporary.write_text(index._render_card(folder.name)))
+        write_card(folder, render_card(folder, index.config, index.members, name=folder.name))
         return index
 
     def _record_damping(self) -> None:
@@ -173,7 +171,9 @@ class AttributionIndex:
         """
         if self._choice is None:
             self._choice = DampingChoice.load(self.folder, self.members) or choose_damping(
-                self.members, [plan.checkpoint for plan in self.passes for _ in plan.members]
+                self.members,
+                [plan.checkpoint for plan in self.passes for _ in plan.members],
+                out_to_loss_power=self._default_power,
             )
         return self._choice
 
@@ -207,49 +207,15 @@ class AttributionIndex:
         Raises:
             ValueError: If `folder` is not empty and `overwrite` is not set.
         """
-        target = Path(folder)
-        if target.exists() and any(target.iterdir()) and target.resolve() != self.folder.resolve():
-            if not overwrite:
-                raise ValueError(f"{target} is not empty; choose another folder, or pass overwrite=True.")
-            shutil.rmtree(target)
-        if target.resolve() == self.folder.resolve():
-            return
-        chosen = [path for name in (DAMPING_NAME, CURVE_NAME) if (path := self.folder / name).exists()]
-        for source in [self.folder / CONFIG_NAME, *chosen, *(m.folder for m in self.members)]:
-            for path in [source] if source.is_file() else sorted(source.iterdir()):
-                copy = target / path.relative_to(self.folder)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(copy, partial(shutil.copyfile, path))
-        card = self._card(target.name)
-        write_atomically(target / CARD_NAME, lambda temporary: temporary.write_text(card))
-        for member in self.members:  # a checkpoint's path is as seen from the index
-            checkpoint = member.info["checkpoint"]
-            if checkpoint["path"] is not None:
-                moved = {**checkpoint, "path": os.path.relpath(self.folder / checkpoint["path"], target)}
-                write_json(target / member.folder.name / MEMBER_NAME, {**member.info, "checkpoint": moved})
+        copy_index(self.folder, Path(folder), self.config, self.members, overwrite=overwrite)
 
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, revision: str | None = None, commit_message: str | None = None
     ) -> str:
         """Upload the index to a dataset repository in one commit; return its URL."""
         message = commit_message or f"TRAK features: {len(self.members)} members of {self.n_rows:,} rows"
-        return upload_index(self.folder, repo_id, card=self._card(repo_id), private=private, revision=revision, message=message)
-
-    def _card(self, name: str) -> str:
-        """Return the card for a copy called `name`: the one here if somebody wrote it, else with snippets that fit."""
-        readme = self.folder / CARD_NAME
-        if readme.exists() and readme.read_text() != self._render_card(self.folder.name):
-            return readme.read_text()
-        return self._render_card(name)
-
-    def _render_card(self, name: str) -> str:
-        return render_index_card(
-            self.config,
-            [member.info for member in self.members],
-            name=name,
-            choice=DampingChoice.load(self.folder, self.members),
-            has_curve=(self.folder / CURVE_NAME).exists(),
-        )
+        card = card_for(self.folder, self.config, self.members, name=repo_id)
+        return upload_index(self.folder, repo_id, card=card, private=private, revision=revision, message=message)
 
     @property
     def n_rows(self) -> int:
@@ -270,7 +236,9 @@ class AttributionIndex:
         residual_weighting: bool = False,
         leverage: bool = False,
         soft_threshold: int | None = None,
+        out_to_loss_power: float | None = None,
         reference_rescale: bool = False,
+        direction: str = "pair",
         batch_size: int | str = "auto",
         output_file: str | Path | None = None,
         progress: bool = True,
@@ -286,21 +254,25 @@ class AttributionIndex:
             leverage (`bool`): Divide each row's influence by 1 − its leverage. See [`ScoreOptions`].
             soft_threshold (`int`, *optional*): Scores per query to stay nonzero: all move towards 0 until no more are left. The
                 paper's last step, which picks the number by cross-validation.
-            reference_rescale (`bool`): Only to reproduce MadryLab/trak's numbers, with `damping=0`.
+            out_to_loss_power (`float`, *optional*): What the mean of 1 − p over members is raised to; by default 1/2, and 1 where
+                `trak_out_to_loss` is no 1 − p. The paper's TRAK is `damping=0, out_to_loss_power=1`.
+            direction (`str`): For image-caption pairs, what of a query is attributed: "pair"; "image", how the image tells its caption
+                from those of the bank; or "caption", how the caption tells its image.
+            reference_rescale (`bool`): Only to reproduce MadryLab/trak's numbers, with `damping=0, out_to_loss_power=1`.
             output_file (`str` or `Path`, *optional*): A `.npy` file to memory-map the result to. Without it, results above 1 GiB
                 are mapped to a temporary file that vanishes with the array.
         """
-        options = self._options(damping, residual_weighting, leverage, reference_rescale)
-        _check_keep(soft_threshold)
-        solved, _ = self._solve(queries, options, batch_size, progress)
+        options = self._options(damping, residual_weighting, leverage, out_to_loss_power, reference_rescale)
+        check_keep(soft_threshold)
+        solved, _ = self._solve(queries, options, batch_size, progress, direction)
         shape = (self.n_rows, len(queries))
-        scores = _allocate(shape, output_file)
+        scores = allocate(shape, output_file)
         row = 0
-        for block in self._scores(solved, progress):
+        for block in self._scores(solved, options, progress):
             scores[row : row + len(block)] = block.float().numpy()
             row += len(block)
         if soft_threshold is not None:
-            _soft_threshold_in_place(scores, soft_threshold)
+            soft_threshold_in_place(scores, soft_threshold)
         if isinstance(scores, np.memmap):
             scores.flush()
         return scores
@@ -314,6 +286,8 @@ class AttributionIndex:
         residual_weighting: bool = False,
         leverage: bool = False,
         soft_threshold: int | None = None,
+        out_to_loss_power: float | None = None,
+        direction: str = "pair",
         batch_size: int | str = "auto",
         progress: bool = True,
     ) -> Dataset:
@@ -321,7 +295,8 @@ class AttributionIndex:
 
         Args:
             top_k (`int`): How many of each; at most the number of training examples are returned.
-            damping, residual_weighting, leverage, soft_threshold (*optional*): As in [`AttributionIndex.score`].
+            damping, residual_weighting, leverage, soft_threshold, out_to_loss_power, direction (*optional*): As in
+                [`AttributionIndex.score`].
 
         Returns:
             `Dataset`: One row per query: `query_id`, `query_output`, `proponents` and `opponents` (rows of the training set, the
@@ -331,10 +306,10 @@ class AttributionIndex:
 
         if top_k < 1:
             raise ValueError(f"`top_k` must be at least 1, but is {top_k}.")
-        options = self._options(damping, residual_weighting, leverage)
-        _check_keep(soft_threshold)
-        solved, output = self._solve(queries, options, batch_size, progress)
-        best = _top_k(self._scores(solved, progress), max(top_k, (soft_threshold or 0) + 1))
+        options = self._options(damping, residual_weighting, leverage, out_to_loss_power)
+        check_keep(soft_threshold)
+        solved, output = self._solve(queries, options, batch_size, progress, direction)
+        best = _top_k(self._scores(solved, options, progress), max(top_k, (soft_threshold or 0) + 1))
         keep = self.n_rows if soft_threshold is None else soft_threshold
         proponents, opponents = soft_threshold_top_k(best, keep, top_k)
         return Dataset.from_dict(
@@ -372,12 +347,24 @@ class AttributionIndex:
         choice = self.damping_choice()
         return default_damping(self.n_checkpoints) if choice is None else choice.damping
 
+    @property
+    def _default_power(self) -> float:
+        return default_power(self.members[0].identity["task"])
+
     def _options(
-        self, damping: float | str | None, residual_weighting: bool, leverage: bool, reference_rescale: bool = False
+        self,
+        damping: float | str | None,
+        residual_weighting: bool,
+        leverage: bool,
+        out_to_loss_power: float | None,
+        reference_rescale: bool = False,
     ) -> ScoreOptions:
         if residual_weighting:
             check_residuals(self.members[0])
-        return ScoreOptions(self.resolve_damping(damping), residual_weighting, leverage, reference_rescale)
+        power = self._default_power if out_to_loss_power is None else float(out_to_loss_power)
+        if not 0 <= power <= 1:
+            raise ValueError(f"`out_to_loss_power` must lie in 0 to 1, but is {out_to_loss_power}.")
+        return ScoreOptions(self.resolve_damping(damping), residual_weighting, leverage, reference_rescale, power)
 
     def featurizer(self, member: int = 0) -> Featurizer:
         """Return the featurizer of a member's checkpoint, task and sketch.
@@ -396,7 +383,7 @@ class AttributionIndex:
         return featurize_queries(self.featurizer(member), queries, batch_size, progress, description)
 
     def _solve(
-        self, queries: Dataset, options: ScoreOptions, batch_size: int | str, progress: bool
+        self, queries: Dataset, options: ScoreOptions, batch_size: int | str, progress: bool, direction: str
     ) -> tuple[list[SolvedQueries], Float[np.ndarray, " n_query"]]:
         """Return the queries solved under every member, and their mean output."""
         solved, outputs = [], []
@@ -404,41 +391,22 @@ class AttributionIndex:
         damped(self.members[0].kernel(), n_rows=self.n_rows, damping=options.damping)
         for number, plan in enumerate(self.passes):
             description = f"Queries {number + 1}/{len(self.passes)}"
-            columns = featurize_queries(self._queries.featurizer(plan), queries, batch_size, progress, description)
+            columns = featurize_queries(
+                self._queries.featurizer(plan, direction=direction), queries, batch_size, progress, description
+            )
             for member, seed in zip(plan.members, plan.seeds, strict=True):
                 mine = columns_of(columns, seed, plan.seeds)
                 solved.append(solve_queries(self.members[member], torch.from_numpy(mine["trak_features"]), options))
                 outputs.append(mine["trak_output"])
         return solved, np.mean(outputs, axis=0)
 
-    def _scores(self, solved: Sequence[SolvedQueries], progress: bool) -> Iterator[Float64[Tensor, "_ n_query"]]:
+    def _scores(
+        self, solved: Sequence[SolvedQueries], options: ScoreOptions, progress: bool
+    ) -> Iterator[Float64[Tensor, "_ n_query"]]:
         """Yield the scores of one shard after another."""
         n_shards = len(self.members[0].shard_paths)
-        yield from tqdm(
-            stream_scores(self.members, solved), total=n_shards, unit="shards", desc="Scoring", disable=not progress
-        )
-
-
-def _check_keep(keep: int | None) -> None:
-    if keep is not None and keep < 1:
-        raise ValueError(f"`soft_threshold` is the number of scores per query to keep, at least 1, but is {keep}.")
-
-
-def _soft_threshold_in_place(scores: np.ndarray, keep: int) -> None:
-    """Soft-threshold some queries at a time, so that a memory-mapped matrix is never whole in memory."""
-    at_once = max(1, _IN_MEMORY_BYTES // (4 * max(1, len(scores))))
-    for start in range(0, scores.shape[1], at_once):
-        columns = torch.from_numpy(np.array(scores[:, start : start + at_once]))
-        scores[:, start : start + at_once] = soft_threshold(columns, keep).numpy()
+        scores = stream_scores(self.members, solved, out_to_loss_power=options.out_to_loss_power)
+        yield from tqdm(scores, total=n_shards, unit="shards", desc="Scoring", disable=not progress)
 
 
 _top_k: Callable[..., Any] = top_k  # the method's own argument has the name users expect
-
-
-def _allocate(shape: tuple[int, int], output_file: str | Path | None) -> np.ndarray:
-    if output_file is not None:
-        return np.lib.format.open_memmap(output_file, mode="w+", dtype=np.float32, shape=shape)
-    if 4 * shape[0] * shape[1] <= _IN_MEMORY_BYTES:
-        return np.empty(shape, dtype=np.float32)
-    with tempfile.TemporaryFile() as file:
-        return np.memmap(file, dtype=np.float32, mode="w+", shape=shape)

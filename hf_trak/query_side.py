@@ -16,7 +16,7 @@ from hf_trak.featurizer import Featurizer
 from hf_trak.members import Pass
 from hf_trak.passes import encode_pass
 from hf_trak.store import MemberReader, list_differences
-from hf_trak.tasks import Task
+from hf_trak.tasks import Bank, Task, in_direction
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -57,8 +57,11 @@ class QuerySide:
         self.processing_class = processing_class
         self.task = task
 
-    def featurizer(self, plan: Pass) -> Featurizer:
+    def featurizer(self, plan: Pass, *, direction: str = "pair") -> Featurizer:
         """Return the featurizer of a pass.
+
+        Args:
+            direction (`str`): For image-caption pairs: pair, image or caption; see [`AttributionIndex.score`].
 
         Raises:
             ValueError: If the model, task or parameters are not those recorded; the message lists what differs.
@@ -82,6 +85,9 @@ class QuerySide:
                 + "\n".join(f"  {line}" for line in lines)
                 + "\nGive the recorded checkpoint as `models`, or featurize the training set again."
             )
+        if (bank := self.members[first].bank()) is not None:
+            featurizer.use_bank(Bank.from_tensors(bank))
+        featurizer.use_task(in_direction(featurizer.task, direction))
         return featurizer
 
     def _model(self, plan: Pass) -> PreTrainedModel | str | Path | None:

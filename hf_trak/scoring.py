@@ -3,7 +3,7 @@ r"""Scores from features: a stream of blocks of training rows against a few prec
     τ(z_i, z) = [1/M Σ_m φ_m(z_i)ᵀ (K_m + λ μ̄_m I)⁻¹ φ_m(z)] · [1/M Σ_m Q_m,ii]
 
 A product of two means over members, as in the paper (Park et al., 2023) and MadryLab/trak. A positive score marks a proponent:
-training on z_i raises the query's output.
+training on z_i raises the query's output. The second mean may be taken to a power below 1.
 """
 
 from __future__ import annotations
@@ -60,19 +60,28 @@ def precondition(
     return preconditioned
 
 
+def weigh(out_to_loss: Float64[Tensor, "*rows"], power: float) -> Float64[Tensor, "*rows"]:
+    """Return `out_to_loss` to a power, its sign kept."""
+    return out_to_loss if power == 1 else out_to_loss.sign() * out_to_loss.abs() ** power
+
+
 def score_blocks(
-    blocks: Iterator[Sequence[MemberBlock]], preconditioned: Sequence[Float64[Tensor, "n_query proj_dim"]]
+    blocks: Iterator[Sequence[MemberBlock]],
+    preconditioned: Sequence[Float64[Tensor, "n_query proj_dim"]],
+    *,
+    out_to_loss_power: float = 1.0,
 ) -> Iterator[Float64[Tensor, "_ n_query"]]:
     """Yield the scores of each block of training rows, in float64.
 
     Args:
         blocks (`Iterator`): For each block of rows, those rows of every member.
         preconditioned (`Sequence`): The queries of every member, from [`precondition`].
+        out_to_loss_power (`float`): What the mean `out_to_loss` is raised to. The paper has 1.
     """
     for members in blocks:
         influence = torch.stack([_influence(*pair) for pair in zip(members, preconditioned, strict=True)]).mean(0)
         out_to_loss = torch.stack([block.out_to_loss.double() for block in members]).mean(0)
-        yield influence * out_to_loss.unsqueeze(1)
+        yield influence * weigh(out_to_loss, out_to_loss_power).unsqueeze(1)
 
 
 def _influence(block: MemberBlock, preconditioned: Float64[Tensor, "n_query proj_dim"]) -> Float64[Tensor, "rows n_query"]:

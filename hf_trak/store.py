@@ -2,6 +2,7 @@
 
 member_0/train-00000-of-00004.parquet     example_id and the trak_* columns
 member_0/kernel.safetensors
+member_0/bank.safetensors                 only for contrastive tasks: what their examples are held against; written first
 member_0/mask.safetensors                 only where the checkpoint was trained on some of the rows: which
 member_0/member.json                      what these rows are; written last: a folder without it is unfinished
 member_0/.progress/                       while unfinished: what is being computed, and which shards are whole
@@ -32,6 +33,7 @@ from hf_trak.hashing import hash_file
 MEMBER_NAME = "member.json"
 KERNEL_NAME = "kernel.safetensors"
 MASK_NAME = "mask.safetensors"
+BANK_NAME = "bank.safetensors"
 _PROGRESS = ".progress"
 TEMPORARY = ".tmp"  # ends the names of files that are not whole
 _ROW_GROUP_BYTES = 12 << 20
@@ -172,6 +174,16 @@ class MemberWriter:
     def read(self, shard: int) -> Shard:
         return read_shard(self.path(shard))
 
+    def write_bank(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write what examples are held against, before the first shard."""
+        whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        write_atomically(self.folder / BANK_NAME, lambda temporary: save_file(whole, temporary))
+
+    def bank(self) -> dict[str, Tensor] | None:
+        """Return what [`~MemberWriter.write_bank`] wrote, if it did."""
+        path = self.folder / BANK_NAME
+        return load_file(path) if path.exists() else None
+
     def finish(
         self,
         kernel: Float64[Tensor, "proj_dim proj_dim"],
@@ -183,6 +195,8 @@ class MemberWriter:
         for name, tensor in ((KERNEL_NAME, kernel), (MASK_NAME, mask)):
             if tensor is not None:
                 files.append(self._write_tensor(name, tensor))
+        if (self.folder / BANK_NAME).exists():
+            files.append(_record(self.folder / BANK_NAME))
         write_json(self.folder / MEMBER_NAME, {"identity": self.identity, **description, "files": files})
         shutil.rmtree(self.folder / _PROGRESS)
 
@@ -190,7 +204,11 @@ class MemberWriter:
         path = self.folder / name
         key = name.split(".")[0]
         write_atomically(path, lambda temporary: save_file({key: tensor.contiguous()}, temporary))
-        return {"file": name, "bytes": path.stat().st_size, "sha256": hash_file(path)}
+        return _record(path)
+
+
+def _record(path: Path) -> dict[str, Any]:
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": hash_file(path)}
 
 
 class MemberReader:
@@ -238,6 +256,20 @@ class MemberReader:
     def mask(self) -> Bool[Tensor, " rows"] | None:
         """Return which rows the checkpoint was trained on; None if that is not recorded."""
         return self._read_tensor(MASK_NAME) if any(e["file"] == MASK_NAME for e in self.info["files"]) else None
+
+    def bank(self) -> dict[str, Tensor] | None:
+        """Return what examples were held against, by name; None for tasks that have no bank.
+
+        Raises:
+            ValueError: If it is not what was written: every score of the member depends on it.
+        """
+        record = next((entry for entry in self.info["files"] if entry["file"] == BANK_NAME), None)
+        if record is None:
+            return None
+        path = self.folder / BANK_NAME
+        if hash_file(path) != record["sha256"]:
+            raise ValueError(f"{path} has changed since it was written. Restore it from a copy, or featurize again.")
+        return load_file(path)
 
     def _read_tensor(self, name: str) -> Tensor:
         path = self.folder / name

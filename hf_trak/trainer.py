@@ -16,6 +16,7 @@ from hf_trak.config import TrakConfig
 from hf_trak.index import AttributionIndex
 from hf_trak.more_runs import MoreRuns
 from hf_trak.runs import RunRecord, describe_run, load_masks
+from hf_trak.tasks import PairCollator, is_dual_encoder
 from hf_trak.training_args import AttributionArguments
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class AttributionTrainer(Trainer):
     seeds. A process that was killed goes on when the same command is run again: finished runs are not repeated, an unfinished one
     resumes from its last checkpoint if `save_strategy` writes any, and starts again otherwise.
 
+    A dual encoder such as CLIP is trained with its own contrastive loss, on images and captions as they are: see [`PairCollator`].
+
     Args:
         task (`Task`, *optional*): What to attribute, for models no task serves; by default, by the model's architecture.
         args, kwargs: As `Trainer` has them. `args` are [`AttributionArguments`].
@@ -63,6 +66,9 @@ class AttributionTrainer(Trainer):
             raise ValueError(
                 f"`args` must be AttributionArguments, but is {type(args).__name__}; they take the same arguments."
             )
+        if model is not None and is_dual_encoder(model) and kwargs.get("data_collator") is None:
+            kwargs["data_collator"] = PairCollator(model, args.trak_config(), kwargs.get("processing_class"))
+            args.remove_unused_columns = False  # images and captions become what the model takes in the collator
         super().__init__(model=model, args=args, **kwargs)
         self.task = task
         self.index: AttributionIndex | None = None

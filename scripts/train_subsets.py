@@ -52,7 +52,7 @@ class JobArguments:
     n_members: int = field(default=20, metadata={"help": "Subsets of the members, other than the ground truth's."})
     n_full: int = field(default=5, metadata={"help": "Runs on the whole training set."})
     keep_epochs: int = field(
-        default=5, metadata={"help": "Keep the weights of so many last epochs of the runs on the whole set."}
+        default=5, metadata={"help": "Keep the weights of so many last epochs, if there are, of the runs on the whole set."}
     )
     shard_index: int = field(default=0, metadata={"help": "Which part of the runs to do."})
     num_shards: int = field(default=1, metadata={"help": "Number of parts; each process of accelerate takes a part of a part."})
@@ -109,7 +109,7 @@ def make_jobs(args: JobArguments, recipe: Recipe, prepared: Prepared, state: Par
     """Return the jobs that were asked for, in the order of their arguments."""
     n_train = len(prepared.train_rows)
     shapes = {
-        "full": (make_masks(n_train, 1, 1.0), args.n_full, args.keep_epochs),
+        "full": (make_masks(n_train, 1, 1.0), args.n_full, min(args.keep_epochs, recipe.epochs)),
         "members": (make_masks(n_train, args.n_members, args.alpha, seed=1), 1, 1),
         "ground_truth": (make_masks(n_train, args.n_subsets, args.alpha, seed=0), args.n_seeds, 0),
     }
@@ -142,19 +142,24 @@ def report(jobs: dict[str, SubsetJob], args: JobArguments) -> None:
 
 def parse_arguments(arguments: list[str]) -> tuple[JobArguments, Setting, Recipe]:
     """Return the arguments; `--setting NAME --scale SCALE` is short for `--config scripts/configs/NAME_SCALE.yaml`."""
-    shortcut = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    shortcut.add_argument("--setting", choices=sorted({path.stem.rsplit("_", 1)[0] for path in CONFIGS.glob("*.yaml")}))
-    shortcut.add_argument("--scale", choices=["paper", "small"], default="paper")
-    chosen, rest = shortcut.parse_known_args(arguments)
-    if chosen.setting is not None:
-        rest = ["--config", str(CONFIGS / f"{chosen.setting}_{chosen.scale}.yaml"), *rest]
     parser = make_parser(
         [JobArguments, Setting, Recipe],
         command="train_subsets",
         usage="--setting SETTING [--scale small] --output FOLDER [options]",
         description=__doc__ or "",
     )
-    return parse(parser, rest)
+    return parse(parser, add_setting_shortcut(arguments))
+
+
+def add_setting_shortcut(arguments: list[str]) -> list[str]:
+    """Return the arguments with `--setting` and `--scale` replaced by the `--config` they stand for."""
+    shortcut = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    shortcut.add_argument("--setting", choices=sorted({path.stem.rsplit("_", 1)[0] for path in CONFIGS.glob("*.yaml")}))
+    shortcut.add_argument("--scale", choices=["paper", "small"], default="paper")
+    chosen, rest = shortcut.parse_known_args(arguments)
+    if chosen.setting is not None:
+        return ["--config", str(CONFIGS / f"{chosen.setting}_{chosen.scale}.yaml"), *rest]
+    return rest
 
 
 if __name__ == "__main__":

@@ -146,6 +146,19 @@ def test_the_representation_is_what_the_head_reads(name):
     torch.testing.assert_close(torch.nn.functional.linear(hidden, head.weight, head.bias), logits, rtol=1e-4, atol=1e-5)
 
 
+def test_a_temperature_after_the_head_does_not_hide_it():
+    from hf_trak.models import ResNet9Config, ResNet9ForImageClassification
+
+    torch.manual_seed(0)
+    model = ResNet9ForImageClassification(ResNet9Config(width=2, num_labels=3, logit_scale=0.2)).eval()
+    pixels = torch.randn(4, 3, 16, 16)
+    hidden = represent(
+        Checkpoints(model).featurizer(0, sketched=False), {"pixel_values": pixels, "labels": torch.tensor([0, 1, 2, 0])}
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(0.2 * hidden @ model.classifier.weight.T, model(pixels).logits)
+
+
 def test_representation_similarity_is_that_of_the_last_hidden_states():
     models = [make_model("vit", seed=seed).eval() for seed in (0, 1)]
     train, queries = image_rows(6, seed=1), image_rows(3, seed=2)

@@ -23,6 +23,10 @@ FULL: dict[str, Any] = {
     "image_column": "image",
     "label_column": "label",
     "max_length": 64,
+    "reduction": "sum",
+    "score_tokens": "content",
+    "bank_size": 300,
+    "bank_seed": 4,
     "format_version": FORMAT_VERSION,
 }
 
@@ -85,6 +89,8 @@ def test_a_damping_of_zero_is_the_papers_and_allowed():
         ({"proj_dim": "8"}, "`proj_dim` must be a whole number of at least 1, but is '8'"),
         ({"proj_dim": True}, "`proj_dim` must be a whole number of at least 1, but is True"),
         ({"fold": 0}, "`fold` must be a whole number of at least 1, but is 0"),
+        ({"reduction": "max"}, "`reduction` must be one of mean, sum, but is 'max'"),
+        ({"score_tokens": "some"}, "`score_tokens` must be one of all, content, but is 'some'"),
         ({"dtype": "int8"}, "`dtype` must be one of float32, float16, but is 'int8'"),
         ({"gradients": "magic"}, "`gradients` must be one of layerwise, functional, but is 'magic'"),
         ({"text_columns": ()}, "one column or two, but has 0"),
@@ -138,3 +144,8 @@ def test_what_is_chosen_after_featurizing_is_no_difference():
 @pytest.mark.parametrize("field", sorted(set(FULL) - {"damping", "dtype", "format_version", "gradients"}))
 def test_every_field_that_gives_features_their_meaning_is_a_difference(field: str):
     assert len(TrakConfig(**{field: FULL[field]}).differences(TrakConfig())) == 1
+
+
+def test_fields_that_came_later_are_no_part_of_an_older_members_identity():
+    assert not {"bank_size", "bank_seed", "task", "damping"} & set(TrakConfig().identity())
+    assert TrakConfig(bank_size=300).identity()["bank_size"] == 300

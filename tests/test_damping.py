@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from hf_trak.damping import GRID, DampingChoice, choose_damping, spearman, split_in_halves
+from hf_trak.damping import GRID, DampingChoice, choose_damping, spearman, split_in_halves, take
 from hf_trak.linalg import accumulate_kernel
 from hf_trak.runs import draw_masks
 from hf_trak.store import MemberReader, MemberWriter, encode_columns
@@ -56,12 +56,19 @@ def linear_ensemble(folder, truth, *, noise=0.0, **options):
 
 
 @pytest.mark.parametrize("truth", [0.01, 0.3, 3.0, 30.0])
-def test_the_damping_that_made_the_outputs_is_chosen(tmp_path, truth):
+def test_the_damping_that_made_the_outputs_ranks_best_and_one_as_good_is_chosen(tmp_path, truth):
     choice = choose_damping(linear_ensemble(tmp_path, truth), range(N_CHECKPOINTS))
-    assert choice.damping == truth
+    assert choice.curve[GRID.index(choice.damping)] > max(choice.curve) - 0.1
+    assert min(truth, 3**0.5) <= choice.damping <= max(truth, 3**0.5), "nearer to the usual, if anything"
     assert choice.curve[GRID.index(truth)] == pytest.approx(1.0, abs=2e-3), "its scores rank the outputs perfectly"
     assert max(choice.curve) == choice.curve[GRID.index(truth)]
     assert (choice.n_checkpoints, choice.n_targets) == (N_CHECKPOINTS, N)
+
+
+def test_a_few_checkpoints_do_not_overrule_what_is_usual_and_many_do():
+    curve = [0.1, 0.1, 0.1, 0.15, 0.15, 0.15, 0.15, 0.2, 0.1]
+    assert take(curve, GRID, n_checkpoints=4) in (1.0, 3.0)
+    assert take(curve, GRID, n_checkpoints=50) == 30.0
 
 
 def test_noisy_outputs_lower_the_curve_and_leave_the_choice_near(tmp_path):

@@ -72,7 +72,7 @@ def test_gradients_are_computed_once_per_checkpoint(checkpoints, tmp_path, monke
 
 def test_scores_of_many_members_are_the_product_of_two_means(built):
     expected = trak_scores(*columns_of(built), DEFAULT_DAMPING)
-    scores = built.score(QUERIES, progress=False)
+    scores = built.score(QUERIES, out_to_loss_power=1, progress=False)
     assert np.isfinite(scores).all()
     np.testing.assert_allclose(scores, expected, rtol=2e-6, atol=1e-7 * np.abs(expected).max())
 
@@ -81,9 +81,10 @@ def test_scores_of_many_members_are_the_product_of_two_means(built):
 def test_corrections_are_those_of_the_equation(built, residual_weighting, leverage):
     options = {"residual_weighting": residual_weighting, "leverage": leverage}
     expected = corrected_scores(*columns_of(built), 0.5, **options)
-    scores = built.score(QUERIES, damping=0.5, progress=False, **options)
+    scores = built.score(QUERIES, damping=0.5, out_to_loss_power=1, progress=False, **options)
     np.testing.assert_allclose(scores, expected, rtol=5e-6, atol=1e-6 * np.abs(expected).max())
-    assert not np.allclose(scores, built.score(QUERIES, damping=0.5, progress=False), rtol=1e-3)
+    plain = built.score(QUERIES, damping=0.5, out_to_loss_power=1, progress=False)
+    assert not np.allclose(scores, plain, rtol=1e-3)
 
 
 def test_residual_weighting_is_refused_where_there_is_no_class_probability(tmp_path):
@@ -115,7 +116,7 @@ def test_a_soft_threshold_leaves_so_many_scores_and_attribute_agrees(built, keep
 
 def test_a_soft_threshold_in_pieces_is_the_same(built, monkeypatch):
     expected = built.score(QUERIES, soft_threshold=5, progress=False)
-    monkeypatch.setattr("hf_trak.index._IN_MEMORY_BYTES", 4 * 50 * 2)
+    monkeypatch.setattr("hf_trak.score_matrix._IN_MEMORY_BYTES", 4 * 50 * 2)
     assert np.array_equal(built.score(QUERIES, soft_threshold=5, progress=False), expected)
     with pytest.raises(ValueError, match="`soft_threshold` is the number of scores per query to keep, at least 1, but is 0"):
         built.score(QUERIES, soft_threshold=0, progress=False)

@@ -18,6 +18,7 @@ from models import make_model
 from reference import trak_scores
 
 from hf_trak import AttributionIndex, Task, TrakConfig
+from hf_trak.ensemble import default_power
 from hf_trak.linalg import DEFAULT_DAMPING
 
 CONFIG = TrakConfig(proj_dim=32)
@@ -59,7 +60,7 @@ def test_scores_are_those_of_the_equation(built):
         queries.append(built.featurize_queries(QUERIES, number, progress=False)["trak_features"])
     for damping in (None, 0.5):
         expected = trak_scores(features, queries, out_to_loss, DEFAULT_DAMPING if damping is None else damping)
-        scores = built.score(QUERIES, damping=damping, progress=False)
+        scores = built.score(QUERIES, damping=damping, out_to_loss_power=1, progress=False)
         assert scores.shape == (50, 6)
         assert np.isfinite(scores).all()
         np.testing.assert_allclose(scores, expected, rtol=2e-6, atol=1e-7 * np.abs(expected).max())
@@ -87,7 +88,25 @@ def test_top_k_above_the_training_set_returns_all_of_it(built):
 
 
 def test_self_influence_is_an_examples_score_for_itself(built):
-    np.testing.assert_allclose(built.self_influence(), np.diag(built.score(TRAIN, progress=False)), rtol=1e-4)
+    expected = np.diag(built.score(TRAIN, out_to_loss_power=1, progress=False))
+    np.testing.assert_allclose(built.self_influence(), expected, rtol=1e-4)
+
+
+def test_scores_weigh_by_the_root_of_out_to_loss_unless_told(built):
+    whole = built.score(QUERIES, out_to_loss_power=1, progress=False).astype(np.float64)
+    out_to_loss = np.mean([torch.cat([shard.out_to_loss for shard in m.shards()]).numpy() for m in built.members], axis=0)
+    root = built.score(QUERIES, progress=False)
+    np.testing.assert_allclose(root, whole / out_to_loss[:, None] ** 0.5, rtol=1e-5)
+    influence = built.score(QUERIES, out_to_loss_power=0, progress=False)
+    np.testing.assert_allclose(influence, whole / out_to_loss[:, None], rtol=1e-5)
+    for power in (-0.5, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="`out_to_loss_power` must lie in 0 to 1"):
+            built.score(QUERIES, out_to_loss_power=power, progress=False)
+
+
+def test_out_to_loss_that_is_no_probability_keeps_its_power():
+    assert default_power("text-classification") == default_power("causal-lm") == 0.5
+    assert default_power("text-regression") == default_power("custom:loss") == 1.0
 
 
 def test_several_processes_are_refused_rather_than_left_to_race(tmp_path, checkpoints, monkeypatch):
@@ -139,7 +158,7 @@ def test_large_scores_are_memory_mapped(built, tmp_path, monkeypatch):
     mapped = built.score(QUERIES, output_file=tmp_path / "scores.npy", progress=False)
     assert isinstance(mapped, np.memmap)
     assert np.array_equal(np.load(tmp_path / "scores.npy"), expected)
-    monkeypatch.setattr("hf_trak.index._IN_MEMORY_BYTES", 100)
+    monkeypatch.setattr("hf_trak.score_matrix._IN_MEMORY_BYTES", 100)
     temporary = built.score(QUERIES, progress=False)
     assert isinstance(temporary, np.memmap)
     assert np.array_equal(temporary, expected)

@@ -1,12 +1,15 @@
 """The README says what is true: its example runs, and its tables are what `results/` holds."""
 
 import json
+import pkgutil
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from hf_trak.cli.main import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = sorted((ROOT / "results").glob("*.json"))
@@ -42,4 +45,17 @@ def test_results_have_the_common_schema(path):
 def test_commands_of_the_readme_exist():
     text = (ROOT / "README.md").read_text()
     for flag in re.findall(r"hf-trak (\w+)", text):
-        assert flag in ("demo", "featurize", "attribute"), flag
+        assert flag in COMMANDS, flag
+
+
+def test_every_name_of_ours_in_the_paper_index_exists():
+    text = (ROOT / "docs" / "paper_index.md").read_text()
+    names = sorted(set(re.findall(r"`(hf_trak(?:\.\w+)+)", text)))
+    assert len(names) > 5
+    for name in names:
+        assert pkgutil.resolve_name(name), name
+    from hf_trak.evaluation.baselines import BASELINES, SUBSET_FITS
+
+    table = text.split("Baselines of the paper's figures")[1].split("##")[0]
+    ours = {name for row in table.splitlines() if row.startswith("|") for name in re.findall(r"`(\w+)`", row.split("|")[2])}
+    assert ours <= {*BASELINES, *SUBSET_FITS, "datamodel", "cross_fit"}

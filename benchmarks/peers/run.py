@@ -32,7 +32,7 @@ def measure_ours(options: argparse.Namespace, *flags: str) -> list[dict[str, Any
     """Return hf_trak's rows on the same workloads."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "ours.json"
-        common_flags = [f"--dataset={options.dataset}", f"--threads={options.threads}", f"--rounds={options.rounds or 3}"]
+        common_flags = [f"--dataset={options.dataset}", f"--threads={options.threads}", f"--rounds={options.rounds or 5}"]
         common_flags += [f"--{name}={value}" for name in ("model", "rows", "batch_size") if (value := getattr(options, name))]
         script = common.ROOT / "benchmarks" / "featurize.py"
         command = [sys.executable, str(script), *common_flags, "--skip_parts", f"--output={output}", *flags]
@@ -47,7 +47,7 @@ def main() -> None:
     skip, rest = parser.parse_known_args()
     sys.argv[1:] = rest
     options = common.parse(__doc__, {}, output="results/peers_cpu.json")
-    rows = measure_ours(options, "--workloads=decoder", "--memory_proj_dim")
+    rows = measure_ours(options, "--workloads=decoder", "--memory_proj_dim", "--proj_dim", "512", "4096")
     rows += measure_ours(options, "--workloads=decoder", "--memory_proj_dim", f"--parameters={BLOCKS}")
     failed = []
     for case_name, (peer, name) in cases.items():

@@ -2,11 +2,12 @@
 
     python benchmarks/peers/run_bergson.py --dataset qnli.parquet --output results/peers_bergson.json
 
-It runs as its in-memory interface has it, `CollectorComputer` with an `InMemoryCollector`, on the mean log-odds of each row's tokens,
-with the parameters frozen as its own `build` freezes them. It projects either each module on both sides, `per_module`, or all of them
-into one vector, `global`, whose matrix it generates again for every batch: one batch, once, is what finishes. Either covers the
-weights of the layers inside `base_model` alone: no embeddings, head, norms or biases. It serves causal language models, and neither
-BERT's classification (a pooled input of two dimensions is refused) nor ViT (as is the patch convolution's of four).
+It runs as its in-memory interface has it, `CollectorComputer` with an `InMemoryCollector`, on the mean log-odds of each row's
+tokens, with the parameters frozen as its own `build` freezes them. It projects either each module on both sides, `per_module`,
+or all of them into one vector, `global`, whose matrix it generates again for every batch: one batch, once, of 512 features is
+what finishes. Either covers the weights of the layers inside `base_model` alone: no embeddings, head, norms or biases. It
+serves causal language models, and neither BERT's classification (a pooled input of two dimensions is refused) nor ViT (as is
+the patch convolution's of four).
 """
 
 from __future__ import annotations
@@ -152,8 +153,8 @@ class Global(Collected):
 
 
 CASES = {
-    "decoder": Case("decoder", Collected, proj_dim=4096, rows=64, memory_gb=4),
-    "decoder-global": Case("decoder", Global, proj_dim=4096, rows=16, rounds=1, memory_gb=4),
+    "decoder": Case("decoder", Collected, proj_dim=4096, rows=64, rounds=5, memory_gb=4),
+    "decoder-global": Case("decoder", Global, proj_dim=512, rows=16, rounds=1, memory_gb=4),
 }
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from workloads import Workload
 
-ENVIRONMENT = Environment("traker==0.3.2", dependencies=("tqdm",))
+ENVIRONMENT = Environment("traker==0.3.2", dependencies=("tqdm", "jaxtyping"))
 TASKS = {"bert": "text_classification", "vit": "image_classification"}
 CHECKED = 4
 

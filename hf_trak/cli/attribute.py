@@ -42,6 +42,12 @@ class AttributeArguments:
     split: str = field(default="validation", metadata={"help": "Split of the queries."})
     max_queries: int | None = field(default=None, metadata={"help": "Use only the first queries."})
     top_k: int = field(default=10, metadata={"help": "Proponents and opponents per query."})
+    direction: str = field(
+        default="pair",
+        metadata={
+            "help": "Of image-caption pairs: pair, image (how it tells its caption) or caption (how it tells its image)."
+        },
+    )
     damping: str | None = field(default=None, metadata={"help": "A number or auto, in place of the index's damping."})
     model: list[str] | None = field(
         default=None, metadata={"help": "Checkpoints, in order, in place of the recorded ones.", "action": Collect}
@@ -80,11 +86,15 @@ def run(args: AttributeArguments) -> None:
     train = _load_train(args, index)
     batch_size = int(args.batch_size) if args.batch_size.isdigit() else args.batch_size
     damping = None if args.damping is None else replace(index.config, damping=args.damping).damping  # type: ignore[arg-type]
-    hits = index.attribute(queries, args.top_k, damping=damping, batch_size=batch_size)
+    hits = index.attribute(queries, args.top_k, damping=damping, direction=args.direction, batch_size=batch_size)
     write_hits(hits, output)
 
     columns: dict[str, Any] = {name: getattr(index.config, name) for name in ("text_columns", "image_column", "label_column")}
-    readers = ExampleReader(queries, **columns), ExampleReader(train, **(columns if train is not None else {}))
+    of_pairs = index.config.task == "contrastive"
+    readers = (
+        ExampleReader(queries, **columns, captions=of_pairs),
+        ExampleReader(train, **(columns if train is not None else {}), captions=of_pairs),
+    )
     shown = read_attributions(hits, *readers, rows=list(range(min(_SHOWN_QUERIES, len(hits)))), top_k=_SHOWN_HITS)
     print(f"\n{table(shown)}\n\nHits of {len(hits):,} queries: {output}")
     if args.report is not None:

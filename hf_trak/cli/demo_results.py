@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from hf_trak.cli.results import commit
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -79,7 +80,7 @@ def results_of(
     return {
         "name": "demo",
         "command": _command(args),
-        "commit": _commit(),
+        "commit": commit(),
         "versions": info["versions"],
         "hardware": info["hardware"],
         "rows": rows,
@@ -98,12 +99,3 @@ def _command(args: DemoArguments) -> str:
     given = {f.name: getattr(args, f.name) for f in fields(args) if getattr(args, f.name) != f.default}
     flags = [f"--{key} {' '.join(value) if isinstance(value, list) else value}" for key, value in given.items()]
     return " ".join(["hf-trak demo", *flags])
-
-
-def _commit() -> str | None:
-    """Return the commit this package runs from, if it runs from a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from hf_trak.tasks.pairs import find_caption_column
+
 if TYPE_CHECKING:
     from datasets import Dataset
     from PIL.Image import Image
@@ -49,6 +51,7 @@ class ExampleReader:
         dataset (`Dataset`, *optional*): Without it, an example is its row number alone.
         text_columns, image_column, label_column (*optional*): Found by type and name otherwise.
         notes (`Mapping[int, str]`, *optional*): By row.
+        captions (`bool`): Of several text columns, only the one that holds the images' captions is shown.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class ExampleReader:
         image_column: str | None = None,
         label_column: str | None = None,
         notes: Mapping[int, str] | None = None,
+        captions: bool = False,
     ) -> None:
         self.dataset = dataset
         self.notes = notes or {}
@@ -69,12 +73,14 @@ class ExampleReader:
         self.label_column = label_column or (labels[0] if labels else None)
         self.image_column = image_column or (images[0] if images else None)
         self.text_columns = text_columns or tuple(name for name in strings if name != self.label_column)
+        if captions and text_columns is None and dataset is not None and (column := find_caption_column(dataset.features)):
+            self.text_columns, self.label_column = (column,), None
 
     def __getitem__(self, row: int) -> Example:
         if self.dataset is None:
             return Example(row, note=self.notes.get(row, ""))
         values = self.dataset[row]
-        text = "  |  ".join(str(values[column]) for column in self.text_columns)
+        text = "  |  ".join(_text_of(values[column]) for column in self.text_columns)
         if not text and self.image_column is None and "input_ids" in values:
             text = "tokens " + " ".join(map(str, values["input_ids"]))
         return Example(
@@ -88,6 +94,10 @@ class ExampleReader:
     def _label(self, value: Any) -> str:
         names = getattr(self.dataset.features[self.label_column], "names", None)  # type: ignore[union-attr]
         return names[value] if names and isinstance(value, int) and 0 <= value < len(names) else str(value)
+
+
+def _text_of(value: Any) -> str:
+    return "  /  ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def read_attributions(

@@ -14,6 +14,7 @@ COMMANDS = {
     "demo": "train a small classifier with mislabeled examples, and find them; or try your own model and dataset",
     "featurize": "make an index: the features of a training set under one or more checkpoints",
     "attribute": "ask an index which training examples raised and lowered the model's output on your queries",
+    "evaluate": "measure how good attributions are, against what is known",
 }
 
 _EPILOG = """\

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_trak.cli.examples import Attribution, Example, Hit
+from hf_trak.tasks.pictures import to_rgb
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _TABLE_WIDTH = 110
 _HTML_CHARACTERS = 1200
 _PNG_CHARACTERS = 110
+_PNG_CAPTION_CHARACTERS = 100
 _PNG_QUERIES = 5
 _PNG_TEXTS = 3  # proponents and opponents, where each is a text
 _IMAGE_SIDE = 256
@@ -128,7 +130,7 @@ def _picture(example: Example) -> str:
 
 
 def _png_base64(image: Image) -> str:
-    copy = image if image.mode in ("L", "RGB", "RGBA") else image.convert("RGB")
+    copy = image if image.mode in ("L", "RGB", "RGBA") else to_rgb(image)
     copy = copy.copy()
     copy.thumbnail((_IMAGE_SIDE, _IMAGE_SIDE))
     buffer = io.BytesIO()
@@ -151,7 +153,8 @@ def save_png(attributions: Sequence[Attribution], path: str | Path, *, title: st
     """
     figure_class, canvas_class = _matplotlib()
     with_images = any(attribution.query.image is not None for attribution in attributions)
-    width, height = (1.25, 1.75) if with_images else (2.3, 1.45)
+    with_captions = any(a.query.image is not None and a.query.text for a in attributions)
+    width, height = (1.25, 2.55 if with_captions else 1.75) if with_images else (2.3, 1.45)
     if not with_images:
         attributions = [
             replace(a, proponents=a.proponents[:_PNG_TEXTS], opponents=a.opponents[:_PNG_TEXTS]) for a in attributions
@@ -192,7 +195,14 @@ def _draw(cell: Any, example: Example, caption: str, color: str) -> None:
     title = "\n".join([*textwrap.wrap(heading, 24)[:2], caption])
     cell.set_title(title, fontsize=7.5, color=color, pad=3, loc="left" if example.image is None else "center", parse_math=False)
     if example.image is not None:
-        cell.imshow(example.image.convert("RGB"), interpolation="nearest" if max(example.image.size) < 64 else None)
+        cell.imshow(to_rgb(example.image), interpolation="nearest" if max(example.image.size) < 64 else None)
+        lines = textwrap.wrap(_shorten(example.text, _PNG_CAPTION_CHARACTERS), 21)
+        if lines:  # as far below a low picture as below a high one
+            cell.set_anchor("N")
+            cell.annotate(
+                "\n".join(lines), (0.5, 0), xytext=(0, -3), xycoords="axes fraction", textcoords="offset points", ha="center",
+                va="top", fontsize=6, color="black", parse_math=False,
+            )  # fmt: skip
         return
     text = _shorten(example.text, _PNG_CHARACTERS) or f"row {example.row}"
     cell.set(xlim=(0, 1), ylim=(0, 1))

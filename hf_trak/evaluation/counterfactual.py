@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int64
 from tqdm.auto import tqdm
 
+from hf_trak.evaluation.lds import bootstrap_draws, percentile_interval
 from hf_trak.hashing import hash_json
 from hf_trak.store import list_differences, write_json
 
@@ -198,9 +199,8 @@ def bootstrap_interval(values: Float[np.ndarray, " n"], *, seed: int = 0) -> tup
     """Return the 95 % bootstrap interval of the mean of `values`; None for a single one."""
     if len(values) < 2:
         return None
-    rows = np.random.default_rng(seed).integers(len(values), size=(_N_RESAMPLES, len(values)))
-    low, high = np.percentile(values[rows].mean(1), [2.5, 97.5])
-    return float(low), float(high)
+    rows = bootstrap_draws(np.random.default_rng(seed), len(values), _N_RESAMPLES)
+    return percentile_interval(values[rows].mean(1).tolist(), 0.95)
 
 
 def _row(plan: Counterfactuals, method: str, k: int, metric: str, values: np.ndarray, unit: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 
 
 class LDS(NamedTuple):
@@ -76,9 +76,11 @@ def lds(
     per_query = spearman(predictions, outputs)
     generator = np.random.default_rng(seed)
     if resample == "subsets":
-        means = [_mean(spearman(predictions[rows], outputs[rows])) for rows in _draws(generator, len(outputs), n_bootstrap)]
+        means = [
+            _mean(spearman(predictions[rows], outputs[rows])) for rows in bootstrap_draws(generator, len(outputs), n_bootstrap)
+        ]
     else:
-        means = [_mean(per_query[rows]) for rows in _draws(generator, len(per_query), n_bootstrap)]
+        means = [_mean(per_query[rows]) for rows in bootstrap_draws(generator, len(per_query), n_bootstrap)]
     undefined = int(np.isnan(per_query).sum())
     return LDS(_mean(per_query), per_query, percentile_interval(means, confidence), undefined)
 
@@ -148,7 +150,8 @@ def _mean(correlations: np.ndarray) -> float:
     return float(defined.mean()) if len(defined) else float("nan")
 
 
-def _draws(generator: np.random.Generator, count: int, n_draws: int) -> np.ndarray:
+def bootstrap_draws(generator: np.random.Generator, count: int, n_draws: int) -> Int64[np.ndarray, "n_draws count"]:
+    """Return `n_draws` draws of `count` rows, with replacement."""
     return generator.integers(count, size=(n_draws, count))
 
 
@@ -187,7 +190,7 @@ def ground_truth_reliability(
 
     factor = len(outputs) / len(halves[0][0])
     value = split_half(np.arange(outputs.shape[1]))
-    resampled = [split_half(rows) for rows in _draws(generator, outputs.shape[1], n_bootstrap)]
+    resampled = [split_half(rows) for rows in bootstrap_draws(generator, outputs.shape[1], n_bootstrap)]
     reliability = spearman_brown(value, factor)
     ceilings = [_ceiling(spearman_brown(half, factor)) for half in resampled]
     return Reliability(value, reliability, _ceiling(reliability), percentile_interval(ceilings, confidence))

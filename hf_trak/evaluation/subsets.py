@@ -281,7 +281,8 @@ def ground_truth_from(dataset: Dataset) -> GroundTruth:
     """Return the masks and outputs of a Dataset that [`collect`] made, whatever the order of its rows.
 
     Raises:
-        ValueError: If a column, or a seed of a subset, is missing.
+        ValueError: If a column, or a seed of a subset, is missing; if rows differ in length; or if seeds of a subset have masks of
+            their own.
     """
     absent = [name for name in ("subset", "seed", "mask", "outputs") if name not in dataset.column_names]
     if absent:
@@ -293,6 +294,15 @@ def ground_truth_from(dataset: Dataset) -> GroundTruth:
         raise ValueError(
             f"Expected each of {n_seeds} seeds once for each of {n_subsets} subsets, but there are {len(subsets)} rows."
         )
+    for name in ("mask", "outputs"):
+        if columns[name].ndim != 2:
+            raise ValueError(f"Expected as many numbers in every row of the column {name}, but its rows differ in length.")
     order = np.lexsort((subsets, seeds))
     outputs = columns["outputs"][order].reshape(n_seeds, n_subsets, -1)
-    return GroundTruth(columns["mask"][order][:n_subsets].astype(bool), outputs.astype(np.float32))
+    masks = columns["mask"][order].reshape(n_seeds, n_subsets, -1)
+    other = np.flatnonzero((masks != masks[0]).any((0, 2)))
+    if len(other):
+        raise ValueError(
+            f"The seeds of a subset must share its mask, but those of {len(other)} subsets do not: these are several jobs."
+        )
+    return GroundTruth(masks[0].astype(bool), outputs.astype(np.float32))

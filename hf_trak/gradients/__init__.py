@@ -1,6 +1,6 @@
 """Per-example gradients, sketched as they appear: tensors in, tensors out."""
 
-from hf_trak.gradients.batch import BatchFeatures, OutputFunction
+from hf_trak.gradients.batch import BatchFeatures, OutputFunction, evaluation_mode
 from hf_trak.gradients.check import check_gradients
 from hf_trak.gradients.dropout import thinned
 from hf_trak.gradients.functional import functional_features
@@ -15,6 +15,7 @@ __all__ = [
     "OutputFunction",
     "ParameterSelection",
     "check_gradients",
+    "evaluation_mode",
     "functional_features",
     "layerwise_features",
     "select_parameters",

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 OutputFunction = Callable[[Callable[..., Any], Mapping[str, Any]], tuple[Tensor, Tensor]]
 """`(model, batch) -> (output, out_to_loss)`, each `(batch,)`. Row i may depend on example i alone. `out_to_loss` is not
-differentiated. `model` may be a stand-in that behaves like the model when called."""
+differentiated. `model` may be a stand-in that behaves like the model when called, or when a method is. A parameter that the function
+itself reads it must get by `model.get_parameter(name)`, which may have one copy per example: (batch, *shape)."""
 
 
 class BatchFeatures(NamedTuple):

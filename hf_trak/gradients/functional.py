@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,11 +35,8 @@ def functional_features(
     constants = {key: value for key, value in batch.items() if key not in arrays}
 
     def output_of_one(selected: dict[str, Tensor], arrays_of_one: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return functional_call(model, selected, args, kwargs, tie_weights=True)
-
         example = {**constants, **{key: value.unsqueeze(0) for key, value in arrays_of_one.items()}}
-        output, out_to_loss = output_function(call, example)
+        output, out_to_loss = output_function(_StandIn(model, selected), example)
         check_outputs(output, out_to_loss, 1)
         return output[0], (output[0].detach(), out_to_loss[0])
 
@@ -53,3 +51,37 @@ def functional_features(
         for name, values in grads.items():
             projector.add(accumulator, name, values.to(dtype))
         return BatchFeatures(output, out_to_loss, projector.finish(accumulator))
+
+
+class _StandIn:
+    """Behaves like `model` with other values for some of its parameters: when called, when a method is, when a parameter is read."""
+
+    def __init__(self, model: nn.Module, selected: Mapping[str, Tensor]) -> None:
+        self._model = model
+        self._selected = selected
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return functional_call(self._model, dict(self._selected), args, kwargs, tie_weights=True)
+
+    def get_parameter(self, name: str) -> Tensor:
+        return self._selected[name] if name in self._selected else self._model.get_parameter(name)
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self._model, name)
+        if not inspect.ismethod(attribute):
+            return attribute
+        method = _Method(self._model, name)
+        selected = {f"model.{own}": value for own, value in self._selected.items()}
+        return lambda *args, **kwargs: functional_call(method, selected, args, kwargs, tie_weights=True)
+
+
+class _Method(nn.Module):
+    """A model whose forward pass is one of its other methods."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        super().__init__()
+        self.model = model
+        self.name = name
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.model, self.name)(*args, **kwargs)

@@ -17,8 +17,10 @@ from torch.func import functional_call, vjp, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hf_trak.gradients.batch import BatchFeatures, OutputFunction, check_outputs, evaluation_mode, working_dtype
-from hf_trak.gradients.rules import Contribution, Dense, Outer, Rows, find_rule
+from hf_trak.gradients.rules import Contribution, Dense, Outer, Rows, find_rule, own_parameters, owners
 from hf_trak.projectors import Projector
+
+_COUNTED_POSITIONS = ("BartLearnedPositionalEmbedding", "MBartLearnedPositionalEmbedding")
 
 
 def layerwise_features(
@@ -53,16 +55,19 @@ class _Watch:
     """Hooks on every module that owns a selected parameter, for the length of one forward and backward pass."""
 
     def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], projector: Projector, batch_size: int) -> None:
+        self.model = model
         self.projector = projector
         self.batch_size = batch_size
         self.accumulator: Tensor | None = None
         self.recomputing = False
+        self.model = model
+        self.parameters = parameters
         names = {id(parameter): name for name, parameter in parameters.items()}
         # module -> {its own name of a parameter: the model's name}; tied weights have the same name in every module
         self.owned = {
             module: owned
-            for module in model.modules()
-            if (owned := {own: names[id(p)] for own, p in module._parameters.items() if id(p) in names})
+            for module, used in owners(model).items()
+            if (owned := {own: names[id(p)] for own, p in used.items() if id(p) in names})
         }
 
     def __enter__(self) -> _Watch:
@@ -73,8 +78,49 @@ class _Watch:
                 handle = module.register_forward_pre_hook(self._expand_shared_rows)
                 self.stack.callback(handle.remove)
             hook = self._catch_functional if rule is None else self._catch(rule)
+            if type(module).__name__ in _COUNTED_POSITIONS:
+                hook = self._catch_counted_positions
             self.stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+
+        for module in self.model.modules():
+            bias = getattr(module, "relative_attention_bias", None)
+            if isinstance(bias, nn.Embedding) and bias in self.owned and hasattr(module, "compute_bias"):
+                self._watch_bias(module, bias)
+        # An output function may read parameters itself, such as a temperature: see `OutputFunction`.
+        self.model.__dict__["get_parameter"] = self._hand_out
+        self.stack.callback(self.model.__dict__.pop, "get_parameter")
         return self
+
+    def _watch_bias(self, attention: nn.Module, bias: nn.Embedding) -> None:
+        """Give every example its own copy of T5's relative attention bias, which is computed once for the whole batch."""
+        compute: Callable[..., Tensor] = attention.compute_bias  # type: ignore[assignment]
+
+        def compute_for_each(*args: Any, **kwargs: Any) -> Tensor:
+            buckets: list[Tensor] = []
+            handle = bias.register_forward_pre_hook(lambda module, inputs: buckets.append(inputs[0]))
+            self.recomputing, before = True, self.recomputing
+            try:
+                values = compute(*args, **kwargs)  # (1, heads, query, key)
+            finally:
+                self.recomputing = before
+                handle.remove()
+            if before or not torch.is_grad_enabled():
+                return values
+
+            def catch(grads: Tensor) -> None:
+                if self.accumulator is None:
+                    self._start(grads)
+                with torch.no_grad():
+                    # (batch, heads, query, key) -> (batch, query · key, heads) -> (batch, buckets, heads)
+                    flat = grads.permute(0, 2, 3, 1).flatten(1, 2).to(working_dtype(grads.dtype))
+                    total = flat.new_zeros(len(flat), *bias.weight.shape).index_add_(1, buckets[0].flatten(), flat)
+                    self._add(bias, {"weight": Dense(total)})
+
+            expanded = values.expand(self.batch_size, *values.shape[1:])
+            return _on_gradient([expanded], lambda grads: catch(grads[0]))[0]
+
+        attention.compute_bias = compute_for_each  # type: ignore[assignment]
+        self.stack.callback(attention.__dict__.pop, "compute_bias", None)
 
     def __exit__(self, *exception: object) -> None:
         self.stack.close()
@@ -85,6 +131,23 @@ class _Watch:
         assert self.accumulator is not None
         return self.projector.finish(self.accumulator)
 
+    def _hand_out(self, name: str) -> Tensor:
+        """Return a copy of a parameter per example, so that each one's gradient comes back by itself."""
+        parameter = type(self.model).get_parameter(self.model, name)
+        chosen = next((own for own, selected in self.parameters.items() if selected is parameter), None)
+        if chosen is None or not torch.is_grad_enabled():
+            return parameter
+        copies = parameter.detach().expand(self.batch_size, *parameter.shape).clone().requires_grad_()
+
+        def catch(grads: Tensor) -> None:
+            if self.accumulator is None:
+                self._start(grads)
+            assert self.accumulator is not None
+            self.projector.add(self.accumulator, chosen, grads.detach().to(self.accumulator.dtype))
+
+        copies.register_hook(catch)
+        return copies
+
     def _start(self, like: Tensor) -> None:
         self.accumulator = self.projector.start(self.batch_size, dtype=working_dtype(like.dtype), device=like.device)
 
@@ -93,6 +156,29 @@ class _Watch:
         if not self.recomputing and args and args[0].ndim == 2 and args[0].shape[0] == 1 < self.batch_size:
             return (args[0].expand(self.batch_size, -1), *args[1:])
         return None
+
+    def _catch_counted_positions(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
+        """Give every example its own copy of BART's position embeddings, which the module counts itself, from the first token on."""
+        if self.recomputing or not torch.is_grad_enabled():
+            return None
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(output.shape[1], device=output.device)
+        rows = (positions + module.offset).expand(self.batch_size, -1)  # type: ignore[operator]
+
+        def catch(grads: Tensor) -> None:
+            if self.accumulator is None:
+                self._start(grads)
+            with torch.no_grad():
+                values = grads.to(working_dtype(grads.dtype))
+                if module.padding_idx is not None:
+                    values = values * rows.ne(int(module.padding_idx)).unsqueeze(-1)  # type: ignore[arg-type]
+                self._add(module, {"weight": Rows(rows, values)})
+
+        expanded = output.expand(self.batch_size, *output.shape[1:])
+        return _on_gradient([expanded], lambda grads: catch(grads[0]))[0]
 
     def _catch(self, rule: Callable[..., dict[str, Contribution]]) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
@@ -119,7 +205,7 @@ class _Watch:
         if self.recomputing or not torch.is_grad_enabled():
             return None
         leaves, structure = tree_flatten((args, kwargs))
-        own = {name: module._parameters[name].detach() for name in self.owned[module]}  # type: ignore[union-attr]
+        own = {name: parameter.detach() for name, parameter in own_parameters(module).items() if name in self.owned[module]}
         # Autocast may have handed the module bfloat16; run again outside of it, it computes in its parameters' dtype.
         dtype = next(iter(own.values())).dtype
         leaves = [_as_dtype(leaf.detach(), dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -148,7 +234,8 @@ class _Watch:
                 self._start(filled[0])
             self.recomputing = True
             try:
-                values = vmap(grads_of_one)([leaves[i] for i in batched], [_as_dtype(grad.detach(), dtype) for grad in filled])
+                examples = [leaves[i] for i in batched], [_as_dtype(grad.detach(), dtype) for grad in filled]
+                values = _over_examples(grads_of_one, *examples)
             except Exception as error:
                 raise ValueError(
                     f"`layerwise` has no rule for {self._describe(module)}, and differentiating it on its own failed "
@@ -182,8 +269,8 @@ class _Watch:
                 case Outer(left, right):
                     self.projector.add_outer(self.accumulator, name, self._join(left), self._join(right))
                 case Rows(rows, values):
-                    shape = tuple(module._parameters[own].shape)  # type: ignore[union-attr]
-                    self.projector.add_rows(self.accumulator, name, shape, rows, values)
+                    shape = tuple(own_parameters(module)[own].shape)
+                    self.projector.add_rows(self.accumulator, name, shape, rows, values)  # type: ignore[arg-type]
                 case Dense(grads):
                     if len(grads) != self.batch_size:
                         grads = grads.unflatten(0, (self.batch_size, -1)).sum(1)
@@ -192,6 +279,17 @@ class _Watch:
     def _join(self, factor: Tensor) -> Tensor:
         """(batch · windows, tokens, dim) -> (batch, windows · tokens, dim)"""
         return factor.reshape(self.batch_size, -1, factor.shape[-1])
+
+
+def _over_examples(
+    function: Callable[[list[Tensor], list[Tensor]], dict[str, Tensor]], examples: list[Tensor], grads: list[Tensor]
+) -> dict[str, Tensor]:
+    """Call a function example by example: by `vmap`, or, where a module looks at values, as `vmap` forbids, one after another."""
+    try:
+        return vmap(function)(examples, grads)
+    except RuntimeError:
+        rows = [function([x[row] for x in examples], [x[row] for x in grads]) for row in range(len(grads[0]))]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def _on_gradient(outputs: list[Tensor], catch: Callable[[list[Any]], None]) -> list[Tensor]:

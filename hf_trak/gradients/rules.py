@@ -88,12 +88,23 @@ def embedding(module: nn.Embedding, inputs: Tensor, grads: Tensor) -> dict[str, 
     return {"weight": Rows(rows, values)}
 
 
+def scaled_embedding(module: nn.Embedding, inputs: Tensor, grads: Tensor) -> dict[str, Contribution]:
+    """BART's, which multiplies what it looks up."""
+    return embedding(module, inputs, grads * float(module.embed_scale))  # type: ignore[arg-type]
+
+
 def layer_norm(module: nn.LayerNorm, inputs: Tensor, grads: Tensor) -> dict[str, Contribution]:
     return _affine(F.layer_norm(inputs, module.normalized_shape, eps=module.eps), grads, module.normalized_shape)
 
 
 def rms_norm(module: nn.RMSNorm, inputs: Tensor, grads: Tensor) -> dict[str, Contribution]:
     return _affine(F.rms_norm(inputs, module.normalized_shape, eps=module.eps), grads, module.normalized_shape)
+
+
+def rms_norm_of_transformers(module: nn.Module, inputs: Tensor, grads: Tensor) -> dict[str, Contribution]:
+    """T5's layer norm and its likes, each a class of its own: a mean square, a scale, no bias."""
+    normalized = inputs * torch.rsqrt(inputs.square().mean(-1, keepdim=True) + float(module.variance_epsilon))  # type: ignore[arg-type]
+    return {"weight": Dense((grads * normalized).reshape(len(grads), -1, grads.shape[-1]).sum(1))}
 
 
 def _affine(normalized: Tensor, grads: Tensor, shape: tuple[int, ...]) -> dict[str, Contribution]:
@@ -135,6 +146,38 @@ RULES: dict[type[nn.Module], Rule] = {
 }
 
 
+# Class -> parameters of its children that it uses without calling the child, or that only it can tell the examples of.
+_ATTENTION = ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
+_OF_CHILDREN = {
+    "MultiheadAttention": _ATTENTION[2:],
+    "Siglip2VisionEmbeddings": ("position_embedding.weight",),
+    "Siglip2MultiheadAttentionPoolingHead": tuple(f"attention.{name}" for name in _ATTENTION),  # its mask has a row per head
+}
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters a module uses itself, by its own names for them."""
+    own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
+    for name in _OF_CHILDREN.get(type(module).__name__, ()):
+        place, _, leaf = name.rpartition(".")
+        if (parameter := module.get_submodule(place)._parameters.get(leaf)) is not None:
+            own[name] = parameter
+    return own
+
+
+def owners(model: nn.Module) -> dict[nn.Module, dict[str, nn.Parameter]]:
+    """Return for each module that uses parameters itself which those are; what a parent uses is not its child's."""
+    found: dict[nn.Module, dict[str, nn.Parameter]] = {}
+    taken: set[tuple[nn.Module, str]] = set()
+    for module in model.modules():  # parents first
+        own = own_parameters(module)
+        places = {name: (module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in own}
+        if kept := {name: parameter for name, parameter in own.items() if places[name] not in taken}:
+            found[module] = kept
+        taken |= set(places.values())
+    return found
+
+
 def find_rule(module: nn.Module) -> Rule | None:
     """Return the rule for a module, or None if it has none and must be differentiated functionally.
 
@@ -142,6 +185,10 @@ def find_rule(module: nn.Module) -> Rule | None:
     """
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         return conv1d_of_transformers
+    if type(module).__name__ in ("T5LayerNorm", "MT5LayerNorm") and hasattr(module, "variance_epsilon"):
+        return rms_norm_of_transformers
+    if isinstance(module, nn.Embedding) and type(module).__name__.endswith("ScaledWordEmbedding"):
+        return scaled_embedding if hasattr(module, "embed_scale") else None
     if isinstance(module, (nn.Conv1d, nn.Conv2d)) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
         return None
     if isinstance(module, nn.Embedding) and (module.scale_grad_by_freq or module.max_norm is not None):

@@ -1,21 +1,57 @@
 """What a model's output is, per task: finding its fields in a dataset, f(z; θ) per example, and its out-to-loss."""
 
+from hf_trak.tasks.annotation_inputs import SpanInputs, TokenLabelInputs
 from hf_trak.tasks.attention import vmappable_attention
 from hf_trak.tasks.auto import TASKS, AutoTask
+from hf_trak.tasks.bank import Bank, draw_rows
 from hf_trak.tasks.base import Task
+from hf_trak.tasks.contrastive import (
+    PairCollator,
+    bank_of,
+    contrastive_task,
+    embed_bank,
+    in_direction,
+    is_dual_encoder,
+    needs_bank,
+    with_bank,
+)
 from hf_trak.tasks.inputs import CustomInputs, ImageInputs, Inputs, TextInputs
+from hf_trak.tasks.language_inputs import CausalInputs, MaskedInputs, Seq2SeqInputs
 from hf_trak.tasks.outputs import classification_margin, margin, regression_prediction
+from hf_trak.tasks.pairs import PairInputs
+from hf_trak.tasks.token_inputs import TokenInputs
+from hf_trak.tasks.token_outputs import SpanOutput, TokenOutput, token_margins
 
 __all__ = [
     "TASKS",
     "AutoTask",
+    "Bank",
+    "CausalInputs",
     "CustomInputs",
     "ImageInputs",
     "Inputs",
+    "MaskedInputs",
+    "PairCollator",
+    "PairInputs",
+    "Seq2SeqInputs",
+    "SpanInputs",
+    "SpanOutput",
     "Task",
     "TextInputs",
+    "TokenInputs",
+    "TokenLabelInputs",
+    "TokenOutput",
+    "bank_of",
     "classification_margin",
+    "contrastive_task",
+    "draw_rows",
+    "embed_bank",
+    "in_direction",
+    "is_dual_encoder",
     "margin",
+    "needs_bank",
     "regression_prediction",
+    "token_margins",
     "vmappable_attention",
+    "with_bank",
 ]

@@ -24,6 +24,8 @@ def vmappable_attention(model: nn.Module) -> Iterator[None]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from transformers import PreTrainedModel
 
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        model = model.get_base_model()  # type: ignore[operator]
     if not isinstance(model, PreTrainedModel) or not model._supports_sdpa:
         yield
         return

@@ -6,9 +6,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from hf_trak.config import TrakConfig
+from hf_trak.tasks.annotation_inputs import SpanInputs, TokenLabelInputs
 from hf_trak.tasks.base import Task
+from hf_trak.tasks.contrastive import DUAL_ENCODERS, contrastive_task, is_dual_encoder
 from hf_trak.tasks.inputs import ImageInputs, TextInputs
+from hf_trak.tasks.language_inputs import CausalInputs, MaskedInputs, Seq2SeqInputs
 from hf_trak.tasks.outputs import classification_margin, regression_prediction
+from hf_trak.tasks.token_inputs import TokenInputs
+from hf_trak.tasks.token_outputs import SpanOutput, TokenOutput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,11 +41,35 @@ def _regression(name: str, inputs: Callable[..., TextInputs | ImageInputs]) -> C
     return make
 
 
+def _tokens(name: str, inputs: type[TokenInputs], output: Callable[[str], TokenOutput | SpanOutput]) -> Callable[..., Task]:
+    def make(model: PreTrainedModel, config: TrakConfig) -> Task:
+        return Task(name, inputs.for_model(model, config), output(config.reduction), needs_labels=False)
+
+    return make
+
+
 TASKS: dict[str, Callable[[PreTrainedModel, TrakConfig], Task]] = {
     "text-classification": _classification("text-classification", _text),
     "text-regression": _regression("text-regression", _text),
     "image-classification": _classification("image-classification", _image),
     "image-regression": _regression("image-regression", _image),
+    "causal-lm": _tokens("causal-lm", CausalInputs, lambda reduction: TokenOutput(reduction, shifted=True, decodes=True)),
+    "masked-lm": _tokens("masked-lm", MaskedInputs, TokenOutput),
+    "seq2seq": _tokens("seq2seq", Seq2SeqInputs, lambda reduction: TokenOutput(reduction, decodes=True)),
+    "question-answering": _tokens("question-answering", SpanInputs, SpanOutput),
+    "token-classification": _tokens("token-classification", TokenLabelInputs, TokenOutput),
+    "contrastive": contrastive_task,
+}
+
+
+# By the end of a class's name.
+_LANGUAGE_MODELS = {
+    "ForCausalLM": "causal-lm",
+    "LMHeadModel": "causal-lm",
+    "ForMaskedLM": "masked-lm",
+    "ForConditionalGeneration": "seq2seq",
+    "ForQuestionAnswering": "question-answering",
+    "ForTokenClassification": "token-classification",
 }
 
 
@@ -55,6 +84,7 @@ class AutoTask:
             ValueError: If the task is unknown, the architecture is not served, or the two do not fit.
         """
         config = config or TrakConfig()
+        model = _without_adapter(model)
         name = config.task
         if name == "auto":
             name = AutoTask.name_for(model)
@@ -70,7 +100,10 @@ class AutoTask:
     @staticmethod
     def name_for(model: PreTrainedModel) -> str:
         """Return the name of the task that a model's class and number of labels imply."""
+        model = _without_adapter(model)
         architecture = type(model).__name__
+        if is_dual_encoder(model):
+            return "contrastive"
         modality = {"ForSequenceClassification": "text", "ForImageClassification": "image"}
         for suffix, kind in modality.items():
             if architecture.endswith(suffix):
@@ -83,7 +116,21 @@ class AutoTask:
                         "task serves; make a task that picks one with `Task.custom`."
                     )
                 return f"{kind}-regression" if model.config.num_labels == 1 else f"{kind}-classification"
+        for suffix, name in _LANGUAGE_MODELS.items():
+            if architecture.endswith(suffix) and _reads_text(model, generates=name == "seq2seq"):
+                return name
+        served = ", ".join("*" + suffix for suffix in (*modality, *_LANGUAGE_MODELS))
         raise ValueError(
-            f"No task serves {architecture} yet. Served are transformers' {', '.join('*' + suffix for suffix in modality)} classes; "
+            f"No task serves {architecture} yet. Served are transformers' {served} classes and the dual encoders {', '.join(DUAL_ENCODERS)}; "
             "for any other model output, make a task with `Task.custom` and pass it as `task`."
         )
+
+
+def _without_adapter(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model that a PEFT adapter was added to; any other as it is."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def _reads_text(model: PreTrainedModel, *, generates: bool) -> bool:
+    """Whether a model's input is text alone; one that generates from it must also have an encoder and a decoder."""
+    return model.main_input_name == "input_ids" and (not generates or bool(model.config.is_encoder_decoder))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_trak.tasks.inputs import CustomInputs, Inputs, Rows
+from hf_trak.tasks.token_inputs import TokenInputs
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,6 +27,7 @@ class Task:
         output_function (`Callable`): `(model, batch) -> (output, out_to_loss)`, each of shape (batch,).
         n_classes (`int`, *optional*): For class labels; None for labels that are numbers.
         needs_labels (`bool`): False if labels, if any, are the collator's business.
+        check_rows (`Callable`, *optional*): Checks what the cells of a dataset hold, before anything is computed.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Task:
     n_classes: int | None = None
     label_column: str | None = None
     needs_labels: bool = True
+    check_rows: Callable[[Dataset], None] | None = None
 
     @classmethod
     def custom(
@@ -74,6 +77,10 @@ class Task:
             ValueError: Naming the column or the rows that cannot serve.
         """
         self.inputs.check(dataset.features, processing_class)
+        if isinstance(self.inputs, TokenInputs):
+            self.inputs.check_rows(dataset, processing_class)
+        if self.check_rows is not None:
+            self.check_rows(dataset)
         if self.needs_labels:
             self._labels(dataset[self._find_label(dataset.column_names)][:])
 

@@ -107,7 +107,11 @@ def _heads(model: nn.Module, module: str | None) -> list[nn.Module]:
 
 
 def _same(output: Tensor, logits: Tensor | None) -> bool:
-    return logits is not None and output.shape == logits.shape and torch.allclose(output, logits, rtol=1e-3, atol=1e-5)
+    """Whether a head's output is the logits, but for a temperature."""
+    if logits is None or output.shape != logits.shape:
+        return False
+    scale = logits.norm() / output.norm().clamp_min(torch.finfo(output.dtype).tiny)
+    return torch.allclose(output * scale, logits, rtol=1e-3, atol=1e-5)
 
 
 def _describe(model: nn.Module, module: str | None) -> str:

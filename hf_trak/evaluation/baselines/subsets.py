@@ -29,7 +29,7 @@ def empirical_influence(
     r"""Return the mean output of the models that saw an example, less the mean of those that did not.
 
     $\tau(z_i, z) = \mathbb{E}_S[f(z; S) \mid z_i \in S] - \mathbb{E}_S[f(z; S) \mid z_i \notin S]$. Source: Feldman and Zhang (2020),
-    [What neural networks memorize and why](https://huggingface.co/papers/2008.03703).
+    [What neural networks memorize and why: discovering the long tail via influence estimation](https://huggingface.co/papers/2008.03703).
 
     Args:
         masks (`np.ndarray`): True or 1 where a subset holds an example.

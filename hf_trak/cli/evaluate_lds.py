@@ -1,0 +1,229 @@
+"""`hf-trak evaluate lds`: how well scores order the outputs of models trained on parts of the training set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_trak.cli.parsing import Collect, make_parser, parse
+
+if TYPE_CHECKING:
+    from hf_trak.evaluation import LDS, GroundTruth, Reliability
+
+_USAGE = "--ground_truth DATASET (--index INDEX --queries DATASET | --scores FILE.npy) [options]"
+_DESCRIPTION = """\
+The linear datamodeling score (LDS) of an index, or of scores computed elsewhere. The ground truth holds, for random subsets of the
+training set, the outputs that models trained on them gave the queries; scripts/train_subsets.py makes it. Scores predict a subset's
+output by their sum over the subset. The LDS is the rank correlation of predictions and outputs over subsets, averaged over queries:
+0 for random scores, and at most the ceiling that the ground truth's own noise leaves, which is printed beside it.
+
+Training rows and queries must be those of the ground truth, in its order: train_subsets.py leaves them in OUTPUT/data.
+
+examples:
+  hf-trak evaluate lds --index my-index --queries out/data/queries.parquet --ground_truth out/ground_truth/ground_truth.parquet
+  hf-trak evaluate lds --index my-index --queries out/data/queries.parquet --ground_truth me/sst2-subsets --damping auto 0.1 1 \\
+      --train out/data/train.parquet --baselines random gradient_cosine --output lds.json
+  hf-trak evaluate lds --scores mine.npy --ground_truth me/sst2-subsets
+"""
+_SUBSET_FITS = "Fits to subsets, such as datamodels, need scores per fold: hf_trak.evaluation.baselines.cross_fit in Python."
+
+
+@dataclass
+class LDSArguments:
+    """Whose scores, against which ground truth."""
+
+    ground_truth: str = field(
+        metadata={"help": "Subsets and outputs: a Parquet file, a folder of save_to_disk, or a dataset of the Hub."}
+    )
+    index: str | None = field(default=None, metadata={"help": "Folder or dataset repository of an index."})
+    queries: str | None = field(
+        default=None,
+        metadata={"help": "The ground truth's queries: a Parquet, CSV or JSON file, a folder, or a dataset of the Hub."},
+    )
+    scores: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Scores computed elsewhere, (n_train, n_query) as NumPy's .npy; positive raises the output.",
+            "action": Collect,
+        },
+    )
+    damping: list[str] | None = field(
+        default=None,
+        metadata={"help": "Numbers or auto, in place of the index's damping; one score for each.", "action": Collect},
+    )
+    baselines: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Baselines beside it, by their names in hf_trak.evaluation.baselines.BASELINES, such as random or gradient_cosine. "
+            "They look at the index's checkpoints; all but random need --train.",
+            "action": Collect,
+        },
+    )
+    train: str | None = field(default=None, metadata={"help": "The training set, for --baselines."})
+    model: list[str] | None = field(
+        default=None, metadata={"help": "Checkpoints, in order, in place of the index's recorded ones.", "action": Collect}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Revision of an index repository."})
+    ground_truth_config: str | None = field(default=None, metadata={"help": "Configuration of the ground truth's dataset."})
+    ground_truth_split: str = field(default="train", metadata={"help": "Split of the ground truth."})
+    queries_config: str | None = field(default=None, metadata={"help": "Configuration of the queries' dataset."})
+    split: str = field(default="validation", metadata={"help": "Split of the queries."})
+    train_config: str | None = field(default=None, metadata={"help": "Configuration of the training set."})
+    train_split: str = field(default="train", metadata={"help": "Split of the training set."})
+    resample: str = field(
+        default="subsets",
+        metadata={
+            "help": "What the bootstrap draws again: subsets (as in the paper) or queries.",
+            "choices": ["subsets", "queries"],
+        },
+    )
+    n_bootstrap: int = field(default=1000, metadata={"help": "Draws of the bootstrap; 0 for no interval."})
+    confidence: float = field(default=0.95, metadata={"help": "Share of the draws inside the interval."})
+    seed: int = field(default=0, metadata={"help": "Of the bootstrap."})
+    batch_size: str = field(default="auto", metadata={"help": "Queries at a time; auto halves when memory runs out."})
+    output: str | None = field(default=None, metadata={"help": "File for the results, .json."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace the output file."})
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse and run."""
+    parser = make_parser([LDSArguments], command="evaluate lds", usage=_USAGE, description=_DESCRIPTION)
+    (args,) = parse(parser, arguments)
+    run(args, arguments)
+
+
+def run(args: LDSArguments, arguments: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Evaluate, print, and return the rows of results."""
+    _check(args)
+
+    from hf_trak.cli.evaluate_lds_inputs import load_ground_truth, load_inputs
+    from hf_trak.cli.quiet import hush
+    from hf_trak.evaluation import lds
+
+    hush()
+    truth = load_ground_truth(args)
+    print(f"{describe(truth)}\n{describe_reliability(truth, reliability := reliability_of(truth, args))}\n")
+    inputs = load_inputs(args, truth)
+    print(f"Linear datamodeling score{_describe_interval(args)}")
+    options: dict[str, Any] = {key: getattr(args, key) for key in ("resample", "n_bootstrap", "confidence", "seed")}
+    found = {}
+    for method, scores in inputs.methods():
+        found[method] = lds(scores, *truth, **options)
+        print(line_of(method, found[method]), flush=True)
+    rows = rows_of(inputs.case, found, truth, reliability)
+    if args.output is not None:
+        _write(args, arguments, rows)
+    return rows
+
+
+def _check(args: LDSArguments) -> None:
+    """Refuse before anything is computed."""
+    if args.index is None and not args.scores:
+        raise ValueError("Whose score? Give --index and --queries, or --scores.")
+    if args.index is not None and args.queries is None:
+        raise ValueError("--index needs --queries: the rows whose outputs the ground truth holds, in its order.")
+    if args.index is None and (args.damping or args.model):
+        raise ValueError("--damping and --model say how an index scores, but there is no --index.")
+    if args.n_bootstrap < 0 or not 0 < args.confidence < 1:
+        raise ValueError(
+            f"--n_bootstrap must be at least 0, and --confidence between 0 and 1, but they are {args.n_bootstrap} and {args.confidence}."
+        )
+    if args.output is not None and Path(args.output).suffix != ".json":
+        raise ValueError(f"--output must end in .json, but is {args.output}.")
+    if args.output is not None and Path(args.output).exists() and not args.overwrite:
+        raise ValueError(f"{args.output} exists. Choose another place, or pass --overwrite.")
+    _check_baselines(args)
+
+
+def _check_baselines(args: LDSArguments) -> None:
+    if not args.baselines:
+        return
+    from hf_trak.evaluation.baselines import BASELINES
+
+    unknown = [name for name in args.baselines if name not in BASELINES]
+    if unknown:
+        raise ValueError(f"--baselines: {', '.join(unknown)} is none of {', '.join(BASELINES)}. {_SUBSET_FITS}")
+    missing = [flag for flag in ("index", "queries", "train") if getattr(args, flag) is None]
+    if missing and set(args.baselines) != {"random"}:
+        raise ValueError(f"--baselines other than random need {', '.join(f'--{flag}' for flag in missing)}, too.")
+
+
+def reliability_of(truth: GroundTruth, args: LDSArguments) -> Reliability | None:
+    """Return how much of the ground truth is signal; None if one seed cannot tell."""
+    from hf_trak.evaluation import ground_truth_reliability
+
+    if len(truth.outputs) < 2:
+        return None
+    return ground_truth_reliability(truth.outputs, confidence=args.confidence, seed=args.seed)
+
+
+def describe(truth: GroundTruth) -> str:
+    """Return the ground truth's sizes as a line."""
+    n_seeds, n_subsets, n_query = truth.outputs.shape
+    n_train, size = truth.masks.shape[1], truth.masks.sum(1).mean()
+    return (
+        f"Ground truth: {n_subsets:,} subsets of {size:,.0f} of {n_train:,} training rows, {n_seeds} seed{'s' * (n_seeds > 1)} each, "
+        f"{n_query:,} quer{'ies' if n_query > 1 else 'y'}"
+    )
+
+
+def describe_reliability(truth: GroundTruth, found: Reliability | None) -> str:
+    """Return reliability and ceiling as a line, or why there is none."""
+    if found is None:
+        return (
+            "  reliability and ceiling unknown: there is one seed per subset, so signal cannot be told from chance. Train with "
+            "--n_seeds 2 or more."
+        )
+    low, high = found.interval
+    return f"  reliability {found.reliability:.3f}, ceiling of the LDS {found.ceiling:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _describe_interval(args: LDSArguments) -> str:
+    return f" [{args.confidence:.0%} bootstrap interval over {args.resample}]" if args.n_bootstrap else ""
+
+
+def line_of(method: str, found: LDS) -> str:
+    """Return one method's score as a line."""
+    low, high = found.interval
+    interval = f"  [{low:+.3f}, {high:+.3f}]" if low == low else ""
+    value = f"{found.value:+.3f}" if found.value == found.value else "undefined"
+    left_out = f"  {found.n_undefined:,} of {len(found.per_query):,} queries left out"
+    why = f"{left_out}: all predictions, or all outputs, are the same" if found.n_undefined else ""
+    return f"  {method:<42}{value:>9}{interval}{why}"
+
+
+def rows_of(case: str, found: dict[str, LDS], truth: GroundTruth, reliability: Reliability | None) -> list[dict[str, Any]]:
+    """Return the rows of a results file."""
+    n_seeds, n_subsets, n_query = truth.outputs.shape
+    shared = {"n_subsets": n_subsets, "n_seeds": n_seeds, "n_queries": n_query}
+    rows = [
+        {"case": case, "method": method, "metric": "lds", "value": one.value, "unit": "Spearman", "interval": list(one.interval),
+         "n_undefined": one.n_undefined, **shared}
+        for method, one in found.items()
+    ]  # fmt: skip
+    if reliability is not None:
+        method = f"{n_subsets} subsets, mean of {n_seeds} seeds"
+        values = {
+            "ground_truth_reliability": (reliability.reliability, None),
+            "lds_ceiling": (reliability.ceiling, list(reliability.interval)),
+        }
+        rows += [
+            {"case": case, "method": method, "metric": metric, "value": value, "unit": "share", "interval": interval, **shared}
+            for metric, (value, interval) in values.items()
+        ]
+    return rows
+
+
+def _write(args: LDSArguments, arguments: Sequence[str], rows: list[dict[str, Any]]) -> None:
+    import torch
+
+    from hf_trak.build import hardware_name, library_versions
+    from hf_trak.cli.results import results_of, write_results
+
+    assert args.output is not None
+    hardware = hardware_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    command = ["evaluate", "lds", *arguments]
+    write_results(results_of("lds", command, rows, versions=library_versions(), hardware=hardware), Path(args.output))
+    print(f"\nNumbers: {args.output}")
