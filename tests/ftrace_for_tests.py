@@ -11,7 +11,7 @@ _SENTENCES = {
     "P19": ("{s} was born in {o} .", "{o} is where {s} was born ."),
     "P106": ("{s} is a {o} .", "The {o} {s} is known ."),
 }
-_TEMPLATES = {"P19": "{s} came from <extra_id_0> .", "P106": "{s} works as <extra_id_0> ."}
+_TEMPLATES = {"P19": "{s} was born in <extra_id_0> .", "P106": "{s} is a <extra_id_0> ."}
 
 
 def synthetic_ftrace(n_people: int = 12, *, seed: int = 0) -> tuple[Dataset, Dataset]:

@@ -184,7 +184,8 @@ def summarize_forgetting(plan: Forgetting, folder: str | Path) -> list[dict[str,
         forgotten, change = _per_fact(plan, found, method, k)
         removed = [len(run.removed) for run in plan.removals if (run.method, run.k) == (method, k)]
         more = {"top_k": k or None, "n_removed": float(np.mean(removed)), "n_seeds": len(plan.seeds)}
-        rows.append(_row(plan, method, "forgotten_share", forgotten[~np.isnan(forgotten)], "share", more))
+        if (known := ~np.isnan(forgotten)).any():
+            rows.append(_row(plan, method, "forgotten_share", forgotten[known], "share", more))
         rows.append(_row(plan, method, "counterfactual_delta", change, "output", more))
     return rows
 
@@ -207,7 +208,7 @@ def _row(plan: Forgetting, method: str, metric: str, values: np.ndarray, unit: s
         "case": plan.case,
         "method": method,
         "metric": metric,
-        "value": float(values.mean()) if len(values) else None,
+        "value": float(values.mean()),
         "unit": unit,
         "interval": None if interval is None else list(interval),
         "n_targets": len(values),

@@ -12,9 +12,9 @@ report    results.json
 
 from __future__ import annotations
 
-import json
+import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import MISSING, asdict, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ from hf_trak.hashing import stream_key
 from hf_trak.index import AttributionIndex
 from hf_trak.store import read_json, write_atomically, write_json
 
-_NOT_SHARED = ("output", "stages", "shard_index", "num_shards", "device")
+_NOT_SHARED = ("output", "results", "stages", "shard_index", "num_shards", "device")
 
 
 def run_ftrace(args: FTraceArguments, recipe: FineTuning) -> dict[str, Any]:
@@ -342,17 +342,29 @@ class FTraceRun:
         for stage, seconds in seconds_by_stage(self.folder).items():
             for metric, value in seconds.items():
                 rows.append(_plain_row(self.case, stage, f"stage_{metric}", value, "s"))
-        result = {"rows": rows + published_rows()}
+        info = self.index().members[0].info
+        result = {
+            "name": "results",
+            "command": self._command(),
+            "commit": _commit(),
+            "versions": info["versions"],
+            "hardware": info["hardware"],
+            "rows": rows + published_rows(),
+        }
         write_json(self.folder / "results.json", result)
+        if self.args.results is not None:
+            write_json(Path(self.args.results), {**result, "name": Path(self.args.results).stem})
         return result
 
-    def _facts_rows(self) -> list[dict[str, Any]]:
-        learned = read_json(self.folder / "learned.json")
-        shares = [
-            _plain_row(self.case, "fine-tuning", name, value, "share") for name, value in learned.items() if name != "learned"
-        ]
-        count = _plain_row(self.case, "fine-tuning", "facts_learned", len(learned["learned"]), "facts")
-        return [count, *shares]
+    def _command(self) -> str:
+        """The command that does this, with the flags that are not the defaults."""
+        given = []
+        for option in (option for options in (self.args, self.recipe) for option in fields(options)):
+            default = option.default_factory() if option.default_factory is not MISSING else option.default
+            value = getattr(self.args, option.name, None) if hasattr(self.args, option.name) else getattr(self.recipe, option.name)
+            if option.name not in _NOT_SHARED and value != default:
+                given.append(f"--{option.name} {' '.join(map(str, value)) if isinstance(value, list) else value}")
+        return " ".join(["hf-trak evaluate ftrace", *given])
 
 
 def _plain_row(case: str, method: str, metric: str, value: float, unit: str) -> dict[str, Any]:
@@ -387,9 +399,13 @@ def _write_rows(rows: Dataset, path: Path) -> None:
 
 def _write_scores(scores: dict[str, np.ndarray], path: Path) -> None:
     with open(path, "wb") as file:
-        np.savez(file, **scores)
+        np.savez(file, **scores)  # type: ignore[arg-type]
 
 
-def results_json(name: str, command: str, result: dict[str, Any]) -> str:
-    """Return the text of a results file."""
-    return json.dumps({"name": name, "command": command, **result}, indent=1)
+def _commit() -> str | None:
+    """Return the commit this package runs from, if it runs from a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -22,6 +22,7 @@ class FTraceArguments:
     candidates: str | None = field(
         default=None, metadata={"help": "File of candidates (JSON, .gz or not), in place of drawn ones; its queries are asked."}
     )
+    results: str | None = field(default=None, metadata={"help": "Write the results to this JSON file too."})
     stages: list[str] = field(default_factory=lambda: list(STAGES), metadata={"help": "Which stages to do, of all."})
     seed: int = field(default=0, metadata={"help": "Of every draw: corpus, queries, candidates, runs."})
     # model

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hf_trak.hashing import hash_json
 from hf_trak.store import list_differences, read_json, write_json
 
 _LOG = "stages.jsonl"
@@ -53,8 +52,3 @@ def seconds_by_stage(folder: Path) -> dict[str, dict[str, float]]:
         for key, value in entry.items():
             total[key] += value
     return totals
-
-
-def case_key(*parts: object) -> str:
-    """Return a short name of what results are of."""
-    return hash_json(list(parts))[:12]
