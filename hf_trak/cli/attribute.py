@@ -91,7 +91,7 @@ def run(args: AttributeArguments) -> None:
     write_hits(hits, output)
 
     columns: dict[str, Any] = {name: getattr(index.config, name) for name in ("text_columns", "image_column", "label_column")}
-    shown_as = {"language": _language_rows(args, index), "captions": index.config.task == "contrastive"}
+    shown_as: dict[str, Any] = {"language": _language_rows(args, index), "captions": index.config.task == "contrastive"}
     readers = (
         ExampleReader(queries, **columns, **shown_as),
         ExampleReader(train, **(columns if train is not None else {}), **shown_as),
