@@ -72,7 +72,9 @@ class AttributionTrainer(Trainer):
             kwargs["data_collator"] = PairCollator(model, args.trak_config(), kwargs.get("processing_class"))
             args.remove_unused_columns = False  # images and captions become what the model takes in the collator
         elif model is not None and task is None and is_language_model(model) and kwargs.get("data_collator") is None:
-            kwargs["data_collator"] = TaskCollator(AutoTask.from_model(model, args.trak_config()), kwargs.get("processing_class"))
+            kwargs["data_collator"] = TaskCollator(
+                AutoTask.from_model(model, args.trak_config()), kwargs.get("processing_class")
+            )
             args.remove_unused_columns = False  # so do conversations and texts
         super().__init__(model=model, args=args, **kwargs)
         self.task = task

@@ -91,7 +91,10 @@ def test_a_damping_of_zero_is_the_papers_and_allowed():
         ({"proj_dim": True}, "`proj_dim` must be a whole number of at least 1, but is True"),
         ({"fold": 0}, "`fold` must be a whole number of at least 1, but is 0"),
         ({"reduction": "max"}, "`reduction` must be one of mean, sum, but is 'max'"),
-        ({"token_out_to_loss": "exact"}, "`token_out_to_loss='exact'` needs reduction='sum', .* but `reduction` is 'mean'. Set both"),
+        (
+            {"token_out_to_loss": "exact"},
+            "`token_out_to_loss='exact'` needs reduction='sum', .* but `reduction` is 'mean'. Set both",
+        ),
         ({"score_tokens": "some"}, "`score_tokens` must be one of all, content, but is 'some'"),
         ({"dtype": "int8"}, "`dtype` must be one of float32, float16, but is 'int8'"),
         ({"gradients": "magic"}, "`gradients` must be one of layerwise, functional, but is 'magic'"),

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
-from models import VOCAB_SIZE, make_model
-from tokenizers_for_tests import word_tokenizer
+from models import make_model
+from tokenizers_for_tests import WORDS, word_tokenizer
 
 from hf_trak import AttributionArguments, AttributionIndex, AttributionTrainer, TrakConfig
 from hf_trak.cli.examples import Example, ExampleReader
@@ -22,7 +22,7 @@ from hf_trak.config import CONFIG_NAME
 
 # Trainer's loader asks for pinned memory where there is none.
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
-N_TRAIN, N_QUERIES, PROJ_DIM = 10, 2, 16
+N_TRAIN, N_QUERIES, PROJ_DIM = 8, 2, 16
 
 
 def rows_of(kind: str, n_rows: int, *, seed: int = 0) -> Dataset:
@@ -32,28 +32,24 @@ def rows_of(kind: str, n_rows: int, *, seed: int = 0) -> Dataset:
         return " ".join(generator.choice(list("abcdefghij"), size=generator.integers(2, 5)))
 
     def tokens() -> list[int]:
-        return generator.integers(3, VOCAB_SIZE, size=generator.integers(2, 6)).tolist()
+        return generator.integers(3, len(WORDS), size=generator.integers(2, 6)).tolist()
 
     if kind == "messages":
         pairs = [[{"role": "user", "content": words()}, {"role": "assistant", "content": words()}] for _ in range(n_rows)]
         return Dataset.from_dict({"messages": pairs})
     if kind == "text":
         return Dataset.from_dict({"text": [words() for _ in range(n_rows)]})
-    if kind == "prompt and completion":
-        return Dataset.from_dict({"prompt": [words() for _ in range(n_rows)], "completion": [" " + words() for _ in range(n_rows)]})
     if kind == "text and target":
         return Dataset.from_dict({"text": [words() for _ in range(n_rows)], "target": [words() for _ in range(n_rows)]})
     return Dataset.from_dict({"input_ids": [tokens() for _ in range(n_rows)], "labels": [tokens() for _ in range(n_rows)]})
 
 
-@pytest.mark.parametrize(
-    ("model", "kind"), [("llama lm", "messages"), ("gpt2 lm", "text"), ("t5", "tokens"), ("t5", "text and target")]
-)
+@pytest.mark.parametrize(("model", "kind"), [("llama lm", "messages"), ("gpt2 lm", "text"), ("t5", "tokens")])
 def test_rows_are_trained_on_featurized_and_attributed_as_they_are(model: str, kind: str, tmp_path: Path):
     train, queries = rows_of(kind, N_TRAIN), rows_of(kind, N_QUERIES, seed=1)
     args = AttributionArguments(
-        str(tmp_path), proj_dim=PROJ_DIM, num_train_epochs=2, per_device_train_batch_size=5, learning_rate=5e-2, use_cpu=True,
-        save_strategy="no", report_to="none", disable_tqdm=True, members="epoch:2",
+        str(tmp_path), proj_dim=PROJ_DIM, num_train_epochs=2, per_device_train_batch_size=4, learning_rate=5e-2, use_cpu=True,
+        save_strategy="no", report_to="none", disable_tqdm=True,
     )  # fmt: skip
     trainer = AttributionTrainer(
         model=make_model(model),
@@ -97,9 +93,7 @@ def test_a_training_batch_is_what_is_featurized_and_its_loss_that_of_the_scored_
     ("model", "kind", "flags"),
     [
         ("gpt2 lm", "messages", ["--token_reduction", "sum", "--token_out_to_loss", "exact"]),
-        ("llama lm", "prompt and completion", []),
         ("t5", "text and target", ["--score_tokens", "content"]),
-        ("t5", "tokens", []),
     ],
 )
 def test_the_command_line_says_what_the_index_says_and_shows_the_rows(model: str, kind: str, flags: list[str], tmp_path: Path):
@@ -108,8 +102,7 @@ def test_the_command_line_says_what_the_index_says_and_shows_the_rows(model: str
     for name, rows in {"train": train, "queries": queries}.items():
         rows.to_parquet(tmp_path / f"{name}.parquet")
     make_model(model).save_pretrained(tmp_path / "model")
-    tokenizer = word_tokenizer()
-    tokenizer.save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
     where = {name: str(tmp_path / name) for name in ("model", "index", "hits.jsonl", "report")}
     files = {name: str(tmp_path / f"{name}.parquet") for name in ("train", "queries")}
     featurize = ["featurize", "--model", where["model"], "--dataset", files["train"], "--output", where["index"]]
@@ -123,18 +116,16 @@ def test_the_command_line_says_what_the_index_says_and_shows_the_rows(model: str
     assert hits == list(built.attribute(queries, 3, progress=False))
     page = " ".join(unescape((tmp_path / "report" / "report.html").read_text(encoding="utf-8")).split())
     for number in {row for hit in hits for row in hit["proponents"]}:
-        assert shown(kind, train[number], tokenizer) in page
-    assert shown(kind, queries[0], tokenizer) in page
+        assert shown(kind, train[number]) in page
+    assert shown(kind, queries[0]) in page
 
 
-def shown(kind: str, row: dict[str, Any], tokenizer: Any) -> str:
+def shown(kind: str, row: dict[str, Any]) -> str:
     """Return what a reader is to see of a row."""
     if kind == "messages":
         return " / ".join(f"{message['role']}: {message['content']}" for message in row["messages"])
-    if kind == "tokens":
-        return f"{tokenizer.decode(row['input_ids'])} → {tokenizer.decode(row['labels'])}".replace("  ", " ").strip()
     first, second = row.values()
-    return f"{first} → {second.strip()}"
+    return f"{first} → {second}"
 
 
 # Indexes.
@@ -158,15 +149,15 @@ def test_an_exact_index_has_the_losses_gradients_and_scores_them_with_plain_quer
     kernel = features["exact"].T.astype(np.float64) @ features["exact"]
     damped = kernel + np.trace(kernel) / min(features["exact"].shape) * np.eye(PROJ_DIM)
     expected = features["exact"] @ np.linalg.solve(damped, found["exact"].T.astype(np.float64))
-    np.testing.assert_allclose(built["exact"].score(queries, progress=False), expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(
+        built["exact"].score(queries, progress=False), expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max()
+    )
 
 
 def test_an_index_written_before_later_fields_existed_still_loads_and_is_not_written_again(tmp_path: Path):
     train, queries = rows_of("tokens", N_TRAIN), rows_of("tokens", N_QUERIES, seed=1)
     model = make_model("t5")
-    index = AttributionIndex.build(
-        tmp_path, models=model, dataset=train, config=TrakConfig(proj_dim=PROJ_DIM), progress=False
-    )
+    index = AttributionIndex.build(tmp_path, models=model, dataset=train, config=TrakConfig(proj_dim=PROJ_DIM), progress=False)
     scores = index.score(queries, progress=False)
     old = {
         "task": "seq2seq", "proj_dim": PROJ_DIM, "seed": 0, "projector": "block_count_sketch", "fold": 4, "gradients": "layerwise",
@@ -193,15 +184,26 @@ def test_rows_of_every_kind_are_read_as_texts():
     parts = [{"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "a b"}]}]
     assert text("causal-lm", {"messages": parts}) == "user: [image] a b"
     chat = [{"role": "user", "content": "a"}]
-    assert text("causal-lm", {"prompt": chat, "completion": [{"role": "assistant", "content": "b"}]}) == "user: a → assistant: b"
-    assert text("causal-lm", {"input_ids": [0, 7, 8, 9], "attention_mask": [0, 1, 1, 1], "labels": [-100, -100, 8, 9]}) == "a → b c"
+    assert (
+        text("causal-lm", {"prompt": chat, "completion": [{"role": "assistant", "content": "b"}]}) == "user: a → assistant: b"
+    )
+    assert (
+        text("causal-lm", {"input_ids": [0, 7, 8, 9], "attention_mask": [0, 1, 1, 1], "labels": [-100, -100, 8, 9]})
+        == "a → b c"
+    )
+    assert text("causal-lm", {"prompt": "a", "completion": " b"}) == "a → b"
     assert text("causal-lm", {"input_ids": [7, 8], "completion_mask": [0, 1]}) == "a → b"
     assert text("causal-lm", {"input_ids": [7, 8]}) == "a b"
     assert text("masked-lm", {"input_ids": [7, 2, 9], "labels": [-100, 8, -100]}) == "a [UNK] c → b"
     assert text("seq2seq", {"a": "one", "b": "two"}, text_columns=("a",), label_column="b") == "one → two"
     answers = {"text": ["d e"], "answer_start": [4]}
-    assert text("question-answering", {"id": "7", "question": "a", "context": "b c d e", "answers": answers}) == "a | b c d e → d e"
+    assert (
+        text("question-answering", {"id": "7", "question": "a", "context": "b c d e", "answers": answers})
+        == "a | b c d e → d e"
+    )
     assert text("question-answering", {"input_ids": [7, 8, 9], "start_positions": 1, "end_positions": 2}) == "a b c → b c"
     tags = Features({"tokens": List(Value("string")), "ner_tags": List(ClassLabel(names=["O", "B-PER"]))})
     assert text("token-classification", {"tokens": ["a", "b"], "ner_tags": [0, 1]}, tags) == "a b/B-PER"
-    assert ExampleReader(Dataset.from_dict({"input_ids": [[5]]}), language=LanguageRows("causal-lm"))[0] == Example(0, text="tokens 5")
+    assert ExampleReader(Dataset.from_dict({"input_ids": [[5]]}), language=LanguageRows("causal-lm"))[0] == Example(
+        0, text="tokens 5"
+    )

@@ -41,7 +41,9 @@ def _regression(name: str, inputs: Callable[..., TextInputs | ImageInputs]) -> C
     return make
 
 
-def _tokens(name: str, inputs: type[TokenInputs], output: type[TokenOutput | SpanOutput], **options: bool) -> Callable[..., Task]:
+def _tokens(
+    name: str, inputs: type[TokenInputs], output: type[TokenOutput | SpanOutput], **options: bool
+) -> Callable[..., Task]:
     def make(model: PreTrainedModel, config: TrakConfig) -> Task:
         function = output(config.reduction, exact=config.token_out_to_loss == "exact", **options)
         return Task(name, inputs.for_model(model, config), function, needs_labels=False)
