@@ -369,7 +369,9 @@ class FTraceRun:
         given = []
         for option in (option for options in (self.args, self.recipe) for option in fields(options)):
             default = option.default_factory() if option.default_factory is not MISSING else option.default
-            value = getattr(self.args, option.name, None) if hasattr(self.args, option.name) else getattr(self.recipe, option.name)
+            value = (
+                getattr(self.args, option.name, None) if hasattr(self.args, option.name) else getattr(self.recipe, option.name)
+            )
             if option.name not in _NOT_SHARED and value != default:
                 given.append(f"--{option.name} {' '.join(map(str, value)) if isinstance(value, list) else value}")
         return " ".join(["hf-trak evaluate ftrace", *given])
