@@ -47,9 +47,12 @@ def load(options: argparse.Namespace, vocabulary: int, head: str) -> Workload:
     torch.manual_seed(0)
     config = transformers.T5Config(
         vocab_size=vocabulary, d_model=256, d_kv=64, d_ff=1024, num_layers=2, num_decoder_layers=2, num_heads=4,
-        decoder_start_token_id=0, tie_word_embeddings=head == "tied",
+        decoder_start_token_id=0,
     )  # fmt: skip
     model = transformers.T5ForConditionalGeneration(config)
+    if head == "untied":  # what the configuration says of it is overruled
+        model.lm_head.weight = torch.nn.Parameter(0.05 * torch.randn_like(model.lm_head.weight))
+    assert (model.lm_head.weight is model.shared.weight) == (head == "tied")
     task = AutoTask.from_model(model)
     inputs = torch.randint(3, vocabulary, (options.rows, options.input_tokens)).tolist()
     targets = torch.randint(3, vocabulary, (options.rows, options.target_tokens)).tolist()
@@ -59,7 +62,7 @@ def load(options: argparse.Namespace, vocabulary: int, head: str) -> Workload:
         for row in range(0, options.rows, size)
     ]
     case = (
-        f"T5 2+2 layers, width 256, vocabulary {vocabulary}, {head} head, {options.input_tokens} input and {options.target_tokens} "
+        f"T5 {sum(p.numel() for p in model.parameters()) / 1e6:.0f}M, 2+2 layers, width 256, vocabulary {vocabulary}, {head} head, {options.input_tokens} input and {options.target_tokens} "
         f"target tokens, batch {size}, proj_dim {options.proj_dim}, 1 member"
     )
     return Workload("t5", model, batches, task.output_function, case)

@@ -131,10 +131,11 @@ def test_the_exact_gradient_weighs_each_token_by_its_own_one_minus_p(name: str):
             for total, grad in zip(grads, found, strict=True):
                 total += 0.0 if grad is None else (1 - p.item()) * grad
         expected.append(torch.cat([grad.flatten() for grad in grads]))
+    tolerance = 1e-7 if name == "t5" else 1e-9  # T5's softmax of attention is in float32 whatever the weights are
     for engine in GRADIENTS:
         result = features_of(model, task, batch, engine)
-        assert_close(result.features, torch.stack(expected), 1e-9)
-        assert_close(result.output[:, None], torch.tensor(outputs, dtype=torch.float64)[:, None], 1e-9)
+        assert_close(result.features, torch.stack(expected), tolerance)
+        assert_close(result.output[:, None], torch.tensor(outputs, dtype=torch.float64)[:, None], tolerance)
         assert result.out_to_loss.tolist() == [1.0] * len(IDS)
         query = features_of(model, task.for_queries(), batch, engine)
         assert torch.equal(query.features, features_of(model, plain, batch, engine).features)

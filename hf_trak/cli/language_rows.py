@@ -88,7 +88,7 @@ class LanguageRows:
 
 def _join(*parts: str) -> str:
     """Return a text and its target; what comes before the last is the text."""
-    *before, target = (part for part in parts if part) if any(parts) else ("",)
+    *before, target = [stripped for part in parts if (stripped := part.strip())] or [""]
     return _ARROW.join(filter(None, ["  |  ".join(before), target]))
 
 
