@@ -59,7 +59,7 @@ class EvaluateClipArguments:
     data: str = field(default="../shared/data/captions", metadata={"help": "Folder of the Parquet files of captions."})
     image_size: int = field(default=112, metadata={"help": "Side of the images that the vision tower sees."})
     dim: int = field(default=256, metadata={"help": "Dimension of the shared space."})
-    epochs: int = field(default=60, metadata={"help": "Passes over the training set."})
+    epochs: int = field(default=30, metadata={"help": "Passes over the training set."})
     batch_size: int = field(default=250, metadata={"help": "Pairs per step."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak of the cosine schedule."})
     weight_decay: float = field(default=0.1, metadata={"help": "Of Adam."})
@@ -67,7 +67,7 @@ class EvaluateClipArguments:
     top_k: list[int] = field(default_factory=lambda: [20, 80, 200], metadata={"help": "How many pairs are removed."})
     n_seeds: int = field(default=2, metadata={"help": "Training seeds of every retraining."})
     n_subsets: int = field(default=64, metadata={"help": "Random halves of the ground truth of LDS."})
-    n_members: int = field(default=10, metadata={"help": "Members of the ensemble, trained on other random halves."})
+    n_members: int = field(default=20, metadata={"help": "Members of the ensemble, trained on other random halves."})
     proj_dim: int = field(default=2048, metadata={"help": "Numbers kept per pair and member."})
     bank_size: int = field(default=512, metadata={"help": "Pairs that each is held against."})
     shard_index: int = field(default=0, metadata={"help": "Which part of the training runs to do."})
@@ -272,7 +272,7 @@ def tracin(evaluation: Evaluation, steps: list[PairHeads]) -> np.ndarray:
         task = minus_loss(with_bank(TASK, evaluation.bank(model)))
         epoch = (number + 1) / len(steps)
         rate = 0.5 * (1 + math.cos(math.pi * (epoch - 0.5 / len(steps))))  # of the schedule, midway to this checkpoint
-        baseline = TracInCP(Checkpoints(model, config, task=task, batch_size=100), learning_rates=[rate])  # type: ignore[arg-type]
+        baseline = TracInCP(Checkpoints(model, config, task=task, batch_size=100), learning_rates=[rate])
         total += baseline(evaluation.train_rows, evaluation.query_rows)
     return total
 

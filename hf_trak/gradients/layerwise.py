@@ -17,7 +17,7 @@ from torch.func import functional_call, vjp, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hf_trak.gradients.batch import BatchFeatures, OutputFunction, check_outputs, evaluation_mode, working_dtype
-from hf_trak.gradients.rules import Contribution, Dense, Outer, Rows, find_rule, own_parameters, owners
+from hf_trak.gradients.rules import Contribution, Dense, Outer, Rows, find_rule, looks_at_values, own_parameters, owners
 from hf_trak.projectors import Projector
 
 _COUNTED_POSITIONS = ("BartLearnedPositionalEmbedding", "MBartLearnedPositionalEmbedding")
@@ -235,7 +235,7 @@ class _Watch:
             self.recomputing = True
             try:
                 examples = [leaves[i] for i in batched], [_as_dtype(grad.detach(), dtype) for grad in filled]
-                values = _over_examples(grads_of_one, *examples)
+                values = _over_examples(grads_of_one, *examples) if looks_at_values(module) else vmap(grads_of_one)(*examples)
             except Exception as error:
                 raise ValueError(
                     f"`layerwise` has no rule for {self._describe(module)}, and differentiating it on its own failed "
@@ -284,12 +284,9 @@ class _Watch:
 def _over_examples(
     function: Callable[[list[Tensor], list[Tensor]], dict[str, Tensor]], examples: list[Tensor], grads: list[Tensor]
 ) -> dict[str, Tensor]:
-    """Call a function example by example: by `vmap`, or, where a module looks at values, as `vmap` forbids, one after another."""
-    try:
-        return vmap(function)(examples, grads)
-    except RuntimeError:
-        rows = [function([x[row] for x in examples], [x[row] for x in grads]) for row in range(len(grads[0]))]
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    """Call a function example by example, for a module that looks at values, as `vmap` forbids."""
+    rows = [function([x[row] for x in examples], [x[row] for x in grads]) for row in range(len(grads[0]))]
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def _on_gradient(outputs: list[Tensor], catch: Callable[[list[Any]], None]) -> list[Tensor]:

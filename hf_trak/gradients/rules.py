@@ -154,6 +154,16 @@ _OF_CHILDREN = {
     "Siglip2MultiheadAttentionPoolingHead": tuple(f"attention.{name}" for name in _ATTENTION),  # its mask has a row per head
 }
 
+_LOOK_AT_VALUES = (
+    "Siglip2VisionEmbeddings",
+    "Siglip2MultiheadAttentionPoolingHead",
+)  # image sizes, and whether a mask hides any
+
+
+def looks_at_values(module: nn.Module) -> bool:
+    """Return whether a module is known to be out of `vmap`'s reach, and to be right when run on one example after another."""
+    return type(module).__name__ in _LOOK_AT_VALUES
+
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters a module uses itself, by its own names for them."""
