@@ -37,6 +37,7 @@ from hf_trak.evaluation import (
 )
 
 CONFIGS = Path(__file__).parent / "configs"
+SETTINGS = ("cifar2", "cifar10", "imagenet", "qnli", "sst2")
 
 
 @dataclass
@@ -154,7 +155,7 @@ def parse_arguments(arguments: list[str]) -> tuple[JobArguments, Setting, Recipe
 def add_setting_shortcut(arguments: list[str]) -> list[str]:
     """Return the arguments with `--setting` and `--scale` replaced by the `--config` they stand for."""
     shortcut = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    shortcut.add_argument("--setting", choices=sorted({path.stem.rsplit("_", 1)[0] for path in CONFIGS.glob("*.yaml")}))
+    shortcut.add_argument("--setting", choices=SETTINGS)
     shortcut.add_argument("--scale", choices=["paper", "small"], default="paper")
     chosen, rest = shortcut.parse_known_args(arguments)
     if chosen.setting is not None:
