@@ -29,14 +29,14 @@ from hf_trak.tasks import AutoTask
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vocabulary", type=int, nargs="+", default=[32000, 250112])
-    parser.add_argument("--head", nargs="+", choices=["tied", "untied"], default=["tied", "untied"])
+    parser.add_argument("--vocabulary", type=int, nargs="+", default=[250112, 32000])
+    parser.add_argument("--head", nargs="+", choices=["tied", "untied"], default=["untied", "tied"])
     parser.add_argument("--rows", type=int, default=24)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--input_tokens", type=int, default=32)
     parser.add_argument("--target_tokens", type=int, default=12)
     parser.add_argument("--proj_dim", type=int, default=4096)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("results/vocabulary_cpu.json"))
     parser.add_argument("--peak_memory_of", choices=["training", "featurizing"], help=argparse.SUPPRESS)
