@@ -682,8 +682,9 @@ class LooksAtValues(nn.Module):
         return x * self.scale if x.sum().item() < math.inf else x
 
 
-def test_a_module_that_cannot_be_vectorised_is_differentiated_one_example_after_another():
-    check(Layer(LooksAtValues()), {"x": inputs(4, 6)}, readout)
+def test_a_module_that_cannot_be_vectorised_is_named():
+    with pytest.raises(ValueError, match=r"no rule for LooksAtValues \(parameters layer\.scale\).*Leave it out"):
+        gradients_of(Layer(LooksAtValues()), {"x": inputs(4, 6)}, readout)
 
 
 class RunsOnce(LooksAtValues):
