@@ -61,10 +61,10 @@ def check_residuals(member: MemberReader) -> None:
     Raises:
         ValueError: Naming the task.
     """
-    if not member.identity["task"].endswith("-classification"):
+    task = member.identity["task"]
+    if not task.endswith("-classification") or task == "token-classification":  # the latter has a mean over tokens
         raise ValueError(
-            f"residual_weighting needs the probability of a class label, but these are features of {member.identity['task']}. "
-            "Leave it out."
+            f"residual_weighting needs the probability of a class label, but these are features of {task}. Leave it out."
         )
 
 
