@@ -34,7 +34,7 @@ from hf_trak.evaluation.fact_tracing.fine_tuning import (
     save_with_moments,
     second_moments,
 )
-from hf_trak.evaluation.fact_tracing.output import PARAMETERS, answer_output, token_loss
+from hf_trak.evaluation.fact_tracing.output import answer_output, token_loss
 from hf_trak.evaluation.fact_tracing.small import draw_corpus, small_mt5, texts_of, train_tokenizer
 from hf_trak.index import AttributionIndex
 
@@ -130,7 +130,7 @@ def loss_gradients(model, encoder, rows):
         batch = EncodedRows(rows.select([row]), encoder).batch([0])
         labels = batch.pop("labels")
         loss = -token_loss(model(**batch).logits, labels)
-        named = {name: p for name, p in model.named_parameters() if "relative" not in name}
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         result.append(dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True)))
     return result
 
@@ -224,7 +224,7 @@ def test_trak_wants_the_whole_training_set(tmp_path, data, model, encoder):
         tmp_path / "index",
         models=model,
         dataset=data[0],
-        config=TrakConfig(proj_dim=64, parameters=PARAMETERS),
+        config=TrakConfig(proj_dim=64),
         processing_class=encoder.tokenizer,
         task=fact_task(encoder),
         progress=False,

@@ -16,16 +16,12 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from hf_trak.evaluation.fact_tracing.encoding import IGNORED, Encoder
-from hf_trak.tasks import Task
+from hf_trak.tasks import Task, token_margins
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
 OUTPUTS = ("log_odds", "log_probability")
-
-PARAMETERS = (r"^(?!.*relative_attention_bias)",)
-"""What gradients are taken of: all but T5's relative position bias, which is the same for all examples of a batch, so that layerwise
-gradients cannot tell them apart. It is well under a thousandth of the parameters."""
 
 
 def fact_task(encoder: Encoder, *, output: str = "log_odds", reduction: str = "mean") -> Task:
@@ -46,9 +42,7 @@ def fact_task(encoder: Encoder, *, output: str = "log_odds", reduction: str = "m
 
     def output_function(model: Callable[..., Any], batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         inputs = {key: value for key, value in batch.items() if key != "labels"}
-        logits = model(**inputs, use_cache=False).logits
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return answer_output(logits, batch["labels"], output=output, reduction=reduction)
+        return answer_output(model(**inputs, use_cache=False).logits, batch["labels"], output=output, reduction=reduction)
 
     scored = f"{'+sentinel' * encoder.score_sentinel}{'+eos' * encoder.score_eos}"
     name = f"fact-tracing:{reduction} {output} of answer{scored}"
@@ -60,14 +54,10 @@ def answer_output(
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
     """Return the output and `out_to_loss` of each example; tokens whose label is -100 are not scored."""
     scored = labels != IGNORED
-    chosen = labels.masked_fill(~scored, 0).unsqueeze(-1)
-    correct = logits.gather(-1, chosen).squeeze(-1)
-    if output == "log_odds":
-        values = correct - logits.scatter(-1, chosen, float("-inf")).logsumexp(-1)
-        out_to_loss = torch.sigmoid(-values.detach())
-    else:
-        values = correct - logits.logsumexp(-1)
-        out_to_loss = torch.ones_like(values)
+    margins = token_margins(logits, labels.masked_fill(~scored, 0))
+    wrong = torch.sigmoid(-margins.detach())  # 1 - p
+    # log p = log sigmoid(margin), so that one function of the logits serves both
+    values, out_to_loss = (margins, wrong) if output == "log_odds" else (F.logsigmoid(margins), torch.ones_like(margins))
     weights = scored.to(values.dtype)
     mean_weights = weights / weights.sum(1, keepdim=True).clamp(min=1)
     output_weights = weights if reduction == "sum" else mean_weights

@@ -33,7 +33,7 @@ from hf_trak.evaluation.fact_tracing.encoding import EncodedRows, Encoder
 from hf_trak.evaluation.fact_tracing.fine_tuning import FineTuning, fine_tune, save_with_moments
 from hf_trak.evaluation.fact_tracing.measuring import LEVELS, best_variant, halves, measure, pick, result_rows
 from hf_trak.evaluation.fact_tracing.methods import BM25PlusSentences, Random, RandomTarget
-from hf_trak.evaluation.fact_tracing.output import PARAMETERS, fact_task
+from hf_trak.evaluation.fact_tracing.output import fact_task
 from hf_trak.evaluation.fact_tracing.proponents import find_proponents
 from hf_trak.evaluation.fact_tracing.published import published_rows
 from hf_trak.evaluation.fact_tracing.settings import FTraceArguments
@@ -250,7 +250,7 @@ class FTraceRun:
             self.folder / "index",
             models=[self.checkpoint(f"member-{number:03d}") for number in range(self.args.n_members)],
             dataset=self.abstracts,
-            config=TrakConfig(proj_dim=self.args.proj_dim, parameters=PARAMETERS),
+            config=TrakConfig(proj_dim=self.args.proj_dim),
             processing_class=self.encoder.tokenizer,
             task=fact_task(self.encoder, reduction=self.args.reduction),
             masks=torch.from_numpy(self.masks),
@@ -375,6 +375,14 @@ class FTraceRun:
             if option.name not in _NOT_SHARED and value != default:
                 given.append(f"--{option.name} {' '.join(map(str, value)) if isinstance(value, list) else value}")
         return " ".join(["hf-trak evaluate ftrace", *given])
+
+    def _facts_rows(self) -> list[dict[str, Any]]:
+        learned = read_json(self.folder / "learned.json")
+        shares = [
+            _plain_row(self.case, "fine-tuning", name, value, "share") for name, value in learned.items() if name != "learned"
+        ]
+        count = _plain_row(self.case, "fine-tuning", "facts_learned", len(learned["learned"]), "facts")
+        return [count, *shares]
 
 
 def _plain_row(case: str, method: str, metric: str, value: float, unit: str) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from hf_trak.config import TrakConfig
 from hf_trak.evaluation.baselines.base import Checkpoints, check_scores, project_gradients
 from hf_trak.evaluation.fact_tracing.encoding import Encoder
 from hf_trak.evaluation.fact_tracing.fine_tuning import load_moments
-from hf_trak.evaluation.fact_tracing.output import PARAMETERS, fact_task
+from hf_trak.evaluation.fact_tracing.output import fact_task
 from hf_trak.evaluation.fact_tracing.side_by_side import SideBySide
 from hf_trak.featurizer import Featurizer
 
@@ -67,7 +67,7 @@ class TracIn:
         encoder (`Encoder`): Says which tokens are in the loss.
         variant (`Variant`): For a call; [`TracIn.sweep`] takes several.
         use_second_moments (`bool`): Divide gradients by the roots of the second moments saved beside each checkpoint.
-        parameters (`Sequence[str]`, *optional*): Regular expressions: take gradients of these only; all for None.
+        parameters (`Sequence[str]`, *optional*): Regular expressions: take gradients of these only.
         dim (`int`): Numbers kept per parameter; parameters of more entries are sketched.
     """
 
@@ -75,7 +75,7 @@ class TracIn:
     encoder: Encoder
     variant: Variant = Variant()
     use_second_moments: bool = False
-    parameters: Sequence[str] | None = PARAMETERS
+    parameters: Sequence[str] | None = None
     dim: int = 4096
     batch_size: int | str = "auto"
 
