@@ -356,14 +356,6 @@ class FTraceRun:
             write_json(Path(self.args.results), {**result, "name": Path(self.args.results).stem})
         return result
 
-    def _facts_rows(self) -> list[dict[str, Any]]:
-        learned = read_json(self.folder / "learned.json")
-        shares = [
-            _plain_row(self.case, "fine-tuning", name, value, "share") for name, value in learned.items() if name != "learned"
-        ]
-        count = _plain_row(self.case, "fine-tuning", "facts_learned", len(learned["learned"]), "facts")
-        return [count, *shares]
-
     def _command(self) -> str:
         """The command that does this, with the flags that are not the defaults."""
         given = []
