@@ -2,7 +2,7 @@
 
     python scripts/train_subsets.py --setting sst2 --scale small --output out/text
     python benchmarks/lds.py --folder out/text --ground_truth results/ground_truth_text.parquet --case "SST-2, ..." \\
-        --work /tmp/lds_text --output results/lds_text.json
+        --work out/lds_text --output results/lds_text.json
 
 Where an ensemble has fewer checkpoints than there are, its LDS is the mean over disjoint groups of them. Intervals are of a
 bootstrap over subsets, with the same draws for every method; a ratio's is that of the ratio under each draw. `compute_s` is what

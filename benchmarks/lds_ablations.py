@@ -1,7 +1,7 @@
 """LDS of our own settings: proj_dim, damping, kinds of members, their share of the training set, soft threshold.
 
     python benchmarks/lds_ablations.py --folder out/text --alphas 0.25=out/text_25 0.75=out/text_75 \\
-        --ground_truth results/ground_truth_text.parquet --case "SST-2, ..." --work /tmp/lds_text --output results/lds_ablations_text.json
+        --ground_truth results/ground_truth_text.parquet --case "SST-2, ..." --work out/lds_text --output results/lds_ablations_text.json
 
 The folders of `--alphas` are those of `scripts/train_subsets.py --jobs members --alpha ALPHA`. Plots are drawn from the results:
 `hf_trak.evaluation.plots.save_plots`.

@@ -1,7 +1,7 @@
 """MadryLab/trak itself (`traker`) on the checkpoints of `benchmarks/lds.py`, and hf_trak's scores by its conventions beside it.
 
     python benchmarks/peers/traker_lds.py --folder out/image --ground_truth results/ground_truth_image.parquet \\
-        --case "CIFAR-2, ..." --work /tmp/lds_image --output results/traker_lds_image.json
+        --case "CIFAR-2, ..." --work out/lds_image --output results/traker_lds_image.json
 
 traker featurizes and scores in an environment of its own, as its documentation has it, in float32 on the CPU. Ours are the scores of
 `damping=0, reference_rescale=True`, with several sketch seeds, whose spread is what a difference has to be compared with.
