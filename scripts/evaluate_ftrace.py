@@ -1,6 +1,6 @@
 """Trace facts back to what taught them: FTRACE-TREx, by TRAK and its rivals.
 
-python scripts/evaluate_ftrace.py --scale small --data ../shared/data/ftrace_lama --output out    # under an hour on two cores
+python scripts/evaluate_ftrace.py --scale small --data ../shared/data/ftrace_lama --output out    # a part of the data, a small model: hours on two cores
 python scripts/evaluate_ftrace.py --output out                                                    # as published, on a GPU
 
 The same command again goes on where it was stopped. `--scale SCALE` is short for `--config scripts/configs/ftrace_SCALE.yaml`.
