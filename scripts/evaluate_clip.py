@@ -325,7 +325,7 @@ def counterfactuals(evaluation: Evaluation, scores: Mapping[str, np.ndarray]) ->
     run_counterfactuals(plan, retrain, folder, shard=(args.shard_index, args.num_shards))
     if len(list(folder.glob("*.json"))) < len(plan.removals):
         return None
-    return summarize_counterfactuals(plan, folder, flips=False)
+    return [{**row, "unit": "cosine"} for row in summarize_counterfactuals(plan, folder, flips=False)]
 
 
 def datamodeling(evaluation: Evaluation, scores: Mapping[str, np.ndarray]) -> list[dict[str, Any]] | None:
@@ -390,6 +390,7 @@ def main(args: EvaluateClipArguments) -> None:
         "hardware": {"machine": platform.machine(), "threads": 1},
         "rows": rows,
     }
+    Path(args.result).parent.mkdir(parents=True, exist_ok=True)
     write_json(Path(args.result), result)
     for row in rows:
         print(json.dumps({key: row[key] for key in ("method", "metric", "value", "interval")} | {"top_k": row.get("top_k")}))

@@ -652,10 +652,33 @@ def test_a_parameter_used_outside_the_module_that_owns_it_is_named(use: str):
     assert_rows_close(result.features, grads, relative=5e-6)
 
 
-def test_multi_head_attention_of_torch_which_calls_no_module_for_its_output_is_covered():
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"kdim": 6, "vdim": 6, "add_bias_kv": True}], ids=str)
+def test_multi_head_attention_of_torch_which_calls_no_module_for_its_output_is_covered(options: dict[str, Any]):
     torch.manual_seed(0)
-    attention = nn.MultiheadAttention(6, 2, batch_first=True)
-    check(Layer(attention, lambda layer, x: layer(x, x, x, need_weights=False)[0]), {"x": inputs(*TOKENS)}, readout)
+    attention = randomise(nn.MultiheadAttention(6, 2, batch_first=True, **options))
+    model = Layer(attention, lambda layer, x: layer(x, x, x, need_weights=False)[0])
+    batch = {"x": inputs(*TOKENS)}
+    check(model, batch, readout)
+    _, _, grads = gradient_loop(model, batch, readout, list(select_parameters(model).parameters))
+    assert_rows_close(gradients_of(model, batch, readout).features, grads, relative=5e-6)
+
+
+def test_a_parameter_that_the_output_function_reads_itself_is_covered():
+    model = Layer(nn.Linear(6, 3))
+    model.temperature = nn.Parameter(torch.tensor([0.3]))
+
+    def output(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        values, extra = readout(model, batch)
+        scale = model.get_parameter("temperature").exp().reshape(-1)
+        return scale * values + scale.square(), extra
+
+    batch = {"x": inputs(3, 6)}
+    check(model, batch, output)
+    _, _, grads = gradient_loop(model, batch, output, list(select_parameters(model).parameters))
+    for engine in GRADIENTS:
+        assert_rows_close(gradients_of(model, batch, output, engine=engine).features, grads, relative=5e-6)
+    assert "get_parameter" not in model.__dict__
+    assert gradients_of(model, batch, output, patterns=["weight"]).features.shape == (3, 18)
 
 
 MIXERS: dict[str, Callable[[], nn.Module]] = {
