@@ -25,6 +25,7 @@ from hf_trak.evaluation import ground_truth_from, ground_truth_reliability
 from hf_trak.scoring import soft_threshold
 
 PROJ_DIMS = (64, 128, 256, 512, 1024, 2048)
+PUBLISHED_DIMS = (64, 128, 256)
 DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 SEEDS = 5
 N_RUNS = 2  # full runs whose members are looked at one run at a time; a value is the mean over them
@@ -55,6 +56,22 @@ def by_proj_dim(work: Path, setting: Setting) -> Iterator[Found]:
         if proj_dim < len(setting.train):
             published = [pool.score(run, 0.0, out_to_loss_power=1.0) for run in runs]
             yield "1 run", "TRAK as published", published, {"proj_dim": proj_dim}
+
+
+def as_published(work: Path, setting: Setting) -> Iterator[Found]:
+    """TRAK as published at smaller sketches, where it is at its best, with as many checkpoints as there are."""
+    for proj_dim in PUBLISHED_DIMS:
+        for name, sizes in (("full", (1, 5)), ("members", (1, 5, 15, 20))):
+            job, options = setting.job(name), {}
+            if name == "members":
+                options["masks"] = torch.from_numpy(job.truth.masks)
+            pool = Pool.make(work / f"{name}_{proj_dim}", job.last, setting, proj_dim, **options)
+            for n in sizes:
+                runs, halves = ("run", "a half") if n == 1 else ("runs", "halves")
+                of = f"{n} {runs}" if name == "full" else f"{n} {runs} on {halves}"
+                method = "TRAK as published: damping 0" + ("" if name == "full" else ", halves")
+                scores = [pool.score(group, 0.0, out_to_loss_power=1.0) for group in groups_of(n, len(job.last))]
+                yield f"{of}, proj_dim {proj_dim}", method, scores, {"n_checkpoints": n}
 
 
 def by_damping(work: Path, setting: Setting) -> Iterator[Found]:
@@ -140,7 +157,7 @@ def main() -> None:
     judge, found = Judge(truth), ground_truth_reliability(truth.outputs)
     ceiling = {"case": options.case, "method": "ceiling of the ground truth", "metric": "lds_ceiling", "unit": "Spearman"}
     rows: list[dict[str, Any]] = [{**ceiling, "value": found.ceiling, "interval": list(found.interval)}]
-    parts = (by_damping, by_members, by_soft_threshold, by_proj_dim)
+    parts = (by_damping, by_members, by_soft_threshold, by_proj_dim, as_published)
     results = [result for part in parts for result in judged(part(options.work, setting), judge, options.case)]
     results += judged(by_alpha(options.work, setting, options.alphas), judge, options.case)
     write(options, [*rows, *results], command=f"python benchmarks/lds_ablations.py --output {options.output}")
