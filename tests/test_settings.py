@@ -65,7 +65,7 @@ SHORT = Recipe(epochs=2, batch_size=6, peak_epoch=1, learning_rate=0.05)
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_configuration_is_understood(script, path):
     name, scale = path.stem.rsplit("_", 1)
-    args, setting, recipe = script.parse_arguments(["--setting", name, "--scale", scale, "--output", "out"])
+    args, setting, _ = script.parse_arguments(["--setting", name, "--scale", scale, "--output", "out"])
     assert args.output == "out"
     assert setting.hub_dataset
     if scale == "small":
