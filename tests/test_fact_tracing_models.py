@@ -1,6 +1,7 @@
 """Fact tracing with a model: tokens, outputs, TracIn, EMBED, TRAK, learned facts, forgetting, and the whole run."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from hf_trak.evaluation.fact_tracing import (
     summarize_forgetting,
 )
 from hf_trak.evaluation.fact_tracing.answers import normalize
+from hf_trak.evaluation.fact_tracing.data import restored
 from hf_trak.evaluation.fact_tracing.fine_tuning import (
     load_moments,
     make_optimizer,
@@ -370,13 +372,42 @@ class TestForgetting:
 def test_background_tells_nothing_of_who_is_asked_about(data):
     from hf_trak.evaluation.fact_tracing import FTrace, parse_facts
 
-    corpus = draw_corpus(FTrace(*data), n_queries=3, n_background=20, most_proponents=9)
+    corpus = draw_corpus(FTrace(*data), n_queries=3, n_background=10, n_taught=4, most_proponents=9)
     subjects = set(corpus.queries["sub_uri"][:])
-    stated = {fact.subject for facts in corpus.background["facts"][:] for fact in parse_facts(facts)}
-    assert not subjects & stated
+    about = {
+        text
+        for text, facts in zip(restored(data[0]), data[0]["facts"][:], strict=True)
+        if subjects & {name for fact in parse_facts(facts) for name in (fact.subject, fact.object)}
+    }
+    assert about
+    assert not about & set(restored(corpus.background))
+    taught = corpus.background["inputs_pretokenized"][-4:]
+    assert set(taught) <= set(data[1]["inputs_pretokenized"][:]) - set(corpus.queries["inputs_pretokenized"][:])
     assert len(corpus.abstracts) == 12
     with pytest.raises(ValueError, match="99 queries are to be drawn, but only 12 fit"):
         draw_corpus(FTrace(*data), n_queries=99, n_background=1, most_proponents=9)
+
+
+def test_a_drawn_corpus_has_neither_long_abstracts_nor_answers_to_guess(data):
+    from hf_trak.evaluation.fact_tracing import FTrace
+
+    words = [len(text.split()) for text in data[0]["inputs_pretokenized"][:]]
+    corpus = draw_corpus(FTrace(*data), n_queries=2, n_background=2, most_proponents=9, most_words=max(words) - 1)
+    texts = [*corpus.abstracts["inputs_pretokenized"][:], *corpus.background["inputs_pretokenized"][:]]
+    assert max(len(text.split()) for text in texts) < max(words)
+    asked = [(row["predicate_id"], row["obj_uri"]) for row in data[1]]
+    relation, commonest = Counter(asked).most_common(1)[0][0]
+    n_left = sum(pair != (relation, commonest) for pair in asked if pair[0] == relation)
+    every = sum(pair not in _commonest(asked) for pair in asked)
+    corpus = draw_corpus(FTrace(*data), n_queries=every, n_background=0, most_proponents=9, not_among=1)
+    found = [(row["predicate_id"], row["obj_uri"]) for row in corpus.queries]
+    assert (relation, commonest) not in found
+    assert sum(pair[0] == relation for pair in found) == n_left
+
+
+def _commonest(asked):
+    relations = {pair[0] for pair in asked}
+    return {Counter(pair for pair in asked if pair[0] == relation).most_common(1)[0][0] for relation in relations}
 
 
 FLAGS = [
@@ -431,6 +462,9 @@ FLAGS = [
     "5",
     "--tracin_dim",
     "64",
+    "--trak_features",
+    "all parameters",
+    "answer's tokens",
 ]
 
 

@@ -78,7 +78,8 @@ def fine_tune(
         raise ValueError("The subset is empty: there is nothing to train on.")
     device = next(model.parameters()).device
     optimizer = make_optimizer(model, recipe)
-    losses: list[Tensor] = []
+    # In one tensor: a small one kept per step, amid the large ones that come and go, fragments the heap by megabytes a step.
+    losses = torch.zeros(recipe.steps, device=device)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
@@ -93,9 +94,9 @@ def fine_tune(
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(loss.detach())
+            losses[step] = loss.detach()
             on_step(step + 1, optimizer)
-    last = torch.stack(losses[-max(1, len(losses) // 10) :]).mean().item()
+    last = losses[-max(1, len(losses) // 10) :].mean().item()
     if not np.isfinite(last):
         raise FloatingPointError(
             f"The loss is {last} after {recipe.steps} steps; try a learning rate below {recipe.learning_rate}."

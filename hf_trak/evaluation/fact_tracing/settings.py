@@ -8,6 +8,7 @@ from typing import Any
 from hf_trak.evaluation.fact_tracing.data import HUB_DATASET
 from hf_trak.evaluation.fact_tracing.fine_tuning import FineTuning
 
+TRAK_FEATURES = ("all parameters", "embedding", "all but the embedding", "answer's tokens", "sum over tokens")
 STAGES = ("data", "learn", "members", "rank", "forget", "report")
 
 
@@ -37,13 +38,20 @@ class FTraceArguments:
     n_layers: int = field(default=2, metadata={"help": "Encoder layers, and decoder layers, of the small model."})
     dropout: float = field(default=0.1, metadata={"help": "Dropout of training."})
     pretrain_steps: int = field(default=0, metadata={"help": "Steps of the small model on other abstracts."})
+    pretrain_batch_size: int = field(default=32, metadata={"help": "Rows per step of that."})
     pretrain_learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of that."})
     # corpus
     n_corpus_queries: int | None = field(
         default=None, metadata={"help": "Draw so many queries, and only their proponents; by default all abstracts."}
     )
     n_background: int = field(default=0, metadata={"help": "Other abstracts for the small model to read before."})
-    most_proponents: int = field(default=20, metadata={"help": "Of a drawn query."})
+    n_taught: int = field(default=0, metadata={"help": "Other questions, with their answers, for it to read too."})
+    fewest_proponents: int = field(default=2, metadata={"help": "Abstracts that state a drawn query's fact, at least."})
+    most_proponents: int = field(default=20, metadata={"help": "Abstracts that do, at most."})
+    most_words: int | None = field(default=None, metadata={"help": "Longest abstract that is drawn."})
+    not_among: int = field(
+        default=0, metadata={"help": "Draw no query whose answer is among so many commonest of its relation."}
+    )
     # queries and candidates
     n_queries: int = field(default=200, metadata={"help": "Learned queries to rank candidates for."})
     n_nearest: int = field(default=100, metadata={"help": "Candidates from BM25+."})
@@ -58,13 +66,18 @@ class FTraceArguments:
     alpha: float = field(default=0.5, metadata={"help": "Share of the abstracts in such a run."})
     proj_dim: int = field(default=4096, metadata={"help": "TRAK's features per member."})
     sketch_seeds: int = field(default=1, metadata={"help": "Sketches per run."})
-    reduction: str = field(
-        default="mean", metadata={"help": "mean or sum of TRAK's output over tokens.", "choices": ["mean", "sum"]}
+    trak_features: list[str] = field(
+        default_factory=lambda: ["all parameters"],
+        metadata={"help": "What TRAK is tried on; each makes an index: " + ", ".join(TRAK_FEATURES) + "."},
     )
     # counterfactual
     n_targets: int = field(default=50, metadata={"help": "Learned facts to make the model forget."})
     batch_facts: int = field(default=50, metadata={"help": "Facts that share a run."})
     top_k: list[int] = field(default_factory=lambda: [5, 20, 100], metadata={"help": "Abstracts removed per fact."})
+    removed_by: list[str] = field(
+        default_factory=lambda: ["TRAK", "TracIn", "EMBED", "TracIn + EMBED", "BM25+"],
+        metadata={"help": "Methods whose highest ranked abstracts are removed."},
+    )
     n_seeds: int = field(default=3, metadata={"help": "Runs per removal."})
     # sharing the work
     shard_index: int = field(default=0, metadata={"help": "Which part of the members and of the retraining runs to do."})
@@ -74,6 +87,8 @@ class FTraceArguments:
     def __post_init__(self) -> None:
         if unknown := [stage for stage in self.stages if stage not in STAGES]:
             raise ValueError(f"There is no stage {', '.join(unknown)}; the stages are {', '.join(STAGES)}.")
+        if unknown := [name for name in self.trak_features if name not in TRAK_FEATURES]:
+            raise ValueError(f"TRAK has no features {', '.join(unknown)}; there are {', '.join(TRAK_FEATURES)}.")
         if not 0 <= self.shard_index < self.num_shards:
             raise ValueError(f"`shard_index` must lie in 0 to {self.num_shards - 1}, but is {self.shard_index}.")
         if self.model == "scratch" and (self.n_corpus_queries is None or self.n_background < 1 or self.pretrain_steps < 1):

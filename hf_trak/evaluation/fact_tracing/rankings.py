@@ -1,0 +1,120 @@
+"""Every method's scores of all abstracts for the asked queries, and the choice among a method's variants.
+
+Variants are chosen by one half of the queries, and reported on the other: Akyürek et al. choose and report on the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+
+from hf_trak.evaluation.fact_tracing.data import sentence_numbers
+from hf_trak.evaluation.fact_tracing.embed import Embed
+from hf_trak.evaluation.fact_tracing.measuring import best_variant, halves, measure, pick
+from hf_trak.evaluation.fact_tracing.methods import BM25PlusSentences, Method, Random, RandomTarget
+from hf_trak.evaluation.fact_tracing.stages import timed
+from hf_trak.evaluation.fact_tracing.tracin import SIMILARITIES, TracIn, Variant
+from hf_trak.evaluation.fact_tracing.trak_variants import trak_scores
+from hf_trak.evaluation.fact_tracing.workspace import Workspace
+from hf_trak.store import write_atomically
+
+Scores = dict[str, np.ndarray]
+"""(n_train, n_query) by variant."""
+
+_BOTH = "TracIn + EMBED"
+LAYERS = ("", r"^shared", r"^encoder\.block", r"^decoder\.block")
+"""Which layers TracIn is tried on; the embedding is the best single one in the paper."""
+
+
+class Rankings:
+    """The scores of a workspace."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace = workspace
+        self.folder = workspace.folder / "scores"
+
+    def compute(self) -> None:
+        """Score every abstract for every asked query, by every method and variant that has no scores yet."""
+        for name, method in self._methods().items():
+            path = self.folder / f"{name}.npz"
+            if not path.exists():
+                path.parent.mkdir(exist_ok=True)
+                with timed(self.workspace.folder, f"rank: {name}"):
+                    scores = {variant: values.astype(np.float32) for variant, values in method().items()}
+                write_atomically(path, partial(_write_scores, scores))
+
+    def _methods(self) -> dict[str, Callable[[], Scores]]:
+        space = self.workspace
+        abstracts, (queries, _) = space.abstracts, space.asked
+        checkpoints = [space.checkpoint("full", step) for step in space.args.checkpoint_steps]
+        plain: dict[str, Method] = {"BM25+": BM25PlusSentences(), "Random-Target": RandomTarget(), "Random": Random()}
+        methods: dict[str, Callable[[], Scores]] = {
+            name: partial(_alone, method, abstracts, queries) for name, method in plain.items()
+        }
+        methods["EMBED"] = partial(Embed(checkpoints[-1:], space.encoder).sweep, abstracts, queries)
+        for moments in (False, True):
+            name = "TracIn, second moments" if moments else "TracIn"
+            tracin = TracIn(checkpoints, space.encoder, use_second_moments=moments, dim=space.args.tracin_dim)
+            methods[name] = partial(_swept, tracin, abstracts, queries)
+        methods["TRAK"] = partial(trak_scores, space)
+        return methods
+
+    @cached_property
+    def scores(self) -> dict[str, Scores]:
+        """All that was computed, by method."""
+        found: dict[str, Scores] = {}
+        for name in self._methods():
+            with np.load(self.folder / f"{name}.npz") as file:
+                found.setdefault(name.split(",")[0], {}).update({_label(name, variant): file[variant] for variant in file})
+        return found
+
+    @cached_property
+    def chosen(self) -> dict[str, tuple[str, np.ndarray]]:
+        """By method, the variant that ranks one half of the queries best, and its scores; TracIn + EMBED among them."""
+        best = {name: self._choose(variants) for name, variants in self.scores.items()}
+        # Cosines have one scale, so that they may be added.
+        cosines = {name: scores for name, scores in self.scores["TracIn"].items() if not name.startswith("dot")}
+        embed = best["EMBED"][1]
+        best[_BOTH] = self._choose({name: s / max(np.abs(s).max(), 1e-12) + embed for name, s in cosines.items()})
+        return best
+
+    def measures(self, scores: np.ndarray, level: str = "sentence") -> dict[str, np.ndarray]:
+        """Return the measures of every asked query."""
+        _, candidates = self.workspace.asked
+        return measure(pick(scores, candidates), candidates, self._sentences, level=level)  # type: ignore[arg-type]
+
+    @cached_property
+    def _sentences(self) -> np.ndarray:
+        return sentence_numbers(self.workspace.abstracts)
+
+    @cached_property
+    def halves(self) -> tuple[np.ndarray, np.ndarray]:
+        """Which asked queries variants are chosen by, and which they are reported on."""
+        return halves(self.workspace.asked[0], seed=self.workspace.args.seed)
+
+    def _choose(self, variants: Scores) -> tuple[str, np.ndarray]:
+        chosen = best_variant({name: self.measures(scores) for name, scores in variants.items()}, self.halves[0])
+        return chosen, variants[chosen]
+
+
+def _alone(method: Method, abstracts: Dataset, queries: Dataset) -> Scores:
+    return {"": method(abstracts, queries)}
+
+
+def _swept(tracin: TracIn, abstracts: Dataset, queries: Dataset) -> Scores:
+    variants = [Variant(similarity, layers) for similarity in SIMILARITIES for layers in LAYERS]
+    return {str(variant): scores for variant, scores in tracin.sweep(abstracts, queries, variants).items()}
+
+
+def _label(name: str, variant: str) -> str:
+    suffix = name.partition(", ")[2]
+    return f"{variant}, {suffix}" if suffix else variant
+
+
+def _write_scores(scores: Scores, path: Path) -> None:
+    with open(path, "wb") as file:
+        np.savez(file, **scores)  # type: ignore[arg-type]

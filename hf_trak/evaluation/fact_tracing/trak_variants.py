@@ -1,0 +1,86 @@
+"""TRAK with the choices that are open: what is differentiated, which tokens count, the damping, and whether long gradients weigh more.
+
+Members, masks and candidates are the same for all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from hf_trak.config import TrakConfig
+from hf_trak.evaluation.fact_tracing.output import fact_task
+from hf_trak.evaluation.fact_tracing.settings import TRAK_FEATURES
+from hf_trak.evaluation.fact_tracing.trak import Trak
+from hf_trak.evaluation.fact_tracing.workspace import Workspace
+from hf_trak.index import AttributionIndex
+
+
+@dataclass(frozen=True)
+class Features:
+    """What an index is made of.
+
+    Args:
+        parameters (`tuple[str, ...]`, *optional*): Regular expressions of what is differentiated; by default all.
+        reduction (`str`): mean or sum over scored tokens.
+        answer_only (`bool`): Score neither `<extra_id_0>` nor the end of the sequence.
+    """
+
+    parameters: tuple[str, ...] | None = None
+    reduction: str = "mean"
+    answer_only: bool = False
+
+
+FEATURES = dict(
+    zip(
+        TRAK_FEATURES,
+        (
+            Features(),
+            Features(parameters=(r"^shared",)),
+            Features(parameters=(r"^(?!shared|lm_head)",)),
+            Features(answer_only=True),
+            Features(reduction="sum"),
+        ),
+        strict=True,
+    )
+)
+DAMPINGS: tuple[float | str, ...] = ("auto", 0.1, 10.0)
+
+
+def trak_scores(space: Workspace) -> dict[str, np.ndarray]:
+    """Return the scores of every variant by its name, (n_train, n_query) each."""
+    queries, _ = space.asked
+    scores: dict[str, np.ndarray] = {}
+    for name in space.args.trak_features:
+        index = trak_index(space, name, FEATURES[name])
+        lengths = gradient_norms(index)[:, None]
+        for damping in DAMPINGS:
+            found = Trak(index, {"damping": damping})(space.abstracts, queries)
+            scores[f"{name}, damping {damping}"] = found
+            scores[f"{name}, damping {damping}, unit rows"] = found / lengths
+    return scores
+
+
+def trak_index(space: Workspace, name: str, features: Features) -> AttributionIndex:
+    """Return an index of all abstracts under the workspace's members, built once."""
+    encoder = replace(space.encoder, score_sentinel=not features.answer_only, score_eos=not features.answer_only)
+    return AttributionIndex.build(
+        space.folder / "index" / "".join(letter if letter.isalnum() else "-" for letter in name),
+        models=[space.checkpoint(space.member(number)) for number in range(space.args.n_members)],
+        dataset=space.abstracts,
+        config=TrakConfig(proj_dim=space.args.proj_dim, parameters=features.parameters),
+        processing_class=space.encoder.tokenizer,
+        task=fact_task(encoder, reduction=features.reduction),
+        masks=torch.from_numpy(space.masks),
+        sketch_seeds_per_checkpoint=space.args.sketch_seeds,
+    )
+
+
+def gradient_norms(index: AttributionIndex) -> np.ndarray:
+    """Return the mean over members of each row's gradient norm, (n_train,)."""
+    norms = [
+        np.asarray(index.features(member).with_format("numpy")["trak_grad_norm"][:]) for member in range(len(index.members))
+    ]
+    return np.maximum(np.mean(norms, axis=0, dtype=np.float64), 1e-12)

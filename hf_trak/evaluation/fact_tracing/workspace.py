@@ -1,0 +1,158 @@
+"""The folder of one evaluation: what is asked and what was trained, each made once and then read.
+
+```
+data      abstracts.parquet, background.parquet, queries.parquet
+learn     model/ (what is fine-tuned), runs/full/, learned.json: what fine-tuning taught
+members   runs/member-000/, ...: fine-tuned on random halves
+rank      candidates.json.gz, index/, scores/*.npz
+forget    forgetting/*.json, one per run
+report    results.json
+```
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, load_dataset
+from jaxtyping import Bool, Int64
+
+from hf_trak.evaluation.fact_tracing.candidates import Candidates, draw_candidates, load_candidates, save_candidates
+from hf_trak.evaluation.fact_tracing.encoding import EncodedRows, Encoder
+from hf_trak.evaluation.fact_tracing.fine_tuning import FineTuning
+from hf_trak.evaluation.fact_tracing.methods import BM25PlusSentences
+from hf_trak.evaluation.fact_tracing.proponents import find_proponents
+from hf_trak.evaluation.fact_tracing.settings import FTraceArguments
+from hf_trak.evaluation.fact_tracing.stages import begin
+from hf_trak.evaluation.subsets import make_masks
+from hf_trak.featurizer import load_model, load_processing_class
+from hf_trak.hashing import stream_key
+from hf_trak.store import read_json
+
+NOT_SHARED = ("output", "results", "stages", "shard_index", "num_shards", "device")
+"""Flags that may differ from call to call in one folder."""
+
+
+class Workspace:
+    """One evaluation in one folder.
+
+    Raises:
+        ValueError: If the folder was begun with other settings.
+    """
+
+    def __init__(self, args: FTraceArguments, recipe: FineTuning) -> None:
+        self.args, self.recipe = args, recipe
+        self.folder = Path(args.output)
+        self.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        shared = {name: value for name, value in asdict(args).items() if name not in NOT_SHARED}
+        begin(self.folder, {**shared, **{f"fine_tuning.{name}": value for name, value in asdict(recipe).items()}})
+
+    @property
+    def shard(self) -> tuple[int, int]:
+        """Which part of the members and of the retraining runs this call does, and of how many."""
+        return self.args.shard_index, self.args.num_shards
+
+    # --- texts
+
+    def read(self, name: str) -> Dataset:
+        """Return one of the Parquet files."""
+        return load_dataset("parquet", data_files={"train": str(self.folder / f"{name}.parquet")}, split="train")
+
+    @cached_property
+    def abstracts(self) -> Dataset:
+        """What is fine-tuned on, and credited."""
+        return self.read("abstracts")
+
+    @cached_property
+    def queries(self) -> Dataset:
+        """All that may be asked."""
+        return self.read("queries")
+
+    @cached_property
+    def rows(self) -> EncodedRows:
+        """The abstracts' tokens."""
+        return EncodedRows(self.abstracts, self.encoder)
+
+    # --- models
+
+    @property
+    def start(self) -> Path | str:
+        """What fine-tuning begins with."""
+        return self.folder / "model" if self.args.model == "scratch" else self.args.model
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """The tokenizer, scoring all of a target, as in training."""
+        start = load_model(str(self.start)).config.decoder_start_token_id
+        return Encoder(load_processing_class(str(self.start)), start)
+
+    def fresh_model(self) -> Any:
+        """Return a model to fine-tune."""
+        model = load_model(str(self.start))
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = self.args.dropout
+        return model.to(self.device)
+
+    def checkpoint(self, run: str, step: int | None = None) -> Path:
+        """Return where a run's weights lie after a step, by default the last."""
+        return self.folder / "runs" / run / f"step-{step or self.recipe.steps:06d}"
+
+    def seed_of(self, run: str) -> int:
+        """Return the seed of a run, which differs from any other's."""
+        return stream_key("ftrace run", self.args.seed, run) % 2**63
+
+    def member(self, number: int) -> str:
+        """Return the name of a member's run."""
+        return f"member-{number:03d}"
+
+    @cached_property
+    def masks(self) -> Bool[np.ndarray, "n_members n_train"]:
+        """Which abstracts each member is fine-tuned on."""
+        return make_masks(len(self.abstracts), self.args.n_members, self.args.alpha, seed=self.args.seed)
+
+    # --- what is asked
+
+    @cached_property
+    def asked(self) -> tuple[Dataset, list[Candidates]]:
+        """The learned queries that are ranked for, and their candidates; drawn once, and the same for all methods."""
+        path = self.folder / "candidates.json.gz"
+        if self.args.candidates is not None:
+            path = Path(self.args.candidates)
+        elif not path.exists():
+            self._draw_candidates(path)
+        return load_candidates(path, self.abstracts, self.queries)
+
+    def _draw_candidates(self, path: Path) -> None:
+        learned = np.array(read_json(self.folder / "learned.json")["learned"])
+        if len(learned) == 0:
+            raise ValueError("Fine-tuning taught none of the queries; train longer, or with another learning rate.")
+        order = np.random.default_rng(self.args.seed).permutation(learned)
+        queries = self.queries.select(np.sort(order[: self.args.n_queries]))
+        candidates = draw_candidates(
+            self.abstracts,
+            queries,
+            find_proponents(self.abstracts, queries),
+            BM25PlusSentences().nearest_to(self.abstracts, queries, self.args.n_nearest),
+            n_same_target=self.args.n_same_target,
+            n_random=self.args.n_random,
+            seed=self.args.seed,
+        )
+        save_candidates(path, candidates, self.abstracts, queries)
+
+    @cached_property
+    def targets(self) -> Int64[np.ndarray, " n_targets"]:
+        """Which of the asked queries the model is to forget."""
+        n_asked = len(self.asked[0])
+        return np.random.default_rng(self.args.seed + 1).permutation(n_asked)[: self.args.n_targets]
+
+    @property
+    def case(self) -> str:
+        """Say what model and data the results are of."""
+        model = "mT5 from scratch" if self.args.model == "scratch" else self.args.model
+        return f"{Path(self.args.data).name}, {len(self.abstracts):,} abstracts, {model}, {self.args.n_members} members"
