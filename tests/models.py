@@ -198,6 +198,14 @@ def qwen3_lm(**options: object) -> nn.Module:
     return Qwen3ForCausalLM(Qwen3Config(**{**_IDS, **sizes, "tie_word_embeddings": True, **options}))
 
 
+def qwen2_lm(**options: object) -> nn.Module:
+    """Queries, keys and values with a bias, and keys shared by heads."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    sizes = {**_TRANSFORMER, "num_key_value_heads": 1, "vocab_size": VOCAB_SIZE, "pad_token_id": PAD}
+    return Qwen2ForCausalLM(Qwen2Config(**{**_IDS, **sizes, **options}))
+
+
 def _bert_as(kind: str) -> Callable[..., nn.Module]:
     def make(**options: object) -> nn.Module:
         import transformers
@@ -215,6 +223,7 @@ LANGUAGE_MODELS: dict[str, Callable[..., nn.Module]] = {
     "bart": bart,
     "gpt2 lm": gpt2_lm,
     "llama lm": llama_lm,
+    "qwen2 lm": qwen2_lm,
     "qwen3 lm": qwen3_lm,
     "bert mlm": _bert_as("BertForMaskedLM"),
     "roberta mlm": _bert_as("RobertaForMaskedLM"),

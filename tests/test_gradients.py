@@ -520,8 +520,20 @@ def test_a_model_with_nothing_to_train_is_refused():
         select_parameters(model)
 
 
+def test_a_pattern_selects_frozen_parameters_only_where_it_matches_no_trainable_one():
+    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+    model[0].requires_grad_(False)
+    assert list(select_parameters(model, ["weight"]).parameters) == ["1.weight"]
+    selection = select_parameters(model, ["0.weight", "bias"])
+    assert list(selection.parameters) == ["0.weight", "1.bias"]
+    assert selection.coverage == pytest.approx(17 / 27)
+    model[0].weight = nn.Parameter(torch.zeros(5, 3, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"0\.weight is of torch\.int8, and quantized weights have no gradients"):
+        select_parameters(model, ["0.weight"])
+
+
 def test_a_pattern_that_matches_nothing_shows_the_names_there_are():
-    with pytest.raises(ValueError, match=r"'head' matches none of the 4 trainable parameters, such as 0\.weight.*1\.bias"):
+    with pytest.raises(ValueError, match=r"'head' matches none of the 4 parameters, such as 0\.weight.*1\.bias"):
         select_parameters(nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2)), ["0", "head"])
 
 

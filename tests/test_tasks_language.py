@@ -55,8 +55,14 @@ def padded(rows: Mapping[str, list[Any]], side: str, width: int) -> dict[str, li
     return result
 
 
-def features_of(model: nn.Module, task: Task, batch: Mapping[str, Tensor], engine: str = "layerwise") -> Any:
-    parameters = select_parameters(model).parameters
+def features_of(
+    model: nn.Module,
+    task: Task,
+    batch: Mapping[str, Tensor],
+    engine: str = "layerwise",
+    patterns: tuple[str, ...] | None = None,
+) -> Any:
+    parameters = select_parameters(model, patterns).parameters
     sizes = {name: parameter.numel() for name, parameter in parameters.items()}
     projector = Identity(proj_dim=sum(sizes.values()), sizes=sizes)
     with vmappable_attention(model):
@@ -188,8 +194,9 @@ def test_a_row_depends_on_neither_padding_nor_batch_mates(name: str):
         assert_close(features_of(model, task, alone).features, expected[i : i + 1], 5e-6)
 
 
+@pytest.mark.parametrize("patterns", [None, ("base_layer",), ("lora_A", "lm_head|shared")])
 @pytest.mark.parametrize("name", ["llama lm", "t5"])
-def test_an_adapters_parameters_alone_are_featurized(name: str):
+def test_an_adapters_parameters_are_featurized_and_the_base_models_by_selection(name: str, patterns: tuple[str, ...] | None):
     from peft import LoraConfig, get_peft_model
 
     targets = ["q", "v"] if name == "t5" else ["q_proj", "v_proj"]
@@ -199,12 +206,14 @@ def test_an_adapters_parameters_alone_are_featurized(name: str):
     )
     task = AutoTask.from_model(model)
     batch = task.collate(rows_for(task), None)
-    names = list(select_parameters(model).parameters)
-    assert names
-    assert all("lora_" in name for name in names)
-    _, _, grads = gradient_loop(model, batch, task.output_function, names)
+    chosen = select_parameters(model, patterns).parameters
+    kinds = {"lora": any("lora_" in name for name in chosen), "base": any("lora_" not in name for name in chosen)}
+    assert kinds == {"lora": patterns != ("base_layer",), "base": patterns is not None}
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    _, _, grads = gradient_loop(model, batch, task.output_function, list(chosen))
     for engine in GRADIENTS:
-        assert_close(features_of(model, task, batch, engine).features, grads, 5e-6)
+        assert_close(features_of(model, task, batch, engine, patterns).features, grads, 5e-6)
+    assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == frozen
 
 
 # Rows.

@@ -15,7 +15,7 @@ class ParameterSelection:
 
     parameters: dict[str, nn.Parameter]
     coverage: float
-    """Selected share of the trainable parameters."""
+    """Selected share of the parameters that are trainable or selected."""
 
     @property
     def shapes(self) -> dict[str, list[int]]:
@@ -30,13 +30,16 @@ def select_parameters(model: nn.Module, patterns: Sequence[str] | None = None) -
     """Select the trainable parameters whose name matches any of `patterns`, or all of them.
 
     Args:
-        patterns (`Sequence[str]`, *optional*): Regular expressions, searched anywhere in a parameter's name.
+        patterns (`Sequence[str]`, *optional*): Regular expressions, searched anywhere in a parameter's name. One that matches no
+            trainable parameter selects the frozen ones it matches, such as `base_layer` for the base model under an adapter.
 
     Raises:
-        ValueError: If the model has no trainable parameter, a pattern is not a regular expression, or one matches nothing.
+        ValueError: If the model has no trainable parameter, a pattern is not a regular expression, or one matches nothing, or
+            parameters that are quantized.
     """
-    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if not trainable:
+    named = dict(model.named_parameters())
+    trainable = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+    if not trainable and patterns is None:
         raise ValueError(
             f"{type(model).__name__} has no trainable parameter: all have requires_grad=False. Call "
             "`requires_grad_(True)` on those whose influence you want."
@@ -50,15 +53,18 @@ def select_parameters(model: nn.Module, patterns: Sequence[str] | None = None) -
     chosen: set[str] = set()
     for pattern in patterns:
         try:
-            matches = {name for name in trainable if re.search(pattern, name)}
+            found = {name for name in named if re.search(pattern, name)}
         except re.error as error:
             raise ValueError(f"`parameters` takes regular expressions, but {pattern!r} is not one: {error}.") from error
-        if not matches:
-            examples = ", ".join(list(trainable)[:3] + list(trainable)[-1:])
-            raise ValueError(
-                f"The parameter pattern {pattern!r} matches none of the {len(trainable)} trainable parameters, such as {examples}."
-            )
-        chosen |= matches
-    selected = {name: parameter for name, parameter in trainable.items() if name in chosen}
-    total = sum(parameter.numel() for parameter in trainable.values())
+        if not found:
+            examples = ", ".join(list(named)[:3] + list(named)[-1:])
+            raise ValueError(f"The parameter pattern {pattern!r} matches none of the {len(named)} parameters, such as {examples}.")
+        chosen |= found & trainable.keys() or found
+    selected = {name: parameter for name, parameter in named.items() if name in chosen}
+    if quantized := [name for name, parameter in selected.items() if not parameter.is_floating_point()]:
+        raise ValueError(
+            f"{quantized[0]} is of {selected[quantized[0]].dtype}, and quantized weights have no gradients. Select the adapter's "
+            "parameters, or load the model without quantization."
+        )
+    total = sum(parameter.numel() for parameter in (trainable | selected).values())
     return ParameterSelection(selected, sum(parameter.numel() for parameter in selected.values()) / total)

@@ -109,7 +109,7 @@ def _make_model(space: Workspace) -> None:
         steps=args.pretrain_steps,
         batch_size=args.pretrain_batch_size,
         learning_rate=args.pretrain_learning_rate,
-        decay=False,
+        decay=True,
     )
     with timed(space.folder, "learn: pretraining"):
         fine_tune(model, rows, range(len(rows)), recipe, seed=args.seed)
