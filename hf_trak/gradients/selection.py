@@ -58,7 +58,9 @@ def select_parameters(model: nn.Module, patterns: Sequence[str] | None = None) -
             raise ValueError(f"`parameters` takes regular expressions, but {pattern!r} is not one: {error}.") from error
         if not found:
             examples = ", ".join(list(named)[:3] + list(named)[-1:])
-            raise ValueError(f"The parameter pattern {pattern!r} matches none of the {len(named)} parameters, such as {examples}.")
+            raise ValueError(
+                f"The parameter pattern {pattern!r} matches none of the {len(named)} parameters, such as {examples}."
+            )
         chosen |= found & trainable.keys() or found
     selected = {name: parameter for name, parameter in named.items() if name in chosen}
     if quantized := [name for name, parameter in selected.items() if not parameter.is_floating_point()]:

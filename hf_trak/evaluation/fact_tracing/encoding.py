@@ -6,7 +6,7 @@ the fact, but have gradients; which of them are scored is said where it matters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,7 +112,7 @@ class EncodedRows:
         """Return some rows as tensors."""
         return self.encoder.batch([self._inputs[row] for row in rows], [self._targets[row] for row in rows])
 
-    def batches(self, order: Sequence[Sequence[int]], device: str | torch.device = "cpu") -> Iterator[dict[str, Tensor]]:
+    def batches(self, order: Iterable[Sequence[int]], device: str | torch.device = "cpu") -> Iterator[dict[str, Tensor]]:
         """Yield one batch per list of rows."""
         for rows in order:
             yield {key: values.to(device) for key, values in self.batch(rows).items()}

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from hf_trak.evaluation.fact_tracing.encoding import EncodedRows
 from hf_trak.evaluation.fact_tracing.output import token_loss
@@ -62,6 +63,7 @@ def fine_tune(
     *,
     seed: int,
     on_step: Callable[[int, torch.optim.Optimizer], Any] = lambda step, optimizer: None,
+    description: str | None = None,
 ) -> float:
     """Train `model` in place on some rows, and return the mean loss of the last tenth of the steps.
 
@@ -69,6 +71,7 @@ def fine_tune(
         subset (`Sequence[int]`): The rows to train on; no other is read.
         seed (`int`): Of the order of rows, and of dropout, whose rate is the model's own.
         on_step (`Callable`): Called with the number of steps done and the optimizer.
+        description (`str`, *optional*): Show a progress bar, and call it this.
 
     Raises:
         ValueError: If the subset is empty.
@@ -84,7 +87,8 @@ def fine_tune(
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         model.train()
-        for step, batch in enumerate(rows.batches(row_order(rows, subset, recipe, seed=seed), device)):
+        order = tqdm(row_order(rows, subset, recipe, seed=seed), unit="step", desc=description, disable=description is None)
+        for step, batch in enumerate(rows.batches(order, device)):
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate_at(step)
             with torch.autocast(device.type, torch.bfloat16) if recipe.mixed_precision == "bf16" else nullcontext():

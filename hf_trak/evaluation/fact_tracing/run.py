@@ -112,7 +112,7 @@ def _make_model(space: Workspace) -> None:
         decay=True,
     )
     with timed(space.folder, "learn: pretraining"):
-        fine_tune(model, rows, range(len(rows)), recipe, seed=args.seed)
+        fine_tune(model, rows, range(len(rows)), recipe, seed=args.seed, description="Pretraining")
     save_checkpoint(space.folder / "model", model, tokenizer)
 
 
@@ -128,7 +128,8 @@ def _fine_tune(space: Workspace, run: str, subset: Sequence[int], *, keep: Seque
         if step == last:  # after all others: it says that the run is done
             save_with_moments(space.checkpoint(run), model, optimizer, space.encoder.tokenizer)
 
-    fine_tune(model, space.rows, subset, space.recipe, seed=space.seed_of(run), on_step=on_step)
+    seed = space.seed_of(run)
+    fine_tune(model, space.rows, subset, space.recipe, seed=seed, on_step=on_step, description=f"Fine-tuning {run}")
 
 
 def train_members(space: Workspace) -> None:
