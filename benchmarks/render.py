@@ -13,6 +13,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
@@ -26,22 +27,46 @@ def number(value: float) -> str:
 
 
 def table(name: str, wanted: list[str]) -> str:
-    """Return the rows of one result file that have one of the metrics and fit the patterns, as Markdown."""
+    """Return the rows of one result file that have one of the metrics and fit the patterns, as Markdown.
+
+    A case that all rows share stands above them.
+    """
     patterns = dict(word.split("=", 1) for word in wanted if "=" in word)
     metrics = [word for word in wanted if "=" not in word]
     result = json.loads((ROOT / "results" / f"{name}.json").read_text())
-    lines = ["| case | method | metric | value | interval |", "|---|---|---|---|---|"]
-    for row in result["rows"]:
-        fits = all(re.search(pattern, row[key]) for key, pattern in patterns.items())
-        if fits and (not metrics or row["metric"] in metrics):
-            interval = " to ".join(map(number, row["interval"])) if row["interval"] else ""
-            unit = "" if row["unit"] in ("x", "share") else f" {row['unit']}"
-            suffix = "×" if row["unit"] == "x" else unit
-            lines.append(
-                f"| {row['case']} | {row['method']} | `{row['metric']}` | {number(row['value'])}{suffix} | {interval} |"
-            )
-    hardware = ", ".join(f"{key} {value}" for key, value in result["hardware"].items())
-    return "\n".join(lines) + f"\n\n`{result['command']}`, {hardware}, torch {result['versions']['torch']}.\n"
+    rows = [
+        row
+        for row in result["rows"]
+        if all(re.search(pattern, row[key]) for key, pattern in patterns.items()) and (not metrics or row["metric"] in metrics)
+    ]
+    cases = {row["case"] for row in rows}
+    columns = ["method", "metric", "value", "interval"]
+    head = [f"{cases.pop()}:", ""] if len(cases) == 1 else []
+    lines = [cells(row) if head else [row["case"], *cells(row)] for row in rows]
+    columns = columns if head else ["case", *columns]
+    hardware = result["hardware"]
+    if isinstance(hardware, dict):
+        hardware = ", ".join(f"{key} {value}" for key, value in hardware.items())
+    text = [*head, line(columns), "|" + "---|" * len(columns), *map(line, lines)]
+    return "\n".join(text) + f"\n\n`{result['command']}`, {hardware}, torch {result['versions']['torch']}.\n"
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """Return what a row says but for its case."""
+    interval = " to ".join(map(number, row["interval"])) if row["interval"] else ""
+    unit = {"x": "×", "share": ""}.get(row["unit"], f" {row['unit']}".rstrip())
+    parts = [row["method"]]
+    if row.get("variant"):
+        parts.append(row["variant"])
+    if row.get("level"):
+        parts.append(f"{row['level']}s")
+    if row.get("top_k"):
+        parts.append(f"top {row['top_k']}")
+    return [", ".join(parts), f"`{row['metric']}`", number(row["value"]) + unit, interval]
+
+
+def line(columns: list[str]) -> str:
+    return f"| {' | '.join(columns)} |"
 
 
 def render(text: str) -> str:
