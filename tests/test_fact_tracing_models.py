@@ -492,6 +492,27 @@ def test_the_command_does_all_of_it_and_goes_on_where_it_was_stopped(tmp_path, c
         main([*flags, "--proj_dim", "16"])
 
 
+def test_all_queries_may_be_asked(tmp_path):
+    from hf_trak.cli.evaluate_ftrace import parse_arguments
+    from hf_trak.evaluation.fact_tracing.run import draw_data, learn
+    from hf_trak.evaluation.fact_tracing.workspace import Workspace
+
+    for name, rows in zip(("abstracts", "queries"), synthetic_ftrace(8), strict=True):
+        rows.to_parquet(str(tmp_path / f"{name}.parquet"))
+    flags = [*FLAGS, "--data", str(tmp_path), "--steps", "2", "--checkpoint_steps", "2"]
+    space = Workspace(
+        *parse_arguments([*flags, "--output", str(tmp_path / "out"), "--query_slice", "all", "--n_queries", "99"])
+    )
+    draw_data(space)
+    learn(space)
+    assert space.asked[0]["uuid"][:] == space.queries["uuid"][:]
+    space = Workspace(*parse_arguments([*flags, "--output", str(tmp_path / "learned")]))
+    draw_data(space)
+    learn(space)
+    with pytest.raises(ValueError, match="taught none of the queries"):
+        _ = space.asked
+
+
 def test_the_scales_are_those_of_the_config_files():
     from pathlib import Path
 

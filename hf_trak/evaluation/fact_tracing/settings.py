@@ -53,7 +53,14 @@ class FTraceArguments:
         default=0, metadata={"help": "Draw no query whose answer is among so many commonest of its relation."}
     )
     # queries and candidates
-    n_queries: int = field(default=200, metadata={"help": "Learned queries to rank candidates for."})
+    query_slice: str = field(
+        default="learned",
+        metadata={
+            "help": "Queries to rank candidates for: those that fine-tuning taught, or all.",
+            "choices": ["learned", "all"],
+        },
+    )
+    n_queries: int = field(default=200, metadata={"help": "How many of them, at most."})
     n_nearest: int = field(default=100, metadata={"help": "Candidates from BM25+."})
     n_same_target: int = field(default=100, metadata={"help": "Candidates with the query's very target, at most."})
     n_random: int = field(default=100, metadata={"help": "Random candidates."})
@@ -118,9 +125,9 @@ SCALES: dict[str, dict[str, Any]] = {
         "checkpoint_steps": [150, 300, 500],
         "tracin_dim": 1024,
         "proj_dim": 1024,
-        "trak_features": list(TRAK_FEATURES),
+        "trak_features": ["all parameters", "embedding", "all but the embedding", "answer's tokens"],
         "n_members": 10,
-        "n_targets": 32,
+        "n_targets": 24,
         "batch_facts": 8,
         "removed_by": ["TRAK", "TracIn", "BM25+"],
         "n_seeds": 1,

@@ -120,7 +120,7 @@ class Workspace:
 
     @cached_property
     def asked(self) -> tuple[Dataset, list[Candidates]]:
-        """The learned queries that are ranked for, and their candidates; drawn once, and the same for all methods."""
+        """The queries that are ranked for, and their candidates; drawn once, and the same for all methods."""
         path = self.folder / "candidates.json.gz"
         if self.args.candidates is not None:
             path = Path(self.args.candidates)
@@ -129,10 +129,7 @@ class Workspace:
         return load_candidates(path, self.abstracts, self.queries)
 
     def _draw_candidates(self, path: Path) -> None:
-        learned = np.array(read_json(self.folder / "learned.json")["learned"])
-        if len(learned) == 0:
-            raise ValueError("Fine-tuning taught none of the queries; train longer, or with another learning rate.")
-        order = np.random.default_rng(self.args.seed).permutation(learned)
+        order = np.random.default_rng(self.args.seed).permutation(self._query_slice())
         queries = self.queries.select(np.sort(order[: self.args.n_queries]))
         candidates = draw_candidates(
             self.abstracts,
@@ -144,6 +141,14 @@ class Workspace:
             seed=self.args.seed,
         )
         save_candidates(path, candidates, self.abstracts, queries)
+
+    def _query_slice(self) -> Int64[np.ndarray, " n"]:
+        if self.args.query_slice == "all":
+            return np.arange(len(self.queries))
+        learned = np.array(read_json(self.folder / "learned.json")["learned"], dtype=np.int64)
+        if len(learned) == 0:
+            raise ValueError("Fine-tuning taught none of the queries; train longer, or with another learning rate.")
+        return learned
 
     @cached_property
     def targets(self) -> Int64[np.ndarray, " n_targets"]:
