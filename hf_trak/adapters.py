@@ -33,7 +33,7 @@ def load_adapter(source: str, revision: str | None = None) -> Any:
         raise ImportError(f"{source} is a PEFT adapter; install peft to load it.") from error
     adapter = PeftConfig.from_pretrained(source, revision=revision)
     try:
-        config = transformers.AutoConfig.from_pretrained(source, revision=revision)
+        config = transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{source} is an adapter that does not say what model class it was added to: it holds no config.json. Load the model "
@@ -45,5 +45,7 @@ def load_adapter(source: str, revision: str | None = None) -> Any:
             f"{source} is an adapter of {name} on {adapter.base_model_name_or_path or 'a model in memory'}, which cannot be loaded. "
             "Load the model yourself and pass it as `model`."
         )
-    base = getattr(transformers, name).from_pretrained(adapter.base_model_name_or_path, config=config, use_safetensors=True)
+    base = getattr(transformers, name).from_pretrained(
+        adapter.base_model_name_or_path, config=config, revision=adapter.revision, use_safetensors=True
+    )
     return PeftModel.from_pretrained(base, source, revision=revision, is_trainable=True)

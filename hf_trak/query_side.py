@@ -43,6 +43,7 @@ class QuerySide:
         models: Sequence[PreTrainedModel | str | Path] | None,
         processing_class: Any,
         task: Task | None,
+        trust_remote_code: bool = False,
     ) -> None:
         self.folder = folder
         self.config = config
@@ -56,6 +57,7 @@ class QuerySide:
         self.models = models
         self.processing_class = processing_class
         self.task = task
+        self.trust_remote_code = trust_remote_code
 
     def featurizer(self, plan: Pass, *, direction: str = "pair") -> Featurizer:
         """Return the featurizer of a pass.
@@ -76,6 +78,7 @@ class QuerySide:
             seed=plan.seeds,
             dropout_seed=plan.dropout_seed,
             revision=place["revision"] if given is None else None,
+            trust_remote_code=self.trust_remote_code,
         )
         recorded, found = self.members[first].identity, describe_featurizer(featurizer)
         lines = list_differences({key: recorded.get(key) for key in found}, found)

@@ -1,7 +1,7 @@
 """A Hub in memory, on a free loopback port: as much of the protocol as huggingface_hub and datasets speak.
 
 Anonymous readers get 401 for what is private or not there, as on the Hub; files of the kinds that the Hub's default
-`.gitattributes` names go through LFS, and are read through a redirect.
+`.gitattributes` names go through LFS, in parts where they are large, and are read through a redirect. Cards are checked.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import re
 import socket
 import socketserver
@@ -20,9 +21,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
+from card_rules import errors_in_card
+
 USER, TOKEN = "alice", "hf_loopback"
 LFS_KINDS = (".parquet", ".safetensors", ".arrow", ".bin")
 LFS_SIZE = 10 << 20
+PART_SIZE = 4096  # the Hub's are of megabytes
 DATE = "2025-01-01T00:00:00.000Z"
 
 
@@ -60,6 +64,7 @@ class Repository:
     private: bool
     branches: dict[str, Commit]
     tags: dict[str, Commit] = field(default_factory=dict)
+    pulls: dict[str, Commit] = field(default_factory=dict)
 
     def commits(self, head: Commit | None):
         while head is not None:
@@ -68,7 +73,7 @@ class Repository:
 
     def find(self, revision: str) -> Commit:
         """A branch, a tag, or a commit of any of them by its id."""
-        named = {**self.tags, **self.branches}
+        named = {**self.tags, **self.branches, **self.pulls}
         for commit in [named[revision]] if revision in named else (c for h in named.values() for c in self.commits(h)):
             if revision in named or commit.oid == revision:
                 return commit
@@ -221,7 +226,9 @@ class Handler(BaseHTTPRequestHandler):
 
     @route("POST", "/api/validate-yaml")
     def validate_yaml(self):
-        return {"errors": [], "warnings": []}
+        errors = errors_in_card(self._json()["content"], self._json()["repoType"])
+        content = {"errors": [{"message": error} for error in errors], "warnings": []}
+        return 400 if errors else 200, json.dumps(content).encode(), {"Content-Type": "application/json"}
 
     @route("GET", "/api/{kind}/{repo}")
     @route("GET", "/api/{kind}/{repo}/revision/{rev}")
@@ -362,13 +369,20 @@ class Handler(BaseHTTPRequestHandler):
     def _batch(self, kind, repo):
         self._repository(kind, repo, write=True)
 
+        in_parts = "multipart" in self._json()["transfers"]
+
         def answer(wanted):
             if wanted["oid"] in self.server.lfs:
                 return wanted
             href = self._storage(wanted["oid"])
-            return {**wanted, "actions": {"upload": {"href": href}, "verify": {"href": f"{href}/verify"}}}
+            upload = {"href": href}
+            if in_parts and (n_parts := math.ceil(wanted["size"] / PART_SIZE)) > 1:
+                parts = {f"{part:05d}": f"{href}/part/{part}" for part in range(1, n_parts + 1)}
+                upload = {"href": f"{href}/complete", "header": {"chunk_size": str(PART_SIZE), **parts}}
+            return {**wanted, "actions": {"upload": upload, "verify": {"href": f"{href}/verify"}}}
 
-        return {"transfer": "basic", "objects": [answer(wanted) for wanted in self._json()["objects"]]}
+        transfer = "multipart" if in_parts else "basic"
+        return {"transfer": transfer, "objects": [answer(wanted) for wanted in self._json()["objects"]]}
 
     @route("GET", "/lfs/{oid}")
     def read_lfs(self, oid):
@@ -376,11 +390,40 @@ class Handler(BaseHTTPRequestHandler):
 
     @route("PUT", "/lfs/{oid}")
     def write_lfs(self, oid):
+        self._refuse_authorization()
+        return self._store(oid, self.body)
+
+    def _refuse_authorization(self):
         if "Authorization" in self.headers:
             raise Refusal(400, None, "Only one auth mechanism allowed")
-        if hashlib.sha256(self.body).hexdigest() != oid:
+
+    def _store(self, oid, content):
+        if hashlib.sha256(content).hexdigest() != oid:
             raise Refusal(400, None, "The content is not what its oid says")
-        self.server.lfs[oid] = self.body
+        self.server.lfs[oid] = content
+        return {}
+
+    @route("PUT", "/lfs/{oid}/part/(?P<part>[0-9]+)")
+    def write_part(self, oid, part):
+        self._refuse_authorization()
+        self.server.parts[oid, int(part)] = self.body
+        return 200, b"", {"ETag": self._part_tag(oid, int(part))}
+
+    def _part_tag(self, oid, part):
+        return f'"{hashlib.md5(self.server.parts[oid, part]).hexdigest()}"'
+
+    @route("POST", "/lfs/{oid}/complete")
+    def complete_parts(self, oid):
+        if oid in self.server.lfs:  # the same content under two names
+            return {}
+        parts = self._json()["parts"]
+        numbers = [part["partNumber"] for part in parts]
+        if numbers != list(range(1, len(parts) + 1)) or any(
+            part["etag"] != self._part_tag(oid, part["partNumber"]) for part in parts
+        ):
+            raise Refusal(400, None, "Parts are missing, or are not those that were sent")
+        self._store(oid, b"".join(self.server.parts.pop((oid, number)) for number in numbers))
+        self.server.n_multipart += 1
         return {}
 
     @route("POST", "/lfs/{oid}/verify")
@@ -394,6 +437,7 @@ class Handler(BaseHTTPRequestHandler):
         repository = self._repository(kind, repo, write=True)
         if rev not in repository.branches:
             raise Refusal(404, "RevisionNotFound", f"Invalid rev id: {rev}")
+        proposed = self.query.get("create_pr") == ["1"]
         head, title = repository.branches[rev], ""
         files = dict(head.files)
         for line in self.body.splitlines():
@@ -401,7 +445,11 @@ class Handler(BaseHTTPRequestHandler):
             key, value = operation["key"], operation["value"]
             if key == "header":
                 title = value["summary"]
-                if not head.oid.startswith(value.get("parentCommit") or ""):
+                parent = value.get("parentCommit") or ""
+                if proposed and parent:
+                    head = repository.find(parent)
+                    files = dict(head.files)
+                if not head.oid.startswith(parent):
                     raise Refusal(412, None, "A commit has happened since. Please refresh and try again.")
             elif key == "file":
                 files[value["path"]] = File(base64.b64decode(value["content"]), lfs=False)
@@ -414,8 +462,14 @@ class Handler(BaseHTTPRequestHandler):
                 files = {path: file for path, file in files.items() if not path.startswith(folder)}
             else:
                 raise Refusal(400, None, f"Cannot apply {key} to {value.get('path')}")
-        new = repository.branches[rev] = self._new_commit(title, files, head)
-        return {"success": True, "commitOid": new.oid, "commitUrl": f"{self._url(kind, repo)}/commit/{quote(new.oid)}"}
+        new = self._new_commit(title, files, head)
+        reply = {"success": True, "commitOid": new.oid, "commitUrl": f"{self._url(kind, repo)}/commit/{quote(new.oid)}"}
+        if not proposed:
+            repository.branches[rev] = new
+            return reply
+        number = len(repository.pulls) + 1
+        repository.pulls[f"refs/pr/{number}"] = new
+        return {**reply, "pullRequestUrl": f"{self._url(kind, repo)}/discussions/{number}"}
 
     def _new_commit(self, title: str, files: dict[str, File], parent: Commit | None) -> Commit:
         oid = hashlib.sha1(f"commit {next(self.server.clock)}".encode()).hexdigest()
@@ -457,6 +511,8 @@ class HubServer(_Background, ThreadingHTTPServer):
         self.clock = count()
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.lfs: dict[str, bytes] = {}
+        self.parts: dict[tuple[str, int], bytes] = {}
+        self.n_multipart = 0  # objects that came in parts
 
 
 class _Relay(socketserver.BaseRequestHandler):
@@ -469,8 +525,7 @@ class _Relay(socketserver.BaseRequestHandler):
         with socket.create_connection((url.hostname, url.port or 80)) as upstream:
             threading.Thread(target=self._return, args=(upstream,), daemon=True).start()
             while chunk and not self.server.has_cut:
-                if self.server.marker in chunk:
-                    self.server.has_cut = True
+                if self.server.meets(chunk):
                     head, blank, body = chunk.partition(b"\r\n\r\n")
                     body = body or self.request.recv(1 << 16)
                     chunk = head + blank + body[: len(body) // 2]
@@ -484,9 +539,23 @@ class _Relay(socketserver.BaseRequestHandler):
 
 
 class CuttingProxy(_Background, socketserver.ThreadingTCPServer):
-    """An HTTP proxy that breaks off in the middle of the first request with `marker` in its head, and is dead from then on."""
+    """An HTTP proxy that breaks off in the middle of a request with `marker` in its head, and is dead from then on.
 
-    def __init__(self, marker: bytes) -> None:
+    Args:
+        passes (`int`): Such requests that it lets pass before.
+    """
+
+    def __init__(self, marker: bytes, *, passes: int = 0) -> None:
         super().__init__(("127.0.0.1", 0), _Relay)
         self.marker = marker
+        self.passes = passes
         self.has_cut = False
+        self.lock = threading.Lock()
+
+    def meets(self, chunk: bytes) -> bool:
+        """Whether this is where to break off."""
+        with self.lock:
+            if self.marker in chunk:
+                self.has_cut = self.has_cut or self.passes == 0
+                self.passes -= 1
+            return self.has_cut and self.marker in chunk
