@@ -24,6 +24,7 @@ END = "<!-- End of what hf_trak writes. -->"
 _TAGS = ["trak", "data-attribution"]
 _SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B", "10B<n<100B")
 _LISTED_MEMBERS = 20
+_SHOWN_UNITS = ("s", "CPU s", "GB", "cosine", "output")
 _QUALITY = ("lds", "lds_ceiling", "mrr", "recall_at_10", "hit_at_10", "flipped_found_share", "counterfactual_delta")
 
 
@@ -138,7 +139,7 @@ def show_result(row: Mapping[str, Any]) -> dict[str, str]:
     interval = row.get("interval")
     return {
         **{key: str(row[key]) for key in ("case", "method", "metric")},
-        "value": show_number(row["value"]),
+        "value": f"{show_number(row['value'])} {row.get('unit', '') if row.get('unit') in _SHOWN_UNITS else ''}".strip(),
         "interval": " to ".join(map(show_number, interval)) if interval else "",
     }
 

@@ -7,14 +7,74 @@ import re
 import yaml
 
 # https://huggingface.co/docs/hub/repositories-licenses
-LICENCES = set(
-    """apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m afl-3.0
-    artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0
-    cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0
-    cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0
-    etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc intel-research mpl-2.0 ms-pl odc-by
-    odbl openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl unknown other""".split()
-)
+LICENCES = {
+    "apache-2.0",
+    "mit",
+    "openrail",
+    "bigscience-openrail-m",
+    "creativeml-openrail-m",
+    "bigscience-bloom-rail-1.0",
+    "bigcode-openrail-m",
+    "afl-3.0",
+    "artistic-2.0",
+    "bsl-1.0",
+    "bsd",
+    "bsd-2-clause",
+    "bsd-3-clause",
+    "bsd-3-clause-clear",
+    "c-uda",
+    "cc",
+    "cc0-1.0",
+    "cc-by-2.0",
+    "cc-by-2.5",
+    "cc-by-3.0",
+    "cc-by-4.0",
+    "cc-by-sa-3.0",
+    "cc-by-sa-4.0",
+    "cc-by-nc-2.0",
+    "cc-by-nc-3.0",
+    "cc-by-nc-4.0",
+    "cc-by-nd-4.0",
+    "cc-by-nc-nd-3.0",
+    "cc-by-nc-nd-4.0",
+    "cc-by-nc-sa-2.0",
+    "cc-by-nc-sa-3.0",
+    "cc-by-nc-sa-4.0",
+    "cdla-sharing-1.0",
+    "cdla-permissive-1.0",
+    "cdla-permissive-2.0",
+    "wtfpl",
+    "ecl-2.0",
+    "epl-1.0",
+    "epl-2.0",
+    "etalab-2.0",
+    "eupl-1.1",
+    "eupl-1.2",
+    "agpl-3.0",
+    "gfdl",
+    "gpl",
+    "gpl-2.0",
+    "gpl-3.0",
+    "lgpl",
+    "lgpl-2.1",
+    "lgpl-3.0",
+    "isc",
+    "intel-research",
+    "mpl-2.0",
+    "ms-pl",
+    "odc-by",
+    "odbl",
+    "openrail++",
+    "osl-3.0",
+    "postgresql",
+    "ofl-1.1",
+    "ncsa",
+    "unlicense",
+    "zlib",
+    "pddl",
+    "unknown",
+    "other",
+}
 SIZES = ["n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B", "10B<n<100B"]
 
 
@@ -29,7 +89,9 @@ def errors_in_card(content: str, kind: str) -> list[str]:
         return [f"YAML Metadata Error: {error}"]
     if not isinstance(values, dict):
         return ["YAML Metadata Error: it must be a mapping"]
-    errors = [f'"license" must be one of the known, not {one!r}' for one in _listed(values.get("license")) if one not in LICENCES]
+    errors = [
+        f'"license" must be one of the known, not {one!r}' for one in _listed(values.get("license")) if one not in LICENCES
+    ]
     for key in ("tags", "source_datasets", "base_model", "datasets"):
         if not all(isinstance(one, str) for one in _listed(values.get(key))):
             errors.append(f'"{key}" must be a list of strings')
@@ -51,7 +113,9 @@ def _listed(value: object) -> list:
 def _errors_in_configs(configs: list) -> list[str]:
     names = [one.get("config_name") for one in configs]
     errors = [] if len(set(names)) == len(names) else ['"configs" has a name twice']
-    errors += ['"configs" needs a config_name and data_files' for one in configs if not {"config_name", "data_files"} <= set(one)]
+    errors += [
+        '"configs" needs a config_name and data_files' for one in configs if not {"config_name", "data_files"} <= set(one)
+    ]
     return errors + ['"configs" has two defaults'] * (sum(bool(one.get("default")) for one in configs) > 1)
 
 

@@ -36,7 +36,10 @@ def pushed(folder, repo, license="mit"):
     assert f'load_dataset("{folder.name}"' in card
     card = card.replace(f'"{folder.name}"', f'"{repo}"').replace("---\n", f"---\nlicense: {license}\n", 1)
     before, after = card.split("## Licence")
-    after = f"\n\n`{license}`. Features derive from the training data, whose licence this is.\n\n## Source" + after.split("## Source")[1]
+    after = (
+        f"\n\n`{license}`. Features derive from the training data, whose licence this is.\n\n## Source"
+        + after.split("## Source")[1]
+    )
     return {**files, "README.md": f"{before}## Licence{after}".encode()}
 
 
