@@ -79,7 +79,7 @@ def render_index_card(
         license_shown=" ".join(str(value) for value in license.values()),
         results=[show_result(row) for row in results if row["metric"] in _QUALITY],
     )
-    return str(card) + "\n"
+    return re.sub(r"\n{3,}", "\n\n", str(card)) + "\n"
 
 
 def index_metadata(members: Sequence[Mapping[str, Any]], license: Mapping[str, Any]) -> DatasetCardData:
@@ -119,9 +119,11 @@ def merge_card(card: str, existing: str) -> str:
     configs = [dict(one) for one in our_values["configs"]]
     if any(one.get("default") for one in kept):
         configs[0].pop("default")
-    if "license" in our_values:
-        values = {key: value for key, value in values.items() if not key.startswith("license")}
-    values |= our_values | {
+    stated = "license" in our_values
+    theirs_alone = {k: v for k, v in values.items() if k not in our_values and not (stated and k.startswith("license"))}
+    merged = {
+        **our_values,
+        **theirs_alone,
         "tags": list(dict.fromkeys([*_listed(values.get("tags")), *our_values["tags"]])),
         "configs": [*kept, *configs],
     }
@@ -131,7 +133,7 @@ def merge_card(card: str, existing: str) -> str:
     elif BEGIN in text and END in text.split(BEGIN, 1)[1]:
         before, rest = text.split(BEGIN, 1)
         text = before + ours.text.strip() + rest.split(END, 1)[1]
-    return f"---\n{DatasetCardData(**values).to_yaml()}\n---\n{text}"
+    return f"---\n{DatasetCardData(**merged).to_yaml()}\n---\n{text}"
 
 
 def show_result(row: Mapping[str, Any]) -> dict[str, str]:

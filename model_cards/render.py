@@ -180,7 +180,8 @@ def fill(kind: type[Any], template: str, data: Any, values: dict[str, Any]) -> s
     text = (TEMPLATES / f"{template}.md").read_text(encoding="utf-8")
     for part in ("results", "end"):
         text = text.replace(f'{{% include "{part}" %}}', (TEMPLATES / f"{part}.md").read_text(encoding="utf-8").rstrip("\n"))
-    return str(kind.from_template(data, template_str=text, **values)) + "\n"
+    card = str(kind.from_template(data, template_str=text, **values))
+    return re.sub(r"\n{3,}", "\n\n", card) + "\n"
 
 
 def cards() -> dict[Path, str]:
