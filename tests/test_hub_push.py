@@ -1,6 +1,7 @@
 """To the Hub: one commit, of what is not there yet, under a card that says what it is."""
 
 import json
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -25,6 +26,7 @@ from hub_for_tests import (
 from hub_server import CuttingProxy
 
 from hf_trak import AttributionIndex
+from hf_trak.cli.main import main
 
 pytest_plugins = ["hub_fixtures"]
 
@@ -94,9 +96,13 @@ def push_for_url(folder, repo, **options):
 
 
 def validate(card):
-    from huggingface_hub import DatasetCard
+    from huggingface_hub import DatasetCard, ModelCard
 
-    DatasetCard(card).validate()
+    (ModelCard if "model-index:" in card else DatasetCard)(card).validate()
+
+
+def run_command(*arguments):
+    return main([str(argument) for argument in arguments])
 
 
 def push_as_second_process(folder, repo):
@@ -271,6 +277,25 @@ def test_the_card_is_valid_and_says_what_the_index_is(client, repo, small):
     client(validate, card)
     for line in ("license: cc-by-sa-4.0", "- trak", "- data-attribution", "- config_name: member_0", "size_categories: n<1K"):
         assert f"{line}\n" in card
+
+
+def test_cards_of_what_was_measured_are_valid_by_the_hubs_own_validation(client):
+    cards = sorted((Path(__file__).parents[1] / "model_cards").glob("*-*/*.md"))
+    assert len(cards) >= 8
+    for card in cards:
+        client(validate, card.read_text())
+    with pytest.raises(ValueError, match="license"):
+        client(validate, "---\nlicense: free-as-in-beer\n---\n")
+
+
+def test_the_command_pushes_what_the_method_does(client, new_name, small):
+    repo, other = new_name(), new_name()
+    client(push, small.folder, repo)
+    assert client(run_command, "push", small.folder, other, "--license", "mit", "--private") == 0
+    assert client(contents, other) == pushed(small.folder, other)
+    assert client(is_private, other)
+    assert client(run_command, "push", small.folder, new_name()) == 1  # no licence
+    assert client(with_token, "hf_not_one", run_command, "push", small.folder, repo) == 1
 
 
 def test_a_licence_is_asked_for_once(client, repo, small, large):
