@@ -24,6 +24,7 @@ FLOORS = {
     "index": 5,
     "query_side": 4.75,
     "build": 4.5,
+    "hub_mixin": 4.75,
     "copies": 4,
     "hub": 4,
     "upload": 3.9,
