@@ -18,6 +18,7 @@ from hf_trak.featurize import featurize, kernel_of
 from hf_trak.featurizer import Featurizer
 from hf_trak.members import Pass, lay_out_passes
 from hf_trak.passes import PassWriter
+from hf_trak.processing import describe_processing
 from hf_trak.sources import describe_source
 from hf_trak.store import TEMPORARY, MemberReader, MemberWriter, discard, write_json
 from hf_trak.tasks import Bank, draw_rows, needs_bank
@@ -184,6 +185,7 @@ def build_pass(
                 "checkpoint": _describe_checkpoint(folder, featurizer),
                 "checkpoint_number": plan.checkpoint,
                 **describe_source(dataset),
+                **describe_processing(featurizer.processing_class, dataset.column_names),
                 "coverage": featurizer.selection.coverage,
                 "grad_dim": featurizer.selection.grad_dim,
                 "versions": library_versions(),

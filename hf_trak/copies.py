@@ -14,7 +14,7 @@ from hf_trak.config import CARD_NAME, CONFIG_NAME, TrakConfig
 from hf_trak.damping import DAMPING_NAME, DampingChoice
 from hf_trak.sources import licence_in, licence_of_source
 from hf_trak.store import MEMBER_NAME, MemberReader, write_atomically, write_json
-from hf_trak.upload import Upload
+from hf_trak.upload import Upload, repository_exists
 
 
 def copy_index(folder: Path, target: Path, config: TrakConfig, members: Sequence[MemberReader], *, overwrite: bool) -> None:
@@ -73,6 +73,9 @@ def push_index(
     Raises:
         ValueError: If no licence is given, and none is known.
     """
+    known = {"license": license} if license else find_licence(folder, members, None)
+    if not known and not repository_exists(repo_id):
+        raise _no_licence(repo_id)
     upload = Upload.begin(repo_id, private=private, revision=revision, create_pr=create_pr)
     files = {name: partial(_in, folder, name) for name in (CONFIG_NAME, *_extras(folder))}
     hashes = {}
@@ -86,14 +89,18 @@ def push_index(
         """Return the card, given the repository's."""
         licence = {"license": license} if license else find_licence(folder, members, existing)
         if not licence:
-            raise ValueError(
-                f"The licence of these features is not known, and nothing was pushed to {upload.repo_id}. They derive from the training "
-                "data, so say what holds for that: push_to_hub(..., license='cc-by-4.0') or --license, 'other' for one that is not in "
-                "the Hub's list, 'unknown' if nobody knows."
-            )
+            raise _no_licence(repo_id)
         return card_for(folder, config, members, name=upload.repo_id, existing=existing, license=licence)
 
     return upload.run(files, hashes, card, message)
+
+
+def _no_licence(repo_id: str) -> ValueError:
+    return ValueError(
+        f"The licence of these features is not known, and nothing was pushed to {repo_id}. They derive from the training data, so say what "
+        "holds for that: push_to_hub(..., license='cc-by-4.0') or --license, 'other' for one that is not in the Hub's list, 'unknown' "
+        "if nobody knows."
+    )
 
 
 def _in(folder: Path, name: str) -> Path:

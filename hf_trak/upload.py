@@ -236,6 +236,14 @@ def _connection_needed(repo_id: str) -> Iterator[None]:
         ) from error
 
 
+def repository_exists(repo_id: str) -> bool:
+    """Return whether a dataset repository is there for us to see."""
+    from huggingface_hub import HfApi
+
+    with _permission_needed(repo_id):
+        return HfApi().repo_exists(repo_id, repo_type="dataset")
+
+
 def is_main_process() -> bool:
     """Return whether this process is the one that pushes, of those that a launcher started."""
     return os.environ.get("RANK", "0") == "0"

@@ -24,6 +24,8 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 from card_rules import errors_in_card
 
 USER, TOKEN = "alice", "hf_loopback"
+OTHER_TOKEN = "hf_other"
+USERS = {TOKEN: USER, OTHER_TOKEN: "bob"}  # each may write to what is their own, and propose pull requests to others
 LFS_KINDS = (".parquet", ".safetensors", ".arrow", ".bin")
 LFS_SIZE = 10 << 20
 PART_SIZE = 4096  # the Hub's are of megabytes
@@ -174,9 +176,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def _user(self) -> str | None:
         header = self.headers.get("Authorization")
-        if header is not None and header != f"Bearer {TOKEN}":
+        user = USERS.get((header or "").removeprefix("Bearer "))
+        if header is not None and user is None:
             raise Refusal(401, None, "Invalid credentials in Authorization header")
-        return USER if header else None
+        return user
 
     def _require_user(self) -> str:
         return self._user() or self._refuse_anonymous()
@@ -184,13 +187,20 @@ class Handler(BaseHTTPRequestHandler):
     def _refuse_anonymous(self):
         raise Refusal(401, None, "Invalid username or password.")
 
-    def _repository(self, kind: str, repo: str, *, write: bool = False) -> Repository:
+    def _repository(self, kind: str, repo: str, *, write: bool = False, own: bool = True) -> Repository:
+        """The repository, if it may be read, or written to; `own` says that only its owner may."""
         user, found = self._user(), self.server.repositories.get((kind, repo))
         if user is None and (found is None or found.private or write):
             self._refuse_anonymous()
-        if found is None:
+        if found is None or (found.private and user != repo.split("/")[0]):
             raise Refusal(404, "RepoNotFound", "Repository not found")
+        if write and own and user != repo.split("/")[0]:
+            raise Refusal(403, None, "You don't have the rights to write to this repository")
         return found
+
+    def _proposed(self) -> bool:
+        """Whether a pull request is asked for."""
+        return self.query.get("create_pr") == ["1"]
 
     # Repositories
 
@@ -201,15 +211,17 @@ class Handler(BaseHTTPRequestHandler):
 
     def _named(self) -> tuple[str, str]:
         wanted = self._json()
-        return f"{wanted.get('type') or 'model'}s", f"{wanted.get('organization') or USER}/{wanted['name']}"
+        return f"{wanted.get('type') or 'model'}s", f"{wanted.get('organization') or self._require_user()}/{wanted['name']}"
 
     def _url(self, kind: str, repo: str) -> str:
         return f"{self._endpoint()}/{repo}" if kind == "models" else f"{self._endpoint()}/{kind}/{repo}"
 
     @route("POST", "/api/repos/create")
     def create_repository(self):
-        self._require_user()
+        user = self._require_user()
         kind, repo = self._named()
+        if user != repo.split("/")[0]:
+            raise Refusal(403, None, "You don't have the rights to create a repository under this namespace")
         if (kind, repo) in self.server.repositories:
             raise Refusal(409, None, "You already created this repo", url=self._url(kind, repo))
         private = bool(self._json().get("private")) or self._json().get("visibility") == "private"
@@ -348,7 +360,7 @@ class Handler(BaseHTTPRequestHandler):
 
     @route("POST", "/api/{kind}/{repo}/preupload/{rev}")
     def preupload(self, kind, repo, rev):
-        files = self._repository(kind, repo, write=True).find(rev).files
+        files = self._repository(kind, repo, write=True, own=not self._proposed()).find(rev).files
 
         def answer(wanted):
             path, old = wanted["path"], files.get(wanted["path"])
@@ -367,7 +379,7 @@ class Handler(BaseHTTPRequestHandler):
         return self._batch(kind, repo)
 
     def _batch(self, kind, repo):
-        self._repository(kind, repo, write=True)
+        self._repository(kind, repo, write=True, own=False)  # it may be for a pull request
 
         in_parts = "multipart" in self._json()["transfers"]
 
@@ -434,10 +446,10 @@ class Handler(BaseHTTPRequestHandler):
 
     @route("POST", "/api/{kind}/{repo}/commit/{rev}")
     def commit(self, kind, repo, rev):
-        repository = self._repository(kind, repo, write=True)
+        proposed = self._proposed()
+        repository = self._repository(kind, repo, write=True, own=not proposed)
         if rev not in repository.branches:
             raise Refusal(404, "RevisionNotFound", f"Invalid rev id: {rev}")
-        proposed = self.query.get("create_pr") == ["1"]
         head, title = repository.branches[rev], ""
         files = dict(head.files)
         for line in self.body.splitlines():

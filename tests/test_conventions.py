@@ -43,6 +43,7 @@ FLOORS = {
     "ahead": 2,
     "adapters": 2,
     "revisions": 2,
+    "processing": 2,
     "sources": 2,
     "tasks": 1,
     "models": 1,

@@ -23,7 +23,7 @@ from hub_for_tests import (
     watched,
     with_token,
 )
-from hub_server import CuttingProxy
+from hub_server import OTHER_TOKEN, CuttingProxy
 
 from hf_trak import AttributionIndex
 from hf_trak.cli.main import main
@@ -188,6 +188,17 @@ def test_a_pull_request_leaves_main_alone_and_can_be_loaded(client, repo, large,
     assert (client(load_and_score, repo, checkpoint, revision=f"refs/pr/{number}") == scores_of(small)).all()
 
 
+def test_who_may_not_write_may_propose(client, hub, repo, large, small, checkpoint):
+    if hub is None:
+        pytest.skip("the server is known by one token only")
+    client(push, large.folder, repo)
+    with pytest.raises(PermissionError, match="does not let us write to .*your token does not allow it"):
+        client(with_token, OTHER_TOKEN, push, small.folder, repo)
+    assert client(contents, repo) == pushed(large.folder, repo)
+    client(with_token, OTHER_TOKEN, push_for_url, small.folder, repo, create_pr=True)
+    assert (client(load_and_score, repo, checkpoint, revision="refs/pr/1") == scores_of(small)).all()
+
+
 def test_a_pull_request_to_another_branch_is_refused(client, repo, small):
     with pytest.raises(ValueError, match="goes to main, so revision='v2' and create_pr=True exclude each other"):
         client(push, small.folder, repo, revision="v2", create_pr=True)
@@ -301,7 +312,8 @@ def test_the_command_pushes_what_the_method_does(client, new_name, small):
 def test_a_licence_is_asked_for_once(client, repo, small, large):
     with pytest.raises(ValueError, match=r"licence of these features is not known.*license='cc-by-4.0'"):
         client(push_for_url, small.folder, repo)
-    assert client(contents, repo) == {}
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        client(load_and_score, repo)
     client(push, small.folder, repo, license="cc-by-nc-4.0")
     client(push_for_url, large.folder, repo)
     assert "license: cc-by-nc-4.0\n" in client(card_of, repo)
