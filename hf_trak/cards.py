@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_trak.config import TrakConfig
 from hf_trak.damping import DampingChoice
+from hf_trak.hashing import hash_json
 
 if TYPE_CHECKING:
     from huggingface_hub import DatasetCardData
@@ -20,6 +21,10 @@ TEMPLATES = Path(__file__).parent / "templates"
 # What is written between these is written anew whenever the card is; the rest of a card is its owner's.
 BEGIN = "<!-- Written by hf_trak. What stands above or below this part is kept when it is written anew. -->"
 END = "<!-- End of what hf_trak writes. -->"
+
+# What was measured stays in the card of the same features.
+_MEASURED = re.compile(r"(<!-- Measured of the features \w+\. -->\n)(.*?)(?=\n\n## )", re.DOTALL)
+_NOT_MEASURED = "Not measured"
 
 _TAGS = ["trak", "data-attribution"]
 _SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B", "10B<n<100B")
@@ -77,7 +82,9 @@ def render_index_card(
         has_curve=has_curve,
         license=license.get("license"),
         license_shown=" ".join(str(value) for value in license.values()),
+        features_sha256=hash_json([member["files"] for member in members])[:16],
         results=[show_result(row) for row in results if row["metric"] in _QUALITY],
+        not_measured=_NOT_MEASURED,
     )
     return re.sub(r"\n{3,}", "\n\n", str(card)) + "\n"
 
@@ -132,8 +139,17 @@ def merge_card(card: str, existing: str) -> str:
         text = ours.text
     elif BEGIN in text and END in text.split(BEGIN, 1)[1]:
         before, rest = text.split(BEGIN, 1)
-        text = before + ours.text.strip() + rest.split(END, 1)[1]
+        part, after = rest.split(END, 1)
+        text = before + _with_results_of(ours.text.strip(), part) + after
     return f"---\n{DatasetCardData(**merged).to_yaml()}\n---\n{text}"
+
+
+def _with_results_of(text: str, old: str) -> str:
+    """Return a card's text with what was measured of the same features in an older one, where the new one has nothing to say."""
+    found, before = _MEASURED.search(text), _MEASURED.search(old)
+    if found is None or before is None or found[1] != before[1] or not found[2].startswith(_NOT_MEASURED):
+        return text
+    return text.replace(found[0], before[0])
 
 
 def show_result(row: Mapping[str, Any]) -> dict[str, str]:

@@ -155,5 +155,7 @@ def render_card(
 
 
 def write_card(folder: Path, card: str) -> None:
-    """Write the card of the index in `folder`."""
-    write_atomically(folder / CARD_NAME, lambda temporary: temporary.write_text(card, encoding="utf-8"))
+    """Write the card of the index in `folder`; what its owner wrote into the one that is there stays."""
+    path = folder / CARD_NAME
+    text = merge_card(card, path.read_text(encoding="utf-8")) if path.exists() else card
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -149,6 +149,28 @@ def test_merging_keeps_what_is_not_ours():
     assert "my-index" not in body
 
 
+def test_what_was_measured_stays_with_the_features_that_it_was_measured_of():
+    arguments = everything()
+    measured, silent = render_index_card(**arguments), render_index_card(**{**arguments, "results": []})
+    assert merge_card(silent, measured) == measured
+    assert merge_card(measured, silent) == measured
+    newer = render_index_card(**{**arguments, "results": [{**arguments["results"][0], "value": 0.5}]})
+    assert merge_card(newer, measured) == newer
+    others = [{**one, "files": [{"file": "train-00000-of-00001.parquet", "bytes": 7}]} for one in arguments["members"]]
+    other = render_index_card(**{**arguments, "members": others, "results": []})
+    assert merge_card(other, measured) == other
+
+
+def test_building_again_keeps_its_owners_words(index):
+    readme = index.folder / "README.md"
+    before = readme.read_text()
+    readme.write_text(before + "My words.\n")
+    options = {"dataset": token_rows(12), "config": TrakConfig(proj_dim=16), "progress": False}
+    AttributionIndex.build(index.folder, models=index.folder.parent / "bert", **options)
+    assert readme.read_text() == before + "My words.\n"
+    readme.write_text(before)
+
+
 def test_a_licence_that_is_given_replaces_all_of_the_old_one():
     old = render_index_card(**everything())
     new = render_index_card(**{**CARDS["index_plain"], "license": {"license": "mit"}})
