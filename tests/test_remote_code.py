@@ -71,6 +71,20 @@ def test_a_configuration_with_code_of_its_own_is_refused_without_a_question(own_
         load_model(str(own_code))
 
 
+def test_a_pickled_adapter_is_refused(tmp_path):
+    peft = pytest.importorskip("peft")
+    base = load_model(str(save_model(tmp_path / "bert")))
+    lora = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["query"]))
+    lora.save_pretrained(tmp_path / "adapter")
+    base.config.save_pretrained(tmp_path / "adapter")
+    assert type(load_model(str(tmp_path / "adapter"))).__name__ == "PeftModel"
+    state = peft.get_peft_model_state_dict(lora)
+    torch.save(state, tmp_path / "adapter" / "adapter_model.bin")
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"holds no adapter_model\.safetensors: weights are loaded from safetensors only"):
+        load_model(str(tmp_path / "adapter"))
+
+
 def test_pickled_weights_are_refused(tmp_path):
     folder = save_model(tmp_path / "bert")
     state = load_model(str(folder)).state_dict()
