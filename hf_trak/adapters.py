@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+_WEIGHTS = "adapter_model.safetensors"
+
 
 def is_adapter(source: str, revision: str | None = None) -> bool:
     """Return whether a folder or repository holds an adapter."""
@@ -23,17 +25,21 @@ def load_adapter(source: str, revision: str | None = None) -> Any:
 
     Raises:
         ImportError: If peft is not installed.
-        ValueError: If the adapter does not say what it was added to.
+        ValueError: If the adapter does not say what it was added to, or its weights are not in safetensors.
     """
     import transformers
+    from transformers.utils import cached_file
 
     try:
         from peft import PeftConfig, PeftModel
     except ImportError as error:
         raise ImportError(f"{source} is a PEFT adapter; install peft to load it.") from error
+    # peft would go on to a pickle.
+    if cached_file(source, _WEIGHTS, revision=revision, _raise_exceptions_for_missing_entries=False) is None:
+        raise ValueError(f"{source} holds no {_WEIGHTS}: weights are loaded from safetensors only. Save the adapter again.")
     adapter = PeftConfig.from_pretrained(source, revision=revision)
     try:
-        config = transformers.AutoConfig.from_pretrained(source, revision=revision)
+        config = transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{source} is an adapter that does not say what model class it was added to: it holds no config.json. Load the model "
@@ -45,5 +51,7 @@ def load_adapter(source: str, revision: str | None = None) -> Any:
             f"{source} is an adapter of {name} on {adapter.base_model_name_or_path or 'a model in memory'}, which cannot be loaded. "
             "Load the model yourself and pass it as `model`."
         )
-    base = getattr(transformers, name).from_pretrained(adapter.base_model_name_or_path, config=config, use_safetensors=True)
+    base = getattr(transformers, name).from_pretrained(
+        adapter.base_model_name_or_path, config=config, revision=adapter.revision, use_safetensors=True
+    )
     return PeftModel.from_pretrained(base, source, revision=revision, is_trainable=True)

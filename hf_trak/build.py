@@ -18,6 +18,8 @@ from hf_trak.featurize import featurize, kernel_of
 from hf_trak.featurizer import Featurizer
 from hf_trak.members import Pass, lay_out_passes
 from hf_trak.passes import PassWriter
+from hf_trak.processing import describe_processing
+from hf_trak.sources import describe_source
 from hf_trak.store import TEMPORARY, MemberReader, MemberWriter, discard, write_json
 from hf_trak.tasks import Bank, draw_rows, needs_bank
 
@@ -80,6 +82,7 @@ def build_members(
     dropout_seeds: int,
     masks: Bool[Tensor, "n_checkpoints n_train"] | None,
     overwrite: bool,
+    trust_remote_code: bool = False,
     **options: Any,
 ) -> None:
     """Featurize a dataset for every member of an index; see [`AttributionIndex.build`], whose arguments these are."""
@@ -103,6 +106,7 @@ def build_members(
             seed=plan.seeds,
             dropout_seed=plan.dropout_seed,
             revision=revision,
+            trust_remote_code=trust_remote_code,
         )
         featurizer.task.check(dataset, featurizer.processing_class)
         if number == 0:
@@ -180,6 +184,8 @@ def build_pass(
             {
                 "checkpoint": _describe_checkpoint(folder, featurizer),
                 "checkpoint_number": plan.checkpoint,
+                **describe_source(dataset),
+                **describe_processing(featurizer.processing_class, dataset.column_names),
                 "coverage": featurizer.selection.coverage,
                 "grad_dim": featurizer.selection.grad_dim,
                 "versions": library_versions(),
@@ -253,7 +259,7 @@ def _describe_checkpoint(folder: Path, featurizer: Featurizer) -> dict[str, Any]
     if source is not None and Path(source).exists():
         source = os.path.relpath(source, folder)
         return {"path": source, "repository": None, "revision": None}
-    return {"path": None, "repository": source, "revision": featurizer.revision}
+    return {"path": None, "repository": source, "revision": featurizer.commit}
 
 
 def recorded_checkpoint(folder: Path, checkpoint: dict[str, Any]) -> str:

@@ -29,6 +29,7 @@ from hf_trak.gradients import (
 from hf_trak.hashing import hash_file, hash_json, hash_tensors
 from hf_trak.passes import encode_pass
 from hf_trak.projectors import FastJL, Identity, Projector, StackedProjector, make_projectors
+from hf_trak.revisions import pinned_revision
 from hf_trak.tasks import AutoTask, Bank, Task, bank_of, draw_rows, embed_bank, needs_bank, vmappable_attention, with_bank
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ class Featurizer:
         seed (`int` or a sequence, *optional*): The member's sketch seed; by default the configuration's. With several, every
             column comes once per seed, its name ending in `_seed_<seed>`.
         dropout_seed (`int`, *optional*): Of the units removed from the network, the same for every row; by default none are.
+        revision (`str`, *optional*): Of the repository in `model`: a branch, tag or commit.
+        trust_remote_code (`bool`): Run code that the repository in `model` brings along. Without it, such a model is refused.
         device (*optional*): By default, CUDA where there is one.
     """
 
@@ -76,6 +79,7 @@ class Featurizer:
         seed: int | Sequence[int] | None = None,
         dropout_seed: int | None = None,
         revision: str | None = None,
+        trust_remote_code: bool = False,
         device: str | torch.device | None = None,
     ) -> None:
         self.config = config or TrakConfig()
@@ -84,6 +88,8 @@ class Featurizer:
         self.dropout_seed = dropout_seed
         self.source = str(model) if isinstance(model, (str, Path)) else None
         self.revision = revision
+        self.trust_remote_code = trust_remote_code
+        self._commit: str | None = None
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._model = None if isinstance(model, (str, Path)) else model
         self._given = (processing_class, task)
@@ -100,8 +106,15 @@ class Featurizer:
                     "This Featurizer was made from a model in memory and has been sent to another process, where the model is "
                     "not. Save the model and make the Featurizer from the folder, or use num_proc=None."
                 )
-            self._model = load_model(self.source, self.revision)
+            self._model = load_model(self.source, self.commit, trust_remote_code=self.trust_remote_code)
         return self._model
+
+    @property
+    def commit(self) -> str | None:
+        """The commit that everything of a repository is loaded at, whatever happens to it meanwhile; None for a folder."""
+        if self._commit is None:
+            self._commit = pinned_revision(self.source, self.revision)
+        return self._commit
 
     def prepare(self) -> tuple[Task, ParameterSelection, Projector, Any]:
         """Load what is needed, once: task, selected parameters, projector, and tokenizer or image processor.
@@ -115,7 +128,7 @@ class Featurizer:
             if task is None:
                 task = AutoTask.from_model(self.model, self.config)
             if processing_class is None and self.source is not None:
-                processing_class = load_processing_class(self.source, self.revision)
+                processing_class = load_processing_class(self.source, self.commit, trust_remote_code=self.trust_remote_code)
             selection = select_parameters(self.model, self.config.parameters)
             if self.config.proj_dim > selection.grad_dim:
                 raise ValueError(
@@ -300,7 +313,8 @@ class Featurizer:
             "seed": list(self.seeds),
             "dropout_seed": self.dropout_seed,
             "source": self.source,
-            "revision": self.revision,
+            "revision": self.commit,
+            "trust_remote_code": self.trust_remote_code,
             "model_hash": self.model_hash(),
             "processing_hash": hash_processing_class(processing_class),
             "task": task.name if task is not None else None,
@@ -319,6 +333,7 @@ class Featurizer:
             seed=state["seed"],
             dropout_seed=state["dropout_seed"],
             revision=state["revision"],
+            trust_remote_code=state["trust_remote_code"],
         )
         self._hash = state["model_hash"]
         if state["bank"] is not None:
@@ -337,8 +352,11 @@ def _to_cpu(features: BatchFeatures) -> BatchFeatures:
     return BatchFeatures(packed[:, -2], packed[:, -1], packed[:, :-2])
 
 
-def load_model(source: str, revision: str | None = None) -> PreTrainedModel:
+def load_model(source: str, revision: str | None = None, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Load the class a checkpoint names in its `architectures`, from safetensors; an adapter on its base model.
+
+    Args:
+        trust_remote_code (`bool`): Run code that the checkpoint brings along, if the class is defined there.
 
     Raises:
         FileNotFoundError: If there is no checkpoint at `source`.
@@ -352,7 +370,7 @@ def load_model(source: str, revision: str | None = None) -> PreTrainedModel:
         return load_adapter(source, revision)
 
     try:
-        config = transformers.AutoConfig.from_pretrained(source, revision=revision)
+        config = transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(f"{source!r} is neither a folder here nor a model repository within reach: {reason}") from error
@@ -361,18 +379,27 @@ def load_model(source: str, revision: str | None = None) -> PreTrainedModel:
         for library in (transformers, hf_trak.models):
             if hasattr(library, name):
                 return getattr(library, name).from_pretrained(source, revision=revision, use_safetensors=True)
+    own = next(
+        (where for where in (getattr(config, "auto_map", None) or {}).values() if str(where).split(".")[-1] in names), None
+    )
+    if own is not None and trust_remote_code:
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        found = get_class_from_dynamic_module(own, source, revision=revision)
+        return found.from_pretrained(source, revision=revision, use_safetensors=True)
+    brought = "" if own is None else " It brings code of its own: if you trust that, pass trust_remote_code=True."
     raise ValueError(
-        f"{source} names {', '.join(names) or 'no class'} as its architecture, which transformers does not have. Load the model "
-        "yourself and pass it as `model`."
+        f"{source} names {', '.join(names) or 'no class'} as its architecture, which transformers does not have.{brought} Load the "
+        "model yourself and pass it as `model`."
     )
 
 
-def load_processing_class(source: str, revision: str | None = None) -> Any:
+def load_processing_class(source: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer, image processor or both that are saved beside a checkpoint; None if there is none."""
     from transformers import AutoProcessor
 
     try:
-        return AutoProcessor.from_pretrained(source, revision=revision)
+        return AutoProcessor.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError):
         return None
 

@@ -17,11 +17,12 @@ from tqdm.auto import tqdm
 from hf_trak.build import build_members, identity_of, member_folders, recorded_passes
 from hf_trak.cards import CURVE_NAME, draw_damping_curve
 from hf_trak.config import TrakConfig
-from hf_trak.copies import card_for, copy_index, render_card, write_card
+from hf_trak.copies import render_card, write_card
 from hf_trak.damping import DAMPING_NAME, DampingChoice, choose_damping
 from hf_trak.ensemble import ScoreOptions, SolvedQueries, check_residuals, default_power, solve_queries, stream_scores
 from hf_trak.featurizer import Featurizer
-from hf_trak.hub import download_index, upload_index
+from hf_trak.hub import HubIndex
+from hf_trak.hub_mixin import HubMixin
 from hf_trak.linalg import damped, default_damping, factor, leverage
 from hf_trak.passes import columns_of
 from hf_trak.query_side import QuerySide, featurize_queries
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 DEFAULT_SHARD_ROWS = 1024
 
 
-class AttributionIndex:
+class AttributionIndex(HubMixin):
     """Features of a training set under one or more members, on disk.
 
     Make one with [`AttributionIndex.build`] or `AttributionTrainer.featurize`, load one with
@@ -48,6 +49,8 @@ class AttributionIndex:
         models (`Sequence`, *optional*): One model, folder or repository per checkpoint, in place of the recorded ones.
         processing_class (*optional*): In place of the one saved beside the recorded checkpoint.
         task (`Task`, *optional*): Needed again for an index made with a task of your own.
+        trust_remote_code (`bool`): Run code that recorded checkpoints bring along. Without it, such checkpoints are refused.
+        repository (`HubIndex`, *optional*): What `folder` is the cache of; files that are not in it are fetched when they are used.
     """
 
     def __init__(
@@ -57,16 +60,23 @@ class AttributionIndex:
         models: Sequence[PreTrainedModel | str | Path] | None = None,
         processing_class: Any = None,
         task: Task | None = None,
+        trust_remote_code: bool = False,
+        repository: HubIndex | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.config = TrakConfig.from_pretrained(self.folder)
-        self.members = [MemberReader(path) for path in member_folders(self.folder)]
+        self.members = [
+            MemberReader(path, None if repository is None else repository.fetcher(path.name))
+            for path in member_folders(self.folder)
+        ]
         if not self.members:
             raise FileNotFoundError(f"{self.folder} holds no finished member; featurize a training set first.")
         self._check_members()
         self.passes = recorded_passes(self.members)
         self.n_checkpoints = len({plan.checkpoint for plan in self.passes})
-        self._queries = QuerySide(self.folder, self.config, self.members, self.passes, models, processing_class, task)
+        self._queries = QuerySide(
+            self.folder, self.config, self.members, self.passes, models, processing_class, task, trust_remote_code
+        )
         self._choice: DampingChoice | None = None
 
     def _check_members(self) -> None:
@@ -95,6 +105,7 @@ class AttributionIndex:
         processing_class: Any = None,
         task: Task | None = None,
         revision: str | None = None,
+        trust_remote_code: bool = False,
         sketch_seeds_per_checkpoint: int = 1,
         dropout_seeds: int = 0,
         masks: Bool[Tensor, "n_checkpoints n_train"] | None = None,
@@ -112,7 +123,8 @@ class AttributionIndex:
             models (`PreTrainedModel`, `str` or a sequence): One or more checkpoints. Queries are later featurized with the same: a
                 folder or repository is recorded and found again, a model in memory has to be given again.
             dataset (`Dataset`): The training set; its row order is the index's.
-            revision (`str`, *optional*): Of the repositories in `models`.
+            revision (`str`, *optional*): Of the repositories in `models`; the commit it stands for is recorded.
+            trust_remote_code (`bool`): Run code that `models` bring along. Without it, such models are refused.
             sketch_seeds_per_checkpoint (`int`): Members that share a checkpoint's gradients, each with a sketch of its own. Each
                 further one costs disk, and the time of one more sketch: about a third of a pass.
             dropout_seeds (`int`): Thinned networks per checkpoint, in place of the whole one; each costs a pass of gradients.
@@ -140,6 +152,7 @@ class AttributionIndex:
             processing_class=processing_class,
             task=task,
             revision=revision,
+            trust_remote_code=trust_remote_code,
             sketch_seeds_per_checkpoint=sketch_seeds_per_checkpoint,
             dropout_seeds=dropout_seeds,
             masks=masks,
@@ -148,7 +161,9 @@ class AttributionIndex:
             overwrite=overwrite,
             progress=progress,
         )
-        index = cls(folder, models=checkpoints, processing_class=processing_class, task=task)
+        index = cls(
+            folder, models=checkpoints, processing_class=processing_class, task=task, trust_remote_code=trust_remote_code
+        )
         index._record_damping()
         write_card(folder, render_card(folder, index.config, index.members, name=folder.name))
         return index
@@ -176,46 +191,6 @@ class AttributionIndex:
                 out_to_loss_power=self._default_power,
             )
         return self._choice
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name_or_path: str | Path,
-        *,
-        revision: str | None = None,
-        models: PreTrainedModel | str | Path | Sequence[PreTrainedModel | str | Path] | None = None,
-        processing_class: Any = None,
-        task: Task | None = None,
-    ) -> AttributionIndex:
-        """Load an index from a folder or a dataset repository of the Hub.
-
-        Raises:
-            FileNotFoundError: If there is no index there.
-            ValueError: If a file is missing, truncated or of another format version; the message names it.
-        """
-        folder = Path(name_or_path)
-        if not folder.exists():
-            folder = download_index(str(name_or_path), revision)
-        elif revision is not None:
-            raise ValueError(f"`revision` is for repositories, but {folder} is a folder.")
-        given = list(models) if isinstance(models, (list, tuple)) else models if models is None else [models]
-        return cls(folder, models=given, processing_class=processing_class, task=task)
-
-    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
-        """Copy the index to another folder; files of the copy appear under their names only when whole.
-
-        Raises:
-            ValueError: If `folder` is not empty and `overwrite` is not set.
-        """
-        copy_index(self.folder, Path(folder), self.config, self.members, overwrite=overwrite)
-
-    def push_to_hub(
-        self, repo_id: str, *, private: bool | None = None, revision: str | None = None, commit_message: str | None = None
-    ) -> str:
-        """Upload the index to a dataset repository in one commit; return its URL."""
-        message = commit_message or f"TRAK features: {len(self.members)} members of {self.n_rows:,} rows"
-        card = card_for(self.folder, self.config, self.members, name=repo_id)
-        return upload_index(self.folder, repo_id, card=card, private=private, revision=revision, message=message)
 
     @property
     def n_rows(self) -> int:

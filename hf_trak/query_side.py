@@ -15,6 +15,7 @@ from hf_trak.featurize import featurize_rows
 from hf_trak.featurizer import Featurizer
 from hf_trak.members import Pass
 from hf_trak.passes import encode_pass
+from hf_trak.processing import describe_processing
 from hf_trak.store import MemberReader, list_differences
 from hf_trak.tasks import Bank, Task, in_direction
 
@@ -43,6 +44,7 @@ class QuerySide:
         models: Sequence[PreTrainedModel | str | Path] | None,
         processing_class: Any,
         task: Task | None,
+        trust_remote_code: bool = False,
     ) -> None:
         self.folder = folder
         self.config = config
@@ -56,6 +58,7 @@ class QuerySide:
         self.models = models
         self.processing_class = processing_class
         self.task = task
+        self.trust_remote_code = trust_remote_code
 
     def featurizer(self, plan: Pass, *, direction: str = "pair") -> Featurizer:
         """Return the featurizer of a pass.
@@ -76,19 +79,27 @@ class QuerySide:
             seed=plan.seeds,
             dropout_seed=plan.dropout_seed,
             revision=place["revision"] if given is None else None,
+            trust_remote_code=self.trust_remote_code,
         )
         recorded, found = self.members[first].identity, describe_featurizer(featurizer)
         lines = list_differences({key: recorded.get(key) for key in found}, found)
+        lines += self._processing_differences(first, featurizer)
         if lines:
             raise ValueError(
                 f"This is not what member_{first} of {self.folder} was featurized with:\n"
                 + "\n".join(f"  {line}" for line in lines)
-                + "\nGive the recorded checkpoint as `models`, or featurize the training set again."
+                + "\nGive the recorded checkpoint as `models`, with its tokenizer or image processor as `processing_class` if it is not saved "
+                "beside it, or featurize the training set again."
             )
         if (bank := self.members[first].bank()) is not None:
             featurizer.use_bank(Bank.from_tensors(bank))
         featurizer.use_task(in_direction(featurizer.task.for_queries(), direction))
         return featurizer
+
+    def _processing_differences(self, member: int, featurizer: Featurizer) -> list[str]:
+        """Return what sets the tokenizer or image processor apart from the recorded one, where there are both."""
+        recorded, found = self.members[member].info.get("processing"), describe_processing(featurizer.processing_class)
+        return list_differences({"processing": recorded}, found) if recorded and found else []
 
     def _model(self, plan: Pass) -> PreTrainedModel | str | Path | None:
         """Return the model given for a pass, if any."""

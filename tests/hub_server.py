@@ -1,7 +1,7 @@
 """A Hub in memory, on a free loopback port: as much of the protocol as huggingface_hub and datasets speak.
 
 Anonymous readers get 401 for what is private or not there, as on the Hub; files of the kinds that the Hub's default
-`.gitattributes` names go through LFS, and are read through a redirect.
+`.gitattributes` names go through LFS, in parts where they are large, and are read through a redirect. Cards are checked.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import re
 import socket
 import socketserver
@@ -20,9 +21,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
+from card_rules import errors_in_card
+
 USER, TOKEN = "alice", "hf_loopback"
+OTHER_TOKEN = "hf_other"
+USERS = {TOKEN: USER, OTHER_TOKEN: "bob"}  # each may write to what is their own, and propose pull requests to others
 LFS_KINDS = (".parquet", ".safetensors", ".arrow", ".bin")
 LFS_SIZE = 10 << 20
+PART_SIZE = 4096  # the Hub's are of megabytes
 DATE = "2025-01-01T00:00:00.000Z"
 
 
@@ -60,6 +66,7 @@ class Repository:
     private: bool
     branches: dict[str, Commit]
     tags: dict[str, Commit] = field(default_factory=dict)
+    pulls: dict[str, Commit] = field(default_factory=dict)
 
     def commits(self, head: Commit | None):
         while head is not None:
@@ -68,7 +75,7 @@ class Repository:
 
     def find(self, revision: str) -> Commit:
         """A branch, a tag, or a commit of any of them by its id."""
-        named = {**self.tags, **self.branches}
+        named = {**self.tags, **self.branches, **self.pulls}
         for commit in [named[revision]] if revision in named else (c for h in named.values() for c in self.commits(h)):
             if revision in named or commit.oid == revision:
                 return commit
@@ -169,9 +176,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def _user(self) -> str | None:
         header = self.headers.get("Authorization")
-        if header is not None and header != f"Bearer {TOKEN}":
+        user = USERS.get((header or "").removeprefix("Bearer "))
+        if header is not None and user is None:
             raise Refusal(401, None, "Invalid credentials in Authorization header")
-        return USER if header else None
+        return user
 
     def _require_user(self) -> str:
         return self._user() or self._refuse_anonymous()
@@ -179,13 +187,20 @@ class Handler(BaseHTTPRequestHandler):
     def _refuse_anonymous(self):
         raise Refusal(401, None, "Invalid username or password.")
 
-    def _repository(self, kind: str, repo: str, *, write: bool = False) -> Repository:
+    def _repository(self, kind: str, repo: str, *, write: bool = False, own: bool = True) -> Repository:
+        """The repository, if it may be read, or written to; `own` says that only its owner may."""
         user, found = self._user(), self.server.repositories.get((kind, repo))
         if user is None and (found is None or found.private or write):
             self._refuse_anonymous()
-        if found is None:
+        if found is None or (found.private and user != repo.split("/")[0]):
             raise Refusal(404, "RepoNotFound", "Repository not found")
+        if write and own and user != repo.split("/")[0]:
+            raise Refusal(403, None, "You don't have the rights to write to this repository")
         return found
+
+    def _proposed(self) -> bool:
+        """Whether a pull request is asked for."""
+        return self.query.get("create_pr") == ["1"]
 
     # Repositories
 
@@ -196,15 +211,17 @@ class Handler(BaseHTTPRequestHandler):
 
     def _named(self) -> tuple[str, str]:
         wanted = self._json()
-        return f"{wanted.get('type') or 'model'}s", f"{wanted.get('organization') or USER}/{wanted['name']}"
+        return f"{wanted.get('type') or 'model'}s", f"{wanted.get('organization') or self._require_user()}/{wanted['name']}"
 
     def _url(self, kind: str, repo: str) -> str:
         return f"{self._endpoint()}/{repo}" if kind == "models" else f"{self._endpoint()}/{kind}/{repo}"
 
     @route("POST", "/api/repos/create")
     def create_repository(self):
-        self._require_user()
+        user = self._require_user()
         kind, repo = self._named()
+        if user != repo.split("/")[0]:
+            raise Refusal(403, None, "You don't have the rights to create a repository under this namespace")
         if (kind, repo) in self.server.repositories:
             raise Refusal(409, None, "You already created this repo", url=self._url(kind, repo))
         private = bool(self._json().get("private")) or self._json().get("visibility") == "private"
@@ -221,7 +238,9 @@ class Handler(BaseHTTPRequestHandler):
 
     @route("POST", "/api/validate-yaml")
     def validate_yaml(self):
-        return {"errors": [], "warnings": []}
+        errors = errors_in_card(self._json()["content"], self._json()["repoType"])
+        content = {"errors": [{"message": error} for error in errors], "warnings": []}
+        return 400 if errors else 200, json.dumps(content).encode(), {"Content-Type": "application/json"}
 
     @route("GET", "/api/{kind}/{repo}")
     @route("GET", "/api/{kind}/{repo}/revision/{rev}")
@@ -341,7 +360,7 @@ class Handler(BaseHTTPRequestHandler):
 
     @route("POST", "/api/{kind}/{repo}/preupload/{rev}")
     def preupload(self, kind, repo, rev):
-        files = self._repository(kind, repo, write=True).find(rev).files
+        files = self._repository(kind, repo, write=True, own=not self._proposed()).find(rev).files
 
         def answer(wanted):
             path, old = wanted["path"], files.get(wanted["path"])
@@ -360,15 +379,22 @@ class Handler(BaseHTTPRequestHandler):
         return self._batch(kind, repo)
 
     def _batch(self, kind, repo):
-        self._repository(kind, repo, write=True)
+        self._repository(kind, repo, write=True, own=False)  # it may be for a pull request
+
+        in_parts = "multipart" in self._json()["transfers"]
 
         def answer(wanted):
             if wanted["oid"] in self.server.lfs:
                 return wanted
             href = self._storage(wanted["oid"])
-            return {**wanted, "actions": {"upload": {"href": href}, "verify": {"href": f"{href}/verify"}}}
+            upload = {"href": href}
+            if in_parts and (n_parts := math.ceil(wanted["size"] / PART_SIZE)) > 1:
+                parts = {f"{part:05d}": f"{href}/part/{part}" for part in range(1, n_parts + 1)}
+                upload = {"href": f"{href}/complete", "header": {"chunk_size": str(PART_SIZE), **parts}}
+            return {**wanted, "actions": {"upload": upload, "verify": {"href": f"{href}/verify"}}}
 
-        return {"transfer": "basic", "objects": [answer(wanted) for wanted in self._json()["objects"]]}
+        transfer = "multipart" if in_parts else "basic"
+        return {"transfer": transfer, "objects": [answer(wanted) for wanted in self._json()["objects"]]}
 
     @route("GET", "/lfs/{oid}")
     def read_lfs(self, oid):
@@ -376,11 +402,40 @@ class Handler(BaseHTTPRequestHandler):
 
     @route("PUT", "/lfs/{oid}")
     def write_lfs(self, oid):
+        self._refuse_authorization()
+        return self._store(oid, self.body)
+
+    def _refuse_authorization(self):
         if "Authorization" in self.headers:
             raise Refusal(400, None, "Only one auth mechanism allowed")
-        if hashlib.sha256(self.body).hexdigest() != oid:
+
+    def _store(self, oid, content):
+        if hashlib.sha256(content).hexdigest() != oid:
             raise Refusal(400, None, "The content is not what its oid says")
-        self.server.lfs[oid] = self.body
+        self.server.lfs[oid] = content
+        return {}
+
+    @route("PUT", "/lfs/{oid}/part/(?P<part>[0-9]+)")
+    def write_part(self, oid, part):
+        self._refuse_authorization()
+        self.server.parts[oid, int(part)] = self.body
+        return 200, b"", {"ETag": self._part_tag(oid, int(part))}
+
+    def _part_tag(self, oid, part):
+        return f'"{hashlib.md5(self.server.parts[oid, part]).hexdigest()}"'
+
+    @route("POST", "/lfs/{oid}/complete")
+    def complete_parts(self, oid):
+        if oid in self.server.lfs:  # the same content under two names
+            return {}
+        parts = self._json()["parts"]
+        numbers = [part["partNumber"] for part in parts]
+        if numbers != list(range(1, len(parts) + 1)) or any(
+            part["etag"] != self._part_tag(oid, part["partNumber"]) for part in parts
+        ):
+            raise Refusal(400, None, "Parts are missing, or are not those that were sent")
+        self._store(oid, b"".join(self.server.parts.pop((oid, number)) for number in numbers))
+        self.server.n_multipart += 1
         return {}
 
     @route("POST", "/lfs/{oid}/verify")
@@ -391,7 +446,8 @@ class Handler(BaseHTTPRequestHandler):
 
     @route("POST", "/api/{kind}/{repo}/commit/{rev}")
     def commit(self, kind, repo, rev):
-        repository = self._repository(kind, repo, write=True)
+        proposed = self._proposed()
+        repository = self._repository(kind, repo, write=True, own=not proposed)
         if rev not in repository.branches:
             raise Refusal(404, "RevisionNotFound", f"Invalid rev id: {rev}")
         head, title = repository.branches[rev], ""
@@ -401,7 +457,11 @@ class Handler(BaseHTTPRequestHandler):
             key, value = operation["key"], operation["value"]
             if key == "header":
                 title = value["summary"]
-                if not head.oid.startswith(value.get("parentCommit") or ""):
+                parent = value.get("parentCommit") or ""
+                if proposed and parent:
+                    head = repository.find(parent)
+                    files = dict(head.files)
+                if not head.oid.startswith(parent):
                     raise Refusal(412, None, "A commit has happened since. Please refresh and try again.")
             elif key == "file":
                 files[value["path"]] = File(base64.b64decode(value["content"]), lfs=False)
@@ -414,8 +474,14 @@ class Handler(BaseHTTPRequestHandler):
                 files = {path: file for path, file in files.items() if not path.startswith(folder)}
             else:
                 raise Refusal(400, None, f"Cannot apply {key} to {value.get('path')}")
-        new = repository.branches[rev] = self._new_commit(title, files, head)
-        return {"success": True, "commitOid": new.oid, "commitUrl": f"{self._url(kind, repo)}/commit/{quote(new.oid)}"}
+        new = self._new_commit(title, files, head)
+        reply = {"success": True, "commitOid": new.oid, "commitUrl": f"{self._url(kind, repo)}/commit/{quote(new.oid)}"}
+        if not proposed:
+            repository.branches[rev] = new
+            return reply
+        number = len(repository.pulls) + 1
+        repository.pulls[f"refs/pr/{number}"] = new
+        return {**reply, "pullRequestUrl": f"{self._url(kind, repo)}/discussions/{number}"}
 
     def _new_commit(self, title: str, files: dict[str, File], parent: Commit | None) -> Commit:
         oid = hashlib.sha1(f"commit {next(self.server.clock)}".encode()).hexdigest()
@@ -457,6 +523,8 @@ class HubServer(_Background, ThreadingHTTPServer):
         self.clock = count()
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.lfs: dict[str, bytes] = {}
+        self.parts: dict[tuple[str, int], bytes] = {}
+        self.n_multipart = 0  # objects that came in parts
 
 
 class _Relay(socketserver.BaseRequestHandler):
@@ -469,8 +537,7 @@ class _Relay(socketserver.BaseRequestHandler):
         with socket.create_connection((url.hostname, url.port or 80)) as upstream:
             threading.Thread(target=self._return, args=(upstream,), daemon=True).start()
             while chunk and not self.server.has_cut:
-                if self.server.marker in chunk:
-                    self.server.has_cut = True
+                if self.server.meets(chunk):
                     head, blank, body = chunk.partition(b"\r\n\r\n")
                     body = body or self.request.recv(1 << 16)
                     chunk = head + blank + body[: len(body) // 2]
@@ -484,9 +551,23 @@ class _Relay(socketserver.BaseRequestHandler):
 
 
 class CuttingProxy(_Background, socketserver.ThreadingTCPServer):
-    """An HTTP proxy that breaks off in the middle of the first request with `marker` in its head, and is dead from then on."""
+    """An HTTP proxy that breaks off in the middle of a request with `marker` in its head, and is dead from then on.
 
-    def __init__(self, marker: bytes) -> None:
+    Args:
+        passes (`int`): Such requests that it lets pass before.
+    """
+
+    def __init__(self, marker: bytes, *, passes: int = 0) -> None:
         super().__init__(("127.0.0.1", 0), _Relay)
         self.marker = marker
+        self.passes = passes
         self.has_cut = False
+        self.lock = threading.Lock()
+
+    def meets(self, chunk: bytes) -> bool:
+        """Whether this is where to break off."""
+        with self.lock:
+            if self.marker in chunk:
+                self.has_cut = self.has_cut or self.passes == 0
+                self.passes -= 1
+            return self.has_cut and self.marker in chunk

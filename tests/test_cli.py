@@ -16,10 +16,12 @@ from datasets_for_tests import save_model, token_rows
 
 from hf_trak import AttributionIndex, TrakConfig, __version__
 from hf_trak.cli.attribute import AttributeArguments
+from hf_trak.cli.card import CardArguments
 from hf_trak.cli.data import load_rows
 from hf_trak.cli.featurize import FeaturizeArguments
 from hf_trak.cli.main import main
 from hf_trak.cli.parsing import make_parser, parse
+from hf_trak.cli.push import PushArguments
 from hf_trak.feature_args import FeatureArguments
 
 N_TRAIN, N_QUERIES, PROJ_DIM = 24, 5, 32
@@ -241,7 +243,7 @@ def test_choosing_no_command_imports_nothing_heavy() -> None:
     assert shown.stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("command", ["featurize", "attribute", "demo"])
+@pytest.mark.parametrize("command", ["featurize", "attribute", "demo", "push", "card"])
 def test_help_of_a_command_has_an_example_and_explains_every_flag(command: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as status:
         main([command, "--help"])
@@ -251,7 +253,7 @@ def test_help_of_a_command_has_an_example_and_explains_every_flag(command: str, 
     assert "--config CONFIG" in shown
 
 
-@pytest.mark.parametrize("dataclass", [FeaturizeArguments, FeatureArguments, AttributeArguments])
+@pytest.mark.parametrize("dataclass", [FeaturizeArguments, FeatureArguments, AttributeArguments, PushArguments, CardArguments])
 def test_every_flag_has_help(dataclass: type) -> None:
     parser = make_parser([dataclass], command="x", usage="", description="")
     assert [action.dest for action in parser._actions if not action.help] == []

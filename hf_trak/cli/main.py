@@ -15,6 +15,8 @@ COMMANDS = {
     "featurize": "make an index: the features of a training set under one or more checkpoints",
     "attribute": "ask an index which training examples raised and lowered the model's output on your queries",
     "evaluate": "measure how good attributions are, against what is known",
+    "push": "upload an index to a dataset repository of the Hub",
+    "card": "write the card of an index, with what was measured of it",
 }
 
 _EPILOG = """\

@@ -69,6 +69,13 @@ def parse(parser: HfArgumentParser, arguments: Sequence[str]) -> tuple[Any, ...]
     return tuple(parsed)
 
 
+def name_positions(arguments: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Return arguments with flags put before those that come first and have none: `card INDEX` is `card --index INDEX`."""
+    count = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
+    flags = [word for name, value in zip(names, arguments[:count], strict=False) for word in (f"--{name}", value)]
+    return [*flags, *arguments[min(count, len(names)) :]]
+
+
 def set_defaults_from_yaml(parser: argparse.ArgumentParser, path: Path) -> None:
     """Make the values of a YAML file the parser's defaults.
 
