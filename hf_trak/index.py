@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,21 +12,20 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hf_trak.build import build_members, identity_of, member_folders, recorded_passes
 from hf_trak.cards import CURVE_NAME, draw_damping_curve
 from hf_trak.config import TrakConfig
 from hf_trak.copies import card_for, copy_index, render_card, write_card
 from hf_trak.damping import DAMPING_NAME, DampingChoice, choose_damping
-from hf_trak.ensemble import ScoreOptions, SolvedQueries, check_residuals, default_power, solve_queries, stream_scores
+from hf_trak.ensemble import ScoreOptions, check_residuals, default_power, self_influence, solve_all
 from hf_trak.featurizer import Featurizer
 from hf_trak.hub import download_index, upload_index
-from hf_trak.linalg import damped, default_damping, factor, leverage
+from hf_trak.linalg import damped, default_damping
 from hf_trak.passes import columns_of
+from hf_trak.query_features import mean_output, read_query_features
 from hf_trak.query_side import QuerySide, featurize_queries
-from hf_trak.score_matrix import allocate, check_keep, soft_threshold_in_place
-from hf_trak.scoring import soft_threshold_top_k, top_k
+from hf_trak.scores import Scorer, check_top_k, to_hits
 from hf_trak.store import MemberReader, list_differences
 from hf_trak.tasks import Task
 
@@ -241,6 +240,7 @@ class AttributionIndex:
         direction: str = "pair",
         batch_size: int | str = "auto",
         output_file: str | Path | None = None,
+        max_memory: int | str | None = None,
         progress: bool = True,
     ) -> np.ndarray:
         """Return the score of every training example for every query, (n_train, n_query) in float32.
@@ -259,23 +259,16 @@ class AttributionIndex:
             direction (`str`): For image-caption pairs, what of a query is attributed: "pair"; "image", how the image tells its caption
                 from those of the bank; or "caption", how the caption tells its image.
             reference_rescale (`bool`): Only to reproduce MadryLab/trak's numbers, with `damping=0, out_to_loss_power=1`.
-            output_file (`str` or `Path`, *optional*): A `.npy` file to memory-map the result to. Without it, results above 1 GiB
-                are mapped to a temporary file that vanishes with the array.
+            output_file (`str` or `Path`, *optional*): A `.npy` file to memory-map the result to. Without it, results above 1 GiB, or
+                above what `max_memory` leaves, are mapped to a temporary file that vanishes with the array. Several processes fill
+                one file together; without a file, each computes all.
+            max_memory (`int` or `str`, *optional*): Bytes that solving and scoring may take, such as "2GB", beside the model and
+                what is loaded already; by default 2 GB, or what it takes. It does not change a bit of the scores.
         """
         options = self._options(damping, residual_weighting, leverage, out_to_loss_power, reference_rescale)
-        check_keep(soft_threshold)
-        solved, _ = self._solve(queries, options, batch_size, progress, direction)
-        shape = (self.n_rows, len(queries))
-        scores = allocate(shape, output_file)
-        row = 0
-        for block in self._scores(solved, options, progress):
-            scores[row : row + len(block)] = block.float().numpy()
-            row += len(block)
-        if soft_threshold is not None:
-            soft_threshold_in_place(scores, soft_threshold)
-        if isinstance(scores, np.memmap):
-            scores.flush()
-        return scores
+        scorer = Scorer(self.members, options, len(queries), 0, soft_threshold, max_memory, progress)
+        features, _ = self._featurize(queries, options, batch_size, progress, direction)
+        return scorer.matrix(solve_all(self.members, features, options), output_file)
 
     def attribute(
         self,
@@ -289,39 +282,57 @@ class AttributionIndex:
         out_to_loss_power: float | None = None,
         direction: str = "pair",
         batch_size: int | str = "auto",
+        max_memory: int | str | None = None,
         progress: bool = True,
     ) -> Dataset:
-        """Return each query's strongest proponents and opponents, never holding more than a shard's scores.
+        """Return each query's strongest proponents and opponents, never holding more than a row group's scores.
+
+        Of several processes of one group (`accelerate launch`, `torchrun`) each ranks a part of the training set, and all return the
+        same: all have to call it.
 
         Args:
             top_k (`int`): How many of each; at most the number of training examples are returned.
-            damping, residual_weighting, leverage, soft_threshold, out_to_loss_power, direction (*optional*): As in
+            damping, residual_weighting, leverage, soft_threshold, out_to_loss_power, direction, max_memory (*optional*): As in
                 [`AttributionIndex.score`].
 
         Returns:
             `Dataset`: One row per query: `query_id`, `query_output`, `proponents` and `opponents` (rows of the training set, the
             strongest first), `proponent_scores` and `opponent_scores`.
         """
-        from datasets import Dataset
-
-        if top_k < 1:
-            raise ValueError(f"`top_k` must be at least 1, but is {top_k}.")
         options = self._options(damping, residual_weighting, leverage, out_to_loss_power)
-        check_keep(soft_threshold)
-        solved, output = self._solve(queries, options, batch_size, progress, direction)
-        best = _top_k(self._scores(solved, options, progress), max(top_k, (soft_threshold or 0) + 1))
-        keep = self.n_rows if soft_threshold is None else soft_threshold
-        proponents, opponents = soft_threshold_top_k(best, keep, top_k)
-        return Dataset.from_dict(
-            {
-                "query_id": np.arange(len(queries)),
-                "query_output": output,
-                "proponents": proponents.rows.numpy(),
-                "proponent_scores": proponents.scores.float().numpy(),
-                "opponents": opponents.rows.numpy(),
-                "opponent_scores": opponents.scores.float().numpy(),
-            }
-        )
+        scorer = Scorer(self.members, options, len(queries), check_top_k(top_k), soft_threshold, max_memory, progress)
+        features, output = self._featurize(queries, options, batch_size, progress, direction)
+        return to_hits(scorer.best(solve_all(self.members, features, options)), output)
+
+    def attribute_features(
+        self,
+        features: Any,
+        top_k: int = 10,
+        *,
+        damping: float | str | None = None,
+        residual_weighting: bool = False,
+        leverage: bool = False,
+        soft_threshold: int | None = None,
+        out_to_loss_power: float | None = None,
+        max_memory: int | str | None = None,
+        progress: bool = True,
+    ) -> Dataset:
+        """Return what [`AttributionIndex.attribute`] does for queries whose features were made elsewhere, with no model at hand.
+
+        Nothing can tell whether they are of the index's checkpoint and sketch: make them with
+        `queries.map(index.featurizer(), batched=True)`, on any machine.
+
+        Args:
+            features: An array of shape (n_query, proj_dim), or a Dataset with the column `trak_features`; for several members, a list
+                with one for each. See [`read_query_features`].
+
+        Returns:
+            `Dataset`: As [`AttributionIndex.attribute`]; `query_output` only where the features come with `trak_output`.
+        """
+        options = self._options(damping, residual_weighting, leverage, out_to_loss_power)
+        found = self._read_features(features)
+        scorer = Scorer(self.members, options, len(found[0]), check_top_k(top_k), soft_threshold, max_memory, progress)
+        return to_hits(scorer.best(solve_all(self.members, found, options)), mean_output(features))
 
     def self_influence(self, *, damping: float | str | None = None) -> Float64[np.ndarray, " n_train"]:
         r"""Return the size of every training example's score for itself: $\phi^\top(K + \lambda\bar\mu I)^{-1}\phi \cdot |Q|$.
@@ -329,14 +340,7 @@ class AttributionIndex:
         Examples that stand alone and that the model does not believe score high: mislabeled ones first of all. Both factors are
         means over members, as in [`AttributionIndex.score`].
         """
-        # Differs from the usual definition, which has no Q: far more wrong labels come first with it (docs/decisions.md).
-        alone, out_to_loss = np.zeros(self.n_rows), np.zeros(self.n_rows)
-        for member in self.members:
-            cholesky = factor(member.kernel(), n_rows=self.n_rows, damping=self.resolve_damping(damping))
-            shards = [(leverage(cholesky, shard.features), shard.out_to_loss.double()) for shard in member.shards()]
-            alone += torch.cat([values for values, _ in shards]).numpy() / len(self.members)
-            out_to_loss += torch.cat([values for _, values in shards]).numpy() / len(self.members)
-        return alone * np.abs(out_to_loss)
+        return self_influence(self.members, damping=self.resolve_damping(damping)).numpy()
 
     def resolve_damping(self, damping: float | str | None = None) -> float:
         """Return λ as a number: the one given, else the configuration's. "auto" is chosen by the members' subset masks where they are
@@ -382,11 +386,11 @@ class AttributionIndex:
         description = f"Queries {member + 1}/{len(self.members)}"
         return featurize_queries(self.featurizer(member), queries, batch_size, progress, description)
 
-    def _solve(
+    def _featurize(
         self, queries: Dataset, options: ScoreOptions, batch_size: int | str, progress: bool, direction: str
-    ) -> tuple[list[SolvedQueries], Float[np.ndarray, " n_query"]]:
-        """Return the queries solved under every member, and their mean output."""
-        solved, outputs = [], []
+    ) -> tuple[list[Float[Tensor, "n_query proj_dim"]], Float[np.ndarray, " n_query"]]:
+        """Return the queries' features under every member, and their mean output."""
+        features, outputs = [], []
         # A singular kernel is refused before queries cost anything.
         damped(self.members[0].kernel(), n_rows=self.n_rows, damping=options.damping)
         for number, plan in enumerate(self.passes):
@@ -394,19 +398,11 @@ class AttributionIndex:
             columns = featurize_queries(
                 self._queries.featurizer(plan, direction=direction), queries, batch_size, progress, description
             )
-            for member, seed in zip(plan.members, plan.seeds, strict=True):
+            for seed in plan.seeds:
                 mine = columns_of(columns, seed, plan.seeds)
-                solved.append(solve_queries(self.members[member], torch.from_numpy(mine["trak_features"]), options))
+                features.append(torch.from_numpy(mine["trak_features"]))
                 outputs.append(mine["trak_output"])
-        return solved, np.mean(outputs, axis=0)
+        return features, np.mean(outputs, axis=0)
 
-    def _scores(
-        self, solved: Sequence[SolvedQueries], options: ScoreOptions, progress: bool
-    ) -> Iterator[Float64[Tensor, "_ n_query"]]:
-        """Yield the scores of one shard after another."""
-        n_shards = len(self.members[0].shard_paths)
-        scores = stream_scores(self.members, solved, out_to_loss_power=options.out_to_loss_power)
-        yield from tqdm(scores, total=n_shards, unit="shards", desc="Scoring", disable=not progress)
-
-
-_top_k: Callable[..., Any] = top_k  # the method's own argument has the name users expect
+    def _read_features(self, features: Any) -> list[Float[Tensor, "n_query proj_dim"]]:
+        return read_query_features(features, n_members=len(self.members), proj_dim=self.config.proj_dim)
