@@ -18,7 +18,7 @@ from hf_trak.cards import CURVE_NAME, draw_damping_curve
 from hf_trak.config import TrakConfig
 from hf_trak.copies import card_for, copy_index, render_card, write_card
 from hf_trak.damping import DAMPING_NAME, DampingChoice, choose_damping
-from hf_trak.ensemble import ScoreOptions, check_residuals, default_power, self_influence, solve_all
+from hf_trak.ensemble import ScoreOptions, SolvedQueries, check_residuals, default_power, self_influence, solve_all
 from hf_trak.featurizer import Featurizer
 from hf_trak.hub import download_index, upload_index
 from hf_trak.linalg import damped, default_damping
@@ -26,6 +26,8 @@ from hf_trak.passes import columns_of
 from hf_trak.query_features import mean_output, read_query_features
 from hf_trak.query_side import QuerySide, featurize_queries
 from hf_trak.scores import Scorer, check_top_k, to_hits
+from hf_trak.scoring import TopK
+from hf_trak.search_index import SearchIndex, describe
 from hf_trak.store import MemberReader, list_differences
 from hf_trak.tasks import Task
 
@@ -66,6 +68,7 @@ class AttributionIndex:
         self.passes = recorded_passes(self.members)
         self.n_checkpoints = len({plan.checkpoint for plan in self.passes})
         self._queries = QuerySide(self.folder, self.config, self.members, self.passes, models, processing_class, task)
+        self.search_index: SearchIndex | None = None
         self._choice: DampingChoice | None = None
 
     def _check_members(self) -> None:
@@ -283,6 +286,7 @@ class AttributionIndex:
         direction: str = "pair",
         batch_size: int | str = "auto",
         max_memory: int | str | None = None,
+        exact: bool = True,
         progress: bool = True,
     ) -> Dataset:
         """Return each query's strongest proponents and opponents, never holding more than a row group's scores.
@@ -294,6 +298,7 @@ class AttributionIndex:
             top_k (`int`): How many of each; at most the number of training examples are returned.
             damping, residual_weighting, leverage, soft_threshold, out_to_loss_power, direction, max_memory (*optional*): As in
                 [`AttributionIndex.score`].
+            exact (`bool`): Score every training row, the default; False asks the index of [`AttributionIndex.add_search_index`].
 
         Returns:
             `Dataset`: One row per query: `query_id`, `query_output`, `proponents` and `opponents` (rows of the training set, the
@@ -302,7 +307,7 @@ class AttributionIndex:
         options = self._options(damping, residual_weighting, leverage, out_to_loss_power)
         scorer = Scorer(self.members, options, len(queries), check_top_k(top_k), soft_threshold, max_memory, progress)
         features, output = self._featurize(queries, options, batch_size, progress, direction)
-        return to_hits(scorer.best(solve_all(self.members, features, options)), output)
+        return to_hits(self._best(scorer, solve_all(self.members, features, options), exact), output)
 
     def attribute_features(
         self,
@@ -315,6 +320,7 @@ class AttributionIndex:
         soft_threshold: int | None = None,
         out_to_loss_power: float | None = None,
         max_memory: int | str | None = None,
+        exact: bool = True,
         progress: bool = True,
     ) -> Dataset:
         """Return what [`AttributionIndex.attribute`] does for queries whose features were made elsewhere, with no model at hand.
@@ -332,7 +338,55 @@ class AttributionIndex:
         options = self._options(damping, residual_weighting, leverage, out_to_loss_power)
         found = self._read_features(features)
         scorer = Scorer(self.members, options, len(found[0]), check_top_k(top_k), soft_threshold, max_memory, progress)
-        return to_hits(scorer.best(solve_all(self.members, found, options)), mean_output(features))
+        return to_hits(self._best(scorer, solve_all(self.members, found, options), exact), mean_output(features))
+
+    def add_search_index(
+        self,
+        string_factory: str = "Flat",
+        *,
+        out_to_loss_power: float | None = None,
+        file: str | Path | None = None,
+        train_rows: int = 65_536,
+        progress: bool = True,
+    ) -> SearchIndex:
+        """Build a FAISS index of the training rows through Datasets' `add_faiss_index`, for `attribute(..., exact=False)`.
+
+        It holds each row's features under all members, side by side and weighted, so that its maximum inner product with a solved
+        query is the score; damping is still chosen at every call. FAISS keeps it in memory: 4 · n_members · proj_dim bytes a row
+        unless `string_factory` compresses them. While it is built, the vectors lie in a temporary file of that size. docs/scaling.md
+        has what different kinds find of the exact best, and how large they are. Needs `pip install 'hf-trak[search]'`.
+
+        Args:
+            string_factory (`str`): In the words of FAISS's index factory: "Flat" compares with every row, "IVF1024,Flat" with those of
+                some of 1,024 cells, "IVF1024,PQ256" keeps 256 bytes of each row.
+            out_to_loss_power (`float`, *optional*): As in [`AttributionIndex.score`]; fixed for this search index.
+            file (`str` or `Path`, *optional*): Where it is kept; if it is there already, it is read.
+            train_rows (`int`): Rows, drawn at random, that cells and codes are fitted to.
+
+        Returns:
+            `SearchIndex`: The index now in use; `.index.faiss_index` is FAISS's own, to set `nprobe` and the like.
+
+        Raises:
+            ImportError: Without FAISS.
+            ValueError: If FAISS knows no such index, there are too few rows to train it, or `file` holds another.
+        """
+        power = self._options(None, False, False, out_to_loss_power).out_to_loss_power
+        kind: dict[str, Any] = {"string_factory": string_factory, "out_to_loss_power": power}
+        if file is not None and Path(file).exists():
+            self.search_index = SearchIndex.load(file, describe(self.members, **kind))
+        else:
+            self.search_index = SearchIndex.build(self.members, **kind, train_rows=train_rows, progress=progress)
+            if file is not None:
+                self.search_index.save(file)
+        return self.search_index
+
+    def _best(self, scorer: Scorer, solved: Sequence[SolvedQueries], exact: bool) -> tuple[TopK, TopK]:
+        if exact:
+            return scorer.best(solved)
+        if self.search_index is None:
+            raise ValueError("exact=False asks a search index, but there is none: call `index.add_search_index()` first.")
+        self.search_index.check(scorer.options, scorer.soft_threshold)
+        return self.search_index.best(solved, scorer.top_k)
 
     def self_influence(self, *, damping: float | str | None = None) -> Float64[np.ndarray, " n_train"]:
         r"""Return the size of every training example's score for itself: $\phi^\top(K + \lambda\bar\mu I)^{-1}\phi \cdot |Q|$.
