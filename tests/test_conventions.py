@@ -22,6 +22,7 @@ FLOORS = {
     "metrics": 6,
     "feature_args": 5,
     "index": 5,
+    "questions": 4.9,
     "query_side": 4.75,
     "search_index": 4.25,
     "scores": 4,
