@@ -15,7 +15,7 @@ def read_query_features(features: Any, *, n_members: int, proj_dim: int) -> list
     """Return the features of every member, as float32 tensors.
 
     Args:
-        features: An array of shape (n_query, proj_dim), or a Dataset with the column `trak_features` (and `trak_scale`, where it is
+        features: An array or tensor of shape (n_query, proj_dim), or a Dataset with the column `trak_features` (and `trak_scale`, where it is
             stored in float16); or, for several members, a list with one of these for each.
 
     Raises:
@@ -51,6 +51,8 @@ def mean_output(features: Any) -> np.ndarray | None:
 
 
 def _read(features: Any) -> Tensor:
+    if isinstance(features, Tensor):
+        return features.detach().cpu().float()
     names = getattr(features, "column_names", None)
     if names is None:
         return torch.from_numpy(np.array(features, dtype=np.float32))

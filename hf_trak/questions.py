@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,8 +122,9 @@ class Questions:
         """
         options = self._options(damping, residual_weighting, leverage, out_to_loss_power)
         scorer = Scorer(self.members, options, len(queries), check_top_k(top_k), soft_threshold, max_memory, progress)
+        rank = self._ranker(scorer, exact)
         features, output = self._featurize(queries, options, batch_size, progress, direction)
-        return to_hits(self._best(scorer, solve_all(self.members, features, options), exact), output)
+        return to_hits(rank(solve_all(self.members, features, options)), output)
 
     def attribute_features(
         self,
@@ -153,7 +155,8 @@ class Questions:
         options = self._options(damping, residual_weighting, leverage, out_to_loss_power)
         found = self._read_features(features)
         scorer = Scorer(self.members, options, len(found[0]), check_top_k(top_k), soft_threshold, max_memory, progress)
-        return to_hits(self._best(scorer, solve_all(self.members, found, options), exact), mean_output(features))
+        rank = self._ranker(scorer, exact)
+        return to_hits(rank(solve_all(self.members, found, options)), mean_output(features))
 
     def add_search_index(
         self,
@@ -195,13 +198,14 @@ class Questions:
                 self.search_index.save(file)
         return self.search_index
 
-    def _best(self, scorer: Scorer, solved: Sequence[SolvedQueries], exact: bool) -> tuple[TopK, TopK]:
+    def _ranker(self, scorer: Scorer, exact: bool) -> Callable[[Sequence[SolvedQueries]], tuple[TopK, TopK]]:
+        """Return what ranks solved queries; what it cannot answer is refused before queries cost anything."""
         if exact:
-            return scorer.best(solved)
+            return scorer.best
         if self.search_index is None:
             raise ValueError("exact=False asks a search index, but there is none: call `index.add_search_index()` first.")
         self.search_index.check(scorer.options, scorer.soft_threshold)
-        return self.search_index.best(solved, scorer.top_k)
+        return functools.partial(self.search_index.best, top_k=scorer.top_k)
 
     def self_influence(self, *, damping: float | str | None = None) -> Float64[np.ndarray, " n_train"]:
         r"""Return the size of every training example's score for itself: $\phi^\top(K + \lambda\bar\mu I)^{-1}\phi \cdot |Q|$.

@@ -24,7 +24,7 @@ from hf_trak.ensemble import ScoreOptions, SolvedQueries
 from hf_trak.hashing import hash_json
 from hf_trak.scoring import TopK, weigh
 from hf_trak.shard_blocks import aligned_blocks
-from hf_trak.store import MemberReader, list_differences, read_json, write_json
+from hf_trak.store import MemberReader, list_differences, read_json, write_atomically, write_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -80,7 +80,7 @@ class SearchIndex:
 
     def save(self, file: str | Path) -> None:
         """Write the FAISS index to a file, and what it is of to one beside it."""
-        self.index.save(str(file))
+        write_atomically(Path(file), lambda temporary: self.index.save(str(temporary)))
         write_json(_description(Path(file)), self.identity)
 
     @classmethod
@@ -93,7 +93,10 @@ class SearchIndex:
         """
         path = Path(file)
         if not path.exists() or not _description(path).exists():
-            raise FileNotFoundError(f"There is no search index at {path}, or {_description(path).name} is missing beside it.")
+            raise FileNotFoundError(
+                f"There is no search index at {path}, or {_description(path).name} is missing beside it. Delete what is there, and build "
+                "it again."
+            )
         if lines := list_differences(read_json(_description(path)), expected):
             raise ValueError(
                 f"{path} is another search index than this:\n"

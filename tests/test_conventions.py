@@ -40,7 +40,7 @@ FLOORS = {
     "passes": 2.5,
     "autocast": 2.5,
     "gradients": 2,
-    "shard_blocks": 2.25,
+    "shard_blocks": 2.5,
     "store": 2,
     "batching": 2,
     "ahead": 2,
