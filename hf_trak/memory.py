@@ -78,7 +78,7 @@ class ScoringMemory:
 
     @property
     def scores(self) -> int:
-        """A block of scores, that of one member beside it, and what sorting the candidates of 256 queries takes."""
+        """A block of scores, that of one member or its transpose beside it, and what sorting the candidates of 256 queries takes."""
         return self.block_rows * (8 * self.n_query + 64 * min(self.n_query, 256))
 
     @property

@@ -89,13 +89,13 @@ def score_blocks(
     for members in blocks:
         influence = functools.reduce(Tensor.add_, (_influence(*pair) for pair in zip(members, preconditioned, strict=True)))
         out_to_loss = torch.stack([block.out_to_loss.double() for block in members]).mean(0)
-        yield influence.mul_((weigh(out_to_loss, out_to_loss_power) / len(members)).to(influence.dtype)).T
+        weight = weigh(out_to_loss, out_to_loss_power) / len(members)
+        yield influence.mul_(weight.to(influence.dtype).unsqueeze(1))
 
 
-def _influence(block: MemberBlock, preconditioned: Float[Tensor, "n_query proj_dim"]) -> Float[Tensor, "n_query rows"]:
-    """Queries first, so that what follows reads one query's scores in a row."""
-    influence = preconditioned @ block.features.to(preconditioned.dtype).T
-    return influence if block.leverage is None else influence.div_((1 - block.leverage).to(influence.dtype))
+def _influence(block: MemberBlock, preconditioned: Float[Tensor, "n_query proj_dim"]) -> Float[Tensor, "rows n_query"]:
+    influence = block.features.to(preconditioned.dtype) @ preconditioned.T
+    return influence if block.leverage is None else influence.div_((1 - block.leverage).to(influence.dtype).unsqueeze(1))
 
 
 def soft_threshold(scores: Float[Tensor, "n_train n_query"], keep: int) -> Float[Tensor, "n_train n_query"]:
@@ -134,7 +134,7 @@ def top_k(blocks: Iterator[Float[Tensor, "_ n_query"]], k: int, *, first_row: in
     sides: dict[bool, list[_Extremes]] = {True: [], False: []}
     row = first_row
     for block in blocks:
-        scores = block.T.contiguous()
+        scores = block.T.contiguous()  # one query's scores side by side
         if not scores.sum().isfinite():
             raise ValueError(
                 f"Scores of training rows {row} to {row + len(block) - 1} are not finite. Look for NaN, or for numbers too large for "
