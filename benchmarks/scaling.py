@@ -20,7 +20,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 SIZES = (10**6, 10**8, 10**10)
 CORE_HOUR, GB_MONTH, GPU_HOUR = 0.04, 0.02, 2.0  # US dollars: assumed
 ROWS_PER_FOLDER = 10_000  # files that a folder of a Hub repository should hold at most
-PQ_KIND = "PQ512"
+COMPRESSED = "SQ4"
 
 
 def rows_of(name: str) -> list[dict[str, Any]]:
@@ -43,13 +43,13 @@ def rates() -> dict[str, float]:
     """What one row costs, as measured: seconds and bytes."""
     featurized = find("featurize_cpu", "featurize_cpu_ratio", case="MiniLM")
     scored, stored = find("topk_cpu", "topk_cpu_s", method="hf_trak"), find("topk_cpu", "features_gb")
-    compressed = find("search_cpu", "search_bytes_per_row", method=PQ_KIND, case="^(?!synthetic)")
+    compressed = find("search_cpu", "search_bytes_per_row", method=f"^{COMPRESSED}", case="^(?!synthetic)")
     return {
         "featurize_s": statistics.median(featurized["cpu_seconds_featurizing"]) / number_of_rows(featurized["case"]),
         "score_s": scored["value"] / number_of_rows(scored["case"]),
         "stored_bytes": stored["value"] * 1e9 / number_of_rows(stored["case"]),
         "flat_bytes": find("search_cpu", "search_bytes_per_row", method="^Flat")["value"],
-        "pq_bytes": compressed["value"],
+        "compressed_bytes": compressed["value"],
     }
 
 
@@ -64,7 +64,7 @@ def sums(n_rows: int, rate: dict[str, float]) -> list[tuple[str, str, float, str
         ("exact top 100 of 1,000 queries", "scaling_core_hours", score, "core-hours"),
         ("exact top 100 of 1,000 queries", "scaling_usd", score * CORE_HOUR, "USD"),
         ("FAISS Flat, in memory", "scaling_gb", rate["flat_bytes"] * n_rows / 1e9, "GB"),
-        (f"FAISS {PQ_KIND}, in memory", "scaling_gb", rate["pq_bytes"] * n_rows / 1e9, "GB"),
+        (f"FAISS {COMPRESSED}, in memory", "scaling_gb", rate["compressed_bytes"] * n_rows / 1e9, "GB"),
         ("the whole score matrix of 1,000 queries", "scaling_gb", 4e3 * n_rows / 1e9, "GB"),
         ("self-influence, or leverage of each row, in memory", "scaling_gb", 16 * n_rows / 1e9, "GB"),
         ("files at the default shard_rows of 1,024", "scaling_files", n_rows / 1024, ""),
@@ -92,7 +92,7 @@ def main() -> None:
         for n_rows in SIZES
         for method, metric, value, unit in sums(n_rows, rate)
     ]
-    units = {"featurize_s": "s", "score_s": "s", "stored_bytes": "B", "flat_bytes": "B", "pq_bytes": "B"}
+    units = {"featurize_s": "s", "score_s": "s", "stored_bytes": "B", "flat_bytes": "B", "compressed_bytes": "B"}
     rows += [
         {
             "case": "one row",

@@ -12,6 +12,7 @@ and ranking alone, from the Parquet file; FAISS's is that of the search alone, i
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import subprocess
@@ -36,10 +37,12 @@ from hf_trak.shard_blocks import member_blocks
 KINDS = {
     "Flat": [{}],
     "SQ8": [{}],
-    "HNSW32": [{"efSearch": 64}, {"efSearch": 512}],
+    "SQ4": [{}],
     "IVF{cells},Flat": [{"nprobe": 4}, {"nprobe": 16}, {"nprobe": 64}],
+    "HNSW32": [{"efSearch": 64}, {"efSearch": 512}],
     "IVF{cells},PQ512": [{"nprobe": 64}],
 }
+USUAL = ["Flat", "SQ8", "SQ4", "IVF{cells},Flat"]  # the others take minutes to build at proj_dim 4,096
 
 
 def parse() -> argparse.Namespace:
@@ -48,10 +51,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--queries", required=True, help="its queries, a Parquet file")
     parser.add_argument("--case", required=True, help="what they are, in words")
     parser.add_argument("--synthetic", type=Path, help="a folder of topk.py")
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS), help="of FAISS index, for the real features")
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=USUAL, help="of FAISS index, for the real features")
     parser.add_argument("--synthetic_kinds", nargs="+", default=["Flat", "IVF{cells},Flat"])
     parser.add_argument("--top_k", type=int, default=100)
-    parser.add_argument("--max_queries", type=int, default=500)
+    parser.add_argument("--max_queries", type=int, default=200)
     parser.add_argument("--damping", type=float, nargs="+", default=[0.0, 0.1, 3.0], help="for the products' errors")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("results/search_cpu.json"))
@@ -82,7 +85,7 @@ def search_rows(
 
     yield row("exact", "search_ms_per_query", 1000 * per_query, "ms")
     for kind in kinds:
-        factory = kind.format(cells=2 ** round(np.log2(4 * index.n_rows**0.5)))
+        factory = kind.format(cells=2 ** round(np.log2(2 * index.n_rows**0.5)))
         begin = time.process_time()
         search = index.add_search_index(factory, progress=False)
         built = time.process_time() - begin
@@ -152,15 +155,21 @@ def main() -> None:
     queries = queries.select(range(min(options.max_queries, len(queries))))
     features = torch.from_numpy(index.featurize_queries(queries, progress=False)["trak_features"])
     case = f"{options.case}, proj_dim {index.config.proj_dim}, {len(queries)} queries"
-    rows = [*product_rows(index, features, options, case), *search_rows(index, features, options, case, options.kinds)]
+    rows: list[dict[str, Any]] = []
+    for row in itertools.chain(
+        product_rows(index, features, options, case), search_rows(index, features, options, case, options.kinds)
+    ):
+        print(json.dumps(row), flush=True)
+        rows.append(row)
+    write(options, rows)
     if options.synthetic is not None:
         index = AttributionIndex.from_pretrained(options.synthetic)
         asked = argparse.Namespace(queries=options.max_queries, proj_dim=index.config.proj_dim)
         case = f"synthetic, {index.n_rows:,} rows, proj_dim {index.config.proj_dim}, {options.max_queries} queries"
-        rows += search_rows(index, torch.from_numpy(queries_of(asked)), options, case, options.synthetic_kinds)
-    for line in rows:
-        print(json.dumps(line))
-    write(options, rows)
+        for row in search_rows(index, torch.from_numpy(queries_of(asked)), options, case, options.synthetic_kinds):
+            print(json.dumps(row), flush=True)
+            rows.append(row)
+        write(options, rows)
 
 
 def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:

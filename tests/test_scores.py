@@ -201,7 +201,8 @@ import numpy as np, torch
 from hf_trak.cli.main import main
 from hf_trak.gathering import rank_and_size
 folder = Path({folder!r})
-code = main(["attribute", "--index", {cli!r}, "--queries", {queries!r}, "--output", str(folder / "hits.jsonl"), "--top_k", "9"])
+where = ["--index", {cli!r}, "--queries", {queries!r}, "--output", str(folder / "hits.jsonl")]
+code = main(["attribute", *where, "--top_k", "9", "--max_memory", "1GB"])
 rank, size = rank_and_size()
 assert (code, size) == (0, 2), (code, size)
 from test_scores import QUERIES, matrix
