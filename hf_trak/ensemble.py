@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
+from hf_trak.ahead import ahead, one_thread
 from hf_trak.linalg import accumulate_kernel, factor
 from hf_trak.linalg import leverage as leverage_of
 from hf_trak.scoring import MemberBlock, precondition, residual_weights, score_blocks
+from hf_trak.shard_blocks import aligned_blocks, member_blocks
 from hf_trak.store import MemberReader, Shard
 
 
@@ -51,7 +53,7 @@ def default_power(task: str) -> float:
 class SolvedQueries(NamedTuple):
     """Queries under one member, ready to meet its training rows."""
 
-    preconditioned: Float64[Tensor, "n_query proj_dim"]
+    preconditioned: Float32[Tensor, "n_query proj_dim"]
     leverage: Float64[Tensor, " n_train"] | None
 
 
@@ -74,7 +76,7 @@ def member_kernel(member: MemberReader, *, residual_weighting: bool) -> Float64[
     if not residual_weighting:
         return kernel
     kernel.zero_()
-    for shard in member.shards():
+    for shard in member_blocks(member):
         accumulate_kernel(kernel, shard.features * residual_weights(shard.out_to_loss).sqrt().unsqueeze(1))
     return kernel
 
@@ -87,12 +89,17 @@ def solve_queries(member: MemberReader, queries: Float[Tensor, "n_query proj_dim
     """
     kernel = member_kernel(member, residual_weighting=options.residual_weighting)
     preconditioned = precondition(
-        queries, kernel, n_rows=member.n_rows, damping=options.damping, reference_rescale=options.reference_rescale
+        queries,
+        kernel,
+        n_rows=member.n_rows,
+        damping=options.damping,
+        reference_rescale=options.reference_rescale,
+        dtype=torch.float32,
     )
     if not options.leverage:
         return SolvedQueries(preconditioned, None)
     cholesky = factor(kernel, n_rows=member.n_rows, damping=options.damping)
-    leverage = torch.cat([_leverage(shard, cholesky, options.residual_weighting) for shard in member.shards()])
+    leverage = torch.cat([_leverage(shard, cholesky, options.residual_weighting) for shard in member_blocks(member)])
     if (alone := int((leverage > 1 - 1e-9).sum())) > 0:
         raise ValueError(
             f"{alone} training rows have a leverage of 1, so 1 / (1 - h) has no bounds: nothing else speaks for their directions. "
@@ -101,19 +108,54 @@ def solve_queries(member: MemberReader, queries: Float[Tensor, "n_query proj_dim
     return SolvedQueries(preconditioned, leverage)
 
 
+def solve_all(
+    members: Sequence[MemberReader], features: list[Float[Tensor, "n_query proj_dim"]], options: ScoreOptions
+) -> list[SolvedQueries]:
+    """Precondition the queries of every member; `features` is emptied, since it may be large."""
+    solved: list[SolvedQueries] = []
+    for member in members:
+        solved.append(solve_queries(member, features.pop(0), options))
+    return solved
+
+
+def self_influence(members: Sequence[MemberReader], *, damping: float) -> Float64[Tensor, " n_train"]:
+    r"""Return $\phi^\top(K + \lambda\bar\mu I)^{-1}\phi \cdot |Q|$ of every training row, both factors means over members."""
+    # Differs from the usual definition, which has no Q: far more wrong labels come first with it (docs/decisions.md).
+    n_rows = members[0].n_rows
+    alone, out_to_loss = torch.zeros(2, n_rows, dtype=torch.float64)
+    for member in members:
+        cholesky = factor(member.kernel(), n_rows=n_rows, damping=damping)
+        for block in member_blocks(member):
+            alone[block.example_id] += leverage_of(cholesky, block.features) / len(members)
+            out_to_loss[block.example_id] += block.out_to_loss.double() / len(members)
+    return alone * out_to_loss.abs()
+
+
 def _leverage(shard: Shard, cholesky: Tensor, residual_weighting: bool) -> Float64[Tensor, " rows"]:
     leverage = leverage_of(cholesky, shard.features)
     return leverage * residual_weights(shard.out_to_loss).double() if residual_weighting else leverage
 
 
 def stream_scores(
-    members: Sequence[MemberReader], solved: Sequence[SolvedQueries], *, out_to_loss_power: float = 1.0
-) -> Iterator[Float64[Tensor, "_ n_query"]]:
-    """Yield the scores of one shard after another."""
-    shards = zip(*(member.shards() for member in members), strict=True)
-    blocks = ([_block(shard, queries) for shard, queries in zip(row, solved, strict=True)] for row in shards)
+    members: Sequence[MemberReader],
+    solved: Sequence[SolvedQueries],
+    *,
+    out_to_loss_power: float = 1.0,
+    shards: range | None = None,
+    read_ahead: bool = True,
+) -> Iterator[Float32[Tensor, "_ n_query"]]:
+    """Yield the scores of one row group after another.
+
+    Args:
+        shards (`range`, *optional*): Only these.
+        read_ahead (`bool`): Read the next row group while this one is scored, which takes its memory once more.
+    """
     preconditioned = [queries.preconditioned for queries in solved]
-    yield from score_blocks(blocks, preconditioned, out_to_loss_power=out_to_loss_power)
+    rows = aligned_blocks(members, shards)
+    with one_thread("scoring") as thread:
+        coming = ahead(rows, thread, depth=1) if read_ahead else rows
+        blocks = ([_block(shard, queries) for shard, queries in zip(row, solved, strict=True)] for row in coming)
+        yield from score_blocks(blocks, preconditioned, out_to_loss_power=out_to_loss_power)
 
 
 def _block(shard: Shard, queries: SolvedQueries) -> MemberBlock:

@@ -63,7 +63,9 @@ def damped(
             f"The kernel's mean eigenvalue is {scale}, so nothing can be attributed: every training gradient is zero or not "
             "finite. Check that the model's outputs depend on the selected parameters."
         )
-    return kernel + damping * scale * torch.eye(proj_dim, dtype=kernel.dtype, device=kernel.device)
+    result = kernel.clone()
+    result.diagonal().add_(damping * scale)
+    return result
 
 
 def factor(

@@ -8,6 +8,8 @@ training on z_i raises the query's output. The second mean may be taken to a pow
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -16,6 +18,9 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from hf_trak.linalg import factor, solve
+
+RANKED_AT_ONCE = 256  # queries whose candidates are sorted together, which bounds the memory that takes
+SOLVED_AT_ONCE = 1024  # queries in float64
 
 
 class MemberBlock(NamedTuple):
@@ -39,7 +44,8 @@ def precondition(
     n_rows: int,
     damping: float,
     reference_rescale: bool = False,
-) -> Float64[Tensor, "n_query proj_dim"]:
+    dtype: torch.dtype = torch.float64,
+) -> Float[Tensor, "n_query proj_dim"]:
     r"""Right-multiply query features by $(\Phi^\top\Phi + \lambda\bar\mu I)^{-1}$.
 
     Args:
@@ -47,12 +53,13 @@ def precondition(
         n_rows (`int`): Rows in that sum.
         damping (`float`): $\lambda$, as a multiple of the kernel's mean nonzero eigenvalue. The paper uses 0.
         reference_rescale (`bool`): Divide the inverse by its mean absolute entry, only to reproduce MadryLab/trak's numbers.
+        dtype (`torch.dtype`): Of the result; the solve is in float64.
 
     Raises:
         ValueError: If the damped kernel is singular.
     """
     cholesky = factor(kernel, n_rows=n_rows, damping=damping)
-    preconditioned = solve(cholesky, features)
+    preconditioned = torch.cat([solve(cholesky, some).to(dtype) for some in features.split(SOLVED_AT_ONCE)])
     # Differs from the reference: MadryLab/trak divides each member's inverse kernel by its mean absolute entry since version 0.2,
     # which weights members of an ensemble by the squared size of their gradients.
     if reference_rescale:
@@ -67,26 +74,28 @@ def weigh(out_to_loss: Float64[Tensor, "*rows"], power: float) -> Float64[Tensor
 
 def score_blocks(
     blocks: Iterator[Sequence[MemberBlock]],
-    preconditioned: Sequence[Float64[Tensor, "n_query proj_dim"]],
+    preconditioned: Sequence[Float[Tensor, "n_query proj_dim"]],
     *,
     out_to_loss_power: float = 1.0,
-) -> Iterator[Float64[Tensor, "_ n_query"]]:
-    """Yield the scores of each block of training rows, in float64.
+) -> Iterator[Float[Tensor, "_ n_query"]]:
+    """Yield the scores of each block of training rows, in the dtype of `preconditioned`.
 
     Args:
         blocks (`Iterator`): For each block of rows, those rows of every member.
-        preconditioned (`Sequence`): The queries of every member, from [`precondition`].
+        preconditioned (`Sequence`): The queries of every member, from [`precondition`]. Float32 is enough after a solve in float64:
+            features are stored in no more (docs/decisions.md).
         out_to_loss_power (`float`): What the mean `out_to_loss` is raised to. The paper has 1.
     """
     for members in blocks:
-        influence = torch.stack([_influence(*pair) for pair in zip(members, preconditioned, strict=True)]).mean(0)
+        influence = functools.reduce(Tensor.add_, (_influence(*pair) for pair in zip(members, preconditioned, strict=True)))
         out_to_loss = torch.stack([block.out_to_loss.double() for block in members]).mean(0)
-        yield influence * weigh(out_to_loss, out_to_loss_power).unsqueeze(1)
+        weight = weigh(out_to_loss, out_to_loss_power) / len(members)
+        yield influence.mul_(weight.to(influence.dtype).unsqueeze(1))
 
 
-def _influence(block: MemberBlock, preconditioned: Float64[Tensor, "n_query proj_dim"]) -> Float64[Tensor, "rows n_query"]:
-    influence = block.features.double() @ preconditioned.T
-    return influence if block.leverage is None else influence / (1 - block.leverage).unsqueeze(1)
+def _influence(block: MemberBlock, preconditioned: Float[Tensor, "n_query proj_dim"]) -> Float[Tensor, "rows n_query"]:
+    influence = block.features.to(preconditioned.dtype) @ preconditioned.T
+    return influence if block.leverage is None else influence.div_((1 - block.leverage).to(influence.dtype).unsqueeze(1))
 
 
 def soft_threshold(scores: Float[Tensor, "n_train n_query"], keep: int) -> Float[Tensor, "n_train n_query"]:
@@ -108,25 +117,90 @@ class TopK(NamedTuple):
     """The extreme scores of each query, the most extreme first; ties keep the training set's order."""
 
     rows: Int64[Tensor, "n_query top_k"]
-    scores: Float64[Tensor, "n_query top_k"]
+    scores: Float[Tensor, "n_query top_k"]
 
 
-def top_k(blocks: Iterator[Float64[Tensor, "_ n_query"]], k: int) -> tuple[TopK, TopK]:
+def top_k(blocks: Iterator[Float[Tensor, "_ n_query"]], k: int, *, first_row: int = 0) -> tuple[TopK, TopK]:
     """Return the `k` largest (proponents) and `k` smallest (opponents) scores of each query, holding one block at a time.
 
     With fewer than `k` training rows, all of them are returned.
+
+    Args:
+        first_row (`int`): Number of the first block's first row.
+
+    Raises:
+        ValueError: If there are no rows, or a score is not finite.
     """
-    proponents: TopK | None = None
-    opponents: TopK | None = None
-    first_row = 0
+    sides: dict[bool, list[_Extremes]] = {True: [], False: []}
+    row = first_row
     for block in blocks:
-        rows = torch.arange(first_row, first_row + len(block)).expand(block.shape[1], -1)
-        first_row += len(block)
-        proponents = _merge(proponents, TopK(rows, block.T), k, descending=True)
-        opponents = _merge(opponents, TopK(rows, block.T), k, descending=False)
-    if proponents is None or opponents is None:
+        scores = block.T.contiguous()  # one query's scores side by side
+        if not scores.sum().isfinite():
+            raise ValueError(
+                f"Scores of training rows {row} to {row + len(block) - 1} are not finite. Look for NaN, or for numbers too large for "
+                "float32, in the features of these rows and of the queries."
+            )
+        for number, some in enumerate(scores.split(RANKED_AT_ONCE)):
+            for largest, side in sides.items():
+                if number == len(side):
+                    side.append(_Extremes(some, k, largest=largest))
+                side[number].add(some, row)
+        row += len(block)
+    if row == first_row:
         raise ValueError("There are no training rows to rank.")
-    return proponents, opponents
+    proponents, opponents = ([extremes.result() for extremes in side] for side in sides.values())
+    return _stack(proponents), _stack(opponents)
+
+
+def _stack(parts: Sequence[TopK]) -> TopK:
+    return TopK(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+class _Extremes:
+    """The `k` most extreme scores of some queries among those seen.
+
+    A score that is not beyond the `k`-th of its query is dropped at once: it comes later in the training set, so it loses ties too.
+    The others wait until there are as many as are kept, and are sorted in together.
+    """
+
+    def __init__(self, scores: Float[Tensor, "n_query rows"], k: int, *, largest: bool) -> None:
+        self.k = k
+        self.largest = largest
+        self.waiting: list[tuple[Tensor, Tensor, Tensor]] = []  # queries, rows and scores; the first are those kept
+        self.n_waiting = 0
+        self.last = scores.new_full((len(scores), 1), -math.inf if largest else math.inf)  # the k-th of each query
+
+    def add(self, scores: Float[Tensor, "n_query rows"], first_row: int) -> None:
+        """See one more block."""
+        query, row = torch.where(scores > self.last if self.largest else scores < self.last)
+        self.waiting.append((query, first_row + row, scores[query, row]))
+        self.n_waiting += len(query)
+        if self.n_waiting >= self.k * len(scores):
+            self._sort_in()
+
+    def _sort_in(self) -> None:
+        """Keep the first `k` of each query: sorted by query, then by score, then as they came, which is by row."""
+        query, row, score = (torch.cat(parts) for parts in zip(*self.waiting, strict=True))
+        order = score.sort(stable=True, descending=self.largest).indices
+        order = order[query[order].sort(stable=True).indices]
+        counts = query.bincount(minlength=len(self.last))
+        place = torch.arange(len(query)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+        order = order[place < self.k]
+        self.waiting, self.n_waiting = [(query[order], row[order], score[order])], 0
+        if len(order) == self.k * len(self.last):
+            self.last = score[order].view(-1, self.k)[:, -1:].contiguous()
+
+    def result(self) -> TopK:
+        """Return what was kept."""
+        self._sort_in()
+        _, rows, scores = self.waiting[0]
+        return TopK(rows.view(len(self.last), -1), scores.view(len(self.last), -1))
+
+
+def merge_top_k(parts: Sequence[TopK], k: int, *, largest: bool) -> TopK:
+    """Return the first `k` of several parts of the training set, each ranked by itself, in its order."""
+    scores, order = torch.cat([part.scores for part in parts], 1).sort(dim=1, descending=largest, stable=True)
+    return TopK(torch.cat([part.rows for part in parts], 1).gather(1, order[:, :k]), scores[:, :k])
 
 
 def soft_threshold_top_k(best: tuple[TopK, TopK], keep: int, k: int) -> tuple[TopK, TopK]:
@@ -142,10 +216,3 @@ def soft_threshold_top_k(best: tuple[TopK, TopK], keep: int, k: int) -> tuple[To
     threshold = largest[:, keep:].sum(1, keepdim=True) if proponents.rows.shape[1] > keep else torch.zeros(len(sizes), 1)
     shrunk = [TopK(side.rows[:, :k], _shrink(side.scores[:, :k], threshold.to(side.scores))) for side in best]
     return shrunk[0], shrunk[1]
-
-
-def _merge(best: TopK | None, block: TopK, k: int, *, descending: bool) -> TopK:
-    if best is not None:
-        block = TopK(torch.cat([best.rows, block.rows], 1), torch.cat([best.scores, block.scores], 1))
-    scores, order = block.scores.sort(dim=1, descending=descending, stable=True)
-    return TopK(block.rows.gather(1, order[:, :k]), scores[:, :k])

@@ -9,7 +9,7 @@ from reference import madrylab_scores, trak_scores
 
 from hf_trak.linalg import accumulate_kernel
 from hf_trak.projectors import DenseRademacher
-from hf_trak.scoring import MemberBlock, precondition, score_blocks, top_k
+from hf_trak.scoring import MemberBlock, merge_top_k, precondition, score_blocks, top_k
 
 N, GRAD_DIM, PROJ_DIM, N_QUERY = 90, 400, 24, 7
 
@@ -131,6 +131,59 @@ def test_top_k_streams_to_what_a_full_sort_gives_and_ties_keep_the_training_orde
         assert proponents.rows[query].tolist() == descending.tolist()
         assert opponents.rows[query].tolist() == ascending.tolist()
         assert proponents.scores[query].tolist() == values[descending].tolist()
+
+
+@pytest.mark.parametrize("order", ["rising", "falling", "any"])
+def test_top_k_is_that_of_a_full_sort_however_rarely_candidates_are_sorted_in(order):
+    """More queries than are ranked together, and hundreds of blocks, of which most have few candidates, or all."""
+    scores = torch.randn(1200, 300, generator=torch.Generator().manual_seed(0)).mul(8).round().div(8)
+    if order != "any":
+        scores = scores + torch.arange(1200).unsqueeze(1) * (1 if order == "rising" else -1)
+    proponents, opponents = top_k(iter(scores.split(7)), 5)
+    for found, largest in ((proponents, True), (opponents, False)):
+        expected = scores.sort(dim=0, descending=largest, stable=True)
+        assert torch.equal(found.rows, expected.indices[:5].T)
+        assert torch.equal(found.scores, expected.values[:5].T)
+
+
+@pytest.mark.parametrize("cuts", [[30, 60], [2, 2, 86], [89, 1]])
+def test_parts_of_the_training_set_ranked_apart_merge_to_the_whole(cuts):
+    scores = torch.randint(-3, 4, (N, N_QUERY), generator=torch.Generator().manual_seed(1)).float()
+    whole = top_k(iter([scores]), 6)
+    first, parts = 0, []
+    for rows in cuts:
+        parts.append(top_k(iter([scores[first : first + rows]]), 6, first_row=first))
+        first += rows
+    for side, largest in ((0, True), (1, False)):
+        merged = merge_top_k([part[side] for part in parts], 6, largest=largest)
+        assert torch.equal(merged.rows, whole[side].rows)
+        assert torch.equal(merged.scores, whole[side].scores)
+
+
+def test_float32_products_of_a_float64_solve_keep_the_scores_to_round_off():
+    """Of features that are nearly linear combinations of each other, with no damping: a solve in float32 would lose all digits."""
+    grads, queries, out_to_loss, signs = make_members(1)
+    generator = torch.Generator().manual_seed(0)
+    rotation = torch.linalg.qr(torch.randn(PROJ_DIM, PROJ_DIM, dtype=torch.float64, generator=generator)).Q
+    mix = torch.logspace(0, -3, PROJ_DIM, dtype=torch.float64).unsqueeze(1) * rotation
+    phi, query = (features_of([values], signs)[0] @ mix for values in (grads[0], queries[0]))
+    expected = trak_scores([phi.numpy()], [query.numpy()], out_to_loss, 0.0)
+    single = precondition(query.float(), kernel_of(phi), n_rows=N, damping=0.0, dtype=torch.float32)
+    block = MemberBlock(phi.float(), torch.from_numpy(out_to_loss[0]).float())
+    scores = next(score_blocks(iter([[block]]), [single]))
+    assert scores.dtype == torch.float32
+    assert np.isfinite(expected).all()
+    assert np.abs(scores.numpy() - expected).max() < 2e-4 * expected.std()
+    in_float32 = phi.float() @ torch.linalg.solve(kernel_of(phi).float(), query.float().T) * block.out_to_loss.unsqueeze(1)
+    assert np.abs(in_float32.numpy() - expected).max() > 2e-3 * expected.std()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_scores_that_are_not_finite_are_refused_by_row(bad):
+    scores = torch.zeros(N, N_QUERY)
+    scores[41, 3] = bad
+    with pytest.raises(ValueError, match="Scores of training rows 40 to 49 are not finite"):
+        top_k(iter(scores.split(10)), 3)
 
 
 def test_top_k_of_nothing_is_refused():

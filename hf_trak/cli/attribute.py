@@ -55,6 +55,10 @@ class AttributeArguments:
     )
     revision: str | None = field(default=None, metadata={"help": "Revision of an index repository."})
     batch_size: str = field(default="auto", metadata={"help": "Queries at a time; auto halves when memory runs out."})
+    max_memory: str | None = field(
+        default=None,
+        metadata={"help": "Memory for solving and scoring, such as 2GB, beside the model; by default 2 GB or what it takes."},
+    )
     train: str | None = field(
         default=None, metadata={"help": "The training set, to show its examples and not their rows alone."}
     )
@@ -79,15 +83,23 @@ def run(args: AttributeArguments) -> None:
     from hf_trak.cli.examples import ExampleReader, read_attributions
     from hf_trak.cli.quiet import hush
     from hf_trak.cli.report import save_report, table
+    from hf_trak.gathering import join_launched, rank_and_size
     from hf_trak.index import AttributionIndex
+    from hf_trak.memory import parse_memory
 
     hush()
+    parse_memory(args.max_memory)
+    join_launched()
+    first = rank_and_size()[0] == 0
     index = AttributionIndex.from_pretrained(args.index, revision=args.revision, models=args.model)
     queries = load_rows(args.queries, split=args.split, config=args.queries_config, max_rows=args.max_queries)
     train = _load_train(args, index)
     batch_size = int(args.batch_size) if args.batch_size.isdigit() else args.batch_size
     damping = None if args.damping is None else replace(index.config, damping=args.damping).damping  # type: ignore[arg-type]
-    hits = index.attribute(queries, args.top_k, damping=damping, direction=args.direction, batch_size=batch_size)
+    options: dict[str, Any] = {"damping": damping, "direction": args.direction, "batch_size": batch_size}
+    hits = index.attribute(queries, args.top_k, **options, max_memory=args.max_memory, progress=first)
+    if not first:  # processes share the ranking; one writes
+        return
     write_hits(hits, output)
 
     columns: dict[str, Any] = {name: getattr(index.config, name) for name in ("text_columns", "image_column", "label_column")}

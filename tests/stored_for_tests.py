@@ -1,0 +1,45 @@
+"""Indexes of given features, written through the real store: no model made them, so they answer for features alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hf_trak import AttributionIndex, TrakConfig
+from hf_trak.linalg import accumulate_kernel
+from hf_trak.store import MemberWriter, encode_columns
+
+
+def draw(n_rows: int, proj_dim: int, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Return features, of very different size by row, and out-to-loss."""
+    generator = np.random.default_rng(seed)
+    features = generator.normal(size=(n_rows, proj_dim)) * np.exp(generator.normal(size=(n_rows, 1)))
+    return features.astype(np.float32), generator.uniform(0.01, 1, size=n_rows).astype(np.float32)
+
+
+def store_index(
+    folder: Path, members: Sequence[tuple[np.ndarray, np.ndarray]], *, shard_rows: int, dtype: str = "float32"
+) -> AttributionIndex:
+    """Write members' features and out-to-loss."""
+    n_rows, proj_dim = members[0][0].shape
+    config = TrakConfig(task="text-classification", proj_dim=proj_dim, dtype=dtype)
+    config.save_pretrained(folder)
+    for number, (features, out_to_loss) in enumerate(members):
+        identity = {
+            "task": config.task,
+            "seed": number,
+            "dropout_seed": None,
+            "dataset": {"fingerprint": "drawn"},
+            "config": config.identity(),
+        }
+        writer = MemberWriter(folder / f"member_{number}", identity=identity, n_rows=n_rows, shard_rows=shard_rows)
+        for shard in range(writer.n_shards):
+            rows = list(writer.rows(shard))
+            phi, q = torch.from_numpy(features[rows]), torch.from_numpy(out_to_loss[rows])
+            writer.write(shard, encode_columns(phi, torch.zeros_like(q), q, dtype=dtype))
+        kernel = accumulate_kernel(torch.zeros(proj_dim, proj_dim, dtype=torch.float64), torch.from_numpy(features).double())
+        writer.finish(kernel, {"checkpoint": {"path": None, "repo": None, "revision": None}, "checkpoint_number": number})
+    return AttributionIndex.from_pretrained(folder)
