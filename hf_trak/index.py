@@ -25,7 +25,7 @@ from hf_trak.hub import download_index, upload_index
 from hf_trak.linalg import damped, default_damping, factor, leverage
 from hf_trak.parts import Part, forget_parts, merge_members
 from hf_trak.passes import columns_of
-from hf_trak.processes import Processes, current_processes
+from hf_trak.processes import Processes, current_processes, launched_processes
 from hf_trak.query_side import QuerySide, featurize_queries
 from hf_trak.score_matrix import allocate, check_keep, soft_threshold_in_place
 from hf_trak.scoring import soft_threshold_top_k, top_k
@@ -192,7 +192,7 @@ class AttributionIndex:
             ValueError: As [`AttributionIndex.build`]; also if the job was started by a launcher of several processes.
         """
         folder, part = local_folder(folder), Part(shard_index, num_shards, command)
-        if current_processes().count > 1:
+        if launched_processes() > 1:
             raise ValueError(
                 "`shard_index` is for jobs of one process each; a launcher's processes divide the work by themselves."
             )

@@ -6,6 +6,7 @@ so the backend of their process group does not matter, nor how long one takes.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import socket
@@ -163,7 +164,7 @@ class _Watch(threading.Thread):
             try:
                 self._store.set(f"alive/{me.rank}", json.dumps([number, _name_of(me.rank, me.count)]))
                 me._lost = self._find_failed() or self._find_silent()
-            except RuntimeError as error:
+            except Exception as error:  # whatever it is, nobody would tell the main thread of it
                 me._lost = _host_is_gone(error)
             if self._ended.wait(self._beat):
                 return
@@ -172,7 +173,7 @@ class _Watch(threading.Thread):
         if not self._store.check(["failed"]):
             return None
         rank, why = json.loads(self._store.get("failed"))
-        return f"{self._name(rank)} has ended with {why.rstrip('.')}."
+        return f"{self._who(rank)} has ended with {why.rstrip('.')}."
 
     def _find_silent(self) -> str | None:
         """Count one's own beats between two of another's: a clock would mistake a machine that slept for one that died."""
@@ -183,10 +184,10 @@ class _Watch(threading.Thread):
             self._beats[rank] = (found, beats + 1 if found == last else 0)
             if self._beats[rank][1] >= self._patience * (1 if found else _LATE):
                 seconds = self._beats[rank][1] * self._beat
-                return f"{self._name(rank)} has not been heard of for {seconds:.0f} s: it was killed, or is out of reach."
+                return f"{self._who(rank)} has not been heard of for {seconds:.0f} s: it was killed, or is out of reach."
         return None
 
-    def _name(self, rank: int) -> str:
+    def _who(self, rank: int) -> str:
         key = f"alive/{rank}"
         known = self._store.check([key])
         return json.loads(self._store.get(key))[1] if known else f"Process {rank} of {self._processes.count}"
@@ -196,7 +197,7 @@ def _name_of(rank: int, count: int) -> str:
     return f"Process {rank} of {count} (pid {os.getpid()} on {socket.gethostname()})"
 
 
-def _host_is_gone(error: RuntimeError) -> str:
+def _host_is_gone(error: Exception) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return f"The process that the others meet at has ended: the first one, or the launcher ({reason[:200]})."
 
@@ -206,13 +207,18 @@ def share(items: Sequence[T], index: int, count: int) -> Sequence[T]:
     return items[len(items) * index // count : len(items) * (index + 1) // count]
 
 
+def launched_processes() -> int:
+    """Return how many processes a launcher says it has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def current_processes() -> Processes:
     """Return the processes this one was launched with, joining them where nobody has yet.
 
     Raises:
         ValueError: If a launcher started several, but they do not know of each other: they would all do the same work.
     """
-    wanted = int(os.environ.get("WORLD_SIZE", "1"))
+    wanted = launched_processes()
     if not (dist.is_available() and dist.is_initialized()):
         _check_launcher(wanted)
         if wanted == 1:
@@ -265,6 +271,13 @@ def _join() -> None:
 
     cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
     PartialState(cpu=cpu)
+    atexit.register(_part)
+
+
+def _part() -> None:
+    """Take leave of the others: a group that is left to the end of the process complains."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _group_store() -> Any:
