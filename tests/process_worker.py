@@ -5,14 +5,14 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from datasets_for_tests import token_rows
-from test_trainer import collate, make_model
 
-from hf_trak import AttributionArguments, AttributionIndex, AttributionTrainer, TrakConfig
+from hf_trak import AttributionIndex, TrakConfig
 from hf_trak.member_writer import MemberWriter
 
 _write = MemberWriter.write
@@ -30,7 +30,7 @@ def tell_of_shards() -> None:
     MemberWriter.write = write
 
 
-def build(folder: str, *models: str) -> AttributionIndex:
+def build(folder: str, *models: Any) -> AttributionIndex:
     tell_of_shards()
     return AttributionIndex.build(
         folder,
@@ -51,13 +51,33 @@ def accelerator(folder: str, *models: str) -> AttributionIndex:
 
 
 def train(folder: str) -> AttributionIndex:
+    from test_trainer import collate, make_model
+
+    from hf_trak import AttributionArguments, AttributionTrainer
+
     args = AttributionArguments(
         folder, proj_dim=16, shard_rows=12, num_train_epochs=1, use_cpu=True, disable_tqdm=True, save_strategy="no"
     )
     trainer = AttributionTrainer(model=make_model("bert"), args=args, train_dataset=token_rows(50), data_collator=collate)
     trainer.train()
     assert trainer.accelerator.num_processes == 2
-    return trainer.featurize()
+    index = trainer.featurize()
+    refuse_sharded(folder)
+    return index
+
+
+def refuse_sharded(folder: str) -> None:
+    """A model under FSDP2 is refused in every process, before anything is written."""
+    from models import make_model
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = make_model("bert")
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    try:
+        build(f"{folder}/sharded", model)
+    except ValueError as error:
+        print("refused:", error, flush=True)
 
 
 if __name__ == "__main__":

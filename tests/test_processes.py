@@ -16,6 +16,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from datasets_for_tests import save_model, token_rows
+from transformers import AutoModelForSequenceClassification
 
 from hf_trak import AttributionIndex, TrakConfig
 from hf_trak.cli.main import main
@@ -87,7 +88,7 @@ def start(count: int, *arguments: str, **variables: str) -> list[subprocess.Pope
 
 def outcome(process: subprocess.Popen) -> tuple[int, str, str]:
     try:
-        out, err = process.communicate(timeout=240)
+        out, err = process.communicate(timeout=400)
     finally:
         process.kill()
     return process.returncode, out, err
@@ -97,7 +98,7 @@ def test_two_processes_one_killed_then_three_make_the_bytes_of_one(models, expec
     """Kill -9 of one of two: the other names it and ends. Three others finish, with shards left for no more than two of them."""
     folder = tmp_path / "index"
     arguments = ["build", str(folder), *map(str, models)]
-    first, second = start(2, *arguments, HF_TRAK_PATIENCE="3", SLOW_RANK="1")
+    first, second = start(2, *arguments, HF_TRAK_PATIENCE="9", SLOW_RANK="1")
     for line in second.stdout:
         if line.startswith("wrote"):
             break
@@ -130,7 +131,7 @@ def test_accelerate_launch_of_the_script_and_trainer_under_it(models, expected, 
     flags = ["--dataset", str(tmp_path / "train.parquet"), "--proj_dim", "16", "--shard_rows", str(SHARD_ROWS)]
     flags += ["--model", *map(str, models), "--output", str(tmp_path / "index"), "--sketch_seeds_per_checkpoint", "2"]
     script = [str(TESTS.parent / "scripts" / "featurize.py"), *flags]
-    done = subprocess.run([*launch, *script], env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run([*launch, *script], env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("50 rows, 4 members") == 1, "the first process alone speaks"
     assert "2 processes" in done.stderr, "the bar says whose rows it counts"
@@ -145,6 +146,8 @@ def test_the_trainer_featurizes_in_all_processes_of_its_run(tmp_path):
     lines = [out.splitlines()[-1] for _, out, _ in results]
     assert lines[0] == lines[1]
     assert json.loads(lines[0])["n_rows"] == N_TRAIN
+    assert all("refused: The parameters of this FSDPBertForSequenceClassification are sharded" in out for _, out, _ in results)
+    assert not (tmp_path / "run" / "sharded").exists()
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(models, tmp_path):
@@ -260,6 +263,14 @@ def test_models_in_pieces_are_refused_by_name():
     model.weight.ds_id = 0
     with pytest.raises(ValueError, match="(?s)DeepSpeed ZeRO-3.*Save it whole to a folder"):
         check_whole(model)
+
+
+def test_a_device_map_of_one_device_changes_nothing(models, expected, tmp_path):
+    model = AutoModelForSequenceClassification.from_pretrained(models[0], device_map="auto")
+    assert model.hf_device_map
+    options = {**build_options(models[:1]), "models": model, "sketch_seeds_per_checkpoint": 1}
+    found = files_of(AttributionIndex.build(tmp_path / "index", **options).folder)
+    assert all(found[name] == expected[name] for name in found if name.endswith((".parquet", "kernel.safetensors")))
 
 
 # Kernels
