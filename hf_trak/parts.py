@@ -6,6 +6,7 @@ While it is unfinished, `.parts.json` in the index's folder says how many member
 from __future__ import annotations
 
 import shlex
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from hf_trak.config import TrakConfig
 from hf_trak.kernel_sums import kernel_of
 from hf_trak.member_writer import MemberWriter
 from hf_trak.processes import share
-from hf_trak.store import MEMBER_NAME, read_json, write_json_once
+from hf_trak.store import MEMBER_NAME, PROGRESS, read_json, write_json_once
 
 T = TypeVar("T")
 
@@ -85,6 +86,9 @@ def merge_members(folder: Path) -> None:
         for member in member_folders(folder)
         if member in members and not (member / MEMBER_NAME).exists()
     }
+    for member in members:
+        if (member / MEMBER_NAME).exists():
+            shutil.rmtree(member / PROGRESS, ignore_errors=True)  # a merge was killed just after it wrote `member.json`
     missing = {member: writer.missing() for member, writer in begun.items()}
     absent = [member for member in members if not member.exists()]
     if absent or any(missing.values()):

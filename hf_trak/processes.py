@@ -75,8 +75,9 @@ class Processes:
             if error is None:
                 self.wait()
             elif not isinstance(error, ProcessEnded):
+                why = type(error).__name__ + (f": {error}" if isinstance(error, Exception) else "")
                 with suppress(RuntimeError):  # whoever hosts the store may be gone
-                    self._store.set("failed", json.dumps([self.rank, f"{kind.__name__}: {error}" if kind else str(error)]))
+                    self._store.set("failed", json.dumps([self.rank, why]))
         finally:
             self._watch.stop()
             self._leave()
