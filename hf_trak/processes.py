@@ -74,13 +74,19 @@ class Processes:
         try:
             if error is None:
                 self.wait()
-            elif not isinstance(error, ProcessEnded):
-                why = type(error).__name__ + (f": {error}" if isinstance(error, Exception) else "")
-                with suppress(RuntimeError):  # whoever hosts the store may be gone
-                    self._store.set("failed", json.dumps([self.rank, why]))
+            else:
+                self._tell_why(error)
         finally:
             self._watch.stop()
             self._leave()
+
+    def _tell_why(self, error: BaseException) -> None:
+        """Leave word of why this process ends, unless another was first."""
+        reason = f": {str(error).rstrip('.')}" if isinstance(error, Exception) else ""
+        why = self._lost or f"{_name_of(self.rank, self.count)} has ended with {type(error).__name__}{reason}."
+        with suppress(RuntimeError):  # whoever keeps the words may be gone
+            if not self._store.check(["failed"]):
+                self._store.set("failed", json.dumps(why))
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """Return this process's part of some work: a stretch of neighbours, empty where there are fewer items than processes."""
@@ -173,8 +179,7 @@ class _Watch(threading.Thread):
     def _find_failed(self) -> str | None:
         if not self._store.check(["failed"]):
             return None
-        rank, why = json.loads(self._store.get("failed"))
-        return f"{self._who(rank)} has ended with {why.rstrip('.')}."
+        return json.loads(self._store.get("failed"))
 
     def _find_silent(self) -> str | None:
         """Count one's own beats between two of another's: a clock would mistake a machine that slept for one that died."""
@@ -225,15 +230,22 @@ def current_processes() -> Processes:
         if wanted == 1:
             return Processes()
         _join()
-    found = dist.get_world_size() if dist.is_initialized() else 1
-    if found != int(os.environ.get("WORLD_SIZE", found)):
+    found = _known_to_accelerate() or (dist.get_world_size() if dist.is_initialized() else 1)
+    if "WORLD_SIZE" in os.environ and found != wanted:
         raise ValueError(
-            f"{wanted} processes were launched (WORLD_SIZE), but their process group has {found}: each would do the work of all. "
-            + _WAY_OUT
+            f"{wanted} processes were launched (WORLD_SIZE), but they know of {found}: each would do the work of all. {_WAY_OUT}"
         )
-    if found == 1:
-        return Processes()
-    return Processes(dist.get_rank(), found, _group_store(), _device())
+    return Processes(dist.get_rank(), found, _group_store(), _device()) if found > 1 else Processes()
+
+
+def _known_to_accelerate() -> int | None:
+    """Return how many processes accelerate believes in, if it has been asked to join them.
+
+    On a machine without GPUs a plain `Accelerator()` joins them, and then takes each for the only one, and so for the main one.
+    """
+    from accelerate import PartialState
+
+    return PartialState().num_processes if PartialState._shared_state else None
 
 
 _WAY_OUT = (
@@ -290,7 +302,10 @@ def _group_store() -> Any:
 def _device() -> torch.device:
     from accelerate import PartialState
 
-    device = PartialState().device
+    if PartialState._shared_state:
+        device = PartialState().device
+    else:
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     return device if device.type == "cuda" else torch.device("cpu")
 
 

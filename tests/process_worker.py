@@ -46,7 +46,7 @@ def build(folder: str, *models: Any) -> AttributionIndex:
 def accelerator(folder: str, *models: str) -> AttributionIndex:
     from accelerate import Accelerator
 
-    Accelerator()  # of a script that asks for nothing: on a machine without GPUs it finds no other process
+    Accelerator()  # of a script that asks for nothing: on a machine without GPUs it takes each process for the only one
     return build(folder, *models)
 
 
