@@ -22,10 +22,11 @@ from hf_trak.damping import DAMPING_NAME, DampingChoice, choose_damping
 from hf_trak.ensemble import ScoreOptions, SolvedQueries, check_residuals, default_power, solve_queries, stream_scores
 from hf_trak.featurizer import Featurizer
 from hf_trak.hub import download_index, upload_index
+from hf_trak.launchers import current_processes, launched_processes
 from hf_trak.linalg import damped, default_damping, factor, leverage
 from hf_trak.parts import Part, forget_parts, merge_members
 from hf_trak.passes import columns_of
-from hf_trak.processes import Processes, current_processes, launched_processes
+from hf_trak.processes import Processes
 from hf_trak.query_side import QuerySide, featurize_queries
 from hf_trak.score_matrix import allocate, check_keep, soft_threshold_in_place
 from hf_trak.scoring import soft_threshold_top_k, top_k

@@ -48,6 +48,7 @@ FLOORS = {
     "tasks": 1,
     "models": 1,
     "projectors": 1,
+    "launchers": 0.75,
     "processes": 0.5,
     "placement": 0,
     "stopping": 0,

@@ -16,16 +16,18 @@ import pytest
 import torch
 from accelerate import PartialState
 from datasets_for_tests import save_model, token_rows
+from pairs_for_tests import pair_rows, save_dual_encoder
 from transformers import AutoModelForSequenceClassification
 
 from hf_trak import AttributionIndex, TrakConfig
 from hf_trak.cli.main import main
 from hf_trak.kernel_sums import keep_stretch, kernel_of, stretches
+from hf_trak.launchers import current_processes, warn_of_lone_process
 from hf_trak.member_writer import MemberWriter
 from hf_trak.one_pass import _see_shards
 from hf_trak.passes import PassWriter
 from hf_trak.placement import check_whole
-from hf_trak.processes import Processes, _Watch, current_processes, share, warn_of_lone_process
+from hf_trak.processes import Processes, _Watch, share
 from hf_trak.store import encode_columns
 
 N_TRAIN, SHARD_ROWS = 50, 12  # five shards, the last of two rows
@@ -346,6 +348,24 @@ def test_folders_of_jobs_that_share_no_disk_merge_when_copied_together(models, e
     assert {name: value for name, value in found.items() if name.endswith("safetensors")} == {
         name: value for name, value in expected.items() if name.endswith("safetensors")
     }
+
+
+def test_jobs_share_a_bank_and_record_masks(tmp_path):
+    options = {
+        "models": save_dual_encoder(tmp_path / "clip", seed=0),
+        "dataset": pair_rows(12),
+        "config": TrakConfig(proj_dim=64, bank_size=7, bank_seed=1),
+        "masks": torch.arange(12).remainder(2).eq(0).unsqueeze(0),
+        "shard_rows": 5,
+        "progress": False,
+    }
+    whole = AttributionIndex.build(tmp_path / "one" / "index", **options)
+    for index in (1, 0):
+        AttributionIndex.build_part(tmp_path / "jobs" / "index", shard_index=index, num_shards=2, **options)
+    merged = AttributionIndex.merge(tmp_path / "jobs" / "index")
+    assert merged.members[0].bank() is not None
+    assert torch.equal(merged.members[0].mask(), options["masks"][0])
+    assert files_of(merged.folder) == files_of(whole.folder)
 
 
 def test_merging_refuses_a_shard_that_has_changed(models, tmp_path):
