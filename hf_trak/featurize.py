@@ -19,9 +19,9 @@ from tqdm.auto import tqdm
 from hf_trak.ahead import ahead, one_thread
 from hf_trak.batching import BatchSize, Budget, ShardBatches, read_rows
 from hf_trak.gradients import BatchFeatures
-from hf_trak.linalg import accumulate_kernel
+from hf_trak.member_writer import MemberWriter
 from hf_trak.passes import PassWriter
-from hf_trak.store import MemberWriter
+from hf_trak.stopping import Terminated
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -133,6 +133,8 @@ def featurize(
     shards: Sequence[int] | None = None,
     progress: bool = True,
     description: str = "Featurizing",
+    speak: bool = True,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """Compute and write the shards of `writer` that are missing.
 
@@ -144,6 +146,9 @@ def featurize(
         batch_size (`int` or `"auto"`): Rows at a time; `"auto"` is as many as the featurizer's budget of tokens allows, and fewer
             where memory runs out.
         shards (`Sequence[int]`, *optional*): Only these, where several processes share the work.
+        progress (`bool`): Show a bar.
+        speak (`bool`): Say what is finished when stopped by Ctrl-C or SIGTERM.
+        check (`Callable`): Called after each shard; what it raises ends the loop once that shard is written.
     """
     wanted = range(writer.n_shards) if shards is None else shards
     missing = [shard for shard in writer.missing() if shard in wanted]
@@ -153,15 +158,22 @@ def featurize(
         results = featurize_ranges(featurizer, dataset, ranges, batch_size=batch_size, on_batch=bar.update)
         try:
             with closing(results):
-                _write(zip(missing, results, strict=True), lambda shard, values: writer.write(shard, featurizer.encode(values)))
-        except KeyboardInterrupt:
+                _write(
+                    zip(missing, results, strict=True),
+                    lambda shard, values: writer.write(shard, featurizer.encode(values)),
+                    check,
+                )
+        except (KeyboardInterrupt, Terminated):
             bar.close()
-            finished = writer.n_shards - len(writer.missing())
-            print(f"Stopped: {finished} of {writer.n_shards} shards are finished. Run the same again to go on.")
+            if speak:
+                finished = writer.n_shards - len(writer.missing())
+                print(f"Stopped: {finished} of {writer.n_shards} shards are finished. Run the same again to go on.")
             raise
 
 
-def _write(shards: Iterable[tuple[int, BatchFeatures]], write: Callable[[int, BatchFeatures], None]) -> None:
+def _write(
+    shards: Iterable[tuple[int, BatchFeatures]], write: Callable[[int, BatchFeatures], None], check: Callable[[], None]
+) -> None:
     """Write one shard while the next is computed. An error of either kind is raised, and never before a begun write has ended."""
     with one_thread("writer") as thread:
         writing: Future[None] | None = None
@@ -170,14 +182,7 @@ def _write(shards: Iterable[tuple[int, BatchFeatures]], write: Callable[[int, Ba
                 if writing is not None:
                     writing.result()
                 writing = thread.submit(write, shard, features)
+                check()
         finally:
             if writing is not None:
                 writing.result()
-
-
-def kernel_of(writer: MemberWriter, *, proj_dim: int) -> torch.Tensor:
-    """Return the kernel of a member whose shards are all written, summed in shard order from the stored features."""
-    kernel = torch.zeros(proj_dim, proj_dim, dtype=torch.float64)
-    for shard in range(writer.n_shards):
-        accumulate_kernel(kernel, writer.read(shard).features)
-    return kernel

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
@@ -35,24 +33,6 @@ def wait_for_all() -> None:
     """Return when every process has come here."""
     if rank_and_size()[1] > 1:
         gather(torch.zeros(1))
-
-
-def join_launched() -> None:
-    """Join the process group of a launcher (`accelerate launch`, `torchrun`), if one started this process with others.
-
-    Raises:
-        ValueError: If the launcher started several, but no group came of it: each would do all the work.
-    """
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched == 1 or rank_and_size()[1] > 1:
-        return
-    from accelerate import PartialState
-
-    PartialState(cpu=not torch.cuda.is_available())
-    if rank_and_size()[1] != launched:
-        raise ValueError(
-            f"WORLD_SIZE is {launched}, but the process group has {rank_and_size()[1]}. Start with `--num_processes 1`."
-        )
 
 
 def _device() -> torch.device:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,8 @@ import numpy as np
 from jaxtyping import Bool
 from torch import Tensor
 
-from hf_trak.build import build_members, identity_of, member_folders, recorded_passes
+from hf_trak.build import identity_of, member_folders, recorded_passes
+from hf_trak.building import build_members, local_folder
 from hf_trak.cards import CURVE_NAME, draw_damping_curve
 from hf_trak.config import TrakConfig
 from hf_trak.copies import render_card, write_card
@@ -20,8 +20,12 @@ from hf_trak.damping import DAMPING_NAME, DampingChoice
 from hf_trak.featurizer import Featurizer
 from hf_trak.hub import HubIndex
 from hf_trak.hub_mixin import HubMixin
+from hf_trak.launchers import current_processes, launched_processes
+from hf_trak.parts import Part, forget_parts, merge_members
+from hf_trak.processes import Processes
 from hf_trak.query_side import QuerySide, featurize_queries
 from hf_trak.questions import Questions
+from hf_trak.stopping import terminable
 from hf_trak.store import MemberReader, list_differences
 from hf_trak.tasks import Task
 
@@ -109,7 +113,8 @@ class AttributionIndex(Questions, HubMixin):
     ) -> AttributionIndex:
         """Featurize a training set under each checkpoint, and return the index.
 
-        Stopped at any moment, the same call goes on where it stopped; called again when all is done, it only loads.
+        Stopped at any moment, the same call goes on where it stopped; called again when all is done, it only loads. Processes of a
+        launcher divide the rows among them, and each returns the index: docs/processes.md.
 
         Args:
             folder (`str` or `Path`): Where the index goes; an empty or new folder, or one this call began.
@@ -129,37 +134,124 @@ class AttributionIndex(Questions, HubMixin):
 
         Raises:
             ValueError: If `folder` holds another index, or the data or model cannot be featurized; nothing is overwritten.
+            ValueError: If a launcher started several processes that do not know of each other.
+            ProcessEnded: If another process of the same run has ended before it was done.
         """
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError(
-                f"Featurizing runs in one process, but WORLD_SIZE is {os.environ['WORLD_SIZE']}: these would write the same files. "
-                "Start it without a launcher, or with `--num_processes 1`."
-            )
-        folder = Path(folder)
         checkpoints = list(models) if isinstance(models, (list, tuple)) else [models]
-        build_members(
-            folder,
-            checkpoints,
-            dataset,
-            config or TrakConfig(),
-            processing_class=processing_class,
-            task=task,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            sketch_seeds_per_checkpoint=sketch_seeds_per_checkpoint,
-            dropout_seeds=dropout_seeds,
-            masks=masks,
-            batch_size=batch_size,
-            shard_rows=shard_rows,
-            overwrite=overwrite,
-            progress=progress,
-        )
-        index = cls(
-            folder, models=checkpoints, processing_class=processing_class, task=task, trust_remote_code=trust_remote_code
-        )
-        index._record_damping()
-        write_card(folder, render_card(folder, index.config, index.members, name=folder.name))
+        folder = local_folder(folder)
+        with terminable(), current_processes() as processes:
+            build_members(
+                folder,
+                checkpoints,
+                dataset,
+                config or TrakConfig(),
+                processes=processes,
+                processing_class=processing_class,
+                task=task,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                sketch_seeds_per_checkpoint=sketch_seeds_per_checkpoint,
+                dropout_seeds=dropout_seeds,
+                masks=masks,
+                batch_size=batch_size,
+                shard_rows=shard_rows,
+                overwrite=overwrite,
+                progress=progress,
+            )
+            index = cls(
+                folder, models=checkpoints, processing_class=processing_class, task=task, trust_remote_code=trust_remote_code
+            )
+            if processes.is_first:
+                index._complete()
         return index
+
+    @classmethod
+    def build_part(
+        cls,
+        folder: str | Path,
+        *,
+        shard_index: int,
+        num_shards: int,
+        models: PreTrainedModel | str | Path | Sequence[PreTrainedModel | str | Path],
+        dataset: Dataset,
+        config: TrakConfig | None = None,
+        processing_class: Any = None,
+        task: Task | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        sketch_seeds_per_checkpoint: int = 1,
+        dropout_seeds: int = 0,
+        masks: Bool[Tensor, "n_checkpoints n_train"] | None = None,
+        batch_size: int | str = "auto",
+        shard_rows: int = DEFAULT_SHARD_ROWS,
+        progress: bool = True,
+        command: Sequence[str] | None = None,
+    ) -> None:
+        """Make one of `num_shards` parts of an index, in a job that knows nothing of the others: see [`AttributionIndex.merge`].
+
+        The jobs share `folder`, and nothing else. They may run in any order or at once, be killed, and be started again; each makes
+        what is missing of its part, a stretch of the files of `shard_rows` rows, of every member.
+
+        Args:
+            shard_index, num_shards (`int`): Which part, from 0, and of how many.
+            command (`Sequence[str]`, *optional*): What starts such a job, but for its part; [`AttributionIndex.merge`] tells it to
+                whoever lacks one.
+            models, dataset, ...: As in [`AttributionIndex.build`], and the same for all jobs.
+
+        Raises:
+            ValueError: As [`AttributionIndex.build`]; also if the job was started by a launcher of several processes.
+        """
+        folder, part = local_folder(folder), Part(shard_index, num_shards, command)
+        if launched_processes() > 1:
+            raise ValueError(
+                "`shard_index` is for jobs of one process each; a launcher's processes divide the work by themselves."
+            )
+        checkpoints = list(models) if isinstance(models, (list, tuple)) else [models]
+        with terminable():
+            build_members(
+                folder,
+                checkpoints,
+                dataset,
+                config or TrakConfig(),
+                processes=Processes(),
+                part=part,
+                processing_class=processing_class,
+                task=task,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                sketch_seeds_per_checkpoint=sketch_seeds_per_checkpoint,
+                dropout_seeds=dropout_seeds,
+                masks=masks,
+                batch_size=batch_size,
+                shard_rows=shard_rows,
+                overwrite=False,
+                progress=progress,
+            )
+
+    @classmethod
+    def merge(cls, folder: str | Path, **loading: Any) -> AttributionIndex:
+        """Finish an index whose parts were made by [`AttributionIndex.build_part`], and return it.
+
+        The result is, byte for byte, what [`AttributionIndex.build`] would have made.
+
+        Args:
+            loading: Of [`AttributionIndex`].
+
+        Raises:
+            FileNotFoundError: If no such parts are there.
+            ValueError: If some are missing (the message says which, and how to make them), or a shard is not what was written.
+        """
+        folder = local_folder(folder)
+        merge_members(folder)
+        index = cls(folder, **loading)
+        index._complete()
+        forget_parts(folder)
+        return index
+
+    def _complete(self) -> None:
+        """Choose λ, and write the card."""
+        self._record_damping()
+        write_card(self.folder, render_card(self.folder, self.config, self.members, name=self.folder.name))
 
     def _record_damping(self) -> None:
         """Choose λ where it is to be chosen, and keep the choice and its curve with the index."""

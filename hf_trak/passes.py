@@ -8,7 +8,8 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_trak.store import MemberWriter, encode_columns
+from hf_trak.member_writer import MemberWriter
+from hf_trak.store import encode_columns
 
 
 def encode_pass(

@@ -34,7 +34,7 @@ class Questions:
 
     folder: Path
     config: TrakConfig
-    members: Sequence[MemberReader]
+    members: list[MemberReader]
     passes: Sequence[Pass]
     n_checkpoints: int
     search_index: SearchIndex | None = None

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -25,7 +26,7 @@ import pyarrow.parquet as pq
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_trak.hashing import hash_file
@@ -34,9 +35,8 @@ MEMBER_NAME = "member.json"
 KERNEL_NAME = "kernel.safetensors"
 MASK_NAME = "mask.safetensors"
 BANK_NAME = "bank.safetensors"
-_PROGRESS = ".progress"
+PROGRESS = ".progress"
 TEMPORARY = ".tmp"  # ends the names of files that are not whole
-_ROW_GROUP_BYTES = 12 << 20
 
 
 class Shard(NamedTuple):
@@ -82,135 +82,6 @@ def to_table(columns: Mapping[str, np.ndarray]) -> pa.Table:
     return pa.table(arrays)
 
 
-class MemberWriter:
-    """Writes the shards of one member; finds on opening which are already whole.
-
-    Args:
-        folder (`Path`): The member's folder.
-        identity (`dict`): Everything that decides the rows; a folder begun with another identity is refused.
-        shard_rows (`int`): Rows per shard. The grid does not depend on who computes a shard, or when.
-        overwrite (`bool`): Discard what the folder holds if it is another member's.
-
-    Raises:
-        ValueError: If the folder holds, or was begun as, something else; the message lists the differences.
-    """
-
-    def __init__(
-        self, folder: Path, *, identity: dict[str, Any], n_rows: int, shard_rows: int, overwrite: bool = False
-    ) -> None:
-        if n_rows < 1:
-            raise ValueError("The dataset is empty: there is nothing to featurize.")
-        if shard_rows < 1:
-            raise ValueError(f"`shard_rows` must be at least 1, but is {shard_rows}.")
-        self.folder = folder
-        self.identity = {**identity, "n_rows": n_rows, "shard_rows": shard_rows}
-        self.n_rows = n_rows
-        self.shard_rows = shard_rows
-        self.n_shards = math.ceil(n_rows / shard_rows)
-        found = self._found_identity()
-        if found is not None and found != self.identity:
-            if not overwrite:
-                raise ValueError(
-                    f"{folder} holds other features than these:\n"
-                    + "\n".join(f"  {line}" for line in list_differences(found, self.identity))
-                    + "\nChoose another folder, or pass overwrite=True (--overwrite) to replace them."
-                )
-            discard(folder)
-        if self.is_finished:
-            shutil.rmtree(folder / _PROGRESS, ignore_errors=True)  # killed just after `member.json` was written
-        else:
-            (folder / _PROGRESS).mkdir(parents=True, exist_ok=True)
-            _remove_leftovers(folder)
-            write_json(folder / _PROGRESS / "identity.json", self.identity)
-
-    def _found_identity(self) -> dict[str, Any] | None:
-        for path, key in ((self.folder / MEMBER_NAME, "identity"), (self.folder / _PROGRESS / "identity.json", None)):
-            if path.exists():
-                content = read_json(path)
-                return content[key] if key else content
-        # Killed before its identity was written, a member's folder holds an empty `.progress` and temporary files at most.
-        if self.folder.exists() and any(
-            path.name != _PROGRESS and not path.name.endswith(TEMPORARY) for path in self.folder.iterdir()
-        ):
-            raise ValueError(f"{self.folder} is not empty and holds no features of hf_trak; choose another folder.")
-        return None
-
-    @property
-    def is_finished(self) -> bool:
-        return (self.folder / MEMBER_NAME).exists()
-
-    def rows(self, shard: int) -> range:
-        """Return the dataset's rows that belong to a shard."""
-        return range(shard * self.shard_rows, min(self.n_rows, (shard + 1) * self.shard_rows))
-
-    def path(self, shard: int) -> Path:
-        return self.folder / f"train-{shard:05d}-of-{self.n_shards:05d}.parquet"
-
-    def missing(self) -> list[int]:
-        """Return the shards that are not whole yet."""
-        return [shard for shard in range(self.n_shards) if self.lacks(shard)]
-
-    def lacks(self, shard: int) -> bool:
-        """Return whether a shard is not whole yet."""
-        record, path = self.folder / _PROGRESS / f"{shard:05d}.json", self.path(shard)
-        is_whole = record.exists() and path.exists() and read_json(record)["bytes"] == path.stat().st_size
-        return not (self.is_finished or is_whole)
-
-    def write(self, shard: int, columns: Mapping[str, np.ndarray]) -> None:
-        """Write one whole shard, then record it."""
-        table = to_table({"example_id": np.asarray(self.rows(shard), dtype=np.int64), **columns})
-        group_rows = max(1, _ROW_GROUP_BYTES // max(1, table.nbytes // table.num_rows))
-        path = self.path(shard)
-        # Gradients do not compress; a checksum per page lets a reader find a flipped bit.
-        write_atomically(
-            path,
-            lambda temporary: pq.write_table(
-                table, temporary, row_group_size=group_rows, compression="none", use_dictionary=False, write_page_checksum=True
-            ),
-        )
-        record = {"file": path.name, "rows": table.num_rows, "bytes": path.stat().st_size, "sha256": hash_file(path)}
-        write_json(self.folder / _PROGRESS / f"{shard:05d}.json", record)
-
-    def read(self, shard: int) -> Shard:
-        return read_shard(self.path(shard))
-
-    def write_bank(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write what examples are held against, before the first shard."""
-        whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        write_atomically(self.folder / BANK_NAME, lambda temporary: save_file(whole, temporary))
-
-    def bank(self) -> dict[str, Tensor] | None:
-        """Return what [`~MemberWriter.write_bank`] wrote, if it did."""
-        path = self.folder / BANK_NAME
-        return load_file(path) if path.exists() else None
-
-    def finish(
-        self,
-        kernel: Float64[Tensor, "proj_dim proj_dim"],
-        description: dict[str, Any],
-        mask: Bool[Tensor, " rows"] | None = None,
-    ) -> None:
-        """Write the kernel, the rows the checkpoint was trained on if not all, and, last, `member.json`."""
-        files = [read_json(self.folder / _PROGRESS / f"{shard:05d}.json") for shard in range(self.n_shards)]
-        for name, tensor in ((KERNEL_NAME, kernel), (MASK_NAME, mask)):
-            if tensor is not None:
-                files.append(self._write_tensor(name, tensor))
-        if (self.folder / BANK_NAME).exists():
-            files.append(_record(self.folder / BANK_NAME))
-        write_json(self.folder / MEMBER_NAME, {"identity": self.identity, **description, "files": files})
-        shutil.rmtree(self.folder / _PROGRESS)
-
-    def _write_tensor(self, name: str, tensor: Tensor) -> dict[str, Any]:
-        path = self.folder / name
-        key = name.split(".")[0]
-        write_atomically(path, lambda temporary: save_file({key: tensor.contiguous()}, temporary))
-        return _record(path)
-
-
-def _record(path: Path) -> dict[str, Any]:
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": hash_file(path)}
-
-
 class MemberReader:
     """A finished member.
 
@@ -227,7 +98,7 @@ class MemberReader:
     def __init__(self, folder: Path, fetch: Callable[[str], Any] | None = None) -> None:
         self.folder = folder
         if not (folder / MEMBER_NAME).exists():
-            begun = (folder / _PROGRESS).exists()
+            begun = (folder / PROGRESS).exists()
             raise FileNotFoundError(
                 f"{folder} is unfinished; run the command that began it again to continue."
                 if begun
@@ -383,30 +254,123 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n"))
 
 
+def write_json_once(path: Path, value: dict[str, Any]) -> bool:
+    """Write a JSON file as [`write_once`] does, and return whether it was written here."""
+    return write_once(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n"))
+
+
+def write_folder(path: Path) -> None:
+    """Make a folder and those above it, unless it is there.
+
+    Raises:
+        OSError: With advice, as [`write_atomically`] has it.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        advice = _advice(error, path)
+        if advice is None:
+            raise
+        raise OSError(error.errno, advice) from error
+
+
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Have `write` fill a temporary file beside `path`, flush it to disk, and give it its name.
 
     Raises:
-        OSError: With advice, if the disk is full; the temporary file is removed and nothing else is touched.
+        OSError: With advice, if the disk is full, the folder read-only or gone; the temporary file is removed and nothing else is
+            touched.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    _write(path, write, os.replace)
+
+
+def write_once(path: Path, write: Callable[[Path], Any]) -> bool:
+    """Write a file as [`write_atomically`] does, unless there is one; of several processes at once, one succeeds.
+
+    Returns:
+        `bool`: Whether it was written here.
+    """
+    try:
+        _write(path, write, _link)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _write(path: Path, write: Callable[[Path], Any], name: Callable[[Path, Path], Any]) -> None:
+    temporary = path.with_name(f".{path.name}.{_host()}.{os.getpid()}{TEMPORARY}")
     try:
         write(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            advice = f"The disk is full: {path} was not written. What was finished is kept; free some space and run again."
-            raise OSError(error.errno, advice) from error
+        name(temporary, path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except FileExistsError:
         raise
+    except OSError as error:
+        advice = _advice(error, path)
+        if advice is None:
+            raise
+        raise OSError(error.errno, advice) from error
     finally:
-        temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
+        with suppress(OSError):  # what is wrong has been said above
+            temporary.unlink(missing_ok=True)
+
+
+def _host() -> str:
+    """Return this machine's name, part of those of temporary files: processes of several machines may share a folder."""
+    return socket.gethostname().replace(".", "-")
+
+
+def _link(temporary: Path, path: Path) -> None:
+    """Give a file its name, unless the name is taken."""
     try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV):
+            raise
+        # A file system without hard links: between these two lines another process may write the same.
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
+        os.replace(temporary, path)
+
+
+_ADVICE = {
+    (
+        errno.ENOSPC,
+        errno.EDQUOT,
+    ): "The disk is full: {path} was not written. What was finished is kept; free some space and run again.",
+    (
+        errno.EFBIG,
+    ): "{path} is larger than this system lets a file be (`ulimit -f`), and was not written. What was finished is kept; "
+    "raise the limit, or take a smaller shard_rows.",
+    (errno.EROFS, errno.EACCES, errno.EPERM): "{path} may not be written: {reason}. What was finished is kept; make {folder} "
+    "writable, or copy it to where you may write, and run again.",
+    (
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.ESTALE,
+        errno.ENOTCONN,
+        errno.ENODEV,
+        errno.EIO,
+    ): "{path} was not written: {folder} is gone or out "
+    "of reach ({reason}). Was it deleted, or has its mount vanished? What was finished is kept there; bring it back and run again.",
+}
+
+
+def _advice(error: OSError, path: Path) -> str | None:
+    if error.errno == errno.ENOENT and path.parent.is_dir():
+        return None  # it is something else that is not there
+    for codes, text in _ADVICE.items():
+        if error.errno in codes:
+            return text.format(path=path, folder=path.parent, reason=os.strerror(error.errno))
+    return None
 
 
 def discard(folder: Path) -> None:
@@ -417,10 +381,28 @@ def discard(folder: Path) -> None:
     shutil.rmtree(condemned)
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Remove temporary files of a process that was killed while writing."""
-    for temporary in (*folder.glob(".*.tmp"), *(folder / _PROGRESS).glob(".*.tmp")):
-        temporary.unlink(missing_ok=True)
+def remove_leftovers(folder: Path, *, shared: bool) -> None:
+    """Remove temporary files of processes that were killed while writing.
+
+    Args:
+        shared (`bool`): Other processes may be writing here: what may be theirs is left alone.
+    """
+    for temporary in folder.glob(f".*{TEMPORARY}"):
+        _, host, process, _ = ("", "", "", *temporary.name.rsplit(".", 3))[-4:]
+        is_written = is_running(int(process)) if host == _host() and process.isdecimal() else shared
+        if temporary.is_file() and not is_written:
+            temporary.unlink(missing_ok=True)
+
+
+def is_running(process: int) -> bool:
+    """Return whether a process of this machine, not this one, is there."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return process != os.getpid()
 
 
 def list_differences(found: Any, wanted: Any, name: str = "") -> list[str]:

@@ -139,7 +139,7 @@ class AttributionTrainer(Trainer):
     def featurize(self, dataset: Dataset | None = None, *, overwrite: bool = False) -> AttributionIndex:
         """Featurize the training set under every member and return the index, which lies in `<output_dir>/index`.
 
-        Stopped at any moment, calling it again goes on where it stopped.
+        Stopped at any moment, calling it again goes on where it stopped. Under a launcher, all processes call it and share the work.
 
         Args:
             dataset (`Dataset`, *optional*): By default, the training set.
@@ -149,6 +149,7 @@ class AttributionTrainer(Trainer):
         dataset = self.train_dataset if dataset is None else dataset
         if dataset is None:
             raise ValueError("There is no training set to featurize; give one to the trainer, or as `dataset`.")
+        self.accelerator.wait_for_everyone()  # the first process has written the snapshots
         with_masks = self.members.kind == "subsets" and (given is None or given is self.train_dataset)
         self.index = AttributionIndex.build(
             Path(self.args.output_dir) / INDEX_FOLDER,

@@ -97,7 +97,7 @@ def test_a_featurizer_with_its_own_bank_says_what_the_index_says(index: Attribut
 
 
 def test_going_on_uses_the_bank_that_was_written(index: AttributionIndex, checkpoints: list[Path], tmp_path: Path, monkeypatch):
-    from hf_trak.store import MemberWriter
+    from hf_trak.member_writer import MemberWriter
 
     write, written = MemberWriter.write, []
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from hf_trak import store
-from hf_trak.store import MemberReader, MemberWriter, encode_columns, list_differences, read_shard, write_atomically
+from hf_trak.member_writer import MemberWriter
+from hf_trak.store import MemberReader, encode_columns, list_differences, read_shard, write_atomically
 
 PROJ_DIM = 8
 

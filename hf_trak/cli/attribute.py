@@ -83,13 +83,14 @@ def run(args: AttributeArguments) -> None:
     from hf_trak.cli.examples import ExampleReader, read_attributions
     from hf_trak.cli.quiet import hush
     from hf_trak.cli.report import save_report, table
-    from hf_trak.gathering import join_launched, rank_and_size
+    from hf_trak.gathering import rank_and_size
     from hf_trak.index import AttributionIndex
+    from hf_trak.launchers import current_processes
     from hf_trak.memory import parse_memory
 
     hush()
     parse_memory(args.max_memory)
-    join_launched()
+    current_processes()  # joins those of a launcher
     first = rank_and_size()[0] == 0
     index = AttributionIndex.from_pretrained(args.index, revision=args.revision, models=args.model)
     queries = load_rows(args.queries, split=args.split, config=args.queries_config, max_rows=args.max_queries)

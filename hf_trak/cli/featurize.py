@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from hf_trak.cli.parsing import Collect, make_parser, parse
 from hf_trak.feature_args import FeatureArguments
 
+if TYPE_CHECKING:
+    from hf_trak.index import AttributionIndex
+
 _USAGE = "--model MODEL --dataset DATASET --output FOLDER [options]"
 _DESCRIPTION = """\
 Make an index: the features of a training set under one or more checkpoints of a model. It costs about one more epoch of
-training. Stopped at any moment, the same command goes on where it stopped.
+training. Stopped at any moment, the same command goes on where it stopped. Under `accelerate launch`, processes share the work.
 
 examples:
   hf-trak featurize --model my-bert --dataset train.parquet --output my-index
   hf-trak featurize --model run/members/epoch-0002 run/members/epoch-0003 --dataset stanfordnlp/sst2 --output my-index
+  accelerate launch --multi_gpu scripts/featurize.py --model my-bert --dataset train.parquet --output my-index
+  hf-trak featurize ... --shard-index 0 --num-shards 8      (the first of eight jobs; then: hf-trak merge my-index)
 """
 
 
@@ -36,46 +43,82 @@ class FeaturizeArguments:
     split: str = field(default="train", metadata={"help": "Split of the dataset."})
     max_rows: int | None = field(default=None, metadata={"help": "Featurize only the first rows."})
     overwrite: bool = field(default=False, metadata={"help": "Replace another index in the output folder."})
+    shard_index: int | None = field(
+        default=None,
+        metadata={"help": "Make only this part of the files of features, from 0; `hf-trak merge` puts them together."},
+    )
+    num_shards: int | None = field(default=None, metadata={"help": "Into how many parts, such as the jobs of an array."})
+
+    def __post_init__(self) -> None:
+        if (self.shard_index is None) != (self.num_shards is None):
+            raise ValueError("--shard-index and --num-shards go together: which part this job makes, and of how many.")
+        if self.overwrite and self.num_shards is not None:
+            raise ValueError("With --shard-index, --overwrite would delete what other jobs have made. Delete the folder first.")
 
 
 def main(arguments: Sequence[str]) -> None:
     """Parse and run."""
     parser = make_parser([FeaturizeArguments, FeatureArguments], command="featurize", usage=_USAGE, description=_DESCRIPTION)
-    run(*parse(parser, arguments))
+    args, features = parse(parser, arguments)
+    run(args, features, arguments)
 
 
-def run(args: FeaturizeArguments, features: FeatureArguments) -> None:
-    """Build the index and say where it lies."""
+def run(args: FeaturizeArguments, features: FeatureArguments, given: Sequence[str] = ()) -> None:
+    """Build the index, or a part of one, and say where it lies."""
     config, counts = features.trak_config(), features.member_counts()
 
     from hf_trak.cli.data import load_rows
     from hf_trak.cli.quiet import hush
     from hf_trak.index import AttributionIndex
+    from hf_trak.launchers import current_processes, warn_of_lone_process
 
     hush()
+    if args.shard_index is None and (warning := warn_of_lone_process()):
+        print(f"hf-trak: warning: {warning}", file=sys.stderr)
+    is_first = args.shard_index is not None or current_processes().is_first
     dataset = load_rows(
         args.dataset, split=args.split, config=args.dataset_config, revision=args.dataset_revision, max_rows=args.max_rows
     )
     begin = time.perf_counter()
-    index = AttributionIndex.build(
-        args.output,
-        models=args.model,
-        dataset=dataset,
-        config=config,
-        revision=args.revision,
+    arguments: dict[str, Any] = {
+        "models": args.model,
+        "dataset": dataset,
+        "config": config,
+        "revision": args.revision,
         **counts,
-        batch_size=features.rows_at_a_time(),
-        shard_rows=features.shard_rows,
-        overwrite=args.overwrite,
-    )
-    seconds = time.perf_counter() - begin
+        "batch_size": features.rows_at_a_time(),
+        "shard_rows": features.shard_rows,
+    }
+    if args.shard_index is not None and args.num_shards is not None:
+        AttributionIndex.build_part(
+            args.output, shard_index=args.shard_index, num_shards=args.num_shards, command=_without_part(given), **arguments
+        )
+        print(f"\nPart {args.shard_index} of {args.num_shards} is done. When all are:\n\n    hf-trak merge {args.output}")
+        return
+    index = AttributionIndex.build(args.output, overwrite=args.overwrite, **arguments)
+    if is_first:
+        print(describe_index(index, args.output, seconds=time.perf_counter() - begin))
+
+
+def _without_part(given: Sequence[str]) -> list[str]:
+    """Return the command that started this job, but for its part."""
+    kept, skip = ["hf-trak", "featurize"], False
+    for argument in given:
+        name = argument.partition("=")[0].replace("_", "-")
+        if not skip and name not in ("--shard-index", "--num-shards"):
+            kept.append(argument)
+        skip = not skip and name in ("--shard-index", "--num-shards") and "=" not in argument
+    return kept
+
+
+def describe_index(index: AttributionIndex, output: str, *, seconds: float) -> str:
+    """Say what was made, and how to load and ask it."""
     n_members = len(index.members)
-    print(
+    return (
         f"\n{index.n_rows:,} rows, {n_members} member{'s' * (n_members > 1)}, "
-        f"{index.members[0].info['coverage']:.1%} of the trainable parameters covered, {seconds:.1f} s.\n"
+        f"{index.members[0].info['coverage']:.1%} of the trainable parameters covered, {seconds:.1f} s.\n\n"
+        f"{how_to_load(index.folder)}\n\nNow ask it:\n\n    hf-trak attribute --index {output} --queries DATASET --output hits.jsonl"
     )
-    print(how_to_load(index.folder))
-    print(f"\nNow ask it:\n\n    hf-trak attribute --index {args.output} --queries DATASET --output hits.jsonl")
 
 
 def how_to_load(folder: Path) -> str:

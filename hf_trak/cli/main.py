@@ -9,10 +9,12 @@ import sys
 from collections.abc import Sequence
 
 from hf_trak import __version__
+from hf_trak.stopping import Terminated
 
 COMMANDS = {
     "demo": "train a small classifier with mislabeled examples, and find them; or try your own model and dataset",
     "featurize": "make an index: the features of a training set under one or more checkpoints",
+    "merge": "put an index together that an array of jobs has made",
     "attribute": "ask an index which training examples raised and lowered the model's output on your queries",
     "evaluate": "measure how good attributions are, against what is known",
     "push": "upload an index to a dataset repository of the Hub",
@@ -46,7 +48,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit status: 0, 1 for an error the user can mend, 2 for bad usage, 130 when interrupted."""
+    """Run one command and return the exit status: 0, 1 for an error the user can mend, 2 for bad usage, 130 when interrupted,
+    143 when terminated."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given or os.environ.get("HF_TRAK_DEBUG", "0") not in ("", "0")
     given = [argument for argument in given if argument != "--debug"]
@@ -61,6 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("hf-trak: interrupted", file=sys.stderr)
         return 130
+    except Terminated as terminated:
+        print("hf-trak: terminated", file=sys.stderr)
+        return int(terminated.code or 0)
     except (ValueError, OSError, MemoryError, ImportError) as error:
         if debug:
             raise

@@ -1,0 +1,40 @@
+"""`hf-trak merge`: what an array of jobs has made, to an index."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+
+_DESCRIPTION = """\
+Put an index together that jobs with --shard-index and --num-shards have made: check every file against its hash, sum the kernels,
+and write what an index has besides. If files are missing, say which, and how to make them. Run it once, when the jobs are done.
+
+example:
+  hf-trak merge my-index
+"""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse and run."""
+    parser = argparse.ArgumentParser(
+        prog="hf-trak merge",
+        usage="hf-trak merge INDEX",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("index", metavar="INDEX", help="The folder that the jobs had as --output.")
+    run(parser.parse_args(list(arguments)).index)
+
+
+def run(folder: str) -> None:
+    """Merge, and say where the index lies."""
+    from hf_trak.cli.featurize import describe_index
+    from hf_trak.cli.quiet import hush
+    from hf_trak.index import AttributionIndex
+
+    hush()
+    begin = time.perf_counter()
+    index = AttributionIndex.merge(folder)
+    print(describe_index(index, folder, seconds=time.perf_counter() - begin))

@@ -1,0 +1,184 @@
+"""Disks that fill up, turn read-only or vanish under a run: real ones, where this user may mount any."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from test_featurize import PROJ_DIM, CountingFeaturizer, values
+from test_store import make_columns
+
+from hf_trak.featurize import featurize
+from hf_trak.member_writer import MemberWriter
+from hf_trak.store import BANK_NAME, remove_leftovers, write_atomically, write_json_once
+
+
+def mount(*arguments: str | Path) -> None:
+    done = subprocess.run(["mount", *map(str, arguments)], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"this user may not mount: {done.stderr.strip()}")
+
+
+@pytest.fixture
+def disk(tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    yield folder
+    while subprocess.run(["umount", "-l", str(folder)], capture_output=True).returncode == 0:
+        pass
+
+
+def open_member(folder: Path, *, n_rows: int = 4000) -> MemberWriter:
+    return MemberWriter(folder / "m", identity={}, n_rows=n_rows, shard_rows=1000)
+
+
+def whole_shards(writer: MemberWriter) -> list[int]:
+    found = [shard for shard in range(writer.n_shards) if not writer.lacks(shard)]
+    assert all(len(writer.read(shard).features) == 1000 for shard in found)
+    return found
+
+
+def write_all(writer: MemberWriter) -> None:
+    for shard in writer.missing():
+        writer.write(shard, make_columns(1000, seed=shard)[0])
+
+
+def test_a_full_disk_is_said_and_the_finished_shards_stay_valid(disk):
+    mount("-t", "tmpfs", "-o", "size=120k", "tmpfs", disk)
+    writer = open_member(disk)
+    with pytest.raises(OSError, match="The disk is full: .*0000[12].* was not written. What was finished is kept"):
+        write_all(writer)
+    kept = whole_shards(writer)
+    assert 0 < len(kept) < 4
+    assert not list(disk.rglob("*.tmp"))
+    mount("-o", "remount,size=2m", disk)
+    write_all(open_member(disk))
+    assert whole_shards(writer) == [0, 1, 2, 3]
+
+
+def test_a_disk_too_full_for_tensors_is_said_alike(disk):
+    mount("-t", "tmpfs", "-o", "size=16k", "tmpfs", disk)
+    writer = open_member(disk)
+    with pytest.raises(OSError, match="The disk is full: .*bank.safetensors"):
+        writer.write_bank({"images": torch.zeros(100_000)})
+    assert not (writer.folder / BANK_NAME).exists()
+    assert not list(disk.rglob("*.tmp"))
+
+
+def test_a_disk_that_turns_read_only_is_said_and_the_finished_shards_stay_valid(disk):
+    mount("-t", "tmpfs", "tmpfs", disk)
+    writer = open_member(disk)
+    writer.write(0, make_columns(1000)[0])
+    mount("-o", "remount,ro", disk)
+    with pytest.raises(OSError, match="train-00001.* may not be written: Read-only file system.*make .* writable"):
+        write_all(writer)
+    with pytest.raises(OSError, match="may not be written: Read-only file system"):
+        MemberWriter(disk / "other", identity={}, n_rows=4, shard_rows=4)
+    assert whole_shards(writer) == [0]
+    mount("-o", "remount,rw", disk)
+    write_all(open_member(disk))
+    assert whole_shards(writer) == [0, 1, 2, 3]
+
+
+def test_a_mount_that_vanishes_ends_the_run_and_its_shards_are_there_when_it_is_back(tmp_path, disk):
+    real = tmp_path / "real"
+    real.mkdir()
+    mount("--bind", real, disk)
+
+    class Unmounting(CountingFeaturizer):
+        def compute(self, batch, ids):
+            if ids[0] == 20:
+                subprocess.run(["umount", "-l", str(disk)], check=True)
+            return super().compute(batch, ids)
+
+    def run(featurizer):
+        writer = MemberWriter(disk / "m", identity={}, n_rows=50, shard_rows=10)
+        featurize(featurizer, values(50), writer, progress=False, batch_size=5)
+        return writer
+
+    with pytest.raises(
+        OSError, match="is gone or out of reach .No such file or directory.. Was it deleted, or has its mount vanished"
+    ):
+        run(Unmounting())
+    assert (real / "m").exists()
+    assert list(disk.iterdir()) == [], "nothing was written in the mount's place"
+    mount("--bind", real, disk)
+    again = CountingFeaturizer()
+    writer = run(again)
+    rows = sorted(row for batch in again.batches for row in batch)
+    assert rows in (list(range(10, 50)), list(range(20, 50))), "the shard that was being written may have been in time"
+    assert torch.cat([writer.read(shard).output for shard in range(5)]).tolist() == list(range(100, 150))
+    assert writer.read(0).features.shape == (10, PROJ_DIM)
+
+
+def test_a_folder_of_somebody_else_is_said(tmp_path):
+    folder = tmp_path / "m"
+    folder.mkdir()
+    folder.chmod(0o555)
+    if os.geteuid() == 0:
+        pytest.skip("root may write anywhere; a read-only disk is tested above")
+    with pytest.raises(PermissionError, match="may not be written: Permission denied.*make .* writable"):
+        MemberWriter(folder, identity={}, n_rows=4, shard_rows=4)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_device_that_is_always_full_is_a_full_disk(tmp_path, monkeypatch):
+    """For users who may not mount: the temporary file's name leads to a device that takes nothing."""
+    monkeypatch.setattr("hf_trak.store._host", lambda: "here")
+    (tmp_path / f".x.json.here.{os.getpid()}.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="The disk is full: .*x.json was not written"):
+        write_atomically(tmp_path / "x.json", lambda temporary: temporary.write_text("x" * 10_000))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_about_something_else_is_left_as_it_is(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere") as raised:
+        write_atomically(tmp_path / "copy", lambda temporary: temporary.write_bytes((tmp_path / "nowhere").read_bytes()))
+    assert "mount" not in str(raised.value)
+
+
+# Names that several processes write at once
+
+
+def test_of_two_that_write_a_file_once_the_first_is_believed(tmp_path):
+    assert write_json_once(tmp_path / "a.json", {"n": 1})
+    assert not write_json_once(tmp_path / "a.json", {"n": 2})
+    assert (tmp_path / "a.json").read_text() == '{\n  "n": 1\n}\n'
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_file_system_without_hard_links_will_do(tmp_path, monkeypatch):
+    def no_links(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("hf_trak.store.os.link", no_links)
+    assert write_json_once(tmp_path / "a.json", {"n": 1})
+    assert not write_json_once(tmp_path / "a.json", {"n": 2})
+    assert (tmp_path / "a.json").read_text() == '{\n  "n": 1\n}\n'
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_temporary_files_of_running_processes_are_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_trak.store._host", lambda: "here")
+    running, gone = os.getppid(), subprocess.Popen(["true"])
+    gone.wait()
+    names = {
+        "running": f".a.parquet.here.{running}.tmp",
+        "gone": f".a.parquet.here.{gone.pid}.tmp",
+        "own": f".a.parquet.here.{os.getpid()}.tmp",
+        "elsewhere": f".a.parquet.there.{gone.pid}.tmp",
+        "old": ".a.parquet.123.tmp",
+    }
+    for name in names.values():
+        (tmp_path / name).write_text("half")
+
+    def left():
+        return {key for key, name in names.items() if (tmp_path / name).exists()}
+
+    remove_leftovers(tmp_path, shared=True)
+    assert left() == {"running", "elsewhere", "old"}
+    remove_leftovers(tmp_path, shared=False)
+    assert left() == {"running"}
