@@ -37,10 +37,10 @@ class WholeEncoder:
         self.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.processing_class = load_processing_class(args.model)
         self.train_rows, self.query_rows = load_pairs(args)
-        start = load_model(args.model)
-        if not is_dual_encoder(start):
-            raise ValueError(f"--model must be a dual encoder such as CLIP, but {args.model} is {type(start).__name__}.")
-        self.task = AutoTask.from_model(start, self.config)
+        self.start = load_model(args.model)
+        if not is_dual_encoder(self.start):
+            raise ValueError(f"--model must be a dual encoder such as CLIP, but {args.model} is {type(self.start).__name__}.")
+        self.task = AutoTask.from_model(self.start, self.config)
         for rows in (self.train_rows, self.query_rows):
             self.task.check(rows, self.processing_class)
         name = f"{Path(args.model).name}{' from scratch' if args.from_scratch else ''}"
@@ -48,10 +48,7 @@ class WholeEncoder:
 
     def fresh(self) -> Any:
         """Return a model to train: as it was published, or with weights drawn from torch's generator."""
-        model = load_model(str(self.args.model))
-        if not self.args.from_scratch:
-            return model
-        return type(model)(model.config)
+        return type(self.start)(self.start.config) if self.args.from_scratch else copy.deepcopy(self.start)
 
     def train(self, mask: Bool[np.ndarray, " n_train"], seed: int, *, keep: int = 1) -> list[Any]:
         """Train on the pairs where `mask` is True; return the models of `keep` evenly spaced epochs, the last among them.
