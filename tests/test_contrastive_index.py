@@ -96,6 +96,37 @@ def test_a_featurizer_with_its_own_bank_says_what_the_index_says(index: Attribut
     assert np.array_equal(sent(rows[:4])["trak_features"], featurizer(rows[:4])["trak_features"])
 
 
+def test_a_training_pair_is_known_however_its_picture_is_stored_but_not_when_it_was_changed(
+    checkpoints: list[Path], tmp_path: Path
+):
+    """As a query, a row finds its own pair in the bank by the decoded picture and the tokens of its captions."""
+    files = [tmp_path / f"{row}.jpg" for row in range(6)]
+    for row, path in enumerate(files):
+        picture(row).resize((20 + row, 15)).save(path, quality=90)
+    rows = Dataset.from_dict({"image": list(map(str, files)), "caption": [caption(row) for row in range(6)]})
+    rows = rows.cast_column("image", image_feature())
+    featurizer = Featurizer(checkpoints[0], TrakConfig(proj_dim=8, bank_size=6))
+    bank = featurizer.make_bank(rows)
+
+    def own(queries: Dataset) -> list[list[int]]:
+        keys = featurizer.collate(queries[:])["pair_keys"]
+        return [found.nonzero().flatten().tolist() for found in bank.owned_by(keys)]
+
+    everything = [[row] for row in range(6)]
+    rows.to_parquet(str(tmp_path / "rows.parquet"))  # the files' bytes are in it
+    for stored in (rows, Dataset.from_parquet(str(tmp_path / "rows.parquet")), rows.map(lambda row: row)):
+        assert own(stored) == everything
+        assert [own(stored.select([row]))[0] for row in range(6)] == everything
+    as_png = Dataset.from_dict({"image": [Image.open(path).convert("RGB") for path in files], "caption": rows["caption"][:]})
+    assert own(as_png.cast_column("image", image_feature())) == everything
+    for row, path in enumerate(files):  # the limit: what a picture looks like is not compared
+        Image.open(path).save(tmp_path / f"again_{row}.jpg", quality=60)
+    again = Dataset.from_dict(
+        {"image": [str(tmp_path / f"again_{row}.jpg") for row in range(6)], "caption": rows["caption"][:]}
+    )
+    assert own(again.cast_column("image", image_feature())) == [[]] * 6
+
+
 def test_going_on_uses_the_bank_that_was_written(index: AttributionIndex, checkpoints: list[Path], tmp_path: Path, monkeypatch):
     from hf_trak.member_writer import MemberWriter
 

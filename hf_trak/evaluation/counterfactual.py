@@ -161,6 +161,24 @@ def summarize_counterfactuals(plan: Counterfactuals, folder: str | Path, *, flip
     Raises:
         ValueError: If runs are missing, or are of other scores.
     """
+    before, removed = outputs_of_targets(plan, folder)
+    rows = []
+    for (method, k), after in removed.items():
+        measures = {"counterfactual_delta": (after - before, "output")}
+        if flips:
+            measures["counterfactual_flipped_share"] = (((after > 0) != (before > 0)).astype(float), "share")
+        rows += [_row(plan, method, k, metric, values, unit) for metric, (values, unit) in measures.items()]
+    return rows
+
+
+def outputs_of_targets(
+    plan: Counterfactuals, folder: str | Path
+) -> tuple[Float[np.ndarray, " n_targets"], dict[tuple[str, int], Float[np.ndarray, " n_targets"]]]:
+    """Return the targets' outputs with nothing removed, and by method and k after a removal; means over seeds.
+
+    Raises:
+        ValueError: If runs are missing, or are of other scores.
+    """
     folder = Path(folder)
     found: dict[tuple[str, int | None, int, int], list[float]] = {}
     missing = []
@@ -176,23 +194,11 @@ def summarize_counterfactuals(plan: Counterfactuals, folder: str | Path, *, flip
         )
 
     def outputs(method: str, k: int) -> np.ndarray:
-        """The outputs of all targets, averaged over seeds."""
         shared = method in (NOTHING, RANDOM)
-        runs = [[found[method, None if shared else t, k, seed] for seed in plan.seeds] for t in plan.targets]
-        return np.array([[outputs[t] for outputs in of_target] for t, of_target in zip(plan.targets, runs, strict=True)]).mean(
-            1
-        )
+        runs = [[found[method, None if shared else t, k, seed][t] for seed in plan.seeds] for t in plan.targets]
+        return np.array(runs).mean(1)
 
-    before = outputs(NOTHING, 0)
-    rows = []
-    for method in (*plan.scores, RANDOM):
-        for k in plan.top_k:
-            after = outputs(method, k)
-            measures = {"counterfactual_delta": (after - before, "output")}
-            if flips:
-                measures["counterfactual_flipped_share"] = (((after > 0) != (before > 0)).astype(float), "share")
-            rows += [_row(plan, method, k, metric, values, unit) for metric, (values, unit) in measures.items()]
-    return rows
+    return outputs(NOTHING, 0), {(method, k): outputs(method, k) for method in (*plan.scores, RANDOM) for k in plan.top_k}
 
 
 def bootstrap_interval(values: Float[np.ndarray, " n"], *, seed: int = 0) -> tuple[float, float] | None:

@@ -6,18 +6,19 @@ from hf_trak.tasks.auto import TASKS, AutoTask, is_language_model
 from hf_trak.tasks.bank import Bank, draw_rows
 from hf_trak.tasks.base import Task, TaskCollator
 from hf_trak.tasks.contrastive import (
-    PairCollator,
     bank_of,
     contrastive_task,
     embed_bank,
     in_direction,
     is_dual_encoder,
+    minus_loss,
     needs_bank,
     with_bank,
 )
 from hf_trak.tasks.inputs import CustomInputs, ImageInputs, Inputs, TextInputs
 from hf_trak.tasks.language_inputs import CausalInputs, MaskedInputs, Seq2SeqInputs
 from hf_trak.tasks.outputs import classification_margin, margin, regression_prediction
+from hf_trak.tasks.pair_collator import PairCollator
 from hf_trak.tasks.pairs import PairInputs
 from hf_trak.tasks.token_inputs import TokenInputs
 from hf_trak.tasks.token_outputs import SpanOutput, TokenOutput, token_margins
@@ -51,6 +52,7 @@ __all__ = [
     "is_dual_encoder",
     "is_language_model",
     "margin",
+    "minus_loss",
     "needs_bank",
     "regression_prediction",
     "token_margins",

@@ -84,7 +84,8 @@ def pair_keys(batch: Mapping[str, Tensor | Sequence[Tensor]], names: Sequence[st
     """Return a hash per row of the tensors `names` of a batch.
 
     What a row is told by is its content, so that an example finds its own pair in the bank whether it comes as a row of the training
-    set, as a query, or twice.
+    set, as a query, or twice, and however its picture is stored, as long as no pixel changes. A picture that was compressed again, or
+    that another version of the image processor resizes to other numbers, is another picture: its pair then counts among its negatives.
     """
     keys = []
     for row in range(len(batch[names[0]])):

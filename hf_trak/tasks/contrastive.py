@@ -79,6 +79,18 @@ def sigmoid_contrast(
 _CONTRASTS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"softmax": softmax_contrast, "sigmoid": sigmoid_contrast}
 
 
+def _minus_loss(
+    loss: str,
+    positive: Float[Tensor, "batch 1"],
+    negatives: Sequence[Float[Tensor, "batch bank"]],
+    own: Bool[Tensor, "batch bank"],
+) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+    """Return minus the training loss and ones: CLIP's is the mean of two cross-entropies, SigLIP's one sum over all pairings."""
+    parts = [[logits] for logits in negatives] if loss == "softmax" else [negatives]
+    losses = [softplus(-_CONTRASTS[loss](positive, part, own)[0]) for part in parts]
+    return -torch.stack(losses).mean(0), torch.ones(len(own), dtype=positive.dtype, device=positive.device)
+
+
 @dataclass(frozen=True)
 class ContrastiveOutput:
     """The model output function: `(model, batch) -> (output, out_to_loss)`. Of a row with several captions, the mean over them.
@@ -88,6 +100,7 @@ class ContrastiveOutput:
         scale, bias (`str`): The parameters' names; the bias is None for softmax.
         bank (`Bank`, *optional*): What examples are held against; a [`Featurizer`] makes it, or an index has it.
         direction (`str`): pair; or, for queries, image (against captions alone) or caption (against images alone).
+        minus_loss (`bool`): Whether the output is minus the training loss against the bank, in place of f; out-to-loss is then 1.
     """
 
     loss: str
@@ -97,6 +110,7 @@ class ContrastiveOutput:
     text_names: tuple[str, ...]
     bank: Bank | None = None
     direction: str = "pair"
+    minus_loss: bool = False
 
     def __call__(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         if self.bank is None:
@@ -127,6 +141,8 @@ class ContrastiveOutput:
         )
         if bias is not None:
             positive, negatives = positive + bias, [logits + bias for logits in negatives]
+        if self.minus_loss:
+            return _minus_loss(self.loss, positive, negatives, own)
         return _CONTRASTS[self.loss](positive, negatives, own)
 
     def embed(
@@ -212,6 +228,15 @@ def in_direction(task: Task, direction: str) -> Task:
     return replace(task, output_function=replace(task.output_function, direction=direction))
 
 
+def minus_loss(task: Task) -> Task:
+    """Return the contrastive task whose output is minus the training loss, for methods that compare gradients of losses.
+
+    CLIP's loss is the mean of two, so that its gradient is not that of f times a number.
+    """
+    assert isinstance(task.output_function, ContrastiveOutput)
+    return replace(task, output_function=replace(task.output_function, minus_loss=True))
+
+
 @torch.no_grad()
 def embed_bank(task: Task, model: Any, batch: Mapping[str, Tensor], rows: Tensor) -> Bank:
     """Return a batch of pairs as a bank, embedded by `model` as it is.
@@ -223,33 +248,3 @@ def embed_bank(task: Task, model: Any, batch: Mapping[str, Tensor], rows: Tensor
     assert isinstance(output, ContrastiveOutput)
     images, captions = output.embed(model, batch)
     return Bank(images.detach(), captions[0].detach(), batch["pair_keys"], rows.to(images.device))
-
-
-@dataclass
-class PairCollator:
-    """Batches of pairs for training a dual encoder: the model's inputs, and the word that its own loss is wanted.
-
-    The loss is the model's, over the pairs of the batch: for CLIP the mean of the cross-entropies of its rows and columns, for SigLIP
-    the sigmoid loss of all its pairings. Of a row with several captions one is drawn, by torch's generator.
-
-    Args:
-        model (`PreTrainedModel`): A dual encoder.
-        processing_class: Its processor.
-    """
-
-    model: PreTrainedModel
-    config: TrakConfig
-    processing_class: Any = None
-
-    def __post_init__(self) -> None:
-        self.inputs = contrastive_task(self.model, self.config).inputs
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = self.inputs.collate({key: [row[key] for row in rows] for key in rows[0]}, self.processing_class)
-        drawn = torch.multinomial(batch.pop("caption_weights"), 1).squeeze(1)
-        del batch["pair_keys"]
-        assert isinstance(self.inputs, PairInputs)
-        for name in self.inputs.text_names:
-            if name in batch:
-                batch[name] = batch[name][torch.arange(len(rows)), drawn]
-        return {**batch, "return_loss": True}

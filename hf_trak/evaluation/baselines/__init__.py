@@ -18,6 +18,7 @@ from hf_trak.evaluation.baselines.bm25 import BM25
 from hf_trak.evaluation.baselines.ekfac import EKFACInfluence
 from hf_trak.evaluation.baselines.gas import GAS
 from hf_trak.evaluation.baselines.gradient import GradientSimilarity
+from hf_trak.evaluation.baselines.pair_similarity import PairSimilarity
 from hf_trak.evaluation.baselines.random_scores import RandomScores
 from hf_trak.evaluation.baselines.representation import RepresentationSimilarity
 from hf_trak.evaluation.baselines.subsets import FromSubsets, SubsetFit, cross_fit, datamodel, empirical_influence
@@ -38,6 +39,9 @@ BASELINES: dict[str, Callable[..., Baseline]] = {
     "influence_arnoldi": ArnoldiInfluence,
     "influence_ekfac": EKFACInfluence,
     "bm25": BM25,
+    "similarity_images": partial(PairSimilarity, of="images"),
+    "similarity_captions": partial(PairSimilarity, of="captions"),
+    "similarity_mean": partial(PairSimilarity, of="mean"),
 }
 """Constructors by name. Each takes a [`Checkpoints`] first, and its own options by keyword."""
 
@@ -71,6 +75,7 @@ __all__ = [
     "EKFACInfluence",
     "FromSubsets",
     "GradientSimilarity",
+    "PairSimilarity",
     "RandomScores",
     "RepresentationSimilarity",
     "TracInCP",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,7 +20,9 @@ from hf_trak.featurize import featurize_rows
 from hf_trak.featurizer import Featurizer
 from hf_trak.gradients import GRADIENTS, BatchFeatures
 from hf_trak.projectors import Projector
-from hf_trak.tasks import Task, vmappable_attention
+from hf_trak.tasks import Task, minus_loss, needs_bank, vmappable_attention
+
+GradientOf = Literal["loss", "output"]
 
 
 @runtime_checkable
@@ -47,6 +49,9 @@ class Checkpoints:
     Features are kept in memory, so that baselines built from one `Checkpoints` share them: the gradients of a dataset are computed
     once.
 
+    A dual encoder's pairs are held against a bank of the training set, made anew for each checkpoint; gradients of its loss are those
+    of the contrastive loss against that bank.
+
     Args:
         models (`PreTrainedModel`, `str`, `Path` or a sequence): Models, folders or repositories. Scores are averaged over them.
         config (`TrakConfig`, *optional*): Task, parameters and sketch. `projector="identity"` makes gradients exact.
@@ -65,7 +70,7 @@ class Checkpoints:
     task: Task | None = None
     batch_size: int | str = "auto"
     device: str | torch.device | None = None
-    _columns: dict[tuple[int, str], Columns] = field(default_factory=dict, init=False, repr=False)
+    _columns: dict[tuple[int, str, str, str], Columns] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.models, (list, tuple)):
@@ -92,15 +97,28 @@ class Checkpoints:
             device=self.device,
         )
 
-    def columns(self, number: int, dataset: Dataset) -> Columns:
-        """Return the features of a dataset under one checkpoint."""
-        key = number, dataset._fingerprint
-        if key not in self._columns:
+    def columns(self, number: int, dataset: Dataset, *, train: Dataset | None = None, of: GradientOf = "output") -> Columns:
+        """Return the features of a dataset under one checkpoint.
+
+        Args:
+            train (`Dataset`, *optional*): The training set. A dual encoder's bank is drawn from it; no other task looks at it.
+            of (`"output"` or `"loss"`): What will be compared. One pass serves both, with `out_to_loss` between them, except for a dual
+                encoder: for `"loss"` its output is minus the loss and `out_to_loss` is 1.
+
+        Raises:
+            ValueError: If the model is a dual encoder, and there is no training set for its bank.
+        """
+        shared = (number, dataset._fingerprint, "", "")
+        own = (number, dataset._fingerprint, train._fingerprint if train is not None else "", of)
+        if not {shared, own} & self._columns.keys():
             featurizer = self.featurizer(number)
             _check(featurizer, dataset)
+            _hold_against(featurizer, train, of)
             found = featurize_rows(featurizer, dataset, range(len(dataset)), batch_size=self.batch_size)
-            self._columns[key] = Columns(found.features.numpy(), found.output.numpy(), found.out_to_loss.numpy())
-        return self._columns[key]
+            self._columns[own if needs_bank(featurizer.task) else shared] = Columns(
+                found.features.numpy(), found.output.numpy(), found.out_to_loss.numpy()
+            )
+        return self._columns[own] if own in self._columns else self._columns[shared]
 
     def run(
         self,
@@ -134,6 +152,20 @@ class Checkpoints:
     @staticmethod
     def _batch(featurizer: Featurizer, dataset: Dataset, rows: Sequence[int]) -> dict[str, Any]:
         return to_device(featurizer.collate(dataset[list(rows)]), featurizer.device)
+
+
+def _hold_against(featurizer: Featurizer, train: Dataset | None, of: GradientOf) -> None:
+    """Give a dual encoder the bank that its pairs are held against; other tasks have none."""
+    if not needs_bank(featurizer.task):
+        return
+    if train is None:
+        raise ValueError(
+            f"{type(featurizer.model).__name__} holds each pair against a bank of training pairs, so its gradients need the training "
+            "set: call `columns(number, dataset, train=train)`."
+        )
+    featurizer.make_bank(train)
+    if of == "loss":
+        featurizer.use_task(minus_loss(featurizer.task))
 
 
 def _check(featurizer: Featurizer, dataset: Dataset) -> None:

@@ -20,9 +20,7 @@ import numpy as np
 from datasets import Dataset
 from jaxtyping import Float64
 
-from hf_trak.evaluation.baselines.base import Checkpoints, Columns, check_scores, similarity
-
-GradientOf = Literal["loss", "output"]
+from hf_trak.evaluation.baselines.base import Checkpoints, Columns, GradientOf, check_scores, similarity
 
 
 def directions(columns: Columns, of: GradientOf) -> Float64[np.ndarray, "n proj_dim"]:
@@ -81,7 +79,7 @@ def weighted_similarity(
     """Return the weighted sum over checkpoints of the similarities of gradients."""
     scores = np.zeros((len(train), len(queries)))
     for number, weight in enumerate(weights):
-        train_directions = directions(checkpoints.columns(number, train), train_gradient)
-        query_directions = directions(checkpoints.columns(number, queries), query_gradient)
+        train_directions = directions(checkpoints.columns(number, train, train=train, of=train_gradient), train_gradient)
+        query_directions = directions(checkpoints.columns(number, queries, train=train, of=query_gradient), query_gradient)
         scores += weight * similarity(train_directions, query_directions, kind)
     return check_scores(scores, train, queries)

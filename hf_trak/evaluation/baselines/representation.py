@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from hf_trak.evaluation.baselines.base import Checkpoints, check_scores, similarity
 from hf_trak.featurizer import Featurizer
 from hf_trak.gradients.batch import evaluation_mode
+from hf_trak.tasks import needs_bank
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,11 @@ def represent(featurizer: Featurizer, batch: Mapping[str, Any], module: str | No
         ValueError: If there is no such layer, or it does not read one vector per example; name another with `module`.
     """
     task, model = featurizer.task, featurizer.model
+    if needs_bank(task):
+        raise ValueError(
+            f"{type(model).__name__} has two towers, and so no layer that decides all. Compare its embeddings: PairSimilarity "
+            "('similarity_images', 'similarity_captions', 'similarity_mean')."
+        )
     seen: list[tuple[Tensor, Any]] = []
     candidates = _heads(model, module)
     handles = [head.register_forward_hook(lambda _, args, output: seen.append((args[0], output))) for head in candidates]
