@@ -1,7 +1,7 @@
 """Write the tables of README.md and docs/ from results/*.json, between `<!-- results: NAME METRIC ... -->` and `<!-- end -->`.
 
-After the metrics, `case=PATTERN` and `method=PATTERN` keep the rows whose case or method has the regular expression, which can hold no space
-(`\\s` is one).
+After the metrics, `case=PATTERN`, `method=PATTERN` or any other field of a row keep the rows that have the regular expression there, which
+can hold no space (`\\s` is one).
 
 python benchmarks/render.py            # rewrite the files
 python benchmarks/render.py --check    # exit 1 if a table is not what its results say
@@ -37,7 +37,7 @@ def table(name: str, wanted: list[str]) -> str:
     rows = [
         row
         for row in result["rows"]
-        if all(re.search(pattern, row[key]) for key, pattern in patterns.items()) and (not metrics or row["metric"] in metrics)
+        if all(re.search(pattern, str(row.get(key, ""))) for key, pattern in patterns.items()) and (not metrics or row["metric"] in metrics)
     ]
     cases = {row["case"] for row in rows}
     columns = ["method", "metric", "value", "interval"]
