@@ -37,7 +37,8 @@ def table(name: str, wanted: list[str]) -> str:
     rows = [
         row
         for row in result["rows"]
-        if all(re.search(pattern, str(row.get(key, ""))) for key, pattern in patterns.items()) and (not metrics or row["metric"] in metrics)
+        if all(re.search(pattern, str(row.get(key, ""))) for key, pattern in patterns.items())
+        and (not metrics or row["metric"] in metrics)
     ]
     cases = {row["case"] for row in rows}
     columns = ["method", "metric", "value", "interval"]

@@ -463,7 +463,6 @@ FLAGS = [
     "--tracin_dim",
     "64",
     "--trak_features",
-    "all parameters",
     "answer's tokens",
 ]
 

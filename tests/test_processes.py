@@ -269,7 +269,8 @@ def test_models_in_pieces_are_refused_by_name():
 
 def test_a_device_map_of_one_device_changes_nothing(models, expected, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(models[0], device_map="auto")
-    assert model.hf_device_map
+    devices = getattr(model, "hf_device_map", {"": "cpu"})  # not recorded by all versions where one device holds all
+    assert len(set(devices.values())) == 1
     options = {**build_options(models[:1]), "models": model, "sketch_seeds_per_checkpoint": 1}
     found = files_of(AttributionIndex.build(tmp_path / "index", **options).folder)
     assert all(found[name] == expected[name] for name in found if name.endswith((".parquet", "kernel.safetensors")))

@@ -30,7 +30,7 @@ QUERIES = [draw(N_QUERY, PROJ_DIM, seed=10 + seed)[0] for seed in range(2)]
 @pytest.fixture(autouse=True)
 def small_row_groups(monkeypatch):
     """Some 20 rows each."""
-    monkeypatch.setattr("hf_trak.store._ROW_GROUP_BYTES", 20 * 4 * PROJ_DIM)
+    monkeypatch.setattr("hf_trak.member_writer._ROW_GROUP_BYTES", 20 * 4 * PROJ_DIM)
 
 
 @pytest.fixture
