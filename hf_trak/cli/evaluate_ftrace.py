@@ -16,7 +16,7 @@ retraining runs may be shared by several processes with --shard_index and --num_
 
 examples:
   hf-trak evaluate ftrace --output out                                        # as published: mT5-small, 60,000 steps
-  hf-trak evaluate ftrace --scale small --data ftrace_lama --output out       # a part of the data, a small model: hours on two cores
+  hf-trak evaluate ftrace --scale small --data ftrace_lama --output out       # a part of the data, a small model, two cores
   hf-trak evaluate ftrace --output out --stages forget --shard_index 3 --num_shards 100
 """
 
