@@ -356,3 +356,14 @@ def test_an_adapters_model_is_served():
     _, _, grads = gradient_loop(model, batch, task.output_function, names)
     assert_close(features_of(model, task, batch).features, grads, 1e-5)
     assert np.isfinite(grads.numpy()).all()
+
+
+def test_a_column_of_images_that_are_not_decoded_is_refused():
+    from datasets import Features, Image, Value
+
+    from hf_trak.tasks.inputs import ImageInputs
+
+    features = Features({"image": Image(decode=False), "caption": Value("string")})
+    for column in (None, "image"):
+        with pytest.raises(ValueError, match=r"'image' are not decoded\. Use `dataset\.cast_column\('image'"):
+            ImageInputs(column, "RGB")._column(features)

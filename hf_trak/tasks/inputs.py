@@ -144,6 +144,14 @@ class ImageInputs:
             raise ValueError("An image column needs an image processor: pass it as `processing_class`.")
 
     def _column(self, features: Features) -> str:
+        column = self._named_or_found(features)
+        if not getattr(features[column], "decode", True):
+            raise ValueError(
+                f"The images of column {column!r} are not decoded. Use `dataset.cast_column({column!r}, datasets.Image(decode=True))`."
+            )
+        return column
+
+    def _named_or_found(self, features: Features) -> str:
         if self.image_column is not None:
             if self.image_column not in features:
                 raise ValueError(f"The dataset has no column {self.image_column!r}; it has {', '.join(features)}.")
