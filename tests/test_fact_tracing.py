@@ -15,6 +15,7 @@ from hf_trak.evaluation.fact_tracing import (
     Random,
     RandomTarget,
     best_variant,
+    cross_fit,
     draw_candidates,
     find_proponents,
     halves,
@@ -28,6 +29,7 @@ from hf_trak.evaluation.fact_tracing import (
     score_candidates,
     sentence_numbers,
 )
+from hf_trak.evaluation.fact_tracing.choice import Chosen
 from hf_trak.evaluation.fact_tracing.data import answer_of, restored
 
 
@@ -238,20 +240,38 @@ class TestMeasuring:
         assert abs(whole.mean() - 0.5) < 4 * (1 / 12 / whole.size) ** 0.5
         assert abs(np.corrcoef(whole[:, 0], whole[:, 1])[0, 1]) < 0.4
 
-    def test_variants_are_chosen_on_one_half_alone(self, queries):
-        tuning, reported = halves(queries)
-        assert (tuning ^ reported).all()
-        assert 0.2 < tuning.mean() < 0.8
-        assert halves(queries.select([3]))[0][0] == tuning[3]
-        good = {"mrr_expected": np.where(tuning, 0.9, 0.1)}
-        bad = {"mrr_expected": np.where(tuning, 0.5, 1.0)}
-        assert best_variant({"bad": bad, "good": good}, tuning) == "good"
+    def test_halves_are_even_and_the_same_each_time(self, queries):
+        first, second = halves(queries)
+        assert (first ^ second).all()
+        assert abs(int(first.sum()) - int(second.sum())) <= 1
+        assert np.array_equal(halves(queries)[0], first)
+        assert not np.array_equal(halves(queries, seed=1)[0], first)
+        with pytest.raises(ValueError, match="takes two, but there are 1"):
+            halves(queries.select([0]))
+
+    def test_no_query_has_a_say_in_the_variant_it_is_ranked_by(self, queries):
+        parts = halves(queries)
+        scores = {"a": np.zeros((3, len(queries))), "b": np.ones((3, len(queries)))}
+        # "a" ranks the first half better, "b" the second: so the first is reported by "b", and the second by "a".
+        measures = {
+            "a": {"mrr_expected": np.where(parts[0], 0.9, 0.1)},
+            "b": {"mrr_expected": np.where(parts[0], 0.5, 1.0)},
+        }
+
+        def choose(chosen_on):
+            variant = best_variant(measures, chosen_on)
+            return Chosen(variant, scores[variant])
+
+        chosen = cross_fit(choose, parts)
+        assert chosen.variant == "b | a"
+        assert np.array_equal(chosen.scores, np.broadcast_to(parts[0].astype(float), (3, len(queries))))
+        assert cross_fit(lambda chosen_on: Chosen("a", scores["a"]), parts).variant == "a"
         with pytest.raises(ValueError, match="no query with a proponent"):
-            best_variant({"bad": bad}, np.zeros(len(queries), dtype=bool))
+            best_variant({"a": measures["a"]}, np.zeros(len(queries), dtype=bool))
 
     def test_rows_say_how_many_queries_they_are_of(self):
-        values = {"mrr": np.array([0.0, 1.0, np.nan, 0.5])}
-        (row,) = result_rows(values, np.array([True, True, True, False]), case="case", method="method", level="sentence")
+        values = {"mrr": np.array([0.0, 1.0, np.nan])}
+        (row,) = result_rows(values, case="case", method="method", level="sentence")
         assert (row["value"], row["n_queries"], row["n_skipped"], row["level"]) == (0.5, 2, 1, "sentence")
         assert row["interval"] == [0.0, 1.0]
 

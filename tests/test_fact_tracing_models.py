@@ -338,6 +338,8 @@ class TestForgetting:
         assert rows["useless", 2, "counterfactual_delta"]["value"] == 0.0
         assert rows["perfect", 2, "forgotten_share"]["n_targets"] == 4
         assert rows["perfect", 2, "counterfactual_delta"]["n_removed"] == 4
+        ahead = rows["perfect over useless", 2, "counterfactual_delta_ahead"]
+        assert ahead["value"] == rows["perfect", 2, "counterfactual_delta"]["value"]
 
     def test_shards_share_the_runs_and_nothing_is_done_twice(self, tmp_path):
         plan, done = self.plan(), []

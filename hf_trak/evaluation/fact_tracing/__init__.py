@@ -12,12 +12,13 @@ measure(scores, candidates, sentence_numbers(ftrace.abstracts))["mrr"].mean()
 
 from hf_trak.evaluation.fact_tracing.answers import beams, fine_tune_learned, is_right
 from hf_trak.evaluation.fact_tracing.candidates import Candidates, draw_candidates, load_candidates, save_candidates
+from hf_trak.evaluation.fact_tracing.choice import best_variant, cross_fit, halves
 from hf_trak.evaluation.fact_tracing.counterfactual import Answers, Forgetting, run_forgetting, summarize_forgetting
 from hf_trak.evaluation.fact_tracing.data import FTrace, load_ftrace, sentence_numbers
 from hf_trak.evaluation.fact_tracing.embed import Embed
 from hf_trak.evaluation.fact_tracing.encoding import EncodedRows, Encoder
 from hf_trak.evaluation.fact_tracing.fine_tuning import FineTuning, fine_tune
-from hf_trak.evaluation.fact_tracing.measuring import best_variant, halves, measure, result_rows, score_candidates
+from hf_trak.evaluation.fact_tracing.measuring import measure, result_rows, score_candidates
 from hf_trak.evaluation.fact_tracing.methods import BM25PlusSentences, Random, RandomTarget
 from hf_trak.evaluation.fact_tracing.output import fact_task
 from hf_trak.evaluation.fact_tracing.proponents import Fact, find_proponents, parse_facts
@@ -48,6 +49,7 @@ __all__ = [
     "Variant",
     "beams",
     "best_variant",
+    "cross_fit",
     "draw_candidates",
     "fact_task",
     "find_proponents",

@@ -167,6 +167,7 @@ def run_forgetting(
 def summarize_forgetting(plan: Forgetting, folder: str | Path) -> list[dict[str, Any]]:
     """Return result rows per method and k: the share of known facts that are forgotten, and the mean change of the output.
 
+    The first method's change is also compared with every other's at the same k, fact by fact: below 0, its removals hurt more.
     Intervals are 95 % bootstrap intervals over facts, of means over seeds.
 
     Raises:
@@ -179,14 +180,21 @@ def summarize_forgetting(plan: Forgetting, folder: str | Path) -> list[dict[str,
             f"{len(missing)} of {len(found)} runs are missing in {folder}, such as {missing[0]}; run again."
         )
     groups = [(GROUND_TRUTH, 0), *((method, k) for method in (*plan.scores, RANDOM) for k in plan.top_k)]
-    rows = []
+    rows, changes = [], {}
     for method, k in groups:
         forgotten, change = _per_fact(plan, found, method, k)
+        changes[method, k] = change
         removed = [len(run.removed) for run in plan.removals if (run.method, run.k) == (method, k)]
         more = {"top_k": k or None, "n_removed": float(np.mean(removed)), "n_seeds": len(plan.seeds)}
         if (known := ~np.isnan(forgotten)).any():
             rows.append(_row(plan, method, "forgotten_share", forgotten[known], "share", more))
         rows.append(_row(plan, method, "counterfactual_delta", change, "output", more))
+    first = next(iter(plan.scores))
+    for method, k in groups:
+        if method not in (first, GROUND_TRUTH):
+            versus = changes[first, k] - changes[method, k]
+            more = {"top_k": k, "n_seeds": len(plan.seeds)}
+            rows.append(_row(plan, f"{first} over {method}", "counterfactual_delta_ahead", versus, "output", more))
     return rows
 
 

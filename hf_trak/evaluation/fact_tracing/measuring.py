@@ -7,13 +7,12 @@ from typing import Any, Literal
 
 import numpy as np
 from datasets import Dataset
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 
 from hf_trak.evaluation.counterfactual import bootstrap_interval
 from hf_trak.evaluation.fact_tracing.candidates import Candidates
 from hf_trak.evaluation.fact_tracing.methods import Method
 from hf_trak.evaluation.fact_tracing.ranking import KS, rank_measures, to_sentences
-from hf_trak.hashing import stream_key
 
 Level = Literal["sentence", "masking"]
 LEVELS: tuple[Level, ...] = ("sentence", "masking")
@@ -69,33 +68,12 @@ def measure(
     return {name: np.array([measures[name] for measures in found]) for name in found[0]}
 
 
-def halves(queries: Dataset, *, seed: int = 0) -> tuple[Bool[np.ndarray, " n_query"], Bool[np.ndarray, " n_query"]]:
-    """Return which queries hyper-parameters are chosen on, and which they are reported on. A query's side is its own."""
-    side = np.array([stream_key("half", seed, uuid) % 2 == 0 for uuid in queries["uuid"][:]], dtype=bool)
-    return side, ~side
-
-
-def best_variant(
-    measures: Mapping[str, Mapping[str, np.ndarray]], chosen_on: Bool[np.ndarray, " n_query"], *, metric: str = "mrr_expected"
-) -> str:
-    """Return the variant of the highest mean on some queries; the first of equals.
-
-    Raises:
-        ValueError: If there is no variant, or no query with proponents to choose on.
-    """
-    means = {name: of_variant[metric][chosen_on] for name, of_variant in measures.items()}
-    if not means or any(np.isnan(values).all() for values in means.values()):
-        raise ValueError("There is nothing to choose among, or no query with a proponent to choose on.")
-    return max(means, key=lambda name: float(np.nanmean(means[name])))
-
-
 def result_rows(
-    measures: Mapping[str, np.ndarray], reported: Bool[np.ndarray, " n_query"], *, case: str, method: str, **more: Any
+    measures: Mapping[str, Float[np.ndarray, " n_query"]], *, case: str, method: str, **more: Any
 ) -> list[dict[str, Any]]:
-    """Return one result row per measure: the mean over the reported queries that have proponents, and its 95 % interval."""
+    """Return one result row per measure: the mean over the queries that have proponents, and its 95 % interval."""
     rows = []
     for metric, values in measures.items():
-        values = values[reported]
         n_skipped = int(np.isnan(values).sum())
         values = values[~np.isnan(values)]
         interval = bootstrap_interval(values)

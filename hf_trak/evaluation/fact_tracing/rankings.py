@@ -1,7 +1,4 @@
-"""Every method's scores of all abstracts for the asked queries, and the choice among a method's variants.
-
-Variants are chosen by one half of the queries, and reported on the other: Akyürek et al. choose and report on the same.
-"""
+"""Every method's scores of all abstracts for the asked queries, what they are worth, and the choice among a method's variants."""
 
 from __future__ import annotations
 
@@ -12,9 +9,10 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
+from hf_trak.evaluation.fact_tracing.choice import Chosen, Half, best_variant, cross_fit, halves
 from hf_trak.evaluation.fact_tracing.data import sentence_numbers
 from hf_trak.evaluation.fact_tracing.embed import Embed
-from hf_trak.evaluation.fact_tracing.measuring import best_variant, halves, measure, pick
+from hf_trak.evaluation.fact_tracing.measuring import Level, measure, pick
 from hf_trak.evaluation.fact_tracing.methods import BM25PlusSentences, Method, Random, RandomTarget
 from hf_trak.evaluation.fact_tracing.stages import timed
 from hf_trak.evaluation.fact_tracing.tracin import SIMILARITIES, TracIn, Variant
@@ -73,32 +71,40 @@ class Rankings:
         return found
 
     @cached_property
-    def chosen(self) -> dict[str, tuple[str, np.ndarray]]:
-        """By method, the variant that ranks one half of the queries best, and its scores; TracIn + EMBED among them."""
-        best = {name: self._choose(variants) for name, variants in self.scores.items()}
-        # Cosines have one scale, so that they may be added.
-        cosines = {name: scores for name, scores in self.scores["TracIn"].items() if not name.startswith("dot")}
-        embed = best["EMBED"][1]
-        best[_BOTH] = self._choose({name: s / max(np.abs(s).max(), 1e-12) + embed for name, s in cosines.items()})
-        return best
+    def chosen(self) -> dict[str, Chosen]:
+        """By method, the scores of the variants that rank the other half of the queries best; TracIn + EMBED among them."""
+        parts = halves(self.workspace.asked[0], seed=self.workspace.args.seed)
+        choices = {name: partial(self._best, name) for name in self.scores} | {_BOTH: self._best_sum}
+        return {name: cross_fit(choose, parts) for name, choose in choices.items()}
 
-    def measures(self, scores: np.ndarray, level: str = "sentence") -> dict[str, np.ndarray]:
+    def _best(self, method: str, chosen_on: Half) -> Chosen:
+        variant = best_variant(self.variant_measures[method], chosen_on)
+        return Chosen(variant, self.scores[method][variant])
+
+    def _best_sum(self, chosen_on: Half) -> Chosen:
+        """TracIn + EMBED: the best sum of TracIn's cosines, which have one scale, and the best EMBED."""
+        embed = self._best("EMBED", chosen_on).scores
+        cosines = {name: scores for name, scores in self.scores["TracIn"].items() if not name.startswith("dot")}
+        sums = {name: scores / max(np.abs(scores).max(), 1e-12) + embed for name, scores in cosines.items()}
+        variant = best_variant({name: self.measures(scores) for name, scores in sums.items()}, chosen_on)
+        return Chosen(variant, sums[variant])
+
+    @cached_property
+    def variant_measures(self) -> dict[str, dict[str, dict[str, np.ndarray]]]:
+        """The measures of every asked query, by method and variant."""
+        return {
+            method: {name: self.measures(scores) for name, scores in variants.items()}
+            for method, variants in self.scores.items()
+        }
+
+    def measures(self, scores: np.ndarray, level: Level = "sentence") -> dict[str, np.ndarray]:
         """Return the measures of every asked query."""
         _, candidates = self.workspace.asked
-        return measure(pick(scores, candidates), candidates, self._sentences, level=level)  # type: ignore[arg-type]
+        return measure(pick(scores, candidates), candidates, self._sentences, level=level)
 
     @cached_property
     def _sentences(self) -> np.ndarray:
         return sentence_numbers(self.workspace.abstracts)
-
-    @cached_property
-    def halves(self) -> tuple[np.ndarray, np.ndarray]:
-        """Which asked queries variants are chosen by, and which they are reported on."""
-        return halves(self.workspace.asked[0], seed=self.workspace.args.seed)
-
-    def _choose(self, variants: Scores) -> tuple[str, np.ndarray]:
-        chosen = best_variant({name: self.measures(scores) for name, scores in variants.items()}, self.halves[0])
-        return chosen, variants[chosen]
 
 
 def _alone(method: Method, abstracts: Dataset, queries: Dataset) -> Scores:

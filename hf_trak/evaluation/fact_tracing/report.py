@@ -18,6 +18,8 @@ from hf_trak.evaluation.fact_tracing.stages import seconds_by_stage
 from hf_trak.evaluation.fact_tracing.workspace import NOT_SHARED, Workspace
 from hf_trak.store import read_json, write_json
 
+_COMPARED = ("mrr", "recall_at_10")
+
 
 def write_report(space: Workspace, rankings: Rankings, plan: Forgetting) -> dict[str, Any]:
     """Return all results, and write them to the workspace, and to where its arguments say."""
@@ -39,32 +41,28 @@ def write_report(space: Workspace, rankings: Rankings, plan: Forgetting) -> dict
 
 
 def _ranking_rows(rankings: Rankings) -> list[dict[str, Any]]:
-    """Each method's chosen variant, on the half of the queries that did not choose it."""
-    return [
-        row
-        for method, (variant, scores) in rankings.chosen.items()
-        for level in LEVELS
-        for row in result_rows(
-            rankings.measures(scores, level),
-            rankings.halves[1],
-            case=rankings.workspace.case,
-            method=method,
-            variant=variant,
-            level=level,
-        )
-    ]
+    """Each method, every query ranked by the variant that the other half of the queries chose, and what TRAK is ahead by."""
+    rows = []
+    for level in LEVELS:
+        measured = {method: rankings.measures(chosen.scores, level) for method, chosen in rankings.chosen.items()}
+        for method, measures in measured.items():
+            more = {"variant": rankings.chosen[method].variant, "level": level}
+            rows += result_rows(measures, case=rankings.workspace.case, method=method, **more)
+        for method in [name for name in measured if name != "TRAK"]:
+            ahead = {f"{metric}_ahead": measured["TRAK"][metric] - measured[method][metric] for metric in _COMPARED}
+            rows += result_rows(ahead, case=rankings.workspace.case, method=f"TRAK over {method}", level=level)
+    return rows
 
 
 def _variant_rows(rankings: Rankings) -> list[dict[str, Any]]:
-    """MRR of every variant on the half of the queries that variants are chosen by, so that a reader sees what the choice was among."""
+    """MRR of every variant, so that a reader sees what the choice was among."""
     return [
         {**row, "metric": "variant_mrr"}
-        for method, variants in rankings.scores.items()
-        for variant, scores in variants.items()
+        for method, variants in rankings.variant_measures.items()
+        for variant, measures in variants.items()
         if len(variants) > 1
         for row in result_rows(
-            {"mrr": rankings.measures(scores)["mrr_expected"]},
-            rankings.halves[0],
+            {"mrr": measures["mrr_expected"]},
             case=rankings.workspace.case,
             method=method,
             variant=variant,

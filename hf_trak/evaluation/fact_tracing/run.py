@@ -146,7 +146,7 @@ def plan_removals(rankings: Rankings) -> Forgetting:
     if unknown := [name for name in space.args.removed_by if name not in rankings.chosen]:
         raise ValueError(f"There is no method {', '.join(unknown)} to remove by; there are {', '.join(rankings.chosen)}.")
     return Forgetting(
-        {name: rankings.chosen[name][1][:, space.targets] for name in space.args.removed_by},
+        {name: rankings.chosen[name].scores[:, space.targets] for name in space.args.removed_by},
         [np.array(candidates[target].proponents) for target in space.targets],
         top_k=space.args.top_k,
         seeds=range(space.args.n_seeds),
