@@ -466,6 +466,9 @@ FLAGS = [
     "64",
     "--trak_features",
     "answer's tokens",
+    "--trak_members",
+    "halves",
+    "checkpoints",
 ]
 
 
@@ -488,9 +491,30 @@ def test_the_command_does_all_of_it_and_goes_on_where_it_was_stopped(tmp_path, c
     assert {row["method"] for row in ours if row["metric"] == "forgotten_share"} >= {"TRAK", "BM25+", "ground truth", "random"}
     assert all(np.isfinite(row["value"]) for row in ours)
     assert {row["method"] for row in ours if row["metric"] == "stage_cpu_s"} >= {"data", "learn", "members", "rank", "forget"}
+    (ahead,) = (
+        row for row in ours if (row["metric"], row["method"], row.get("level")) == ("mrr_ahead", "TRAK over TracIn", "sentence")
+    )
+    trak, tracin = (
+        next(r for r in ours if (r["metric"], r["method"], r.get("level")) == ("mrr", method, "sentence"))
+        for method in ("TRAK", "TracIn")
+    )
+    assert ahead["value"] == pytest.approx(trak["value"] - tracin["value"])
+    variants = {row["variant"] for row in ours if row["metric"] == "variant_mrr" and row["method"] == "TRAK"}
+    assert {"answer's tokens, halves, damping auto", "answer's tokens, checkpoints, damping auto"} <= variants
     assert "another model and corpus" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"other settings:\n.*proj_dim"):
         main([*flags, "--proj_dim", "16"])
+
+
+def test_members_see_their_half_as_often_as_the_full_run_sees_all(tmp_path):
+    from hf_trak.cli.evaluate_ftrace import parse_arguments
+    from hf_trak.evaluation.fact_tracing.workspace import Workspace
+
+    flags = [*FLAGS, "--data", str(tmp_path), "--output", str(tmp_path / "out")]
+    space = Workspace(*parse_arguments([*flags, "--alpha", "0.25"]))
+    assert (space.recipe.steps, space.member_recipe.steps) == (120, 30)
+    with pytest.raises(ValueError, match=r"must lie in 1 to 120, .* there is \[121\]"):
+        Workspace(*parse_arguments([*flags, "--checkpoint_steps", "60", "121"]))
 
 
 def test_all_queries_may_be_asked(tmp_path):

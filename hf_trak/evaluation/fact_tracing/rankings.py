@@ -48,15 +48,14 @@ class Rankings:
     def _methods(self) -> dict[str, Callable[[], Scores]]:
         space = self.workspace
         abstracts, (queries, _) = space.abstracts, space.asked
-        checkpoints = [space.checkpoint("full", step) for step in space.args.checkpoint_steps]
         plain: dict[str, Method] = {"BM25+": BM25PlusSentences(), "Random-Target": RandomTarget(), "Random": Random()}
         methods: dict[str, Callable[[], Scores]] = {
             name: partial(_alone, method, abstracts, queries) for name, method in plain.items()
         }
-        methods["EMBED"] = partial(Embed(checkpoints[-1:], space.encoder).sweep, abstracts, queries)
+        methods["EMBED"] = partial(Embed(space.checkpoints[-1:], space.encoder).sweep, abstracts, queries)
         for moments in (False, True):
             name = "TracIn, second moments" if moments else "TracIn"
-            tracin = TracIn(checkpoints, space.encoder, use_second_moments=moments, dim=space.args.tracin_dim)
+            tracin = TracIn(space.checkpoints, space.encoder, use_second_moments=moments, dim=space.args.tracin_dim)
             methods[name] = partial(_swept, tracin, abstracts, queries)
         methods["TRAK"] = partial(trak_scores, space)
         return methods

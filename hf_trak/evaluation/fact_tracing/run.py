@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -79,13 +79,14 @@ def _write_rows(rows: Dataset, path: Path) -> None:
 def learn(space: Workspace) -> None:
     """Fine-tune on all abstracts, and see which queries that taught."""
     _make_model(space)
-    _fine_tune(space, "full", range(len(space.abstracts)), keep=space.args.checkpoint_steps)
+    kept = {step: space.checkpoint(step) for step in [*space.args.checkpoint_steps, space.recipe.steps]}
+    _fine_tune(space, "full", range(len(space.abstracts)), space.recipe, kept)
     path = space.folder / "learned.json"
     if path.exists():
         return
     before, after = (
         beams(load_model(str(folder)).to(space.device), space.encoder, space.queries)
-        for folder in (space.start, space.checkpoint("full"))
+        for folder in (space.start, space.checkpoint())
     )
     learned = fine_tune_learned(before, after, space.queries)
     known = [float(is_right(answers, space.queries, among=k).mean()) for answers in (before, after) for k in (1, 3)]
@@ -116,27 +117,27 @@ def _make_model(space: Workspace) -> None:
     save_checkpoint(space.folder / "model", model, tokenizer)
 
 
-def _fine_tune(space: Workspace, run: str, subset: Sequence[int], *, keep: Sequence[int] = ()) -> None:
-    """Fine-tune on some abstracts, and save the last weights and those of the steps in `keep`."""
-    if space.checkpoint(run).exists():
+def _fine_tune(space: Workspace, run: str, subset: Sequence[int], recipe: FineTuning, checkpoints: Mapping[int, Path]) -> None:
+    """Fine-tune on some abstracts, and save the weights of some steps, the last among them."""
+    if checkpoints[recipe.steps].exists():  # it is saved after all others, and says that the run is done
         return
-    model, last = space.fresh_model(), space.recipe.steps
+    model = space.fresh_model()
 
     def on_step(step: int, optimizer: torch.optim.Optimizer) -> None:
-        if step in keep and step < last:
-            save_with_moments(space.checkpoint(run, step), model, optimizer, space.encoder.tokenizer)
-        if step == last:  # after all others: it says that the run is done
-            save_with_moments(space.checkpoint(run), model, optimizer, space.encoder.tokenizer)
+        if step in checkpoints:
+            save_with_moments(checkpoints[step], model, optimizer, space.encoder.tokenizer)
 
     seed = space.seed_of(run)
-    fine_tune(model, space.rows, subset, space.recipe, seed=seed, on_step=on_step, description=f"Fine-tuning {run}")
+    fine_tune(model, space.rows, subset, recipe, seed=seed, on_step=on_step, description=f"Fine-tuning {run}")
 
 
 def train_members(space: Workspace) -> None:
     """Fine-tune this shard's members on their halves."""
     number, n_shards = space.shard
+    recipe = space.member_recipe
     for member in range(number, space.args.n_members, n_shards):
-        _fine_tune(space, space.member(member), np.flatnonzero(space.masks[member]).tolist())
+        checkpoints = {recipe.steps: space.member_checkpoint(member)}
+        _fine_tune(space, space.member(member), np.flatnonzero(space.masks[member]).tolist(), recipe, checkpoints)
 
 
 def plan_removals(rankings: Rankings) -> Forgetting:

@@ -8,7 +8,17 @@ from typing import Any
 from hf_trak.evaluation.fact_tracing.data import HUB_DATASET
 from hf_trak.evaluation.fact_tracing.fine_tuning import FineTuning
 
-TRAK_FEATURES = ("all parameters", "embedding", "all but the embedding", "answer's tokens", "sum over tokens")
+TRAK_FEATURES = (
+    "all parameters",
+    "embedding",
+    "all but the embedding",
+    "answer's tokens",
+    "answer's tokens in the embedding",
+    "answer's tokens in the encoder",
+    "answer's tokens in the decoder",
+    "sum over tokens",
+)
+TRAK_MEMBERS = ("halves", "checkpoints")
 STAGES = ("data", "learn", "members", "rank", "forget", "report")
 
 
@@ -77,6 +87,12 @@ class FTraceArguments:
         default_factory=lambda: ["all parameters"],
         metadata={"help": "What TRAK is tried on; each makes an index: " + ", ".join(TRAK_FEATURES) + "."},
     )
+    trak_members: list[str] = field(
+        default_factory=lambda: ["halves"],
+        metadata={
+            "help": "Whose gradients TRAK takes: halves, of runs on random halves; checkpoints, those that TracIn takes too."
+        },
+    )
     # counterfactual
     n_targets: int = field(default=50, metadata={"help": "Learned facts to make the model forget."})
     batch_facts: int = field(default=50, metadata={"help": "Facts that share a run."})
@@ -96,6 +112,8 @@ class FTraceArguments:
             raise ValueError(f"There is no stage {', '.join(unknown)}; the stages are {', '.join(STAGES)}.")
         if unknown := [name for name in self.trak_features if name not in TRAK_FEATURES]:
             raise ValueError(f"TRAK has no features {', '.join(unknown)}; there are {', '.join(TRAK_FEATURES)}.")
+        if unknown := [name for name in self.trak_members if name not in TRAK_MEMBERS]:
+            raise ValueError(f"TRAK has no members {', '.join(unknown)}; there are {', '.join(TRAK_MEMBERS)}.")
         if not 0 <= self.shard_index < self.num_shards:
             raise ValueError(f"`shard_index` must lie in 0 to {self.num_shards - 1}, but is {self.shard_index}.")
         if self.model == "scratch" and (self.n_corpus_queries is None or self.n_background < 1 or self.pretrain_steps < 1):

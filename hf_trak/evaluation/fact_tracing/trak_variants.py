@@ -1,11 +1,9 @@
-"""TRAK with the choices that are open: what is differentiated, which tokens count, the damping, and whether long gradients weigh more.
-
-Members, masks and candidates are the same for all.
-"""
+"""TRAK with the choices that are open: whose gradients, of what, for which tokens, the damping, and whether long gradients weigh more."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 import torch
@@ -41,6 +39,9 @@ FEATURES = dict(
             Features(parameters=(r"^shared",)),
             Features(parameters=(r"^(?!shared|lm_head)",)),
             Features(answer_only=True),
+            Features(parameters=(r"^shared",), answer_only=True),
+            Features(parameters=(r"^encoder\.",), answer_only=True),
+            Features(parameters=(r"^decoder\.",), answer_only=True),
             Features(reduction="sum"),
         ),
         strict=True,
@@ -53,27 +54,31 @@ def trak_scores(space: Workspace) -> dict[str, np.ndarray]:
     """Return the scores of every variant by its name, (n_train, n_query) each."""
     queries, _ = space.asked
     scores: dict[str, np.ndarray] = {}
-    for name in space.args.trak_features:
-        index = trak_index(space, name, FEATURES[name])
+    for members, name in product(space.args.trak_members, space.args.trak_features):
+        index = trak_index(space, members, name)
         lengths = gradient_norms(index)[:, None]
         for damping in DAMPINGS:
             found = Trak(index, {"damping": damping})(space.abstracts, queries)
-            scores[f"{name}, damping {damping}"] = found
-            scores[f"{name}, damping {damping}, unit rows"] = found / lengths
+            variant = f"{name}, {members}, damping {damping}"
+            scores[variant] = found
+            scores[f"{variant}, unit rows"] = found / lengths
     return scores
 
 
-def trak_index(space: Workspace, name: str, features: Features) -> AttributionIndex:
-    """Return an index of all abstracts under the workspace's members, built once."""
+def trak_index(space: Workspace, members: str, name: str) -> AttributionIndex:
+    """Return an index of all abstracts under runs on halves, or under the full run's checkpoints, built once."""
+    features = FEATURES[name]
     encoder = replace(space.encoder, score_sentinel=not features.answer_only, score_eos=not features.answer_only)
+    halves = members == "halves"
+    folder = "".join(letter if letter.isalnum() else "-" for letter in f"{members} {name}")
     return AttributionIndex.build(
-        space.folder / "index" / "".join(letter if letter.isalnum() else "-" for letter in name),
-        models=[space.checkpoint(space.member(number)) for number in range(space.args.n_members)],
+        space.folder / "index" / folder,
+        models=[space.member_checkpoint(m) for m in range(space.args.n_members)] if halves else space.checkpoints,
         dataset=space.abstracts,
         config=TrakConfig(proj_dim=space.args.proj_dim, parameters=features.parameters),
         processing_class=space.encoder.tokenizer,
         task=fact_task(encoder, reduction=features.reduction),
-        masks=torch.from_numpy(space.masks),
+        masks=torch.from_numpy(space.masks) if halves else None,
         sketch_seeds_per_checkpoint=space.args.sketch_seeds,
     )
 

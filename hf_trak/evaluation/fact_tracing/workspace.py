@@ -12,7 +12,7 @@ report    results.json
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -42,10 +42,14 @@ class Workspace:
     """One evaluation in one folder.
 
     Raises:
-        ValueError: If the folder was begun with other settings.
+        ValueError: If the folder was begun with other settings, or a checkpoint is wanted after the last step.
     """
 
     def __init__(self, args: FTraceArguments, recipe: FineTuning) -> None:
+        if late := [step for step in args.checkpoint_steps if not 0 < step <= recipe.steps]:
+            raise ValueError(
+                f"`checkpoint_steps` must lie in 1 to {recipe.steps}, the steps of fine-tuning, but there is {late}."
+            )
         self.args, self.recipe = args, recipe
         self.folder = Path(args.output)
         self.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -99,9 +103,26 @@ class Workspace:
                 module.p = self.args.dropout
         return model.to(self.device)
 
-    def checkpoint(self, run: str, step: int | None = None) -> Path:
-        """Return where a run's weights lie after a step, by default the last."""
-        return self.folder / "runs" / run / f"step-{step or self.recipe.steps:06d}"
+    def checkpoint(self, step: int | None = None) -> Path:
+        """Return where the full run's weights lie after a step, by default the last."""
+        return self._checkpoint("full", step or self.recipe.steps)
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """The full run's weights that TracIn takes."""
+        return [self.checkpoint(step) for step in self.args.checkpoint_steps]
+
+    def member_checkpoint(self, number: int) -> Path:
+        """Return where a member's weights lie."""
+        return self._checkpoint(self.member(number), self.member_recipe.steps)
+
+    def _checkpoint(self, run: str, step: int) -> Path:
+        return self.folder / "runs" / run / f"step-{step:06d}"
+
+    @property
+    def member_recipe(self) -> FineTuning:
+        """How a member is fine-tuned: on a share of the abstracts in that share of the steps, which is as many passes."""
+        return replace(self.recipe, steps=max(1, round(self.args.alpha * self.recipe.steps)))
 
     def seed_of(self, run: str) -> int:
         """Return the seed of a run, which differs from any other's."""
@@ -146,8 +167,11 @@ class Workspace:
         if self.args.query_slice == "all":
             return np.arange(len(self.queries))
         learned = np.array(read_json(self.folder / "learned.json")["learned"], dtype=np.int64)
-        if len(learned) == 0:
-            raise ValueError("Fine-tuning taught none of the queries; train longer, or with another learning rate.")
+        if len(learned) < 2:  # variants are chosen on one half for the other
+            raise ValueError(
+                f"Fine-tuning taught {len(learned) or 'none'} of the queries, and two are needed; train longer, or with another "
+                "learning rate."
+            )
         return learned
 
     @cached_property
