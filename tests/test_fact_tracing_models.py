@@ -479,6 +479,9 @@ def test_the_command_does_all_of_it_and_goes_on_where_it_was_stopped(tmp_path, c
         rows.to_parquet(str(tmp_path / f"{name}.parquet"))
     flags = [*FLAGS, "--data", str(tmp_path), "--output", str(tmp_path / "out")]
     main([*flags, "--stages", "data", "learn", "members"])
+    main([*flags, "--stages", "rank", "--shard_index", "0", "--num_shards", "2"])
+    with pytest.raises(FileNotFoundError, match="scores lacks Random-Target; EMBED;"):
+        main([*flags, "--stages", "report"])
     main([*flags, "--stages", "rank", "forget", "--shard_index", "1", "--num_shards", "2"])
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.suffix in (".npz", ".safetensors")}
     main(flags)
@@ -500,7 +503,7 @@ def test_the_command_does_all_of_it_and_goes_on_where_it_was_stopped(tmp_path, c
     )
     assert ahead["value"] == pytest.approx(trak["value"] - tracin["value"])
     variants = {row["variant"] for row in ours if row["metric"] == "variant_mrr" and row["method"] == "TRAK"}
-    assert {"answer's tokens, halves, damping auto", "answer's tokens, checkpoints, damping auto"} <= variants
+    assert {"damping auto, answer's tokens, halves", "damping auto, answer's tokens, checkpoints"} <= variants
     assert "another model and corpus" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"other settings:\n.*proj_dim"):
         main([*flags, "--proj_dim", "16"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -36,9 +37,10 @@ class Rankings:
         self.folder = workspace.folder / "scores"
 
     def compute(self) -> None:
-        """Score every abstract for every asked query, by every method and variant that has no scores yet."""
-        for name, method in self._methods().items():
-            path = self.folder / f"{name}.npz"
+        """Score every abstract for every asked query by this shard's methods, if they have no scores yet."""
+        number, n_shards = self.workspace.shard
+        for name, method in list(self._methods().items())[number::n_shards]:
+            path = self._path(name)
             if not path.exists():
                 path.parent.mkdir(exist_ok=True)
                 with timed(self.workspace.folder, f"rank: {name}"):
@@ -57,15 +59,25 @@ class Rankings:
             name = "TracIn, second moments" if moments else "TracIn"
             tracin = TracIn(space.checkpoints, space.encoder, use_second_moments=moments, dim=space.args.tracin_dim)
             methods[name] = partial(_swept, tracin, abstracts, queries)
-        methods["TRAK"] = partial(trak_scores, space)
+        for members, features in product(space.args.trak_members, space.args.trak_features):
+            methods[f"TRAK, {features}, {members}"] = partial(trak_scores, space, features, members)
         return methods
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.npz"
 
     @cached_property
     def scores(self) -> dict[str, Scores]:
-        """All that was computed, by method."""
+        """All that was computed, by method.
+
+        Raises:
+            FileNotFoundError: If some was not.
+        """
         found: dict[str, Scores] = {}
+        if missing := [name for name in self._methods() if not self._path(name).exists()]:
+            raise FileNotFoundError(f"{self.folder} lacks {'; '.join(missing)}. Do the stage `rank`, all shards of it.")
         for name in self._methods():
-            with np.load(self.folder / f"{name}.npz") as file:
+            with np.load(self._path(name)) as file:
                 found.setdefault(name.split(",")[0], {}).update({_label(name, variant): file[variant] for variant in file})
         return found
 

@@ -103,7 +103,9 @@ class FTraceArguments:
     )
     n_seeds: int = field(default=3, metadata={"help": "Runs per removal."})
     # sharing the work
-    shard_index: int = field(default=0, metadata={"help": "Which part of the members and of the retraining runs to do."})
+    shard_index: int = field(
+        default=0, metadata={"help": "Which part of the members, of the rankings and of the retraining runs to do."}
+    )
     num_shards: int = field(default=1, metadata={"help": "Number of parts."})
     device: str | None = field(default=None, metadata={"help": "By default CUDA where there is one."})
 
@@ -144,7 +146,8 @@ SCALES: dict[str, dict[str, Any]] = {
         "checkpoint_steps": [300, 700, 1100],
         "tracin_dim": 1024,
         "proj_dim": 1024,
-        "trak_features": ["all parameters", "embedding", "all but the embedding", "answer's tokens"],
+        "trak_features": ["all parameters", "answer's tokens", "answer's tokens in the encoder"],
+        "trak_members": ["halves", "checkpoints"],
         "n_members": 10,
         "n_targets": 32,
         "batch_facts": 16,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import product
 
 import numpy as np
 import torch
@@ -47,30 +46,28 @@ FEATURES = dict(
         strict=True,
     )
 )
-DAMPINGS: tuple[float | str, ...] = ("auto", 0.1, 10.0)
+DAMPINGS: tuple[float | str, ...] = ("auto", 0.03, 0.3)
 
 
-def trak_scores(space: Workspace) -> dict[str, np.ndarray]:
-    """Return the scores of every variant by its name, (n_train, n_query) each."""
+def trak_scores(space: Workspace, name: str, members: str) -> dict[str, np.ndarray]:
+    """Return the scores of some features under some members by every variant's name, (n_train, n_query) each."""
     queries, _ = space.asked
+    index = trak_index(space, name, members)
+    lengths = gradient_norms(index)[:, None]
     scores: dict[str, np.ndarray] = {}
-    for members, name in product(space.args.trak_members, space.args.trak_features):
-        index = trak_index(space, members, name)
-        lengths = gradient_norms(index)[:, None]
-        for damping in DAMPINGS:
-            found = Trak(index, {"damping": damping})(space.abstracts, queries)
-            variant = f"{name}, {members}, damping {damping}"
-            scores[variant] = found
-            scores[f"{variant}, unit rows"] = found / lengths
+    for damping in DAMPINGS:
+        found = Trak(index, {"damping": damping})(space.abstracts, queries)
+        scores[f"damping {damping}"] = found
+        scores[f"damping {damping}, unit rows"] = found / lengths
     return scores
 
 
-def trak_index(space: Workspace, members: str, name: str) -> AttributionIndex:
+def trak_index(space: Workspace, name: str, members: str) -> AttributionIndex:
     """Return an index of all abstracts under runs on halves, or under the full run's checkpoints, built once."""
     features = FEATURES[name]
     encoder = replace(space.encoder, score_sentinel=not features.answer_only, score_eos=not features.answer_only)
     halves = members == "halves"
-    folder = "".join(letter if letter.isalnum() else "-" for letter in f"{members} {name}")
+    folder = "".join(letter if letter.isalnum() else "-" for letter in f"{name} {members}")
     return AttributionIndex.build(
         space.folder / "index" / folder,
         models=[space.member_checkpoint(m) for m in range(space.args.n_members)] if halves else space.checkpoints,

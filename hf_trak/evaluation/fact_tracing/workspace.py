@@ -58,7 +58,7 @@ class Workspace:
 
     @property
     def shard(self) -> tuple[int, int]:
-        """Which part of the members and of the retraining runs this call does, and of how many."""
+        """Which part of the members, of the rankings and of the retraining runs this call does, and of how many."""
         return self.args.shard_index, self.args.num_shards
 
     # --- texts
