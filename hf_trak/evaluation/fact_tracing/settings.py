@@ -150,7 +150,7 @@ SCALES: dict[str, dict[str, Any]] = {
         "trak_members": ["halves", "checkpoints"],
         "n_members": 10,
         "n_targets": 32,
-        "batch_facts": 16,
+        "batch_facts": 32,
         "removed_by": ["TRAK", "TracIn", "BM25+"],
         "n_seeds": 1,
     },
