@@ -6,7 +6,7 @@ from models import bert, image_batch, resnet9, text_batch
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from hf_trak import AutoTask
-from hf_trak.featurizer import load_model
+from hf_trak.featurizing.featurizer import load_model
 from hf_trak.models import BertWithoutTanhForSequenceClassification, ResNet9Config, ResNet9ForImageClassification
 
 

@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from hf_trak import store
-from hf_trak.member_writer import MemberWriter
-from hf_trak.store import MemberReader, encode_columns, list_differences, read_shard, write_atomically
+from hf_trak.storage import store
+from hf_trak.storage.member_writer import MemberWriter
+from hf_trak.storage.store import MemberReader, encode_columns, list_differences, read_shard, write_atomically
 
 PROJ_DIM = 8
 

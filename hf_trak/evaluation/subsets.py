@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from hf_trak.evaluation.training import Recipe, Rows, outputs_on, save_checkpoint, train
 from hf_trak.hashing import hash_json, random_bits, stream_key
-from hf_trak.store import TEMPORARY, discard, list_differences, read_json, to_table, write_atomically, write_json
+from hf_trak.storage.store import TEMPORARY, discard, list_differences, read_json, to_table, write_atomically, write_json
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hf_trak.store import list_differences, read_json, write_json
+from hf_trak.storage.store import list_differences, read_json, write_json
 
 _LOG = "stages.jsonl"
 _SETTINGS = "ftrace.json"
