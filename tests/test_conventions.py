@@ -28,6 +28,7 @@ FLOORS = {
     "training_args": 2,
     "feature_args": 1,
     "projectors": 1,
+    "sources": 1,
     "storage": 1,
     "tasks": 1,
     "config": 0,
@@ -36,7 +37,6 @@ FLOORS = {
     "members": 0,
     "models": 0,
     "processes": 0,
-    "sources": 0,
 }
 TENSORS_ONLY = [
     "gradients",

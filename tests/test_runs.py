@@ -14,7 +14,7 @@ from models import make_model
 from transformers import EarlyStoppingCallback, HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 
 from hf_trak import AttributionArguments, AttributionCallback, AttributionIndex, AttributionTrainer
-from hf_trak.featurizing.featurizer import load_model
+from hf_trak.sources.checkpoints import load_model
 from hf_trak.training.callback import save_snapshot
 from hf_trak.training.runs import draw_masks, load_masks
 

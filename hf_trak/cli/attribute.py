@@ -144,7 +144,7 @@ def _language_rows(args: AttributeArguments, index: AttributionIndex) -> Languag
     """Return what makes the text of a language model's rows, with the tokenizer of the first checkpoint; None for other tasks."""
     from hf_trak.cli.language_rows import LANGUAGE_TASKS, LanguageRows
     from hf_trak.featurizing.descriptions import recorded_checkpoint
-    from hf_trak.featurizing.featurizer import load_processing_class
+    from hf_trak.sources.checkpoints import load_processing_class
 
     config, place = index.config, index.members[0].info["checkpoint"]
     if config.task not in LANGUAGE_TASKS:

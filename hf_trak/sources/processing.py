@@ -1,11 +1,15 @@
-"""What a tokenizer or image processor does, told by what it makes of a fixed text and a fixed image."""
+"""What a tokenizer or image processor does, told by what it makes of a fixed text and a fixed image, or exactly, by its files."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from hf_trak.hashing import hash_file, hash_json
 
 _TEXT = "Naïve QUEENS paid 1,024.50 dollars, didn't they? 東京 🙂 https://example.org/a_b"
 
@@ -48,3 +52,12 @@ def _describe_pixels(image_processor: Any) -> dict[str, Any]:
         "pixel_mean": round(float(pixels.mean()), 2),
         "pixel_std": round(float(pixels.std()), 2),
     }
+
+
+def hash_processing_class(processing_class: Any) -> str | None:
+    """Return a hash of the files a tokenizer or image processor saves; None for none."""
+    if processing_class is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        processing_class.save_pretrained(folder)
+        return hash_json({path.name: hash_file(path) for path in sorted(Path(folder).rglob("*")) if path.is_file()})

@@ -25,7 +25,7 @@ from hf_trak.evaluation.fact_tracing.small import draw_corpus, small_mt5, texts_
 from hf_trak.evaluation.fact_tracing.stages import timed
 from hf_trak.evaluation.fact_tracing.workspace import Workspace
 from hf_trak.evaluation.training import save_checkpoint
-from hf_trak.featurizing.featurizer import load_model
+from hf_trak.sources.checkpoints import load_model
 from hf_trak.storage.store import write_atomically, write_json
 
 

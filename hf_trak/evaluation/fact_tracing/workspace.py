@@ -30,8 +30,8 @@ from hf_trak.evaluation.fact_tracing.proponents import find_proponents
 from hf_trak.evaluation.fact_tracing.settings import FTraceArguments
 from hf_trak.evaluation.fact_tracing.stages import begin
 from hf_trak.evaluation.subsets import make_masks
-from hf_trak.featurizing.featurizer import load_model, load_processing_class
 from hf_trak.hashing import stream_key
+from hf_trak.sources.checkpoints import load_model, load_processing_class
 from hf_trak.storage.store import read_json
 
 NOT_SHARED = ("output", "results", "stages", "shard_index", "num_shards", "device")
