@@ -14,7 +14,8 @@ from torch import Tensor
 
 from hf_trak.config import TrakConfig
 from hf_trak.featurizing.autocast import in_bfloat16
-from hf_trak.featurizing.batching import Budget, read_rows
+from hf_trak.featurizing.batching import Budget, automatic_budget, read_rows
+from hf_trak.featurizing.fetching import check_finite, fetch
 from hf_trak.gradients import (
     GRADIENTS,
     BatchFeatures,
@@ -38,12 +39,6 @@ if TYPE_CHECKING:
 
 _CHECKED_ROWS = 2
 _BANK_ROWS = 32  # embedded at a time
-
-# On a CPU a token costs the same in batches of up to some 2,048 tokens, and more in larger ones, which leave the cache: MiniLM on
-# QNLI took 74 to 82 CPU ms per row at 512, 1,024 and 2,048 tokens, 86 to 92 at 4,096 and 110 at 8,192; a cap of 32 rows changed
-# nothing (72). The figure for CUDA is a guess at what fills a device, and has not been measured.
-_BUDGETS = {"cpu": Budget(rows=32, tokens=2048), "cuda": Budget(rows=256, tokens=8192)}
-_FUNCTIONAL_BUDGET = Budget(rows=32, tokens=2048)  # the gradients of all its rows exist at once
 
 
 class Featurizer:
@@ -226,9 +221,7 @@ class Featurizer:
     @property
     def budget(self) -> Budget:
         """What a batch of `batch_size="auto"` holds."""
-        if self.config.gradients == "functional":
-            return _FUNCTIONAL_BUDGET
-        return _BUDGETS.get(self.device.type, _BUDGETS["cpu"])
+        return automatic_budget(self.device.type, functional=self.config.gradients == "functional")
 
     def lengths(self, dataset: Dataset) -> list[int] | None:
         """Return the number of tokens of each row; None where all rows are alike."""
@@ -277,16 +270,8 @@ class Featurizer:
         Raises:
             ValueError: If a row's output or gradient is not finite; the message names the rows.
         """
-        features = _to_cpu(self.features(batch))
-        finite = features.features.isfinite().all(1) & features.output.isfinite() & features.out_to_loss.isfinite()
-        if not finite.all():
-            bad = (~finite).nonzero().flatten().tolist()
-            names = [ids[row] for row in bad] if ids is not None else bad
-            raise ValueError(
-                f"The gradients of {len(bad)} examples are not finite: rows {', '.join(map(str, names[:10]))}"
-                f"{', ...' if len(bad) > 10 else ''}. Look for NaN in their inputs or in the model's weights, or overflow in half "
-                "precision. Nothing of this shard was written."
-            )
+        features = fetch(self.features(batch))
+        check_finite(features, ids)
         return features
 
     def encode(self, features: BatchFeatures) -> dict[str, np.ndarray]:
@@ -343,10 +328,3 @@ class Featurizer:
 def _first_of(projector: Projector) -> Projector:
     """The projector itself, or the first of a stack, whose others are of its kind."""
     return projector.projectors[0] if isinstance(projector, StackedProjector) else projector
-
-
-def _to_cpu(features: BatchFeatures) -> BatchFeatures:
-    """Fetch all that a batch gave in one copy: each copy waits for the device."""
-    numbers = torch.stack([features.output, features.out_to_loss], dim=1).to(features.features.dtype)
-    packed = torch.cat([features.features, numbers], dim=1).cpu()
-    return BatchFeatures(packed[:, -2], packed[:, -1], packed[:, :-2])
