@@ -28,8 +28,8 @@ import torch
 
 from hf_trak import AttributionIndex, TrakConfig
 from hf_trak.linalg import accumulate_kernel
+from hf_trak.storage.columns import encode_columns
 from hf_trak.storage.member_writer import MemberWriter
-from hf_trak.storage.store import encode_columns
 
 CHECKED = 20  # queries
 KERNEL_SHARDS = 3

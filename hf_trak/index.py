@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_trak.building.all_passes import build_members, local_folder
 from hf_trak.building.parts import Part, forget_parts, merge_members
 from hf_trak.config import TrakConfig
-from hf_trak.featurizing.descriptions import identity_of, member_folders, recorded_passes
+from hf_trak.featurizing.descriptions import identity_of, recorded_passes
 from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.hub.cards import CURVE_NAME, draw_damping_curve
 from hf_trak.hub.copies import render_card, write_card
@@ -26,7 +26,9 @@ from hf_trak.processes.stopping import terminable
 from hf_trak.querying.questions import Questions
 from hf_trak.querying.recorded_featurizers import QuerySide, featurize_queries
 from hf_trak.scoring.damping import DAMPING_NAME, DampingChoice
-from hf_trak.storage.store import MemberReader, list_differences
+from hf_trak.storage.differences import list_differences
+from hf_trak.storage.layout import member_folders
+from hf_trak.storage.member_reader import MemberReader
 from hf_trak.tasks import Task
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from reference import corrected_scores, trak_scores
 from hf_trak import AttributionIndex, TrakConfig
 from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.linalg import DEFAULT_DAMPING, LARGE_ENSEMBLE, default_damping
+from hf_trak.storage.member_reader import MemberReader
 from hf_trak.storage.member_writer import MemberWriter
-from hf_trak.storage.store import MemberReader
 
 CONFIG = TrakConfig(proj_dim=32)
 TRAIN, QUERIES = token_rows(50), token_rows(6, seed=1)

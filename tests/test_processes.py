@@ -25,10 +25,10 @@ from hf_trak.cli.main import main
 from hf_trak.featurizing.placement import check_whole
 from hf_trak.processes.group import Processes, _Watch, share
 from hf_trak.processes.launchers import current_processes, warn_of_lone_process
+from hf_trak.storage.columns import encode_columns
 from hf_trak.storage.kernel_sums import keep_stretch, kernel_of, stretches
 from hf_trak.storage.member_writer import MemberWriter
 from hf_trak.storage.passes import PassWriter
-from hf_trak.storage.store import encode_columns
 
 N_TRAIN, SHARD_ROWS = 50, 12  # five shards, the last of two rows
 TESTS, WORKER = Path(__file__).parent, Path(__file__).parent / "process_worker.py"

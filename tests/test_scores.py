@@ -19,8 +19,8 @@ from hf_trak import AttributionIndex, TrakConfig
 from hf_trak.scoring.ensemble import ScoreOptions, solve_all
 from hf_trak.scoring.memory import DEFAULT_MEMORY, ScoringMemory, parse_memory
 from hf_trak.scoring.scorer import Scorer
+from hf_trak.storage.columns import encode_columns
 from hf_trak.storage.shard_blocks import block_size, member_blocks, read_blocks
-from hf_trak.storage.store import encode_columns
 
 N, PROJ_DIM, N_QUERY = 300, 24, 7
 MEMBERS = [draw(N, PROJ_DIM, seed=seed) for seed in range(2)]

@@ -15,12 +15,12 @@ from torch import Tensor
 from hf_trak.building.one_pass import build_part_of_pass, build_pass
 from hf_trak.building.parts import Part, forget_parts, remember_parts
 from hf_trak.config import CONFIG_NAME, TrakConfig
-from hf_trak.featurizing.descriptions import member_folders
 from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.featurizing.placement import check_whole
 from hf_trak.members import lay_out_passes
 from hf_trak.processes.group import Processes
-from hf_trak.storage.store import TEMPORARY, discard, write_folder, write_json, write_json_once
+from hf_trak.storage.files import TEMPORARY, discard, write_folder, write_json, write_json_once
+from hf_trak.storage.layout import member_folders
 from hf_trak.tasks import draw_rows, needs_bank
 
 if TYPE_CHECKING:

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hf_trak.config import TrakConfig
-from hf_trak.featurizing.descriptions import member_folders
 from hf_trak.processes.group import share
+from hf_trak.storage.files import read_json, write_json_once
 from hf_trak.storage.kernel_sums import kernel_of
+from hf_trak.storage.layout import MEMBER_NAME, PROGRESS, member_folders
 from hf_trak.storage.member_writer import MemberWriter
-from hf_trak.storage.store import MEMBER_NAME, PROGRESS, read_json, write_json_once
 
 T = TypeVar("T")
 

@@ -15,18 +15,10 @@ from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.members import Pass
 from hf_trak.sources.processing import describe_processing
 from hf_trak.sources.training_sets import describe_source
-from hf_trak.storage.store import MemberReader
+from hf_trak.storage.member_reader import MemberReader
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-
-def member_folders(folder: Path) -> list[Path]:
-    """Return member_0, member_1, ... as far as they go."""
-    folders: list[Path] = []
-    while (folder / f"member_{len(folders)}").exists():
-        folders.append(folder / f"member_{len(folders)}")
-    return folders
 
 
 def identity_of(config: TrakConfig) -> dict[str, Any]:

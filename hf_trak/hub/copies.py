@@ -14,7 +14,9 @@ from hf_trak.hub.cards import CURVE_NAME, merge_card, render_index_card
 from hf_trak.hub.upload import Upload, repository_exists
 from hf_trak.scoring.damping import DAMPING_NAME, DampingChoice
 from hf_trak.sources.training_sets import licence_in, licence_of_source
-from hf_trak.storage.store import MEMBER_NAME, MemberReader, write_atomically, write_json
+from hf_trak.storage.files import write_atomically, write_json
+from hf_trak.storage.layout import MEMBER_NAME
+from hf_trak.storage.member_reader import MemberReader
 
 
 def copy_index(folder: Path, target: Path, config: TrakConfig, members: Sequence[MemberReader], *, overwrite: bool) -> None:

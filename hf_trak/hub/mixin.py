@@ -10,7 +10,7 @@ from hf_trak.config import TrakConfig
 from hf_trak.hub.copies import copy_index, push_index
 from hf_trak.hub.download import HubIndex
 from hf_trak.hub.upload import is_main_process
-from hf_trak.storage.store import MemberReader
+from hf_trak.storage.member_reader import MemberReader
 from hf_trak.tasks import Task
 
 if TYPE_CHECKING:

@@ -22,8 +22,8 @@ from hf_trak.scoring.damping import DampingChoice, choose_damping
 from hf_trak.scoring.ensemble import ScoreOptions, SolvedQueries, check_residuals, default_power, self_influence, solve_all
 from hf_trak.scoring.scorer import Scorer, check_top_k, to_hits
 from hf_trak.scoring.search_index import SearchIndex, describe
+from hf_trak.storage.member_reader import MemberReader
 from hf_trak.storage.passes import columns_of
-from hf_trak.storage.store import MemberReader
 
 if TYPE_CHECKING:
     from datasets import Dataset

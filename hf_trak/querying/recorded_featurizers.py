@@ -15,8 +15,9 @@ from hf_trak.featurizing.featurize import featurize_rows
 from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.members import Pass
 from hf_trak.sources.processing import describe_processing
+from hf_trak.storage.differences import list_differences
+from hf_trak.storage.member_reader import MemberReader
 from hf_trak.storage.passes import encode_pass
-from hf_trak.storage.store import MemberReader, list_differences
 from hf_trak.tasks import Bank, Task, in_direction
 
 if TYPE_CHECKING:

@@ -25,7 +25,8 @@ from torch import Tensor
 from hf_trak.hashing import hash_json, random_bits, stream_key
 from hf_trak.linalg import factor, solve
 from hf_trak.scoring.blocks import weigh
-from hf_trak.storage.store import MemberReader, read_json, write_json
+from hf_trak.storage.files import read_json, write_json
+from hf_trak.storage.member_reader import MemberReader
 
 DAMPING_NAME = "damping.json"
 GRID = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)

@@ -14,8 +14,9 @@ from hf_trak.linalg import accumulate_kernel, factor
 from hf_trak.linalg import leverage as leverage_of
 from hf_trak.processes.ahead import ahead, one_thread
 from hf_trak.scoring.blocks import MemberBlock, precondition, residual_weights, score_blocks
+from hf_trak.storage.columns import Shard
+from hf_trak.storage.member_reader import MemberReader
 from hf_trak.storage.shard_blocks import aligned_blocks, member_blocks
-from hf_trak.storage.store import MemberReader, Shard
 
 
 @dataclass(frozen=True)

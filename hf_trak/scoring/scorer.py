@@ -18,8 +18,8 @@ from hf_trak.scoring.blocks import TopK, merge_top_k, soft_threshold_top_k, top_
 from hf_trak.scoring.ensemble import ScoreOptions, SolvedQueries, stream_scores
 from hf_trak.scoring.matrix import allocate, check_keep, soft_threshold_in_place
 from hf_trak.scoring.memory import ScoringMemory, parse_memory
+from hf_trak.storage.member_reader import MemberReader
 from hf_trak.storage.shard_blocks import block_size
-from hf_trak.storage.store import MemberReader
 
 if TYPE_CHECKING:
     from datasets import Dataset

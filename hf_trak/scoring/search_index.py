@@ -23,8 +23,10 @@ from tqdm.auto import tqdm
 from hf_trak.hashing import hash_json
 from hf_trak.scoring.blocks import TopK, weigh
 from hf_trak.scoring.ensemble import ScoreOptions, SolvedQueries
+from hf_trak.storage.differences import list_differences
+from hf_trak.storage.files import read_json, write_atomically, write_json
+from hf_trak.storage.member_reader import MemberReader
 from hf_trak.storage.shard_blocks import aligned_blocks
-from hf_trak.storage.store import MemberReader, list_differences, read_json, write_atomically, write_json
 
 if TYPE_CHECKING:
     from datasets import Dataset

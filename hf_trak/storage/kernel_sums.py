@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from hf_trak.linalg import accumulate_kernel
+from hf_trak.storage.files import write_atomically
 from hf_trak.storage.member_writer import MemberWriter
-from hf_trak.storage.store import write_atomically
 
 _SHARDS = 64  # of a stretch at least
 _STRETCHES = 64  # at most: each that is kept takes proj_dim² · 8 bytes until the member is finished

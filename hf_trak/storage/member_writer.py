@@ -15,26 +15,20 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from hf_trak.hashing import hash_file
-from hf_trak.storage.store import (
-    BANK_NAME,
-    KERNEL_NAME,
-    MASK_NAME,
-    MEMBER_NAME,
-    PROGRESS,
+from hf_trak.storage.columns import Shard, read_shard, to_table
+from hf_trak.storage.differences import list_differences
+from hf_trak.storage.files import (
     TEMPORARY,
-    Shard,
     discard,
-    list_differences,
     read_json,
-    read_shard,
     remove_leftovers,
-    to_table,
     write_atomically,
     write_folder,
     write_json,
     write_json_once,
     write_once,
 )
+from hf_trak.storage.layout import BANK_NAME, KERNEL_NAME, MASK_NAME, MEMBER_NAME, PROGRESS
 
 _ROW_GROUP_BYTES = 12 << 20
 _IDENTITY = "identity.json"

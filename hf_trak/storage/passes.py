@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
+from hf_trak.storage.columns import encode_columns
 from hf_trak.storage.member_writer import MemberWriter
-from hf_trak.storage.store import encode_columns
 
 
 def encode_pass(

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from hf_trak.storage.store import MemberReader, Shard
+from hf_trak.storage.columns import Shard
+from hf_trak.storage.member_reader import MemberReader
 
 _COLUMNS = ("example_id", "trak_features", "trak_scale", "trak_out_to_loss", "trak_output")
 

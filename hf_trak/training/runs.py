@@ -16,7 +16,8 @@ from torch import Tensor
 
 from hf_trak.hashing import hash_json, random_bits, stream_key
 from hf_trak.members import Members
-from hf_trak.storage.store import list_differences, read_json, write_atomically, write_json
+from hf_trak.storage.differences import list_differences
+from hf_trak.storage.files import read_json, write_atomically, write_json
 from hf_trak.training_args import AttributionArguments
 
 _RECORD = "run.json"

@@ -26,7 +26,7 @@ from hf_trak.evaluation.fact_tracing.stages import timed
 from hf_trak.evaluation.fact_tracing.workspace import Workspace
 from hf_trak.evaluation.training import save_checkpoint
 from hf_trak.sources.checkpoints import load_model
-from hf_trak.storage.store import write_atomically, write_json
+from hf_trak.storage.files import write_atomically, write_json
 
 
 def run_ftrace(args: FTraceArguments, recipe: FineTuning) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from hf_trak.evaluation.fact_tracing.stages import begin
 from hf_trak.evaluation.subsets import make_masks
 from hf_trak.hashing import stream_key
 from hf_trak.sources.checkpoints import load_model, load_processing_class
-from hf_trak.storage.store import read_json
+from hf_trak.storage.files import read_json
 
 NOT_SHARED = ("output", "results", "stages", "shard_index", "num_shards", "device")
 """Flags that may differ from call to call in one folder."""
