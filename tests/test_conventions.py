@@ -47,6 +47,8 @@ TENSORS_ONLY = [
     "scoring/damping.py",
     "scoring/ensemble.py",
     "scoring/matrix.py",
+    "scoring/thresholds.py",
+    "scoring/top_k.py",
 ]
 
 

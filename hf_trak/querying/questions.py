@@ -17,11 +17,11 @@ from hf_trak.linalg import damped, default_damping
 from hf_trak.members import Pass
 from hf_trak.querying.given_features import mean_output, read_query_features
 from hf_trak.querying.recorded_featurizers import QuerySide, featurize_queries
-from hf_trak.scoring.blocks import TopK
 from hf_trak.scoring.damping import DampingChoice, choose_damping
 from hf_trak.scoring.ensemble import ScoreOptions, SolvedQueries, check_residuals, default_power, self_influence, solve_all
 from hf_trak.scoring.scorer import Scorer, check_top_k, to_hits
 from hf_trak.scoring.search_index import SearchIndex, describe
+from hf_trak.scoring.top_k import TopK
 from hf_trak.storage.member_reader import MemberReader
 from hf_trak.storage.passes import columns_of
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hf_trak.scoring.blocks import soft_threshold
+from hf_trak.scoring.thresholds import soft_threshold
 
 _IN_MEMORY_BYTES = 1 << 30  # larger matrices are memory-mapped
 

@@ -14,10 +14,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_trak.processes.gathering import gather, rank_and_size, share_of, wait_for_all
-from hf_trak.scoring.blocks import TopK, merge_top_k, soft_threshold_top_k, top_k
 from hf_trak.scoring.ensemble import ScoreOptions, SolvedQueries, stream_scores
 from hf_trak.scoring.matrix import allocate, check_keep, soft_threshold_in_place
 from hf_trak.scoring.memory import ScoringMemory, parse_memory
+from hf_trak.scoring.thresholds import soft_threshold_top_k
+from hf_trak.scoring.top_k import TopK, merge_top_k, top_k
 from hf_trak.storage.member_reader import MemberReader
 from hf_trak.storage.shard_blocks import block_size
 

@@ -21,8 +21,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_trak.hashing import hash_json
-from hf_trak.scoring.blocks import TopK, weigh
+from hf_trak.scoring.blocks import weigh
 from hf_trak.scoring.ensemble import ScoreOptions, SolvedQueries
+from hf_trak.scoring.top_k import TopK
 from hf_trak.storage.differences import list_differences
 from hf_trak.storage.files import read_json, write_atomically, write_json
 from hf_trak.storage.member_reader import MemberReader
