@@ -16,12 +16,12 @@ import torch
 from datasets import Dataset
 
 from hf_trak import AttributionIndex, TrakConfig
-from hf_trak.damping import choose_damping
-from hf_trak.ensemble import ScoreOptions, default_power, solve_queries, stream_scores
 from hf_trak.evaluation import GroundTruth, ground_truth_from, predicted_outputs, spearman
 from hf_trak.evaluation.lds import percentile_interval
 from hf_trak.hashing import hash_json
 from hf_trak.linalg import default_damping
+from hf_trak.scoring.damping import choose_damping
+from hf_trak.scoring.ensemble import ScoreOptions, default_power, solve_queries, stream_scores
 
 POWER = default_power("text-classification")
 

@@ -12,22 +12,22 @@ __version__ = "0.1.0"
 
 _CONTENTS = {
     "AttributionArguments": "hf_trak.training_args",
-    "AttributionCallback": "hf_trak.callback",
+    "AttributionCallback": "hf_trak.training.callback",
     "AttributionIndex": "hf_trak.index",
     "AttributionTrainer": "hf_trak.trainer",
     "AutoTask": "hf_trak.tasks",
-    "Featurizer": "hf_trak.featurizer",
+    "Featurizer": "hf_trak.featurizing.featurizer",
     "Task": "hf_trak.tasks",
     "TrakConfig": "hf_trak.config",
 }
 
 if TYPE_CHECKING:
-    from hf_trak.callback import AttributionCallback
     from hf_trak.config import TrakConfig
-    from hf_trak.featurizer import Featurizer
+    from hf_trak.featurizing.featurizer import Featurizer
     from hf_trak.index import AttributionIndex
     from hf_trak.tasks import AutoTask, Task
     from hf_trak.trainer import AttributionTrainer
+    from hf_trak.training.callback import AttributionCallback
     from hf_trak.training_args import AttributionArguments
 
 __all__ = [

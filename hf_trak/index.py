@@ -11,22 +11,24 @@ import numpy as np
 from jaxtyping import Bool
 from torch import Tensor
 
-from hf_trak.build import identity_of, member_folders, recorded_passes
-from hf_trak.building import build_members, local_folder
-from hf_trak.cards import CURVE_NAME, draw_damping_curve
+from hf_trak.building.all_passes import build_members, local_folder
+from hf_trak.building.parts import Part, forget_parts, merge_members
 from hf_trak.config import TrakConfig
-from hf_trak.copies import render_card, write_card
-from hf_trak.damping import DAMPING_NAME, DampingChoice
-from hf_trak.featurizer import Featurizer
-from hf_trak.hub import HubIndex
-from hf_trak.hub_mixin import HubMixin
-from hf_trak.launchers import current_processes, launched_processes
-from hf_trak.parts import Part, forget_parts, merge_members
-from hf_trak.processes import Processes
-from hf_trak.query_side import QuerySide, featurize_queries
-from hf_trak.questions import Questions
-from hf_trak.stopping import terminable
-from hf_trak.store import MemberReader, list_differences
+from hf_trak.featurizing.descriptions import identity_of, recorded_passes
+from hf_trak.featurizing.featurizer import Featurizer
+from hf_trak.hub.cards import CURVE_NAME, draw_damping_curve
+from hf_trak.hub.copies import render_card, write_card
+from hf_trak.hub.download import HubIndex
+from hf_trak.hub.mixin import HubMixin
+from hf_trak.processes.group import Processes
+from hf_trak.processes.launchers import current_processes, launched_processes
+from hf_trak.processes.stopping import terminable
+from hf_trak.querying.questions import Questions
+from hf_trak.querying.recorded_featurizers import QuerySide, featurize_queries
+from hf_trak.scoring.damping import DAMPING_NAME, DampingChoice
+from hf_trak.storage.differences import list_differences
+from hf_trak.storage.layout import member_folders
+from hf_trak.storage.member_reader import MemberReader
 from hf_trak.tasks import Task
 
 if TYPE_CHECKING:

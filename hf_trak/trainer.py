@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import TrainOutput
 
-from hf_trak.callback import MEMBERS_FOLDER, AttributionCallback
-from hf_trak.cards import render_model_section
 from hf_trak.config import TrakConfig
+from hf_trak.hub.cards import render_model_section
 from hf_trak.index import AttributionIndex
-from hf_trak.more_runs import MoreRuns
-from hf_trak.runs import RunRecord, describe_run, load_masks
 from hf_trak.tasks import AutoTask, PairCollator, TaskCollator, is_dual_encoder, is_language_model
+from hf_trak.training.callback import MEMBERS_FOLDER, AttributionCallback
+from hf_trak.training.more_runs import MoreRuns
+from hf_trak.training.runs import RunRecord, describe_run, load_masks
 from hf_trak.training_args import AttributionArguments
 
 if TYPE_CHECKING:

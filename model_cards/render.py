@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
-from hf_trak.cards import show_number, show_result
+from hf_trak.hub.cards import show_number, show_result
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent

@@ -13,9 +13,9 @@ from datasets_for_tests import save_model, token_rows
 from huggingface_hub import DatasetCard, ModelCard
 
 from hf_trak import AttributionIndex, TrakConfig
-from hf_trak.cards import BEGIN, END, index_metadata, merge_card, render_index_card, show_bytes
 from hf_trak.cli.main import main
-from hf_trak.damping import DampingChoice
+from hf_trak.hub.cards import BEGIN, END, index_metadata, merge_card, render_index_card, show_bytes
+from hf_trak.scoring.damping import DampingChoice
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -280,5 +280,5 @@ def test_committed_cards_are_valid_and_complete(path):
 
 def test_templates_are_installed_with_the_package():
     project = (ROOT / "pyproject.toml").read_text()
-    assert '"templates/*"' in project
+    assert '"hub/templates/*"' in project
     assert yaml.safe_load((ROOT / "model_cards" / "experiments.yaml").read_text())

@@ -11,9 +11,10 @@ import torch
 from test_featurize import PROJ_DIM, CountingFeaturizer, values
 from test_store import make_columns
 
-from hf_trak.featurize import featurize
-from hf_trak.member_writer import MemberWriter
-from hf_trak.store import BANK_NAME, remove_leftovers, write_atomically, write_json_once
+from hf_trak.featurizing.featurize import featurize
+from hf_trak.storage.files import remove_leftovers, write_atomically, write_json_once
+from hf_trak.storage.layout import BANK_NAME
+from hf_trak.storage.member_writer import MemberWriter
 
 
 def mount(*arguments: str | Path) -> None:
@@ -127,7 +128,7 @@ def test_a_folder_of_somebody_else_is_said(tmp_path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 def test_a_device_that_is_always_full_is_a_full_disk(tmp_path, monkeypatch):
     """For users who may not mount: the temporary file's name leads to a device that takes nothing."""
-    monkeypatch.setattr("hf_trak.store._host", lambda: "here")
+    monkeypatch.setattr("hf_trak.storage.files._host", lambda: "here")
     (tmp_path / f".x.json.here.{os.getpid()}.tmp").symlink_to("/dev/full")
     with pytest.raises(OSError, match="The disk is full: .*x.json was not written"):
         write_atomically(tmp_path / "x.json", lambda temporary: temporary.write_text("x" * 10_000))
@@ -154,7 +155,7 @@ def test_a_file_system_without_hard_links_will_do(tmp_path, monkeypatch):
     def no_links(*_):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr("hf_trak.store.os.link", no_links)
+    monkeypatch.setattr("hf_trak.storage.files.os.link", no_links)
     assert write_json_once(tmp_path / "a.json", {"n": 1})
     assert not write_json_once(tmp_path / "a.json", {"n": 2})
     assert (tmp_path / "a.json").read_text() == '{\n  "n": 1\n}\n'
@@ -162,7 +163,7 @@ def test_a_file_system_without_hard_links_will_do(tmp_path, monkeypatch):
 
 
 def test_temporary_files_of_running_processes_are_left_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_trak.store._host", lambda: "here")
+    monkeypatch.setattr("hf_trak.storage.files._host", lambda: "here")
     running, gone = os.getppid(), subprocess.Popen(["true"])
     gone.wait()
     names = {

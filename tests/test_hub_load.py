@@ -26,8 +26,8 @@ from hub_for_tests import (
 )
 
 from hf_trak import AttributionIndex
-from hf_trak.damping import DampingChoice, hash_members
-from hf_trak.runs import draw_masks
+from hf_trak.scoring.damping import DampingChoice, hash_members
+from hf_trak.training.runs import draw_masks
 
 pytest_plugins = ["hub_fixtures"]
 

@@ -6,8 +6,8 @@ from models import bert, image_batch, resnet9, text_batch
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from hf_trak import AutoTask
-from hf_trak.featurizer import load_model
 from hf_trak.models import BertWithoutTanhForSequenceClassification, ResNet9Config, ResNet9ForImageClassification
+from hf_trak.sources.checkpoints import load_model
 
 
 def test_resnet9_at_the_papers_width_has_the_papers_size():

@@ -7,7 +7,7 @@ import torch
 from datasets_for_tests import save_model, token_rows
 
 from hf_trak import AttributionIndex, TrakConfig
-from hf_trak.featurizer import load_model
+from hf_trak.sources.checkpoints import load_model
 
 MODELING = """
 from pathlib import Path

@@ -14,9 +14,9 @@ from models import make_model
 from transformers import EarlyStoppingCallback, HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 
 from hf_trak import AttributionArguments, AttributionCallback, AttributionIndex, AttributionTrainer
-from hf_trak.callback import save_snapshot
-from hf_trak.featurizer import load_model
-from hf_trak.runs import draw_masks, load_masks
+from hf_trak.sources.checkpoints import load_model
+from hf_trak.training.callback import save_snapshot
+from hf_trak.training.runs import draw_masks, load_masks
 
 TRAIN, VALIDATION = token_rows(40), token_rows(8, seed=1)
 OPTIONS = {

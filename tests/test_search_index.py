@@ -67,7 +67,7 @@ def test_a_kept_search_index_is_read_again_and_must_be_of_the_same_features(inde
     index.add_search_index(file=file, progress=False)
     expected = ask(index, exact=False)[:]
     with monkeypatch.context() as patch:
-        patch.setattr("hf_trak.search_index.write_vectors", lambda *_: pytest.fail("built again"))
+        patch.setattr("hf_trak.scoring.search_index.write_vectors", lambda *_: pytest.fail("built again"))
         index.add_search_index(file=file, progress=False)
     assert ask(index, exact=False)[:] == expected
     with pytest.raises(

@@ -19,7 +19,7 @@ from PIL import Image as PILImage
 from hf_trak.evaluation import Recipe, Setting, ground_truth_from, make_masks, prepare
 from hf_trak.evaluation.settings import center_crop, random_crop
 from hf_trak.evaluation.training import outputs_on, train
-from hf_trak.featurizer import load_model
+from hf_trak.sources.checkpoints import load_model
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train_subsets.py"
 CONFIGS = sorted(path for path in (SCRIPT.parent / "configs").glob("*.yaml") if not path.stem.startswith(("ftrace", "clip")))

@@ -8,9 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from hf_trak import store
-from hf_trak.member_writer import MemberWriter
-from hf_trak.store import MemberReader, encode_columns, list_differences, read_shard, write_atomically
+from hf_trak.storage import files
+from hf_trak.storage.columns import encode_columns, read_shard
+from hf_trak.storage.differences import list_differences
+from hf_trak.storage.files import write_atomically
+from hf_trak.storage.member_reader import MemberReader
+from hf_trak.storage.member_writer import MemberWriter
 
 PROJ_DIM = 8
 
@@ -150,7 +153,7 @@ def test_overwriting_killed_halfway_leaves_the_old_member_or_none(tmp_path, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(store.shutil, "rmtree", lambda path, ignore_errors=False: None if ignore_errors else killed())
+        patch.setattr(files.shutil, "rmtree", lambda path, ignore_errors=False: None if ignore_errors else killed())
         with pytest.raises(KeyboardInterrupt):
             MemberWriter(tmp_path / "m", identity={"seed": 1}, n_rows=10, shard_rows=4, overwrite=True)
     assert MemberWriter(tmp_path / "m", identity={"seed": 1}, n_rows=10, shard_rows=4).missing() == [0, 1, 2]
@@ -217,7 +220,7 @@ def test_a_full_disk_leaves_what_was_there_and_says_so(tmp_path, monkeypatch):
     def no_space(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(store.os, "fsync", no_space)
+    monkeypatch.setattr(files.os, "fsync", no_space)
     with pytest.raises(OSError, match="The disk is full.*What was finished is kept"):
         write_atomically(path, lambda temporary: temporary.write_text("new"))
     assert path.read_text() == "old"

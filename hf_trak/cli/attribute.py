@@ -83,10 +83,10 @@ def run(args: AttributeArguments) -> None:
     from hf_trak.cli.examples import ExampleReader, read_attributions
     from hf_trak.cli.quiet import hush
     from hf_trak.cli.report import save_report, table
-    from hf_trak.gathering import rank_and_size
     from hf_trak.index import AttributionIndex
-    from hf_trak.launchers import current_processes
-    from hf_trak.memory import parse_memory
+    from hf_trak.processes.gathering import rank_and_size
+    from hf_trak.processes.launchers import current_processes
+    from hf_trak.scoring.memory import parse_memory
 
     hush()
     parse_memory(args.max_memory)
@@ -142,9 +142,9 @@ def _check_targets(args: AttributeArguments, output: Path) -> None:
 
 def _language_rows(args: AttributeArguments, index: AttributionIndex) -> LanguageRows | None:
     """Return what makes the text of a language model's rows, with the tokenizer of the first checkpoint; None for other tasks."""
-    from hf_trak.build import recorded_checkpoint
     from hf_trak.cli.language_rows import LANGUAGE_TASKS, LanguageRows
-    from hf_trak.featurizer import load_processing_class
+    from hf_trak.featurizing.descriptions import recorded_checkpoint
+    from hf_trak.sources.checkpoints import load_processing_class
 
     config, place = index.config, index.members[0].info["checkpoint"]
     if config.task not in LANGUAGE_TASKS:

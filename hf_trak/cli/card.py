@@ -50,10 +50,10 @@ def run(args: CardArguments) -> None:
         raise ValueError(f"{output} exists. Choose another place, or pass --overwrite: what its owner wrote into it stays.")
     rows = [row for path in args.results or [] for row in _rows_of(Path(path))]
 
-    from hf_trak.cards import merge_card
-    from hf_trak.copies import find_licence, render_card
+    from hf_trak.hub.cards import merge_card
+    from hf_trak.hub.copies import find_licence, render_card
     from hf_trak.index import AttributionIndex
-    from hf_trak.store import write_atomically
+    from hf_trak.storage.files import write_atomically
 
     index = AttributionIndex.from_pretrained(args.index)
     licence: Mapping[str, Any] = {"license": args.license}
@@ -76,7 +76,7 @@ def _rows_of(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: If it is none.
     """
-    from hf_trak.store import read_json
+    from hf_trak.storage.files import read_json
 
     if not path.is_file():
         raise FileNotFoundError(f"--results: there is no file {path}.")

@@ -72,7 +72,7 @@ def digits(seed: int) -> DemoData:
 
 def own_data(args: DemoArguments) -> DemoData:
     """Load the user's model with its tokenizer or image processor, and the two splits."""
-    from hf_trak.featurizer import load_model, load_processing_class
+    from hf_trak.sources.checkpoints import load_model, load_processing_class
 
     assert args.model is not None
     assert args.dataset is not None

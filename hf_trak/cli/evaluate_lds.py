@@ -219,8 +219,8 @@ def rows_of(case: str, found: dict[str, LDS], truth: GroundTruth, reliability: R
 def _write(args: LDSArguments, arguments: Sequence[str], rows: list[dict[str, Any]]) -> None:
     import torch
 
-    from hf_trak.build import hardware_name, library_versions
     from hf_trak.cli.results import results_of, write_results
+    from hf_trak.featurizing.descriptions import hardware_name, library_versions
 
     assert args.output is not None
     hardware = hardware_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))

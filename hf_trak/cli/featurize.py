@@ -70,7 +70,7 @@ def run(args: FeaturizeArguments, features: FeatureArguments, given: Sequence[st
     from hf_trak.cli.data import load_rows
     from hf_trak.cli.quiet import hush
     from hf_trak.index import AttributionIndex
-    from hf_trak.launchers import current_processes, warn_of_lone_process
+    from hf_trak.processes.launchers import current_processes, warn_of_lone_process
 
     hush()
     if args.shard_index is None and (warning := warn_of_lone_process()):

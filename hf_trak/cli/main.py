@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from hf_trak import __version__
-from hf_trak.stopping import Terminated
+from hf_trak.processes.stopping import Terminated
 
 COMMANDS = {
     "demo": "train a small classifier with mislabeled examples, and find them; or try your own model and dataset",

@@ -13,7 +13,7 @@ import torch
 
 from hf_trak.evaluation.training import Recipe, Rows, RowsInMemory, RowsOnDemand, save_checkpoint, train
 from hf_trak.hashing import hash_tensors
-from hf_trak.store import write_atomically
+from hf_trak.storage.files import write_atomically
 from hf_trak.tasks import AutoTask, Task
 
 if TYPE_CHECKING:

@@ -30,7 +30,9 @@ from tqdm.auto import tqdm
 
 from hf_trak.evaluation.training import Recipe, Rows, outputs_on, save_checkpoint, train
 from hf_trak.hashing import hash_json, random_bits, stream_key
-from hf_trak.store import TEMPORARY, discard, list_differences, read_json, to_table, write_atomically, write_json
+from hf_trak.storage.columns import to_table
+from hf_trak.storage.differences import list_differences
+from hf_trak.storage.files import TEMPORARY, discard, read_json, write_atomically, write_json
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from hf_trak.hashing import hash_tensors
-from hf_trak.store import TEMPORARY
+from hf_trak.storage.files import TEMPORARY
 
 if TYPE_CHECKING:
     from datasets import Dataset

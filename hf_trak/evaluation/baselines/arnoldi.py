@@ -24,7 +24,7 @@ from torch import Tensor
 from hf_trak.evaluation.baselines.base import Checkpoints, Columns, check_scores, project_gradients
 from hf_trak.evaluation.baselines.gradient import GradientOf, directions
 from hf_trak.evaluation.baselines.hessian import EigenPairs, arnoldi, loss_hessian
-from hf_trak.featurizer import Featurizer
+from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.projectors import Projector
 
 

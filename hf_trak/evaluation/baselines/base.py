@@ -14,10 +14,10 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_trak.batching import BatchSize, ShardBatches
 from hf_trak.config import TrakConfig
-from hf_trak.featurize import featurize_rows
-from hf_trak.featurizer import Featurizer
+from hf_trak.featurizing.batching import BatchSize, ShardBatches
+from hf_trak.featurizing.featurize import featurize_rows
+from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.gradients import GRADIENTS, BatchFeatures
 from hf_trak.projectors import Projector
 from hf_trak.tasks import Task, minus_loss, needs_bank, vmappable_attention

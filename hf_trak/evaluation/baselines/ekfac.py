@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from hf_trak.evaluation.baselines.base import Checkpoints, check_scores
 from hf_trak.evaluation.baselines.losses import classification_loss, loss_of
-from hf_trak.featurizer import Featurizer
+from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.tasks import Task
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
 from hf_trak.evaluation.baselines.losses import loss_of
-from hf_trak.featurizer import Featurizer
+from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.gradients.batch import evaluation_mode
 from hf_trak.tasks import vmappable_attention
 

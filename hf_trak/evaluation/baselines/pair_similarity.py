@@ -18,7 +18,7 @@ from datasets import Dataset
 from jaxtyping import Float64
 
 from hf_trak.evaluation.baselines.base import Checkpoints, check_scores, similarity
-from hf_trak.featurizer import Featurizer
+from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.gradients.batch import evaluation_mode
 from hf_trak.tasks import needs_bank
 

@@ -19,7 +19,7 @@ from jaxtyping import Float, Float32, Float64
 from torch import Tensor, nn
 
 from hf_trak.evaluation.baselines.base import Checkpoints, check_scores, similarity
-from hf_trak.featurizer import Featurizer
+from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.gradients.batch import evaluation_mode
 from hf_trak.tasks import needs_bank
 

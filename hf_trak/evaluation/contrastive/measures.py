@@ -20,7 +20,7 @@ from hf_trak.evaluation.counterfactual import (
 )
 from hf_trak.evaluation.lds import ground_truth_reliability, lds
 from hf_trak.evaluation.subsets import make_masks
-from hf_trak.store import read_json, write_json
+from hf_trak.storage.files import read_json, write_json
 
 
 class GroundTruth:

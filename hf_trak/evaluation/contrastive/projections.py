@@ -26,7 +26,7 @@ from hf_trak.config import TrakConfig
 from hf_trak.evaluation.contrastive.data import load_pairs
 from hf_trak.evaluation.contrastive.settings import ContrastiveArguments
 from hf_trak.evaluation.contrastive.trained import describe_case, is_kept, make_optimizer
-from hf_trak.store import write_atomically
+from hf_trak.storage.files import write_atomically
 from hf_trak.tasks import Task
 from hf_trak.tasks.bank import pair_keys
 from hf_trak.tasks.contrastive import ContrastiveOutput

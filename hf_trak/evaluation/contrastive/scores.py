@@ -16,7 +16,7 @@ from hf_trak.evaluation.baselines import PairSimilarity, TracInCP
 from hf_trak.evaluation.contrastive.settings import ContrastiveArguments
 from hf_trak.evaluation.contrastive.workspace import Workspace
 from hf_trak.evaluation.subsets import make_masks
-from hf_trak.store import write_atomically
+from hf_trak.storage.files import write_atomically
 
 LDS_MASKS_SEED = 2
 SINGLE, RANDOM = "TRAK, 1 checkpoint", "random"

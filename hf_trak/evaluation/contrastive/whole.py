@@ -18,7 +18,7 @@ from hf_trak.evaluation.contrastive.data import load_pairs
 from hf_trak.evaluation.contrastive.settings import ContrastiveArguments
 from hf_trak.evaluation.contrastive.trained import describe_case, is_kept, make_optimizer
 from hf_trak.evaluation.training import save_checkpoint
-from hf_trak.featurizer import load_model, load_processing_class
+from hf_trak.sources.checkpoints import load_model, load_processing_class
 from hf_trak.tasks import AutoTask, PairCollator, is_dual_encoder
 
 

@@ -29,10 +29,11 @@ from hf_trak.evaluation.contrastive.projections import Projections
 from hf_trak.evaluation.contrastive.settings import NOT_SHARED, ContrastiveArguments
 from hf_trak.evaluation.contrastive.trained import Trained
 from hf_trak.evaluation.contrastive.whole import WholeEncoder
-from hf_trak.featurizer import Featurizer
+from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.gradients.batch import evaluation_mode
 from hf_trak.index import AttributionIndex
-from hf_trak.store import list_differences, read_json, write_json
+from hf_trak.storage.differences import list_differences
+from hf_trak.storage.files import read_json, write_json
 
 
 class Workspace:

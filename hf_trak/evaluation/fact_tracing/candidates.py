@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from hf_trak.hashing import stream_key
-from hf_trak.store import write_atomically
+from hf_trak.storage.files import write_atomically
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hf_trak.evaluation.baselines.base import check_scores, similarity
 from hf_trak.evaluation.fact_tracing.encoding import IGNORED, EncodedRows, Encoder
-from hf_trak.featurizer import load_model
+from hf_trak.sources.checkpoints import load_model
 
 
 @dataclass

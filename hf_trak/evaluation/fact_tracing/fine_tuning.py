@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from hf_trak.evaluation.fact_tracing.encoding import EncodedRows
 from hf_trak.evaluation.fact_tracing.output import token_loss
 from hf_trak.evaluation.training import save_checkpoint
-from hf_trak.store import write_atomically
+from hf_trak.storage.files import write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -19,7 +19,7 @@ from hf_trak.evaluation.fact_tracing.stages import timed
 from hf_trak.evaluation.fact_tracing.tracin import SIMILARITIES, TracIn, Variant
 from hf_trak.evaluation.fact_tracing.trak_variants import trak_scores
 from hf_trak.evaluation.fact_tracing.workspace import Workspace
-from hf_trak.store import write_atomically
+from hf_trak.storage.files import write_atomically
 
 Scores = dict[str, np.ndarray]
 """(n_train, n_query) by variant."""

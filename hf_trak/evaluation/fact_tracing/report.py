@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from hf_trak.build import hardware_name, library_versions
 from hf_trak.evaluation.fact_tracing.counterfactual import Forgetting, summarize_forgetting
 from hf_trak.evaluation.fact_tracing.measuring import LEVELS, result_rows
 from hf_trak.evaluation.fact_tracing.published import published_rows
 from hf_trak.evaluation.fact_tracing.rankings import Rankings
 from hf_trak.evaluation.fact_tracing.stages import seconds_by_stage
 from hf_trak.evaluation.fact_tracing.workspace import NOT_SHARED, Workspace
-from hf_trak.store import read_json, write_json
+from hf_trak.featurizing.descriptions import hardware_name, library_versions
+from hf_trak.storage.files import read_json, write_json
 
 _COMPARED = ("mrr", "recall_at_10")
 

@@ -25,8 +25,8 @@ from hf_trak.evaluation.fact_tracing.small import draw_corpus, small_mt5, texts_
 from hf_trak.evaluation.fact_tracing.stages import timed
 from hf_trak.evaluation.fact_tracing.workspace import Workspace
 from hf_trak.evaluation.training import save_checkpoint
-from hf_trak.featurizer import load_model
-from hf_trak.store import write_atomically, write_json
+from hf_trak.sources.checkpoints import load_model
+from hf_trak.storage.files import write_atomically, write_json
 
 
 def run_ftrace(args: FTraceArguments, recipe: FineTuning) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hf_trak.store import list_differences, read_json, write_json
+from hf_trak.storage.differences import list_differences
+from hf_trak.storage.files import read_json, write_json
 
 _LOG = "stages.jsonl"
 _SETTINGS = "ftrace.json"

@@ -32,7 +32,7 @@ from hf_trak.evaluation.fact_tracing.encoding import Encoder
 from hf_trak.evaluation.fact_tracing.fine_tuning import load_moments
 from hf_trak.evaluation.fact_tracing.output import fact_task
 from hf_trak.evaluation.fact_tracing.side_by_side import SideBySide
-from hf_trak.featurizer import Featurizer
+from hf_trak.featurizing.featurizer import Featurizer
 
 SIMILARITIES = ("dot", "cosine", "layer_cosine")
 _TINY = 1e-7  # added to the root of second moments, as in the paper's code

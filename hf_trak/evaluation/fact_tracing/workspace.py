@@ -30,9 +30,9 @@ from hf_trak.evaluation.fact_tracing.proponents import find_proponents
 from hf_trak.evaluation.fact_tracing.settings import FTraceArguments
 from hf_trak.evaluation.fact_tracing.stages import begin
 from hf_trak.evaluation.subsets import make_masks
-from hf_trak.featurizer import load_model, load_processing_class
 from hf_trak.hashing import stream_key
-from hf_trak.store import read_json
+from hf_trak.sources.checkpoints import load_model, load_processing_class
+from hf_trak.storage.files import read_json
 
 NOT_SHARED = ("output", "results", "stages", "shard_index", "num_shards", "device")
 """Flags that may differ from call to call in one folder."""

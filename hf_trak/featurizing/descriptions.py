@@ -1,0 +1,132 @@
+"""What a member of an index is of: its identity, which decides its rows, and what is told of it besides."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hf_trak.config import TrakConfig
+from hf_trak.featurizing.featurizer import Featurizer
+from hf_trak.members import Pass
+from hf_trak.sources.processing import describe_processing
+from hf_trak.sources.training_sets import describe_source
+from hf_trak.storage.member_reader import MemberReader
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def identity_of(config: TrakConfig) -> dict[str, Any]:
+    """Return the part of a configuration that decides the rows: not the task's name, which may be "auto", nor the damping."""
+    return config.identity()
+
+
+def describe_member(folder: Path, plan: Pass, featurizer: Featurizer, dataset: Dataset) -> dict[str, Any]:
+    """What is told of the members that a pass makes, and does not decide their rows."""
+    return {
+        "checkpoint": _describe_checkpoint(folder, featurizer),
+        "checkpoint_number": plan.checkpoint,
+        **describe_source(dataset),
+        **describe_processing(featurizer.processing_class, dataset.column_names),
+        "coverage": featurizer.selection.coverage,
+        "grad_dim": featurizer.selection.grad_dim,
+        "versions": library_versions(),
+        "hardware": hardware_name(featurizer.device),
+        **_describe_bank(featurizer),
+    }
+
+
+def _describe_bank(featurizer: Featurizer) -> dict[str, Any]:
+    bank, config = featurizer.bank, featurizer.config
+    return {} if bank is None else {"bank": {"seed": config.bank_seed, "size": len(bank.rows), "sha256": bank.sha256}}
+
+
+def describe_featurizer(featurizer: Featurizer) -> dict[str, Any]:
+    """What a feature means beyond the configuration, and what a query must share with it."""
+    return {
+        "task": featurizer.task.name,
+        "seed": featurizer.seed,
+        # Members without dropout say nothing of it, as those made before there was any.
+        **({"dropout_seed": featurizer.dropout_seed} if featurizer.dropout_seed is not None else {}),
+        "model_class": type(featurizer.model).__name__,
+        "parameters": featurizer.selection.shapes,
+        "model_sha256": featurizer.model_hash(),
+        **({"gpu_model": featurizer.gpu_model} if featurizer.gpu_model is not None else {}),
+    }
+
+
+def recorded_passes(members: Sequence[MemberReader]) -> list[Pass]:
+    """Return how the members of a finished index group into passes of gradients."""
+    passes: list[Pass] = []
+    for number, member in enumerate(members):
+        # Before there were several members to a checkpoint, none was recorded.
+        checkpoint = member.info.get("checkpoint_number", number)
+        dropout_seed = member.identity.get("dropout_seed")
+        seed = member.identity["seed"]
+        if passes and (passes[-1].checkpoint, passes[-1].dropout_seed) == (checkpoint, dropout_seed):
+            before = passes.pop()
+            passes.append(Pass(checkpoint, dropout_seed, (*before.members, number), (*before.seeds, seed)))
+        else:
+            passes.append(Pass(checkpoint, dropout_seed, (number,), (seed,)))
+    return passes
+
+
+def describe_dataset(dataset: Dataset) -> dict[str, Any]:
+    """What tells a training set from another: its fingerprint, and where it came from."""
+    info = dataset.info
+    return {
+        "fingerprint": dataset._fingerprint,
+        "name": info.dataset_name,
+        "config": info.config_name,
+        "split": str(dataset.split) if dataset.split is not None else None,
+        "columns": dataset.column_names,
+    }
+
+
+def _describe_checkpoint(folder: Path, featurizer: Featurizer) -> dict[str, Any]:
+    """Where to find the weights again: a repository, or a folder as seen from the index."""
+    source = featurizer.source
+    if source is not None and Path(source).exists():
+        source = os.path.relpath(source, folder)
+        return {"path": source, "repository": None, "revision": None}
+    return {"path": None, "repository": source, "revision": featurizer.commit}
+
+
+def recorded_checkpoint(folder: Path, checkpoint: dict[str, Any]) -> str:
+    """Return the folder or repository that a member of the index in `folder` was featurized with."""
+    if checkpoint["path"] is not None:
+        path = folder / checkpoint["path"]
+        if not path.exists():
+            raise FileNotFoundError(
+                f"The checkpoint of {folder} was at {path}, and is not there now. Say where it is with `models`."
+            )
+        return str(path)
+    if checkpoint["repository"] is None:
+        raise ValueError(f"{folder} was made from a model in memory; give that model, or a folder it is saved in, as `models`.")
+    return checkpoint["repository"]
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of what features are computed with."""
+    import datasets
+    import transformers
+
+    from hf_trak import __version__
+
+    return {
+        "hf_trak": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "datasets": datasets.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def hardware_name(device: torch.device) -> str:
+    """Return the GPU's model, or the kind of CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()

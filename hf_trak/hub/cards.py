@@ -1,0 +1,246 @@
+"""The dataset card of an index: its YAML makes `load_dataset(folder, "member_0")` work with no hf_trak installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_trak.config import TrakConfig
+from hf_trak.hashing import hash_json
+from hf_trak.scoring.damping import DampingChoice
+
+if TYPE_CHECKING:
+    from huggingface_hub import DatasetCardData
+
+CURVE_NAME = "damping.png"
+TEMPLATES = Path(__file__).parent / "templates"
+
+# What is written between these is written anew whenever the card is; the rest of a card is its owner's.
+BEGIN = "<!-- Written by hf_trak. What stands above or below this part is kept when it is written anew. -->"
+END = "<!-- End of what hf_trak writes. -->"
+
+# What was measured stays in the card of the same features.
+_MEASURED = re.compile(r"(<!-- Measured of the features \w+\. -->\n)(.*?)(?=\n\n## )", re.DOTALL)
+_NOT_MEASURED = "Not measured"
+
+_TAGS = ["trak", "data-attribution"]
+_SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B", "10B<n<100B")
+_LISTED_MEMBERS = 20
+_SHOWN_UNITS = ("s", "CPU s", "GB", "cosine", "output")
+_QUALITY = ("lds", "lds_ceiling", "mrr", "recall_at_10", "hit_at_10", "flipped_found_share", "counterfactual_delta")
+
+
+def render_index_card(
+    config: TrakConfig,
+    members: Sequence[Mapping[str, Any]],
+    *,
+    name: str,
+    choice: DampingChoice | None = None,
+    has_curve: bool = False,
+    license: Mapping[str, Any] | None = None,
+    results: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """Return the README.md of an index.
+
+    Args:
+        members (`Sequence[Mapping]`): The members' `member.json`, in order.
+        name (`str`): What the load snippet names: the repository, or the folder's name.
+        choice (`DampingChoice`, *optional*): Of the damping, where the members' masks made it.
+        has_curve (`bool`): Whether its picture lies beside the card.
+        license (`Mapping`, *optional*): The YAML keys that state one: `license`, and `license_name` and `license_link` if need be.
+        results (`Sequence[Mapping]`): Rows of results files; those of how good scores are, are shown.
+    """
+    from huggingface_hub import DatasetCard
+
+    first = members[0]
+    license = license or {}
+    card = DatasetCard.from_template(
+        index_metadata(members, license),
+        template_path=str(TEMPLATES / "index_card.md"),
+        begin=BEGIN,
+        end=END,
+        config=config,
+        name=name,
+        task=first["identity"]["task"],
+        n_rows=first["identity"]["n_rows"],
+        n_members=_count_members(members),
+        coverage=first["coverage"],
+        grad_dim=first.get("grad_dim"),
+        size=show_bytes(sum(entry["bytes"] for member in members for entry in member["files"])),
+        source=_describe_training_set(first),
+        members=[_describe_member(number, member) for number, member in enumerate(members[:_LISTED_MEMBERS])],
+        more_members=max(0, len(members) - _LISTED_MEMBERS),
+        has_dropout=any("dropout_seed" in member["identity"] for member in members),
+        versions=", ".join(f"{library} {version}" for library, version in first["versions"].items()),
+        hardware=first["hardware"],
+        choice=choice,
+        curve=list(zip(choice.grid, choice.curve, strict=True)) if choice else [],
+        curve_name=CURVE_NAME,
+        has_curve=has_curve,
+        license=license.get("license"),
+        license_shown=" ".join(str(value) for value in license.values()),
+        features_sha256=hash_json([member["files"] for member in members])[:16],
+        results=[show_result(row) for row in results if row["metric"] in _QUALITY],
+        not_measured=_NOT_MEASURED,
+    )
+    return re.sub(r"\n{3,}", "\n\n", str(card)) + "\n"
+
+
+def index_metadata(members: Sequence[Mapping[str, Any]], license: Mapping[str, Any]) -> DatasetCardData:
+    """Return the YAML of an index's card: its members as configurations, what it was made from, and its licence."""
+    from huggingface_hub import DatasetCardData
+
+    n_rows = members[0]["identity"]["n_rows"]
+    source = members[0].get("source", {})
+    models = [member["checkpoint"]["repository"] for member in members]
+    values: dict[str, Any] = {**license, "base_model": list(dict.fromkeys(model for model in models if model is not None))}
+    return DatasetCardData(
+        **{key: value for key, value in values.items() if value},
+        tags=_TAGS,
+        source_datasets=[source["repository"]] if "repository" in source else None,
+        size_categories=_SIZES[min(max(0, len(str(n_rows)) - 3), len(_SIZES) - 1)],
+        configs=[
+            {
+                "config_name": f"member_{number}",
+                "data_files": [{"split": "train", "path": f"member_{number}/train-*.parquet"}],
+                **({"default": True} if number == 0 else {}),
+            }
+            for number in range(len(members))
+        ],
+    )
+
+
+def merge_card(card: str, existing: str) -> str:
+    """Return `card` with what is its owner's in `existing`: YAML keys, tags and configurations of their own, and their text.
+
+    A text that has no part of hf_trak's is kept as it is.
+    """
+    from huggingface_hub import DatasetCard, DatasetCardData
+
+    ours, theirs = DatasetCard(card), DatasetCard(existing, ignore_metadata_errors=True)
+    our_values, values = ours.data.to_dict(), theirs.data.to_dict()
+    kept = [one for one in values.get("configs", []) if not re.fullmatch(r"member_\d+", str(one.get("config_name")))]
+    configs = [dict(one) for one in our_values["configs"]]
+    if any(one.get("default") for one in kept):
+        configs[0].pop("default")
+    stated = "license" in our_values
+    theirs_alone = {k: v for k, v in values.items() if k not in our_values and not (stated and k.startswith("license"))}
+    merged = {
+        **our_values,
+        **theirs_alone,
+        "tags": list(dict.fromkeys([*_listed(values.get("tags")), *our_values["tags"]])),
+        "configs": [*kept, *configs],
+    }
+    text = theirs.text
+    if not text.strip():
+        text = ours.text
+    elif BEGIN in text and END in text.split(BEGIN, 1)[1]:
+        before, rest = text.split(BEGIN, 1)
+        part, after = rest.split(END, 1)
+        text = before + _with_results_of(ours.text.strip(), part) + after
+    return f"---\n{DatasetCardData(**merged).to_yaml()}\n---\n{text}"
+
+
+def _with_results_of(text: str, old: str) -> str:
+    """Return a card's text with what was measured of the same features in an older one, where the new one has nothing to say."""
+    found, before = _MEASURED.search(text), _MEASURED.search(old)
+    if found is None or before is None or found[1] != before[1] or not found[2].startswith(_NOT_MEASURED):
+        return text
+    return text.replace(found[0], before[0])
+
+
+def show_result(row: Mapping[str, Any]) -> dict[str, str]:
+    """Return a row of a results file as text."""
+    interval = row.get("interval")
+    return {
+        **{key: str(row[key]) for key in ("case", "method", "metric")},
+        "value": f"{show_number(row['value'])} {row.get('unit', '') if row.get('unit') in _SHOWN_UNITS else ''}".strip(),
+        "interval": " to ".join(map(show_number, interval)) if interval else "",
+    }
+
+
+def show_number(value: float | None) -> str:
+    """Return a number with three digits, as all tables have it."""
+    if value is None:
+        return "not finite"
+    if abs(value) < 1e-9:
+        return "0"
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def show_bytes(n_bytes: int) -> str:
+    """Return a size with its unit."""
+    for factor, unit in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if n_bytes >= factor:
+            return f"{n_bytes / factor:.1f} {unit}"
+    return f"{n_bytes} bytes"
+
+
+def render_model_section(members: str) -> str:
+    """Return what a model card says of attribution."""
+    return (TEMPLATES / "model_section.md").read_text(encoding="utf-8").replace("{members}", members)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _describe_training_set(member: Mapping[str, Any]) -> str:
+    """Say which rows these are of what, as far as that is known."""
+    source, dataset = member.get("source", {}), member["identity"]["dataset"]
+    if "repository" in source:
+        what = (
+            f"[{source['repository']}](https://huggingface.co/datasets/{source['repository']}) at commit `{source['revision']}`"
+        )
+    else:
+        what = f"a dataset that was not loaded from the Hub{', ' + dataset['name'] if dataset['name'] else ''}"
+    parts = [f"{key} `{dataset[key]}`" for key in ("config", "split") if dataset[key] is not None]
+    return (
+        f"The training set is {what}{', ' if parts else ''}{', '.join(parts)}; its columns were "
+        f"{', '.join(f'`{column}`' for column in dataset['columns'])}, and its fingerprint `{dataset['fingerprint']}`. Row order is its own."
+    )
+
+
+def _describe_member(number: int, member: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row of the table of members."""
+    identity, place = member["identity"], member["checkpoint"]
+    what = f"{identity['model_class']}, weights `{identity['model_sha256'][:12]}`"
+    if place["repository"] is not None:
+        what += f", [{place['repository']}](https://huggingface.co/{place['repository']})"
+        what += f" at commit `{place['revision']}`" if place["revision"] else ""
+    return {
+        "number": number,
+        "checkpoint": what,
+        "seed": identity["seed"],
+        "dropout_seed": identity.get("dropout_seed", ""),
+    }
+
+
+def _count_members(members: Sequence[Mapping[str, Any]]) -> str:
+    """Say how many members there are, and of how many checkpoints and dropout masks where those are fewer."""
+    checkpoints = {member.get("checkpoint_number", i) for i, member in enumerate(members)}
+    dropouts = {member["identity"].get("dropout_seed") for member in members} - {None}
+    text = str(len(members))
+    if len(checkpoints) < len(members):
+        text += f", of {len(checkpoints)} checkpoint{'s' * (len(checkpoints) > 1)}"
+    return text + (f", with {len(dropouts)} dropout mask{'s' * (len(dropouts) > 1)}" if dropouts else "")
+
+
+def draw_damping_curve(choice: DampingChoice, folder: Path) -> bool:
+    """Draw the curve of a choice into `folder`; without matplotlib nothing is drawn, and the card's table has to do."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return False
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3), layout="constrained")
+    axes = figure.add_subplot()
+    axes.semilogx(choice.grid, choice.curve, marker="o")
+    axes.axvline(choice.damping, color="gray", linestyle=":")
+    axes.set_xlabel("damping (multiples of the mean eigenvalue)")
+    axes.set_ylabel("rank correlation with held-out outputs")
+    # Without dates or versions, so that the same choice is the same file.
+    figure.savefig(folder / CURVE_NAME, dpi=120, metadata={"Software": None})
+    return True

@@ -1,0 +1,103 @@
+"""Indexes on the Hub: what they are made of is fetched first, and their rows when a call reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from hf_trak.config import CARD_NAME, CONFIG_NAME
+from hf_trak.hub.cards import CURVE_NAME
+from hf_trak.scoring.damping import DAMPING_NAME
+from hf_trak.storage.layout import MEMBER_NAME
+
+# Kernels, banks, masks and shards are left for later; of a repository that is no index, next to nothing is fetched.
+_FIRST = [CARD_NAME, CONFIG_NAME, DAMPING_NAME, CURVE_NAME, f"member_*/{MEMBER_NAME}"]
+
+
+@dataclass(frozen=True)
+class HubIndex:
+    """One commit of a dataset repository that holds an index, and the folder in the cache that its files come to.
+
+    Args:
+        sha (`str`): The commit. A push that happens meanwhile changes nothing here.
+    """
+
+    repo_id: str
+    sha: str
+    folder: Path
+
+    @classmethod
+    def open(cls, repo_id: str, revision: str | None = None) -> HubIndex:
+        """Fetch what says what the index is: its configuration, and what each member is. Files already there are not fetched again.
+
+        Raises:
+            FileNotFoundError: If `repo_id` is no dataset repository within reach, or holds no index.
+            ValueError: If a member is missing.
+        """
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+            RevisionNotFoundError,
+        )
+
+        try:
+            folder = Path(snapshot_download(repo_id, repo_type="dataset", revision=revision, allow_patterns=_FIRST))
+        except RevisionNotFoundError as error:
+            raise FileNotFoundError(f"The dataset repository {repo_id!r} has no revision {revision or 'main'!r}.") from error
+        except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError) as error:
+            raise FileNotFoundError(
+                f"{repo_id!r} is neither a folder here nor a dataset repository within reach: {_reason(error)}"
+            ) from error
+        if not (folder / CONFIG_NAME).is_file():
+            raise FileNotFoundError(
+                f"The dataset repository {repo_id!r} holds no {CONFIG_NAME}, so it is not an attribution index."
+            )
+        found = sorted(int(path.parent.name.split("_")[1]) for path in folder.glob(f"member_*/{MEMBER_NAME}"))
+        if found != list(range(len(found))):
+            missing = min(set(range(max(found))) - set(found))
+            raise ValueError(
+                f"{repo_id!r} lacks member_{missing}/{MEMBER_NAME}: it is incomplete. Ask for it to be pushed again."
+            )
+        return cls(repo_id, folder.name, folder)
+
+    def fetcher(self, member: str) -> Callable[[str], None]:
+        """Return what brings a file of a member into its folder, by the file's name."""
+        return lambda name: self.fetch(f"{member}/{name}")
+
+    def fetch(self, name: str) -> None:
+        """Bring a file into the folder, if it is not there.
+
+        Raises:
+            FileNotFoundError: If it cannot be fetched now.
+            ValueError: If the repository lacks it.
+        """
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RemoteEntryNotFoundError
+
+        try:
+            hf_hub_download(self.repo_id, name, repo_type="dataset", revision=self.sha)
+        except RemoteEntryNotFoundError as error:
+            raise ValueError(
+                f"{self.repo_id!r} at {self.sha} lacks {name}, which its {MEMBER_NAME} lists: it is incomplete. Ask for it to be pushed "
+                "again."
+            ) from error
+        except (LocalEntryNotFoundError, HfHubHTTPError) as error:
+            raise FileNotFoundError(
+                f"{name} of {self.repo_id!r} is not in the cache and cannot be fetched: {_reason(error)}"
+            ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Say why something could not be fetched, and what to do about it."""
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403, 404):
+        key = "your token does not open it" if get_token() else "no token is set"
+        return f"it does not exist, or it is private and {key}. Check the name; log in with `hf auth login`, or set HF_TOKEN."
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set. Unset it to fetch what is missing."
+    return str(error).strip().splitlines()[0]

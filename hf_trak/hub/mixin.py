@@ -1,0 +1,119 @@
+"""`from_pretrained`, `save_pretrained` and `push_to_hub`: what an index shares with the models and datasets of the Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from hf_trak.config import TrakConfig
+from hf_trak.hub.copies import copy_index, push_index
+from hf_trak.hub.download import HubIndex
+from hf_trak.hub.upload import is_main_process
+from hf_trak.storage.member_reader import MemberReader
+from hf_trak.tasks import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_Index = TypeVar("_Index", bound="HubMixin")
+
+
+class HubMixin:
+    """An index in a folder, which may be the cache of a repository."""
+
+    folder: Path
+    config: TrakConfig
+    members: list[MemberReader]
+
+    @classmethod
+    def from_pretrained(
+        cls: type[_Index],
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        models: PreTrainedModel | str | Path | Sequence[PreTrainedModel | str | Path] | None = None,
+        processing_class: Any = None,
+        task: Task | None = None,
+        trust_remote_code: bool = False,
+    ) -> _Index:
+        """Load an index from a folder or a dataset repository of the Hub.
+
+        Of a repository, only what says what the index is comes at once. Kernels and shards are fetched when a call reads them, from the
+        same commit whatever happens to the repository meanwhile, and are used only if their hashes are those recorded.
+
+        Args:
+            revision (`str`, *optional*): Of the repository: a branch, tag or commit.
+            models (*optional*): Checkpoints in place of the recorded ones. A recorded repository is loaded at the recorded commit.
+            trust_remote_code (`bool`): Run code that recorded checkpoints bring along. Weights are loaded from safetensors in any case.
+
+        Raises:
+            FileNotFoundError: If there is no index there, or it cannot be fetched.
+            ValueError: If a file is missing, truncated, other than what was written, or of another format version; the message names it.
+        """
+        folder, repository = Path(name_or_path), None
+        if not folder.exists():
+            repository = HubIndex.open(str(name_or_path), revision)
+            folder = repository.folder
+        elif revision is not None:
+            raise ValueError(f"`revision` is for repositories, but {folder} is a folder.")
+        given = list(models) if isinstance(models, (list, tuple)) else models if models is None else [models]
+        return cls(  # type: ignore[call-arg]
+            folder,
+            models=given,
+            processing_class=processing_class,
+            task=task,
+            trust_remote_code=trust_remote_code,
+            repository=repository,
+        )
+
+    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Copy the index to another folder; files of the copy appear under their names only when whole.
+
+        Raises:
+            ValueError: If `folder` is not empty and `overwrite` is not set.
+        """
+        copy_index(self.folder, Path(folder), self.config, self.members, overwrite=overwrite)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        license: str | None = None,
+        commit_message: str | None = None,
+    ) -> str | None:
+        """Upload the index to a dataset repository in one commit, and return the URL of the repository or of the pull request.
+
+        Only what the repository does not have is sent: after members were added, those; after a broken connection, what had not
+        arrived. Under a launcher, the first process pushes, and the others return None.
+
+        Args:
+            private (`bool`, *optional*): For a repository that is new.
+            revision (`str`, *optional*): The branch, made if need be.
+            create_pr (`bool`): Propose the commit as a pull request to main.
+            license (`str`, *optional*): As the Hub spells it, such as "cc-by-4.0"; "other" and "unknown" are known too. By default, the
+                one stated in the card here, in the repository's, or by the training set's own on the Hub.
+
+        Raises:
+            ConnectionError: If the connection breaks; nothing has changed then.
+            PermissionError: If the Hub does not let us write there.
+            ValueError: If no licence is known, the repository is public against `private`, a file is not what was written, or somebody
+                else has changed the same files meanwhile.
+        """
+        if not is_main_process():
+            return None
+        message = commit_message or f"TRAK features: {len(self.members)} members of {self.members[0].n_rows:,} rows"
+        return push_index(
+            self.folder,
+            self.config,
+            self.members,
+            repo_id,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            license=license,
+            message=message,
+        )

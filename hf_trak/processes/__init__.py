@@ -1,0 +1,1 @@
+"""One run's processes and threads: launched together, waiting for each other, ending together."""

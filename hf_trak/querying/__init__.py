@@ -1,0 +1,1 @@
+"""Queries: their features, made or given, and what one asks of an index about them."""

@@ -1,0 +1,278 @@
+"""What one asks of an index: scores, each query's strongest training rows, and which rows stand alone."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from hf_trak.config import TrakConfig
+from hf_trak.linalg import damped, default_damping
+from hf_trak.members import Pass
+from hf_trak.querying.given_features import mean_output, read_query_features
+from hf_trak.querying.recorded_featurizers import QuerySide, featurize_queries
+from hf_trak.scoring.damping import DampingChoice, choose_damping
+from hf_trak.scoring.ensemble import ScoreOptions, SolvedQueries, check_residuals, default_power, self_influence, solve_all
+from hf_trak.scoring.scorer import Scorer, check_top_k, to_hits
+from hf_trak.scoring.search_index import SearchIndex, describe
+from hf_trak.scoring.top_k import TopK
+from hf_trak.storage.member_reader import MemberReader
+from hf_trak.storage.passes import columns_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class Questions:
+    """The half of [`AttributionIndex`] that answers; the other half makes, loads and keeps what is asked."""
+
+    folder: Path
+    config: TrakConfig
+    members: list[MemberReader]
+    passes: Sequence[Pass]
+    n_checkpoints: int
+    search_index: SearchIndex | None = None
+    _queries: QuerySide
+    _choice: DampingChoice | None = None
+
+    @property
+    def n_rows(self) -> int:
+        """Training examples."""
+        return self.members[0].n_rows
+
+    def score(
+        self,
+        queries: Dataset,
+        *,
+        damping: float | str | None = None,
+        residual_weighting: bool = False,
+        leverage: bool = False,
+        soft_threshold: int | None = None,
+        out_to_loss_power: float | None = None,
+        reference_rescale: bool = False,
+        direction: str = "pair",
+        batch_size: int | str = "auto",
+        output_file: str | Path | None = None,
+        max_memory: int | str | None = None,
+        progress: bool = True,
+    ) -> np.ndarray:
+        """Return the score of every training example for every query, (n_train, n_query) in float32.
+
+        Positive scores mark proponents: training on the example raises the query's output.
+
+        Args:
+            queries (`Dataset`): With the columns of the training set; labels say which output is meant.
+            damping (`float` or `"auto"`, *optional*): By default, the configuration's.
+            residual_weighting (`bool`): Weigh the kernel's rows by p(1 − p); for class labels. See [`ScoreOptions`].
+            leverage (`bool`): Divide each row's influence by 1 − its leverage. See [`ScoreOptions`].
+            soft_threshold (`int`, *optional*): Scores per query to stay nonzero: all move towards 0 until no more are left. The
+                paper's last step, which picks the number by cross-validation.
+            out_to_loss_power (`float`, *optional*): What the mean of 1 − p over members is raised to; by default 1/2, and 1 where
+                `trak_out_to_loss` is no 1 − p. The paper's TRAK is `damping=0, out_to_loss_power=1`.
+            direction (`str`): For image-caption pairs, what of a query is attributed: "pair"; "image", how the image tells its caption
+                from those of the bank; or "caption", how the caption tells its image.
+            reference_rescale (`bool`): Only to reproduce MadryLab/trak's numbers, with `damping=0, out_to_loss_power=1`.
+            output_file (`str` or `Path`, *optional*): A `.npy` file to memory-map the result to. Without it, results above 1 GiB, or
+                above what `max_memory` leaves, are mapped to a temporary file that vanishes with the array. Several processes fill
+                one file together; without a file, each computes all.
+            max_memory (`int` or `str`, *optional*): Bytes that solving and scoring may take, such as "2GB", beside the model and
+                what is loaded already; by default 2 GB, or what it takes. It does not change a bit of the scores.
+        """
+        options = self._options(damping, residual_weighting, leverage, out_to_loss_power, reference_rescale)
+        scorer = Scorer(self.members, options, len(queries), 0, soft_threshold, max_memory, progress)
+        features, _ = self._featurize(queries, options, batch_size, progress, direction)
+        return scorer.matrix(solve_all(self.members, features, options), output_file)
+
+    def attribute(
+        self,
+        queries: Dataset,
+        top_k: int = 10,
+        *,
+        damping: float | str | None = None,
+        residual_weighting: bool = False,
+        leverage: bool = False,
+        soft_threshold: int | None = None,
+        out_to_loss_power: float | None = None,
+        direction: str = "pair",
+        batch_size: int | str = "auto",
+        max_memory: int | str | None = None,
+        exact: bool = True,
+        progress: bool = True,
+    ) -> Dataset:
+        """Return each query's strongest proponents and opponents, never holding more than a row group's scores.
+
+        Of several processes of one group (`accelerate launch`, `torchrun`) each ranks a part of the training set, and all return the
+        same: all have to call it.
+
+        Args:
+            top_k (`int`): How many of each; at most the number of training examples are returned.
+            damping, residual_weighting, leverage, soft_threshold, out_to_loss_power, direction, max_memory (*optional*): As in
+                [`AttributionIndex.score`].
+            exact (`bool`): Score every training row, the default; False asks the index of [`AttributionIndex.add_search_index`].
+
+        Returns:
+            `Dataset`: One row per query: `query_id`, `query_output`, `proponents` and `opponents` (rows of the training set, the
+            strongest first), `proponent_scores` and `opponent_scores`.
+        """
+        options = self._options(damping, residual_weighting, leverage, out_to_loss_power)
+        scorer = Scorer(self.members, options, len(queries), check_top_k(top_k), soft_threshold, max_memory, progress)
+        rank = self._ranker(scorer, exact)
+        features, output = self._featurize(queries, options, batch_size, progress, direction)
+        return to_hits(rank(solve_all(self.members, features, options)), output)
+
+    def attribute_features(
+        self,
+        features: Any,
+        top_k: int = 10,
+        *,
+        damping: float | str | None = None,
+        residual_weighting: bool = False,
+        leverage: bool = False,
+        soft_threshold: int | None = None,
+        out_to_loss_power: float | None = None,
+        max_memory: int | str | None = None,
+        exact: bool = True,
+        progress: bool = True,
+    ) -> Dataset:
+        """Return what [`AttributionIndex.attribute`] does for queries whose features were made elsewhere, with no model at hand.
+
+        Nothing can tell whether they are of the index's checkpoint and sketch: make them with
+        `queries.map(index.featurizer(), batched=True)`, on any machine.
+
+        Args:
+            features: An array of shape (n_query, proj_dim), or a Dataset with the column `trak_features`; for several members, a list
+                with one for each. See [`read_query_features`].
+
+        Returns:
+            `Dataset`: As [`AttributionIndex.attribute`]; `query_output` only where the features come with `trak_output`.
+        """
+        options = self._options(damping, residual_weighting, leverage, out_to_loss_power)
+        found = self._read_features(features)
+        scorer = Scorer(self.members, options, len(found[0]), check_top_k(top_k), soft_threshold, max_memory, progress)
+        rank = self._ranker(scorer, exact)
+        return to_hits(rank(solve_all(self.members, found, options)), mean_output(features))
+
+    def add_search_index(
+        self,
+        string_factory: str = "Flat",
+        *,
+        out_to_loss_power: float | None = None,
+        file: str | Path | None = None,
+        train_rows: int = 65_536,
+        progress: bool = True,
+    ) -> SearchIndex:
+        """Build a FAISS index of the training rows through Datasets' `add_faiss_index`, for `attribute(..., exact=False)`.
+
+        It holds each row's features under all members, side by side and weighted, so that its maximum inner product with a solved
+        query is the score; damping is still chosen at every call. FAISS keeps it in memory: 4 · n_members · proj_dim bytes a row
+        unless `string_factory` compresses them. While it is built, the vectors lie in a temporary file of that size. docs/scaling.md
+        has what different kinds find of the exact best, and how large they are. Needs `pip install 'hf-trak[search]'`.
+
+        Args:
+            string_factory (`str`): In the words of FAISS's index factory: "Flat" compares with every row, "IVF1024,Flat" with those of
+                some of 1,024 cells, "IVF1024,PQ256" keeps 256 bytes of each row.
+            out_to_loss_power (`float`, *optional*): As in [`AttributionIndex.score`]; fixed for this search index.
+            file (`str` or `Path`, *optional*): Where it is kept; if it is there already, it is read.
+            train_rows (`int`): Rows, drawn at random, that cells and codes are fitted to.
+
+        Returns:
+            `SearchIndex`: The index now in use; `.index.faiss_index` is FAISS's own, to set `nprobe` and the like.
+
+        Raises:
+            ImportError: Without FAISS.
+            ValueError: If FAISS knows no such index, there are too few rows to train it, or `file` holds another.
+        """
+        power = self._options(None, False, False, out_to_loss_power).out_to_loss_power
+        kind: dict[str, Any] = {"string_factory": string_factory, "out_to_loss_power": power}
+        if file is not None and Path(file).exists():
+            self.search_index = SearchIndex.load(file, describe(self.members, **kind))
+        else:
+            self.search_index = SearchIndex.build(self.members, **kind, train_rows=train_rows, progress=progress)
+            if file is not None:
+                self.search_index.save(file)
+        return self.search_index
+
+    def _ranker(self, scorer: Scorer, exact: bool) -> Callable[[Sequence[SolvedQueries]], tuple[TopK, TopK]]:
+        """Return what ranks solved queries; what it cannot answer is refused before queries cost anything."""
+        if exact:
+            return scorer.best
+        if self.search_index is None:
+            raise ValueError("exact=False asks a search index, but there is none: call `index.add_search_index()` first.")
+        self.search_index.check(scorer.options, scorer.soft_threshold)
+        return functools.partial(self.search_index.best, top_k=scorer.top_k)
+
+    def self_influence(self, *, damping: float | str | None = None) -> Float64[np.ndarray, " n_train"]:
+        r"""Return the size of every training example's score for itself: $\phi^\top(K + \lambda\bar\mu I)^{-1}\phi \cdot |Q|$.
+
+        Examples that stand alone and that the model does not believe score high: mislabeled ones first of all. Both factors are
+        means over members, as in [`AttributionIndex.score`].
+        """
+        return self_influence(self.members, damping=self.resolve_damping(damping)).numpy()
+
+    def resolve_damping(self, damping: float | str | None = None) -> float:
+        """Return λ as a number: the one given, else the configuration's. "auto" is chosen by the members' subset masks where they are
+        recorded; otherwise it is 3 below ten checkpoints and 1 from there on."""
+        chosen = self.config.damping if damping is None else damping
+        if chosen != "auto":
+            return float(chosen)
+        choice = self.damping_choice()
+        return default_damping(self.n_checkpoints) if choice is None else choice.damping
+
+    @property
+    def _default_power(self) -> float:
+        return default_power(self.members[0].identity["task"])
+
+    def _options(
+        self,
+        damping: float | str | None,
+        residual_weighting: bool,
+        leverage: bool,
+        out_to_loss_power: float | None,
+        reference_rescale: bool = False,
+    ) -> ScoreOptions:
+        if residual_weighting:
+            check_residuals(self.members[0])
+        power = self._default_power if out_to_loss_power is None else float(out_to_loss_power)
+        if not 0 <= power <= 1:
+            raise ValueError(f"`out_to_loss_power` must lie in 0 to 1, but is {out_to_loss_power}.")
+        return ScoreOptions(self.resolve_damping(damping), residual_weighting, leverage, reference_rescale, power)
+
+    def damping_choice(self) -> DampingChoice | None:
+        """Return the λ that ranks the members' own outputs best, and its curve; None where no subset masks tell.
+
+        It is read from the index, or computed once.
+        """
+        if self._choice is None:
+            self._choice = DampingChoice.load(self.folder, self.members) or choose_damping(
+                self.members,
+                [plan.checkpoint for plan in self.passes for _ in plan.members],
+                out_to_loss_power=self._default_power,
+            )
+        return self._choice
+
+    def _featurize(
+        self, queries: Dataset, options: ScoreOptions, batch_size: int | str, progress: bool, direction: str
+    ) -> tuple[list[Float[Tensor, "n_query proj_dim"]], Float[np.ndarray, " n_query"]]:
+        """Return the queries' features under every member, and their mean output."""
+        features, outputs = [], []
+        # A singular kernel is refused before queries cost anything.
+        damped(self.members[0].kernel(), n_rows=self.n_rows, damping=options.damping)
+        for number, plan in enumerate(self.passes):
+            description = f"Queries {number + 1}/{len(self.passes)}"
+            columns = featurize_queries(
+                self._queries.featurizer(plan, direction=direction), queries, batch_size, progress, description
+            )
+            for seed in plan.seeds:
+                mine = columns_of(columns, seed, plan.seeds)
+                features.append(torch.from_numpy(mine["trak_features"]))
+                outputs.append(mine["trak_output"])
+        return features, np.mean(outputs, axis=0)
+
+    def _read_features(self, features: Any) -> list[Float[Tensor, "n_query proj_dim"]]:
+        return read_query_features(features, n_members=len(self.members), proj_dim=self.config.proj_dim)

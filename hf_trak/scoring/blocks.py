@@ -1,0 +1,96 @@
+r"""Scores from features: a stream of blocks of training rows against a few preconditioned queries.
+
+    τ(z_i, z) = [1/M Σ_m φ_m(z_i)ᵀ (K_m + λ μ̄_m I)⁻¹ φ_m(z)] · [1/M Σ_m Q_m,ii]
+
+A product of two means over members, as in the paper (Park et al., 2023) and MadryLab/trak. A positive score marks a proponent:
+training on z_i raises the query's output. The second mean may be taken to a power below 1.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from hf_trak.linalg import factor, solve
+
+SOLVED_AT_ONCE = 1024  # queries in float64
+
+
+class MemberBlock(NamedTuple):
+    """Some training rows of one member."""
+
+    features: Float[Tensor, "rows proj_dim"]
+    out_to_loss: Float[Tensor, " rows"]
+    leverage: Float64[Tensor, " rows"] | None = None
+    """Where given, influence is divided by 1 − leverage."""
+
+
+def residual_weights(out_to_loss: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+    """Return R = p(1 − p) of each row, from 1 − p."""
+    return out_to_loss * (1 - out_to_loss)
+
+
+def precondition(
+    features: Float[Tensor, "n_query proj_dim"],
+    kernel: Float64[Tensor, "proj_dim proj_dim"],
+    *,
+    n_rows: int,
+    damping: float,
+    reference_rescale: bool = False,
+    dtype: torch.dtype = torch.float64,
+) -> Float[Tensor, "n_query proj_dim"]:
+    r"""Right-multiply query features by $(\Phi^\top\Phi + \lambda\bar\mu I)^{-1}$.
+
+    Args:
+        kernel (`torch.Tensor`): $\Phi^\top\Phi$, summed over the training set.
+        n_rows (`int`): Rows in that sum.
+        damping (`float`): $\lambda$, as a multiple of the kernel's mean nonzero eigenvalue. The paper uses 0.
+        reference_rescale (`bool`): Divide the inverse by its mean absolute entry, only to reproduce MadryLab/trak's numbers.
+        dtype (`torch.dtype`): Of the result; the solve is in float64.
+
+    Raises:
+        ValueError: If the damped kernel is singular.
+    """
+    cholesky = factor(kernel, n_rows=n_rows, damping=damping)
+    preconditioned = torch.cat([solve(cholesky, some).to(dtype) for some in features.split(SOLVED_AT_ONCE)])
+    # Differs from the reference: MadryLab/trak divides each member's inverse kernel by its mean absolute entry since version 0.2,
+    # which weights members of an ensemble by the squared size of their gradients.
+    if reference_rescale:
+        preconditioned = preconditioned / torch.cholesky_inverse(cholesky).abs().mean()
+    return preconditioned
+
+
+def weigh(out_to_loss: Float64[Tensor, "*rows"], power: float) -> Float64[Tensor, "*rows"]:
+    """Return `out_to_loss` to a power, its sign kept."""
+    return out_to_loss if power == 1 else out_to_loss.sign() * out_to_loss.abs() ** power
+
+
+def score_blocks(
+    blocks: Iterator[Sequence[MemberBlock]],
+    preconditioned: Sequence[Float[Tensor, "n_query proj_dim"]],
+    *,
+    out_to_loss_power: float = 1.0,
+) -> Iterator[Float[Tensor, "_ n_query"]]:
+    """Yield the scores of each block of training rows, in the dtype of `preconditioned`.
+
+    Args:
+        blocks (`Iterator`): For each block of rows, those rows of every member.
+        preconditioned (`Sequence`): The queries of every member, from [`precondition`]. Float32 is enough after a solve in float64:
+            features are stored in no more (docs/decisions.md).
+        out_to_loss_power (`float`): What the mean `out_to_loss` is raised to. The paper has 1.
+    """
+    for members in blocks:
+        influence = functools.reduce(Tensor.add_, (_influence(*pair) for pair in zip(members, preconditioned, strict=True)))
+        out_to_loss = torch.stack([block.out_to_loss.double() for block in members]).mean(0)
+        weight = weigh(out_to_loss, out_to_loss_power) / len(members)
+        yield influence.mul_(weight.to(influence.dtype).unsqueeze(1))
+
+
+def _influence(block: MemberBlock, preconditioned: Float[Tensor, "n_query proj_dim"]) -> Float[Tensor, "rows n_query"]:
+    influence = block.features.to(preconditioned.dtype) @ preconditioned.T
+    return influence if block.leverage is None else influence.div_((1 - block.leverage).to(influence.dtype).unsqueeze(1))

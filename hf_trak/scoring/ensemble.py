@@ -1,0 +1,164 @@
+"""Members of an index as one: their kernels, the queries solved under each, and the stream of scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Float32, Float64
+from torch import Tensor
+
+from hf_trak.linalg import accumulate_kernel, factor
+from hf_trak.linalg import leverage as leverage_of
+from hf_trak.processes.ahead import ahead, one_thread
+from hf_trak.scoring.blocks import MemberBlock, precondition, residual_weights, score_blocks
+from hf_trak.storage.columns import Shard
+from hf_trak.storage.member_reader import MemberReader
+from hf_trak.storage.shard_blocks import aligned_blocks, member_blocks
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    r"""What may be changed about scores after features are stored.
+
+    Args:
+        damping (`float`): $\lambda$, as a multiple of the kernel's mean nonzero eigenvalue.
+        residual_weighting (`bool`): Weigh each row of the kernel by $R = p(1 - p)$, as the one-step Newton approximation of
+            logistic regression does ([Pregibon, 1981](https://doi.org/10.1214/aos/1176345513)). The TRAK paper derives it and
+            drops it.
+        leverage (`bool`): Divide by $1 - h_i$, with $h_i$ the training row's leverage: what is left out cannot be relied upon to
+            stay put. From the same approximation; the TRAK paper drops it too.
+        reference_rescale (`bool`): Divide each inverse kernel by its mean absolute entry, only to reproduce MadryLab/trak's numbers.
+        out_to_loss_power (`float`): What the mean of Q over members is raised to; the paper has 1. See [`default_power`].
+    """
+
+    damping: float
+    residual_weighting: bool = False
+    leverage: bool = False
+    reference_rescale: bool = False
+    out_to_loss_power: float = 1.0
+
+
+def default_power(task: str) -> float:
+    """Return what Q is raised to where nobody says: 1/2 where it is 1 − p, and 1 where it is something else.
+
+    A model believes what it was trained on: the 1 − p that it has of a training example is smaller than without that example, and
+    the more so the better the example was learned. The root counters that.
+    """
+    # Differs from the paper, which has Q itself: docs/decisions.md has the LDS of both.
+    return 1.0 if task.endswith("-regression") or task.startswith("custom:") else 0.5
+
+
+class SolvedQueries(NamedTuple):
+    """Queries under one member, ready to meet its training rows."""
+
+    preconditioned: Float32[Tensor, "n_query proj_dim"]
+    leverage: Float64[Tensor, " n_train"] | None
+
+
+def check_residuals(member: MemberReader) -> None:
+    """Refuse residual weighting where `trak_out_to_loss` is not 1 − p of one class label.
+
+    Raises:
+        ValueError: Naming the task.
+    """
+    task = member.identity["task"]
+    if not task.endswith("-classification") or task == "token-classification":  # the latter has a mean over tokens
+        raise ValueError(
+            f"residual_weighting needs the probability of a class label, but these are features of {task}. Leave it out."
+        )
+
+
+def member_kernel(member: MemberReader, *, residual_weighting: bool) -> Float64[Tensor, "proj_dim proj_dim"]:
+    """Return the kernel that was stored, or the residual-weighted one, which takes a pass over the features."""
+    kernel = member.kernel()
+    if not residual_weighting:
+        return kernel
+    kernel.zero_()
+    for shard in member_blocks(member):
+        accumulate_kernel(kernel, shard.features * residual_weights(shard.out_to_loss).sqrt().unsqueeze(1))
+    return kernel
+
+
+def solve_queries(member: MemberReader, queries: Float[Tensor, "n_query proj_dim"], options: ScoreOptions) -> SolvedQueries:
+    """Precondition queries under one member; with leverage, a pass over its features finds that of each row.
+
+    Raises:
+        ValueError: If the damped kernel is singular, or a row's leverage is 1.
+    """
+    kernel = member_kernel(member, residual_weighting=options.residual_weighting)
+    preconditioned = precondition(
+        queries,
+        kernel,
+        n_rows=member.n_rows,
+        damping=options.damping,
+        reference_rescale=options.reference_rescale,
+        dtype=torch.float32,
+    )
+    if not options.leverage:
+        return SolvedQueries(preconditioned, None)
+    cholesky = factor(kernel, n_rows=member.n_rows, damping=options.damping)
+    leverage = torch.cat([_leverage(shard, cholesky, options.residual_weighting) for shard in member_blocks(member)])
+    if (alone := int((leverage > 1 - 1e-9).sum())) > 0:
+        raise ValueError(
+            f"{alone} training rows have a leverage of 1, so 1 / (1 - h) has no bounds: nothing else speaks for their directions. "
+            "Use a positive damping."
+        )
+    return SolvedQueries(preconditioned, leverage)
+
+
+def solve_all(
+    members: Sequence[MemberReader], features: list[Float[Tensor, "n_query proj_dim"]], options: ScoreOptions
+) -> list[SolvedQueries]:
+    """Precondition the queries of every member; `features` is emptied, since it may be large."""
+    solved: list[SolvedQueries] = []
+    for member in members:
+        solved.append(solve_queries(member, features.pop(0), options))
+    return solved
+
+
+def self_influence(members: Sequence[MemberReader], *, damping: float) -> Float64[Tensor, " n_train"]:
+    r"""Return $\phi^\top(K + \lambda\bar\mu I)^{-1}\phi \cdot |Q|$ of every training row, both factors means over members."""
+    # Differs from the usual definition, which has no Q: far more wrong labels come first with it (docs/decisions.md).
+    n_rows = members[0].n_rows
+    alone, out_to_loss = torch.zeros(2, n_rows, dtype=torch.float64)
+    for member in members:
+        cholesky = factor(member.kernel(), n_rows=n_rows, damping=damping)
+        for block in member_blocks(member):
+            alone[block.example_id] += leverage_of(cholesky, block.features) / len(members)
+            out_to_loss[block.example_id] += block.out_to_loss.double() / len(members)
+    return alone * out_to_loss.abs()
+
+
+def _leverage(shard: Shard, cholesky: Tensor, residual_weighting: bool) -> Float64[Tensor, " rows"]:
+    leverage = leverage_of(cholesky, shard.features)
+    return leverage * residual_weights(shard.out_to_loss).double() if residual_weighting else leverage
+
+
+def stream_scores(
+    members: Sequence[MemberReader],
+    solved: Sequence[SolvedQueries],
+    *,
+    out_to_loss_power: float = 1.0,
+    shards: range | None = None,
+    read_ahead: bool = True,
+) -> Iterator[Float32[Tensor, "_ n_query"]]:
+    """Yield the scores of one row group after another.
+
+    Args:
+        shards (`range`, *optional*): Only these.
+        read_ahead (`bool`): Read the next row group while this one is scored, which takes its memory once more.
+    """
+    preconditioned = [queries.preconditioned for queries in solved]
+    rows = aligned_blocks(members, shards)
+    with one_thread("scoring") as thread:
+        coming = ahead(rows, thread, depth=1) if read_ahead else rows
+        blocks = ([_block(shard, queries) for shard, queries in zip(row, solved, strict=True)] for row in coming)
+        yield from score_blocks(blocks, preconditioned, out_to_loss_power=out_to_loss_power)
+
+
+def _block(shard: Shard, queries: SolvedQueries) -> MemberBlock:
+    leverage = None if queries.leverage is None else queries.leverage[shard.example_id]
+    return MemberBlock(shard.features, shard.out_to_loss, leverage)

@@ -1,0 +1,180 @@
+"""Scores of solved queries over an index's rows: the whole matrix, or each query's extremes; shared by the processes there are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hf_trak.processes.gathering import gather, rank_and_size, share_of, wait_for_all
+from hf_trak.scoring.ensemble import ScoreOptions, SolvedQueries, stream_scores
+from hf_trak.scoring.matrix import allocate, check_keep, soft_threshold_in_place
+from hf_trak.scoring.memory import ScoringMemory, parse_memory
+from hf_trak.scoring.thresholds import soft_threshold_top_k
+from hf_trak.scoring.top_k import TopK, merge_top_k, top_k
+from hf_trak.storage.member_reader import MemberReader
+from hf_trak.storage.shard_blocks import block_size
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def check_top_k(top_k: int) -> int:
+    """Return `top_k`, or refuse it."""
+    if top_k < 1:
+        raise ValueError(f"`top_k` must be at least 1, but is {top_k}.")
+    return top_k
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Scores queries under some members, within a given memory.
+
+    Args:
+        soft_threshold (`int`, *optional*): Scores per query that stay nonzero.
+        top_k (`int`): Scores kept of each query; 0 for all of them.
+        max_memory (`int` or `str`, *optional*): Bytes, or with a unit; see [`AttributionIndex.score`].
+
+    Raises:
+        ValueError: If less memory is given than the least that works, before anything is computed.
+    """
+
+    members: Sequence[MemberReader]
+    options: ScoreOptions
+    n_query: int
+    top_k: int = 0
+    soft_threshold: int | None = None
+    max_memory: int | str | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.n_query < 1:
+            raise ValueError("There are no queries: the dataset is empty.")
+        check_keep(self.soft_threshold)
+        self._given  # noqa: B018
+
+    @property
+    def n_rows(self) -> int:
+        return self.members[0].n_rows
+
+    @property
+    def _kept(self) -> int:
+        """As many as the threshold, too, has to see."""
+        return min(self.n_rows, max(self.top_k, (self.soft_threshold or 0) + 1)) if self.top_k else 0
+
+    @property
+    def _memory(self) -> ScoringMemory:
+        block = block_size(self.members[0])
+        return ScoringMemory(
+            block_rows=block.rows,
+            block_bytes=block.bytes,
+            proj_dim=block.proj_dim,
+            n_members=len(self.members),
+            n_rows=self.n_rows,
+            n_query=self.n_query,
+            top_k=self._kept,
+            leverage=self.options.leverage,
+        )
+
+    @property
+    def _given(self) -> int:
+        return self._memory.fit(parse_memory(self.max_memory))
+
+    def matrix(
+        self, solved: Sequence[SolvedQueries], output_file: str | Path | None = None
+    ) -> Float32[np.ndarray, "n_train n_query"]:
+        """Return all scores; with `output_file`, several processes fill it together."""
+        free = self._given - self._memory.queries - self._memory.streaming
+        scores, shards = self._allocate(output_file, free)
+        row = shards.start * self.members[0].identity["shard_rows"]
+        for block in self._blocks(solved, shards):
+            scores[row : row + len(block)] = block.numpy()
+            row += len(block)
+        if isinstance(scores, np.memmap):
+            scores.flush()
+        if output_file is not None:
+            wait_for_all()
+        if self.soft_threshold is not None:
+            self._shrink(scores, output_file, free)
+        return scores
+
+    def _allocate(self, output_file: str | Path | None, free: int) -> tuple[np.ndarray, range]:
+        """Return where scores go, and whose shards this process fills in."""
+        shape, everything = (self.n_rows, self.n_query), range(len(self.members[0].shard_paths))
+        if output_file is None or rank_and_size()[1] == 1:
+            return allocate(shape, output_file, at_most=free), everything
+        if rank_and_size()[0] == 0:
+            allocate(shape, output_file)
+        wait_for_all()
+        return np.load(output_file, mmap_mode="r+"), share_of(len(everything))
+
+    def _shrink(self, scores: np.ndarray, output_file: str | Path | None, free: int) -> None:
+        assert self.soft_threshold is not None
+        if output_file is None or rank_and_size()[0] == 0:
+            soft_threshold_in_place(scores, self.soft_threshold, at_most=free)
+        if isinstance(scores, np.memmap):
+            scores.flush()
+        if output_file is not None:
+            wait_for_all()
+
+    def best(self, solved: Sequence[SolvedQueries]) -> tuple[TopK, TopK]:
+        """Return each query's `top_k` proponents and opponents; several processes rank a part of the rows each, and all return all."""
+        shards = share_of(len(self.members[0].shard_paths))
+        first_row = shards.start * self.members[0].identity["shard_rows"]
+        blocks = self._blocks(solved, shards)
+        mine = top_k(blocks, self._kept, first_row=first_row) if len(shards) else _nothing(self.n_query)
+        pair = _merge_ranks(mine[0], self._kept, largest=True), _merge_ranks(mine[1], self._kept, largest=False)
+        keep = self.n_rows if self.soft_threshold is None else self.soft_threshold
+        return soft_threshold_top_k(pair, keep, self.top_k)
+
+    def _blocks(self, solved: Sequence[SolvedQueries], shards: range) -> Iterator[Float[Tensor, "_ n_query"]]:
+        memory = self._memory
+        scores = stream_scores(
+            self.members,
+            solved,
+            out_to_loss_power=self.options.out_to_loss_power,
+            shards=shards,
+            read_ahead=self._given >= memory.least + memory.block,
+        )
+        n_rows = min(self.n_rows, shards.stop * self.members[0].identity["shard_rows"])
+        n_rows -= min(self.n_rows, shards.start * self.members[0].identity["shard_rows"])
+        with tqdm(total=n_rows, unit="rows", desc="Scoring", disable=not self.progress) as bar:
+            for block in scores:
+                yield block
+                bar.update(len(block))
+
+
+def _nothing(n_query: int) -> tuple[TopK, TopK]:
+    empty = TopK(torch.zeros(n_query, 0, dtype=torch.int64), torch.zeros(n_query, 0))
+    return empty, empty
+
+
+def _merge_ranks(mine: TopK, k: int, *, largest: bool) -> TopK:
+    """Return the first `k` of what all processes kept: rows are shared out in order, so that ties keep the training set's."""
+    if rank_and_size()[1] == 1:
+        return mine
+    missing = (0, k - mine.rows.shape[1])  # so that all have one shape; there are `k` real ones among all processes
+    pad = torch.nn.functional.pad
+    rows = gather(pad(mine.rows, missing, value=-1))
+    scores = gather(pad(mine.scores, missing, value=-torch.inf if largest else torch.inf))
+    return merge_top_k([TopK(*part) for part in zip(rows, scores, strict=True)], k, largest=largest)
+
+
+def to_hits(best: tuple[TopK, TopK], output: Float[np.ndarray, " n_query"] | None) -> Dataset:
+    """Return the Dataset of [`AttributionIndex.attribute`]."""
+    from datasets import Dataset
+
+    proponents, opponents = best
+    columns = {"query_id": np.arange(len(proponents.rows))}
+    if output is not None:
+        columns["query_output"] = output
+    columns["proponents"], columns["proponent_scores"] = proponents.rows.numpy(), proponents.scores.numpy()
+    columns["opponents"], columns["opponent_scores"] = opponents.rows.numpy(), opponents.scores.numpy()
+    return Dataset.from_dict(columns)

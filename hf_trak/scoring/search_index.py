@@ -1,0 +1,201 @@
+"""Approximate search: the features of all members in one FAISS index, built through Datasets, which ranks by the scores themselves.
+
+    τ(z_i, z) = ⟨ [φ_1(z_i), ..., φ_M(z_i)] · q_i / M,  [(K_1 + λ)⁻¹φ_1(z), ..., (K_M + λ)⁻¹φ_M(z)] ⟩
+
+with q_i the mean of Q over members, to its power. So a training row is one vector of M · proj_dim numbers that the queries do not
+change, damping included, and the maximum inner product with a solved query is the highest score; with its negative, the lowest.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hf_trak.hashing import hash_json
+from hf_trak.scoring.blocks import weigh
+from hf_trak.scoring.ensemble import ScoreOptions, SolvedQueries
+from hf_trak.scoring.top_k import TopK
+from hf_trak.storage.differences import list_differences
+from hf_trak.storage.files import read_json, write_atomically, write_json
+from hf_trak.storage.member_reader import MemberReader
+from hf_trak.storage.shard_blocks import aligned_blocks
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from datasets.search import FaissIndex
+
+_COLUMN = "trak_vector"
+_TRAINED_ON = 65_536
+
+
+class SearchIndex:
+    """A FAISS index over a training set's weighted features.
+
+    Args:
+        index (`datasets.search.FaissIndex`): From `Dataset.add_faiss_index`; its `faiss_index` is FAISS's own, to set what it is
+            searched with, such as `nprobe`.
+        identity (`dict`): What decides its vectors.
+    """
+
+    def __init__(self, index: FaissIndex, identity: dict[str, Any]) -> None:
+        self.index = index
+        self.identity = identity
+
+    @classmethod
+    def build(
+        cls,
+        members: Sequence[MemberReader],
+        *,
+        string_factory: str,
+        out_to_loss_power: float,
+        train_rows: int = _TRAINED_ON,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> SearchIndex:
+        """Build one; see [`AttributionIndex.add_search_index`]."""
+        faiss = import_faiss()
+        identity = describe(members, string_factory=string_factory, out_to_loss_power=out_to_loss_power)
+        proj_dim, n_rows = members[0].kernel().shape[0], members[0].n_rows
+        try:
+            custom = faiss.index_factory(len(members) * proj_dim, string_factory, faiss.METRIC_INNER_PRODUCT)
+        except RuntimeError as error:
+            raise ValueError(
+                f"FAISS knows no index {string_factory!r} of {len(members) * proj_dim:,} numbers: {_reason(error)}. See "
+                "https://github.com/facebookresearch/faiss/wiki/The-index-factory."
+            ) from error
+        with tempfile.TemporaryDirectory(prefix="hf_trak-search-") as folder:
+            vectors = write_vectors(members, Path(folder) / "vectors.arrow", out_to_loss_power, progress)
+            if not custom.is_trained:
+                # Not the first rows, as `train_size` would have it: data sets come sorted.
+                chosen = np.sort(np.random.default_rng(seed).permutation(n_rows)[:train_rows])
+                _train(custom, vectors.with_format("numpy", dtype=np.float32)[chosen][_COLUMN], string_factory)
+            vectors.add_faiss_index(_COLUMN, custom_index=custom)
+            return cls(vectors.get_index(_COLUMN), identity)
+
+    def save(self, file: str | Path) -> None:
+        """Write the FAISS index to a file, and what it is of to one beside it."""
+        write_atomically(Path(file), lambda temporary: self.index.save(str(temporary)))
+        write_json(_description(Path(file)), self.identity)
+
+    @classmethod
+    def load(cls, file: str | Path, expected: dict[str, Any]) -> SearchIndex:
+        """Read what [`~SearchIndex.save`] wrote.
+
+        Raises:
+            FileNotFoundError: If there is none.
+            ValueError: If it is of other features, or another kind; the message lists the differences.
+        """
+        path = Path(file)
+        if not path.exists() or not _description(path).exists():
+            raise FileNotFoundError(
+                f"There is no search index at {path}, or {_description(path).name} is missing beside it. Delete what is there, and build "
+                "it again."
+            )
+        if lines := list_differences(read_json(_description(path)), expected):
+            raise ValueError(
+                f"{path} is another search index than this:\n"
+                + "\n".join(f"  {line}" for line in lines)
+                + "\nChoose another file, or delete it and build it again."
+            )
+        import_faiss()
+        from datasets.search import FaissIndex
+
+        return cls(FaissIndex.load(str(path)), expected)
+
+    def check(self, options: ScoreOptions, soft_threshold: int | None) -> None:
+        """Refuse what the vectors were not made for.
+
+        Raises:
+            ValueError: Naming it.
+        """
+        power = self.identity["out_to_loss_power"]
+        if options.out_to_loss_power != power:
+            raise ValueError(
+                f"The search index weighs by out_to_loss_power {power}, but {options.out_to_loss_power} is asked for. Add one with that "
+                "power, or leave out exact=False."
+            )
+        for name, value in (("leverage", options.leverage), ("soft_threshold", soft_threshold)):
+            if value:
+                raise ValueError(f"`{name}` needs the scores of all rows: leave it out, or leave out exact=False.")
+
+    def best(self, solved: Sequence[SolvedQueries], top_k: int) -> tuple[TopK, TopK]:
+        """Return each query's proponents and opponents as the FAISS index ranks them; a row of −1 stands for none found."""
+        queries = torch.cat([one.preconditioned for one in solved], dim=1).numpy()
+        return self._search(queries, top_k), self._search(-queries, top_k, sign=-1)
+
+    def _search(self, queries: Float32[np.ndarray, "n_query width"], top_k: int, sign: int = 1) -> TopK:
+        k = min(top_k, self.identity["n_rows"])
+        scores, rows = self.index.search_batch(queries, k=k)
+        return TopK(torch.from_numpy(np.asarray(rows, dtype=np.int64)), sign * torch.from_numpy(np.asarray(scores)))
+
+
+def describe(members: Sequence[MemberReader], *, string_factory: str, out_to_loss_power: float) -> dict[str, Any]:
+    """Return what decides a search index."""
+    return {
+        "members_sha256": hash_json([member.info["files"] for member in members]),
+        "n_rows": members[0].n_rows,
+        "string_factory": string_factory,
+        "out_to_loss_power": out_to_loss_power,
+    }
+
+
+def write_vectors(members: Sequence[MemberReader], path: Path, power: float, progress: bool) -> Dataset:
+    """Write the vectors to an Arrow file, and return them as a Dataset that is mapped to it."""
+    from datasets import Dataset
+    from datasets.arrow_writer import ArrowWriter
+
+    with ArrowWriter(path=str(path)) as writer:
+        for block in tqdm(weighted_blocks(members, power), unit="blocks", desc="Vectors", disable=not progress):
+            flat = pa.array(block.numpy().reshape(-1))
+            writer.write_table(pa.table({_COLUMN: pa.FixedSizeListArray.from_arrays(flat, block.shape[1])}))
+        writer.finalize()
+    return Dataset.from_file(str(path))
+
+
+def weighted_blocks(members: Sequence[MemberReader], power: float) -> Iterator[Float[Tensor, "rows width"]]:
+    """Yield the rows' vectors, a row group at a time."""
+    for blocks in aligned_blocks(members):
+        weight = weigh(torch.stack([block.out_to_loss.double() for block in blocks]).mean(0), power) / len(members)
+        yield torch.cat([block.features for block in blocks], dim=1) * weight.float().unsqueeze(1)
+
+
+def import_faiss() -> Any:
+    """Return the faiss module.
+
+    Raises:
+        ImportError: With what to install.
+    """
+    try:
+        import faiss
+    except ImportError as error:
+        raise ImportError(
+            "Approximate search needs FAISS: pip install 'hf-trak[search]'. `index.attribute` ranks exactly and needs nothing more."
+        ) from error
+    return faiss
+
+
+def _train(index: Any, vectors: Float32[np.ndarray, "rows width"], string_factory: str) -> None:
+    try:
+        index.train(vectors)
+    except RuntimeError as error:
+        raise ValueError(
+            f"FAISS cannot train {string_factory!r} on {len(vectors):,} rows: {_reason(error)}. Ask for fewer cells or codes, or give "
+            "more `train_rows`."
+        ) from error
+
+
+def _description(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
+
+
+def _reason(error: RuntimeError) -> str:
+    return str(error).strip().splitlines()[-1].split("Error: ")[-1][:200]

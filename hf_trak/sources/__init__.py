@@ -1,0 +1,1 @@
+"""Where checkpoints and training sets come from, and how to tell two of them apart."""

@@ -1,0 +1,79 @@
+"""The trak_* columns of some rows: from tensors to Arrow, and from a Parquet shard back to tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+
+class Shard(NamedTuple):
+    """Rows of one shard, in the training set's order."""
+
+    example_id: Int64[Tensor, " rows"]
+    features: Float[Tensor, "rows proj_dim"]
+    out_to_loss: Float[Tensor, " rows"]
+    output: Float[Tensor, " rows"]
+
+
+def encode_columns(
+    features: Float[Tensor, "rows proj_dim"],
+    output: Float[Tensor, " rows"],
+    out_to_loss: Float[Tensor, " rows"],
+    *,
+    dtype: str,
+) -> dict[str, np.ndarray]:
+    """Return the trak_* columns of some rows, given on the CPU.
+
+    In float16, a row is divided by `trak_scale`, the power of two above its largest entry, so that no row under- or overflows
+    whatever its size; float32 rows have no such column.
+    """
+    # Differs from the reference: MadryLab/trak stores float16 unscaled, and rows of gradients below about 0.1 become zero.
+    columns = {"trak_features": features.float().numpy()}
+    if dtype == "float16":
+        largest = features.abs().amax(dim=1).double().clamp_min(torch.finfo(torch.float32).tiny)
+        scale = torch.exp2(largest.log2().floor() + 1)
+        columns["trak_features"] = (features.double() / scale.unsqueeze(1)).half().numpy()
+        columns["trak_scale"] = scale.float().numpy()
+    columns["trak_out_to_loss"] = out_to_loss.float().numpy()
+    columns["trak_output"] = output.float().numpy()
+    columns["trak_grad_norm"] = torch.linalg.vector_norm(features.double(), dim=1).float().numpy()
+    return columns
+
+
+def to_table(columns: Mapping[str, np.ndarray]) -> pa.Table:
+    """Return an Arrow table; a matrix becomes a column of lists of fixed length."""
+    arrays = {}
+    for name, values in columns.items():
+        flat = pa.array(np.ascontiguousarray(values).reshape(-1))
+        arrays[name] = flat if values.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+    return pa.table(arrays)
+
+
+def read_shard(path: Path) -> Shard:
+    """Read one Parquet shard, checking the checksum of every page.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    try:
+        table = pq.read_table(path, page_checksum_verification=True)
+        length = table.schema.field("trak_features").type.list_size
+        flat = table.column("trak_features").combine_chunks()
+        features = torch.from_numpy(np.array(flat.flatten().to_numpy(zero_copy_only=False))).reshape(-1, length)
+        if "trak_scale" in table.column_names:
+            features = features.float() * _tensor(table, "trak_scale").unsqueeze(1)
+        return Shard(_tensor(table, "example_id"), features, _tensor(table, "trak_out_to_loss"), _tensor(table, "trak_output"))
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise ValueError(f"{path} is damaged: {error}. Restore it from a copy, or featurize again.") from error
+
+
+def _tensor(table: pa.Table, name: str) -> Tensor:
+    return torch.from_numpy(np.array(table.column(name).to_numpy()))
