@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from hf_trak.config import TrakConfig
 from hf_trak.featurizer import Featurizer
 from hf_trak.members import Pass
+from hf_trak.object_store import seen_from
 from hf_trak.processing import describe_processing
 from hf_trak.sources import describe_source
 from hf_trak.store import MemberReader
@@ -100,8 +100,7 @@ def _describe_checkpoint(folder: Path, featurizer: Featurizer) -> dict[str, Any]
     """Where to find the weights again: a repository, or a folder as seen from the index."""
     source = featurizer.source
     if source is not None and Path(source).exists():
-        source = os.path.relpath(source, folder)
-        return {"path": source, "repository": None, "revision": None}
+        return {"path": seen_from(folder, Path(source)), "repository": None, "revision": None}
     return {"path": None, "repository": source, "revision": featurizer.commit}
 
 

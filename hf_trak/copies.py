@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -12,8 +11,9 @@ from typing import Any
 from hf_trak.cards import CURVE_NAME, merge_card, render_index_card
 from hf_trak.config import CARD_NAME, CONFIG_NAME, TrakConfig
 from hf_trak.damping import DAMPING_NAME, DampingChoice
+from hf_trak.object_store import ObjectPath, seen_from
 from hf_trak.sources import licence_in, licence_of_source
-from hf_trak.store import MEMBER_NAME, MemberReader, write_atomically, write_json
+from hf_trak.store import MEMBER_NAME, MemberReader, remove_folder, write_atomically, write_folder, write_json
 from hf_trak.upload import Upload, repository_exists
 
 
@@ -23,23 +23,25 @@ def copy_index(folder: Path, target: Path, config: TrakConfig, members: Sequence
     Raises:
         ValueError: If `target` is not empty and `overwrite` is not set.
     """
-    if target.resolve() == folder.resolve():
+    if not isinstance(target, ObjectPath) and target.resolve() == folder.resolve():
         return
     if target.exists() and any(target.iterdir()):
         if not overwrite:
             raise ValueError(f"{target} is not empty; choose another folder, or pass overwrite=True.")
-        shutil.rmtree(target)
-    for name in (CONFIG_NAME, *_extras(folder)):
+        remove_folder(target)
+    write_folder(target)
+    for name in _extras(folder):
         _copy(folder / name, target / name)
     write_card(target, card_for(folder, config, members, name=target.name))
     for member in members:
         for name in member.records:
             _copy(member.path(name), target / member.folder.name / name)
         write_json(target / member.folder.name / MEMBER_NAME, _moved(member, folder, target))
+    _copy(folder / CONFIG_NAME, target / CONFIG_NAME)  # last: without it, nobody takes a part of the members for all
 
 
 def _copy(source: Path, copy: Path) -> None:
-    copy.parent.mkdir(parents=True, exist_ok=True)
+    write_folder(copy.parent)
     write_atomically(copy, partial(shutil.copyfile, source))
 
 
@@ -48,7 +50,7 @@ def _moved(member: MemberReader, folder: Path, target: Path) -> dict[str, Any]:
     checkpoint = member.info["checkpoint"]
     if checkpoint["path"] is None:
         return member.info
-    return {**member.info, "checkpoint": {**checkpoint, "path": os.path.relpath(folder / checkpoint["path"], target)}}
+    return {**member.info, "checkpoint": {**checkpoint, "path": seen_from(target, folder / checkpoint["path"])}}
 
 
 def _extras(folder: Path) -> list[str]:

@@ -12,7 +12,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from hf_trak.build import identity_of, member_folders, recorded_passes
-from hf_trak.building import build_members, local_folder
+from hf_trak.building import build_members
 from hf_trak.cards import CURVE_NAME, draw_damping_curve
 from hf_trak.config import TrakConfig
 from hf_trak.copies import render_card, write_card
@@ -21,6 +21,8 @@ from hf_trak.featurizer import Featurizer
 from hf_trak.hub import HubIndex
 from hf_trak.hub_mixin import HubMixin
 from hf_trak.launchers import current_processes, launched_processes
+from hf_trak.object_index import ObjectIndex
+from hf_trak.object_store import ObjectPath, place
 from hf_trak.parts import Part, forget_parts, merge_members
 from hf_trak.processes import Processes
 from hf_trak.query_side import QuerySide, featurize_queries
@@ -43,7 +45,8 @@ class AttributionIndex(Questions, HubMixin):
     [`AttributionIndex.from_pretrained`].
 
     Args:
-        folder (`Path`): Holds `trak_config.json` and `member_0`, `member_1`, ...
+        folder (`str` or `Path`): Holds `trak_config.json` and `member_0`, `member_1`, ...; or the URL of an object store, such as
+            `s3://bucket/my-index`, of which files come to a local cache when they are used.
         models (`Sequence`, *optional*): One model, folder or repository per checkpoint, in place of the recorded ones.
         processing_class (*optional*): In place of the one saved beside the recorded checkpoint.
         task (`Task`, *optional*): Needed again for an index made with a task of your own.
@@ -59,9 +62,13 @@ class AttributionIndex(Questions, HubMixin):
         processing_class: Any = None,
         task: Task | None = None,
         trust_remote_code: bool = False,
-        repository: HubIndex | None = None,
+        repository: HubIndex | ObjectIndex | None = None,
     ) -> None:
-        self.folder = Path(folder)
+        self.home = place(folder)
+        if isinstance(self.home, ObjectPath):
+            repository = ObjectIndex.open(self.home)
+        self._repository = repository
+        self.folder = repository.folder if isinstance(repository, ObjectIndex) else self.home
         self.config = TrakConfig.from_pretrained(self.folder)
         self.members = [
             MemberReader(path, None if repository is None else repository.fetcher(path.name))
@@ -117,7 +124,8 @@ class AttributionIndex(Questions, HubMixin):
         launcher divide the rows among them, and each returns the index: docs/processes.md.
 
         Args:
-            folder (`str` or `Path`): Where the index goes; an empty or new folder, or one this call began.
+            folder (`str` or `Path`): Where the index goes; an empty or new folder, or one this call began. Or the URL of an object
+                store, such as `s3://bucket/my-index`: docs/processes.md.
             models (`PreTrainedModel`, `str` or a sequence): One or more checkpoints. Queries are later featurized with the same: a
                 folder or repository is recorded and found again, a model in memory has to be given again.
             dataset (`Dataset`): The training set; its row order is the index's.
@@ -138,7 +146,7 @@ class AttributionIndex(Questions, HubMixin):
             ProcessEnded: If another process of the same run has ended before it was done.
         """
         checkpoints = list(models) if isinstance(models, (list, tuple)) else [models]
-        folder = local_folder(folder)
+        folder = place(folder)
         with terminable(), current_processes() as processes:
             build_members(
                 folder,
@@ -201,7 +209,7 @@ class AttributionIndex(Questions, HubMixin):
         Raises:
             ValueError: As [`AttributionIndex.build`]; also if the job was started by a launcher of several processes.
         """
-        folder, part = local_folder(folder), Part(shard_index, num_shards, command)
+        folder, part = place(folder), Part(shard_index, num_shards, command)
         if launched_processes() > 1:
             raise ValueError(
                 "`shard_index` is for jobs of one process each; a launcher's processes divide the work by themselves."
@@ -241,7 +249,7 @@ class AttributionIndex(Questions, HubMixin):
             FileNotFoundError: If no such parts are there.
             ValueError: If some are missing (the message says which, and how to make them), or a shard is not what was written.
         """
-        folder = local_folder(folder)
+        folder = place(folder)
         merge_members(folder)
         index = cls(folder, **loading)
         index._complete()
@@ -252,6 +260,8 @@ class AttributionIndex(Questions, HubMixin):
         """Choose λ, and write the card."""
         self._record_damping()
         write_card(self.folder, render_card(self.folder, self.config, self.members, name=self.folder.name))
+        if isinstance(self._repository, ObjectIndex):
+            self._repository.publish()
 
     def _record_damping(self) -> None:
         """Choose λ where it is to be chosen, and keep the choice and its curve with the index."""

@@ -6,7 +6,6 @@ While it is unfinished, `.parts.json` in the index's folder says how many member
 from __future__ import annotations
 
 import shlex
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from hf_trak.config import TrakConfig
 from hf_trak.kernel_sums import kernel_of
 from hf_trak.member_writer import MemberWriter
 from hf_trak.processes import share
-from hf_trak.store import MEMBER_NAME, PROGRESS, read_json, write_json_once
+from hf_trak.store import MEMBER_NAME, PROGRESS, read_json, remove_folder, write_json_once
 
 T = TypeVar("T")
 
@@ -88,7 +87,7 @@ def merge_members(folder: Path) -> None:
     }
     for member in members:
         if (member / MEMBER_NAME).exists():
-            shutil.rmtree(member / PROGRESS, ignore_errors=True)  # a merge was killed just after it wrote `member.json`
+            remove_folder(member / PROGRESS)  # a merge was killed just after it wrote `member.json`
     missing = {member: writer.missing() for member, writer in begun.items()}
     absent = [member for member in members if not member.exists()]
     if absent or any(missing.values()):

@@ -34,6 +34,7 @@ FLOORS = {
     "hub_mixin": 4.75,
     "copies": 4,
     "hub": 4,
+    "object_index": 4.6,
     "upload": 3.9,
     "cards": 3.75,
     "damping": 3.5,
@@ -66,6 +67,7 @@ FLOORS = {
     "memory": 0,
     "gathering": 0,
     "config": 0,
+    "object_store": 0,
     "linalg": 0,
     "hashing": 0,
 }
