@@ -43,6 +43,12 @@ class FeaturizeArguments:
     split: str = field(default="train", metadata={"help": "Split of the dataset."})
     max_rows: int | None = field(default=None, metadata={"help": "Featurize only the first rows."})
     overwrite: bool = field(default=False, metadata={"help": "Replace another index in the output folder."})
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={
+            "help": "Run code that a checkpoint brings along. Without it, such checkpoints are refused. An index does not remember it."
+        },
+    )
     shard_index: int | None = field(
         default=None,
         metadata={"help": "Make only this part of the files of features, from 0; `hf-trak merge` puts them together."},
@@ -85,6 +91,7 @@ def run(args: FeaturizeArguments, features: FeatureArguments, given: Sequence[st
         "dataset": dataset,
         "config": config,
         "revision": args.revision,
+        "trust_remote_code": args.trust_remote_code,
         **counts,
         "batch_size": features.rows_at_a_time(),
         "shard_rows": features.shard_rows,
