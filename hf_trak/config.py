@@ -172,7 +172,7 @@ class TrakConfig:
             FileNotFoundError: If the folder holds none.
             ValueError: If the file is damaged, or of another format version.
         """
-        path = Path(folder) / CONFIG_NAME
+        path = (Path(folder) if isinstance(folder, str) else folder) / CONFIG_NAME
         if not path.is_file():
             raise FileNotFoundError(f"{folder} holds no {CONFIG_NAME}, so it is not an attribution index.")
         try:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool
 from torch import Tensor
 
-from hf_trak.building.all_passes import build_members, local_folder
+from hf_trak.building.all_passes import build_members
 from hf_trak.building.parts import Part, forget_parts, merge_members
 from hf_trak.config import TrakConfig
 from hf_trak.featurizing.descriptions import identity_of, recorded_passes
@@ -20,6 +20,7 @@ from hf_trak.hub.cards import CURVE_NAME, draw_damping_curve
 from hf_trak.hub.copies import render_card, write_card
 from hf_trak.hub.download import HubIndex
 from hf_trak.hub.mixin import HubMixin
+from hf_trak.hub.object_index import ObjectIndex
 from hf_trak.processes.group import Processes
 from hf_trak.processes.launchers import current_processes, launched_processes
 from hf_trak.processes.stopping import terminable
@@ -29,6 +30,7 @@ from hf_trak.scoring.damping import DAMPING_NAME, DampingChoice
 from hf_trak.storage.differences import list_differences
 from hf_trak.storage.layout import member_folders
 from hf_trak.storage.member_reader import MemberReader
+from hf_trak.storage.object_store import ObjectPath, place
 from hf_trak.tasks import Task
 
 if TYPE_CHECKING:
@@ -45,7 +47,8 @@ class AttributionIndex(Questions, HubMixin):
     [`AttributionIndex.from_pretrained`].
 
     Args:
-        folder (`Path`): Holds `trak_config.json` and `member_0`, `member_1`, ...
+        folder (`str` or `Path`): Holds `trak_config.json` and `member_0`, `member_1`, ...; or the URL of an object store, such as
+            `s3://bucket/my-index`, of which files come to a local cache when they are used.
         models (`Sequence`, *optional*): One model, folder or repository per checkpoint, in place of the recorded ones.
         processing_class (*optional*): In place of the one saved beside the recorded checkpoint.
         task (`Task`, *optional*): Needed again for an index made with a task of your own.
@@ -61,9 +64,13 @@ class AttributionIndex(Questions, HubMixin):
         processing_class: Any = None,
         task: Task | None = None,
         trust_remote_code: bool = False,
-        repository: HubIndex | None = None,
+        repository: HubIndex | ObjectIndex | None = None,
     ) -> None:
-        self.folder = Path(folder)
+        self.home = place(folder)
+        if isinstance(self.home, ObjectPath):
+            repository = ObjectIndex.open(self.home)
+        self._repository = repository
+        self.folder = repository.folder if isinstance(repository, ObjectIndex) else self.home
         self.config = TrakConfig.from_pretrained(self.folder)
         self.members = [
             MemberReader(path, None if repository is None else repository.fetcher(path.name))
@@ -119,7 +126,8 @@ class AttributionIndex(Questions, HubMixin):
         launcher divide the rows among them, and each returns the index: docs/processes.md.
 
         Args:
-            folder (`str` or `Path`): Where the index goes; an empty or new folder, or one this call began.
+            folder (`str` or `Path`): Where the index goes; an empty or new folder, or one this call began. Or the URL of an object
+                store, such as `s3://bucket/my-index`: docs/processes.md.
             models (`PreTrainedModel`, `str` or a sequence): One or more checkpoints. Queries are later featurized with the same: a
                 folder or repository is recorded and found again, a model in memory has to be given again.
             dataset (`Dataset`): The training set; its row order is the index's.
@@ -140,7 +148,7 @@ class AttributionIndex(Questions, HubMixin):
             ProcessEnded: If another process of the same run has ended before it was done.
         """
         checkpoints = list(models) if isinstance(models, (list, tuple)) else [models]
-        folder = local_folder(folder)
+        folder = place(folder)
         with terminable(), current_processes() as processes:
             build_members(
                 folder,
@@ -203,7 +211,7 @@ class AttributionIndex(Questions, HubMixin):
         Raises:
             ValueError: As [`AttributionIndex.build`]; also if the job was started by a launcher of several processes.
         """
-        folder, part = local_folder(folder), Part(shard_index, num_shards, command)
+        folder, part = place(folder), Part(shard_index, num_shards, command)
         if launched_processes() > 1:
             raise ValueError(
                 "`shard_index` is for jobs of one process each; a launcher's processes divide the work by themselves."
@@ -243,7 +251,7 @@ class AttributionIndex(Questions, HubMixin):
             FileNotFoundError: If no such parts are there.
             ValueError: If some are missing (the message says which, and how to make them), or a shard is not what was written.
         """
-        folder = local_folder(folder)
+        folder = place(folder)
         merge_members(folder)
         index = cls(folder, **loading)
         index._complete()
@@ -254,6 +262,8 @@ class AttributionIndex(Questions, HubMixin):
         """Choose λ, and write the card."""
         self._record_damping()
         write_card(self.folder, render_card(self.folder, self.config, self.members, name=self.folder.name))
+        if isinstance(self._repository, ObjectIndex):
+            self._repository.publish()
 
     def _record_damping(self) -> None:
         """Choose λ where it is to be chosen, and keep the choice and its curve with the index."""

@@ -24,23 +24,34 @@ def tell_of_shards() -> None:
     def write(self, shard, columns):
         _write(self, shard, columns)
         print("wrote", f"{self.folder.name}/{self.path(shard).name}", flush=True)
-        if os.environ.get("SLOW_RANK") == os.environ["RANK"] and self.folder.name == "member_0":
+        if os.environ.get("SLOW_RANK", "") == os.environ.get("RANK") and self.folder.name == "member_0":
             time.sleep(300)
 
     MemberWriter.write = write
 
 
+def options(*models: Any) -> dict[str, Any]:
+    return {
+        "models": list(models),
+        "dataset": token_rows(50),
+        "config": TrakConfig(proj_dim=16),
+        "sketch_seeds_per_checkpoint": 2,
+        "shard_rows": int(os.environ.get("SHARD_ROWS", "12")),
+        "progress": False,
+    }
+
+
 def build(folder: str, *models: Any) -> AttributionIndex:
     tell_of_shards()
-    return AttributionIndex.build(
-        folder,
-        models=list(models),
-        dataset=token_rows(50),
-        config=TrakConfig(proj_dim=16),
-        sketch_seeds_per_checkpoint=2,
-        shard_rows=12,
-        progress=False,
-    )
+    return AttributionIndex.build(folder, **options(*models))
+
+
+def part(folder: str, index: str, count: str, *models: Any) -> None:
+    """One job of several, all of which begin when they are told to, so that it is at the same moment."""
+    tell_of_shards()
+    print("ready", flush=True)
+    sys.stdin.readline()
+    AttributionIndex.build_part(folder, shard_index=int(index), num_shards=int(count), **options(*models))
 
 
 def accelerator(folder: str, *models: str) -> AttributionIndex:
@@ -83,9 +94,11 @@ def refuse_sharded(folder: str) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     try:
-        index = {"build": build, "accelerator": accelerator, "train": train}[sys.argv[1]](*sys.argv[2:])
+        index = {"build": build, "part": part, "accelerator": accelerator, "train": train}[sys.argv[1]](*sys.argv[2:])
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         sys.exit(1)
+    if index is None:
+        sys.exit(0)
     sums = [member.kernel().sum().item() for member in index.members]
     print(json.dumps({"n_rows": index.n_rows, "kernels": sums}))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import PartialState
+from accelerate import PartialState, cpu_offload, disk_offload, dispatch_model
 from datasets_for_tests import save_model, token_rows
 from pairs_for_tests import pair_rows, save_dual_encoder
 from transformers import AutoModelForSequenceClassification
@@ -88,6 +88,27 @@ def start(count: int, *arguments: str, **variables: str) -> list[subprocess.Pope
     ]
 
 
+def start_jobs(*jobs: tuple[str, ...], **variables: str) -> list[subprocess.Popen]:
+    """Start jobs that know nothing of each other, have them import what they need, and let them go at the same moment."""
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), "part", *job],
+            env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for job in jobs
+    ]
+    for process in started:
+        assert process.stdout.readline() == "ready\n", process.communicate()[1]
+    for process in started:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    return started
+
+
 def outcome(process: subprocess.Popen) -> tuple[int, str, str]:
     try:
         out, err = process.communicate(timeout=400)
@@ -122,6 +143,24 @@ def test_two_processes_one_killed_then_three_make_the_bytes_of_one(models, expec
     assert not set(again) & set(kept), "no finished shard was computed again"
     assert files_of(folder) == expected
     assert len({out.splitlines()[-1] for _, out, _ in results}) == 1, "every process got the same index"
+
+
+@pytest.mark.parametrize(("count", "shard_rows"), [(3, 25), pytest.param(8, 12, marks=pytest.mark.slow)])
+def test_more_processes_than_shards_make_the_bytes_of_one(models, tmp_path, count, shard_rows):
+    one = tmp_path / "one" / "index"
+    AttributionIndex.build(one, **{**build_options(models), "shard_rows": shard_rows})
+    folder = tmp_path / "many" / "index"
+    results = [
+        outcome(process) for process in start(count, "build", str(folder), *map(str, models), SHARD_ROWS=str(shard_rows))
+    ]
+    assert [code for code, *_ in results] == [0] * count, [err for *_, err in results]
+    written = [[line for line in out.splitlines() if line.startswith("wrote")] for _, out, _ in results]
+    n_shards = -(-N_TRAIN // shard_rows)
+    assert sum(map(len, written)) == len({line for lines in written for line in lines}) == 4 * n_shards, (
+        "each shard was made once"
+    )
+    assert sum(map(bool, written)) == n_shards < count, "some processes had nothing to do"
+    assert files_of(folder) == files_of(one)
 
 
 def test_accelerate_launch_of_the_script(models, expected, tmp_path):
@@ -267,6 +306,21 @@ def test_models_in_pieces_are_refused_by_name():
         check_whole(model)
 
 
+def test_models_that_accelerate_has_spread_or_offloaded_are_refused_by_name(models, tmp_path):
+    def load():
+        return AutoModelForSequenceClassification.from_pretrained(models[0])
+
+    check_whole(dispatch_model(load(), {"": "cpu"}))
+    spread = dispatch_model(
+        load(), {"bert": "cpu", "classifier": "disk"}, main_device="cpu", offload_dir=tmp_path / "weights", force_hooks=True
+    )
+    with pytest.raises(ValueError, match="BertForSequenceClassification is spread over cpu, disk by its `device_map`"):
+        check_whole(spread)
+    for offloaded in (cpu_offload(load(), "cpu"), disk_offload(load(), tmp_path / "all", "cpu")):
+        with pytest.raises(ValueError, match="not loaded .meta tensors.. Load it without `device_map` or offloading"):
+            check_whole(offloaded)
+
+
 def test_a_device_map_of_one_device_changes_nothing(models, expected, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(models[0], device_map="auto")
     devices = getattr(model, "hf_device_map", {"": "cpu"})  # not recorded by all versions where one device holds all
@@ -324,7 +378,7 @@ def test_parts_made_in_any_order_by_any_number_of_jobs_merge_to_the_bytes_of_one
         b"of a job that was killed on another machine"
     )
     with monkeypatch.context() as patch:
-        patch.setattr("hf_trak.storage.member_writer.shutil.rmtree", killed)
+        patch.setattr("hf_trak.storage.member_writer.remove_folder", killed)
         with pytest.raises(KeyboardInterrupt):
             AttributionIndex.merge(folder)
     assert main(["merge", str(folder)]) == 0
@@ -332,6 +386,17 @@ def test_parts_made_in_any_order_by_any_number_of_jobs_merge_to_the_bytes_of_one
     assert files_of(folder) == expected
     assert main(["merge", str(folder)]) == 1
     assert "is not made of parts" in capsys.readouterr().err
+
+
+def test_jobs_that_start_at_the_same_moment_one_of_them_twice_merge_to_the_bytes_of_one(models, expected, tmp_path):
+    """A job that was started twice by mistake makes the same files: whoever is later replaces them by the same, whole at any time."""
+    folder, given = tmp_path / "index", [str(model) for model in models]
+    jobs = start_jobs(*((str(folder), index, "2", *given) for index in ("0", "1", "1")))
+    results = [outcome(process) for process in jobs]
+    assert [code for code, *_ in results] == [0, 0, 0], [err for *_, err in results]
+    assert not list(folder.rglob("*.tmp"))
+    AttributionIndex.merge(folder)
+    assert files_of(folder) == expected
 
 
 def test_folders_of_jobs_that_share_no_disk_merge_when_copied_together(models, expected, tmp_path):
@@ -442,12 +507,6 @@ def test_sigterm_ends_a_run_as_ctrl_c_does(models, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(MemberWriter, "write", write)
     assert main(["featurize", *flags]) == 0
     assert not (tmp_path / "index" / "member_0" / ".progress").exists()
-
-
-def test_a_url_is_refused_with_the_way_out(models):
-    with pytest.raises(ValueError, match="s3://bucket/index is a URL. Featurize to a folder"):
-        AttributionIndex.build("s3://bucket/index", **build_options(models))
-    assert not Path("s3:").exists()
 
 
 def test_no_group_is_left_in_this_process():

@@ -7,6 +7,7 @@ import torch
 from datasets_for_tests import save_model, token_rows
 
 from hf_trak import AttributionIndex, TrakConfig
+from hf_trak.cli.main import main
 from hf_trak.sources.checkpoints import load_model
 
 MODELING = """
@@ -60,6 +61,33 @@ def test_code_of_a_checkpoint_runs_only_if_it_is_trusted(own_code, tmp_path):
     plain = AttributionIndex.build(tmp_path / "plain", models=save_model(tmp_path / "bert"), **options)
     assert torch.isfinite(torch.from_numpy(scores)).all()
     assert abs(scores - plain.score(queries, progress=False)).max() > 1e-3  # it is the code that computes
+
+
+def test_commands_trust_code_only_when_told_to_and_an_index_does_not_remember_it(own_code, tmp_path, capsys):
+    token_rows(12).to_parquet(tmp_path / "rows.parquet")
+    rows, index = str(tmp_path / "rows.parquet"), tmp_path / "index"
+    made = ["featurize", "--model", str(own_code), "--dataset", rows, "--output", str(index), "--proj_dim", "16"]
+    asked = [
+        "attribute",
+        "--index",
+        str(index),
+        "--queries",
+        rows,
+        "--split",
+        "train",
+        "--output",
+        str(tmp_path / "hits.jsonl"),
+    ]
+    assert main(made) == 1
+    assert (
+        "It brings code of its own: if you trust that, pass trust_remote_code=True (--trust_remote_code)"
+        in capsys.readouterr().err
+    )
+    assert main([*made, "--trust_remote_code"]) == 0
+    assert not [path for path in index.rglob("*") if path.is_file() and b"trust_remote_code" in path.read_bytes()]
+    assert main(asked) == 1
+    assert "(--trust_remote_code)" in capsys.readouterr().err
+    assert main([*asked, "--trust_remote_code"]) == 0
 
 
 def test_a_configuration_with_code_of_its_own_is_refused_without_a_question(own_code):

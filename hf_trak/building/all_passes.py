@@ -30,21 +30,6 @@ if TYPE_CHECKING:
     from hf_trak.tasks import Task
 
 
-def local_folder(folder: str | Path) -> Path:
-    """Return where an index goes.
-
-    Raises:
-        ValueError: If that is the URL of an object store: shards and their records are renamed into place, which those cannot do.
-    """
-    if "://" in str(folder):
-        raise ValueError(
-            f"An index is written to a folder, but {folder} is a URL. Featurize to a folder, on any disk or mount, and copy the "
-            "finished index there, or push it to the Hub. Jobs that share no disk may each write a folder of their own: "
-            "docs/processes.md tells how to put these together."
-        )
-    return Path(folder)
-
-
 def begin_index(folder: Path, config: TrakConfig, n_members: int, *, overwrite: bool, shared: bool = False) -> None:
     """Make sure `folder` is new, or holds this very index, perhaps unfinished.
 

@@ -6,7 +6,6 @@ While it is unfinished, `.parts.json` in the index's folder says how many member
 from __future__ import annotations
 
 import shlex
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, TypeVar
 
 from hf_trak.config import TrakConfig
 from hf_trak.processes.group import share
-from hf_trak.storage.files import read_json, write_json_once
+from hf_trak.storage.files import read_json, remove_folder, write_json_once
 from hf_trak.storage.kernel_sums import kernel_of
 from hf_trak.storage.layout import MEMBER_NAME, PROGRESS, member_folders
 from hf_trak.storage.member_writer import MemberWriter
@@ -88,7 +87,7 @@ def merge_members(folder: Path) -> None:
     }
     for member in members:
         if (member / MEMBER_NAME).exists():
-            shutil.rmtree(member / PROGRESS, ignore_errors=True)  # a merge was killed just after it wrote `member.json`
+            remove_folder(member / PROGRESS)  # a merge was killed just after it wrote `member.json`
     missing = {member: writer.missing() for member, writer in begun.items()}
     absent = [member for member in members if not member.exists()]
     if absent or any(missing.values()):

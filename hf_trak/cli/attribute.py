@@ -36,7 +36,7 @@ examples:
 class AttributeArguments:
     """What to ask which index, and where the answer goes."""
 
-    index: str = field(metadata={"help": "Folder or dataset repository of an index."})
+    index: str = field(metadata={"help": "Folder, dataset repository or object store URL of an index."})
     queries: str = field(metadata={"help": "The queries: a Parquet, CSV or JSON file, a folder, or a dataset of the Hub."})
     output: str = field(metadata={"help": "File for the hits, .jsonl or .parquet: one line per query."})
     queries_config: str | None = field(default=None, metadata={"help": "Configuration of the queries' dataset."})
@@ -54,6 +54,10 @@ class AttributeArguments:
         default=None, metadata={"help": "Checkpoints, in order, in place of the recorded ones.", "action": Collect}
     )
     revision: str | None = field(default=None, metadata={"help": "Revision of an index repository."})
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run code that the checkpoints bring along. Without it, such checkpoints are refused."},
+    )
     batch_size: str = field(default="auto", metadata={"help": "Queries at a time; auto halves when memory runs out."})
     max_memory: str | None = field(
         default=None,
@@ -92,7 +96,9 @@ def run(args: AttributeArguments) -> None:
     parse_memory(args.max_memory)
     current_processes()  # joins those of a launcher
     first = rank_and_size()[0] == 0
-    index = AttributionIndex.from_pretrained(args.index, revision=args.revision, models=args.model)
+    index = AttributionIndex.from_pretrained(
+        args.index, revision=args.revision, models=args.model, trust_remote_code=args.trust_remote_code
+    )
     queries = load_rows(args.queries, split=args.split, config=args.queries_config, max_rows=args.max_queries)
     train = _load_train(args, index)
     batch_size = int(args.batch_size) if args.batch_size.isdigit() else args.batch_size
@@ -150,7 +156,8 @@ def _language_rows(args: AttributeArguments, index: AttributionIndex) -> Languag
     if config.task not in LANGUAGE_TASKS:
         return None
     source = args.model[0] if args.model else recorded_checkpoint(index.folder, place)
-    tokenizer = load_processing_class(source, None if args.model else place["revision"])
+    revision = None if args.model else place["revision"]
+    tokenizer = load_processing_class(source, revision, trust_remote_code=args.trust_remote_code)
     return LanguageRows(config.task, tokenizer, text_columns=config.text_columns, label_column=config.label_column)
 
 

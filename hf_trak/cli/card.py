@@ -23,7 +23,7 @@ examples:
 class CardArguments:
     """What the card says, and where it goes."""
 
-    index: str = field(metadata={"help": "Folder or dataset repository of an index."})
+    index: str = field(metadata={"help": "Folder, dataset repository or object store URL of an index."})
     results: list[str] | None = field(
         default=None,
         metadata={"help": "Results of `hf-trak evaluate`, to be shown.", "action": Collect},
@@ -59,7 +59,7 @@ def run(args: CardArguments) -> None:
     licence: Mapping[str, Any] = {"license": args.license}
     if args.license is None:
         licence = find_licence(index.folder, index.members, existing)
-    name = args.name or (index.folder.name if Path(args.index).exists() else args.index)
+    name = args.name or (index.home.name if "://" in args.index or Path(args.index).exists() else args.index)
     card = render_card(index.folder, index.config, index.members, name=name, license=licence, results=rows)
     card = card if existing is None else merge_card(card, existing)
     if output is None:

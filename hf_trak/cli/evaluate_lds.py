@@ -37,7 +37,7 @@ class LDSArguments:
     ground_truth: str = field(
         metadata={"help": "Subsets and outputs: a Parquet file, a folder of save_to_disk, or a dataset of the Hub."}
     )
-    index: str | None = field(default=None, metadata={"help": "Folder or dataset repository of an index."})
+    index: str | None = field(default=None, metadata={"help": "Folder, dataset repository or object store URL of an index."})
     queries: str | None = field(
         default=None,
         metadata={"help": "The ground truth's queries: a Parquet, CSV or JSON file, a folder, or a dataset of the Hub."},
@@ -66,6 +66,10 @@ class LDSArguments:
         default=None, metadata={"help": "Checkpoints, in order, in place of the index's recorded ones.", "action": Collect}
     )
     revision: str | None = field(default=None, metadata={"help": "Revision of an index repository."})
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run code that the index's checkpoints bring along. Without it, such checkpoints are refused."},
+    )
     ground_truth_config: str | None = field(default=None, metadata={"help": "Configuration of the ground truth's dataset."})
     ground_truth_split: str = field(default="train", metadata={"help": "Split of the ground truth."})
     queries_config: str | None = field(default=None, metadata={"help": "Configuration of the queries' dataset."})

@@ -130,9 +130,8 @@ def read_scores(path: Path, truth: GroundTruth) -> np.ndarray:
 def load_inputs(args: LDSArguments, truth: GroundTruth) -> Inputs:
     """Load what is to be scored, and check that it is what the ground truth is of."""
     n_train, n_query = truth.masks.shape[1], truth.outputs.shape[2]
-    index = (
-        None if args.index is None else AttributionIndex.from_pretrained(args.index, revision=args.revision, models=args.model)
-    )
+    loading: dict[str, Any] = {"models": args.model, "trust_remote_code": args.trust_remote_code}
+    index = None if args.index is None else AttributionIndex.from_pretrained(args.index, revision=args.revision, **loading)
     if index is not None:
         _check_rows("--index", index.n_rows, n_train, "training rows")
     queries = None if args.queries is None else load_rows(args.queries, split=args.split, config=args.queries_config)

@@ -36,13 +36,19 @@ class FeaturizeArguments:
         metadata={"help": "Folder or repository of a checkpoint; several make an ensemble.", "action": Collect}
     )
     dataset: str = field(metadata={"help": "The training set: a Parquet, CSV or JSON file, a folder, or a dataset of the Hub."})
-    output: str = field(metadata={"help": "Folder for the index."})
+    output: str = field(metadata={"help": "Folder for the index, or the URL of an object store, such as s3://bucket/my-index."})
     revision: str | None = field(default=None, metadata={"help": "Revision of the repositories in --model."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Revision of a dataset of the Hub."})
     split: str = field(default="train", metadata={"help": "Split of the dataset."})
     max_rows: int | None = field(default=None, metadata={"help": "Featurize only the first rows."})
     overwrite: bool = field(default=False, metadata={"help": "Replace another index in the output folder."})
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={
+            "help": "Run code that a checkpoint brings along. Without it, such checkpoints are refused. An index does not remember it."
+        },
+    )
     shard_index: int | None = field(
         default=None,
         metadata={"help": "Make only this part of the files of features, from 0; `hf-trak merge` puts them together."},
@@ -85,6 +91,7 @@ def run(args: FeaturizeArguments, features: FeatureArguments, given: Sequence[st
         "dataset": dataset,
         "config": config,
         "revision": args.revision,
+        "trust_remote_code": args.trust_remote_code,
         **counts,
         "batch_size": features.rows_at_a_time(),
         "shard_rows": features.shard_rows,
@@ -117,12 +124,20 @@ def describe_index(index: AttributionIndex, output: str, *, seconds: float) -> s
     return (
         f"\n{index.n_rows:,} rows, {n_members} member{'s' * (n_members > 1)}, "
         f"{index.members[0].info['coverage']:.1%} of the trainable parameters covered, {seconds:.1f} s.\n\n"
-        f"{how_to_load(index.folder)}\n\nNow ask it:\n\n    hf-trak attribute --index {output} --queries DATASET --output hits.jsonl"
+        f"{how_to_load(index.home)}\n\nNow ask it:\n\n    hf-trak attribute --index {output} --queries DATASET --output hits.jsonl"
     )
 
 
 def how_to_load(folder: Path) -> str:
     """Say where an index lies, with code that reads its columns with `datasets` alone."""
+    from hf_trak.storage.object_store import ObjectPath
+
+    if isinstance(folder, ObjectPath):
+        return (
+            f"The index lies in {folder}. Its columns load anywhere:\n\n"
+            "    from datasets import load_dataset\n"
+            f'    rows = load_dataset("parquet", data_files="{folder}/member_0/*.parquet", split="train")'
+        )
     return (
         f"The index lies in {folder}. Its columns load anywhere:\n\n"
         "    from datasets import load_dataset\n"

@@ -24,7 +24,7 @@ def main(arguments: Sequence[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("index", metavar="INDEX", help="The folder that the jobs had as --output.")
+    parser.add_argument("index", metavar="INDEX", help="The folder or URL that the jobs had as --output.")
     run(parser.parse_args(list(arguments)).index)
 
 

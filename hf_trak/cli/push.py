@@ -22,7 +22,7 @@ examples:
 class PushArguments:
     """What goes where."""
 
-    index: str = field(metadata={"help": "Folder or dataset repository of an index."})
+    index: str = field(metadata={"help": "Folder, dataset repository or object store URL of an index."})
     repo_id: str = field(metadata={"help": "The dataset repository, such as me/sst2-trak; made if need be."})
     private: bool = field(default=False, metadata={"help": "Make a new repository private."})
     revision: str | None = field(default=None, metadata={"help": "Branch to push to, made if need be; main by default."})

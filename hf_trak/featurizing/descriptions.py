@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from hf_trak.members import Pass
 from hf_trak.sources.processing import describe_processing
 from hf_trak.sources.training_sets import describe_source
 from hf_trak.storage.member_reader import MemberReader
+from hf_trak.storage.object_store import seen_from
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -92,8 +92,7 @@ def _describe_checkpoint(folder: Path, featurizer: Featurizer) -> dict[str, Any]
     """Where to find the weights again: a repository, or a folder as seen from the index."""
     source = featurizer.source
     if source is not None and Path(source).exists():
-        source = os.path.relpath(source, folder)
-        return {"path": source, "repository": None, "revision": None}
+        return {"path": seen_from(folder, Path(source)), "repository": None, "revision": None}
     return {"path": None, "repository": source, "revision": featurizer.commit}
 
 

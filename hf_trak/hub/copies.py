@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -14,9 +13,10 @@ from hf_trak.hub.cards import CURVE_NAME, merge_card, render_index_card
 from hf_trak.hub.upload import Upload, repository_exists
 from hf_trak.scoring.damping import DAMPING_NAME, DampingChoice
 from hf_trak.sources.training_sets import licence_in, licence_of_source
-from hf_trak.storage.files import write_atomically, write_json
+from hf_trak.storage.files import remove_folder, write_atomically, write_folder, write_json
 from hf_trak.storage.layout import MEMBER_NAME
 from hf_trak.storage.member_reader import MemberReader
+from hf_trak.storage.object_store import ObjectPath, seen_from
 
 
 def copy_index(folder: Path, target: Path, config: TrakConfig, members: Sequence[MemberReader], *, overwrite: bool) -> None:
@@ -25,23 +25,25 @@ def copy_index(folder: Path, target: Path, config: TrakConfig, members: Sequence
     Raises:
         ValueError: If `target` is not empty and `overwrite` is not set.
     """
-    if target.resolve() == folder.resolve():
+    if not isinstance(target, ObjectPath) and target.resolve() == folder.resolve():
         return
     if target.exists() and any(target.iterdir()):
         if not overwrite:
             raise ValueError(f"{target} is not empty; choose another folder, or pass overwrite=True.")
-        shutil.rmtree(target)
-    for name in (CONFIG_NAME, *_extras(folder)):
+        remove_folder(target)
+    write_folder(target)
+    for name in _extras(folder):
         _copy(folder / name, target / name)
     write_card(target, card_for(folder, config, members, name=target.name))
     for member in members:
         for name in member.records:
             _copy(member.path(name), target / member.folder.name / name)
         write_json(target / member.folder.name / MEMBER_NAME, _moved(member, folder, target))
+    _copy(folder / CONFIG_NAME, target / CONFIG_NAME)  # last: without it, nobody takes a part of the members for all
 
 
 def _copy(source: Path, copy: Path) -> None:
-    copy.parent.mkdir(parents=True, exist_ok=True)
+    write_folder(copy.parent)
     write_atomically(copy, partial(shutil.copyfile, source))
 
 
@@ -50,7 +52,7 @@ def _moved(member: MemberReader, folder: Path, target: Path) -> dict[str, Any]:
     checkpoint = member.info["checkpoint"]
     if checkpoint["path"] is None:
         return member.info
-    return {**member.info, "checkpoint": {**checkpoint, "path": os.path.relpath(folder / checkpoint["path"], target)}}
+    return {**member.info, "checkpoint": {**checkpoint, "path": seen_from(target, folder / checkpoint["path"])}}
 
 
 def _extras(folder: Path) -> list[str]:

@@ -11,6 +11,7 @@ from hf_trak.hub.copies import copy_index, push_index
 from hf_trak.hub.download import HubIndex
 from hf_trak.hub.upload import is_main_process
 from hf_trak.storage.member_reader import MemberReader
+from hf_trak.storage.object_store import ObjectPath, place
 from hf_trak.tasks import Task
 
 if TYPE_CHECKING:
@@ -37,10 +38,10 @@ class HubMixin:
         task: Task | None = None,
         trust_remote_code: bool = False,
     ) -> _Index:
-        """Load an index from a folder or a dataset repository of the Hub.
+        """Load an index from a folder, a dataset repository of the Hub, or an object store such as `s3://bucket/my-index`.
 
-        Of a repository, only what says what the index is comes at once. Kernels and shards are fetched when a call reads them, from the
-        same commit whatever happens to the repository meanwhile, and are used only if their hashes are those recorded.
+        Of a repository or a store, only what says what the index is comes at once. Kernels and shards are fetched when a call reads them,
+        from the same commit whatever happens to the repository meanwhile, and are used only if their hashes are those recorded.
 
         Args:
             revision (`str`, *optional*): Of the repository: a branch, tag or commit.
@@ -51,12 +52,12 @@ class HubMixin:
             FileNotFoundError: If there is no index there, or it cannot be fetched.
             ValueError: If a file is missing, truncated, other than what was written, or of another format version; the message names it.
         """
-        folder, repository = Path(name_or_path), None
-        if not folder.exists():
+        folder, repository = place(name_or_path), None
+        if not isinstance(folder, ObjectPath) and not folder.exists():
             repository = HubIndex.open(str(name_or_path), revision)
             folder = repository.folder
         elif revision is not None:
-            raise ValueError(f"`revision` is for repositories, but {folder} is a folder.")
+            raise ValueError(f"`revision` is for repositories, but {folder} is none.")
         given = list(models) if isinstance(models, (list, tuple)) else models if models is None else [models]
         return cls(  # type: ignore[call-arg]
             folder,
@@ -68,12 +69,12 @@ class HubMixin:
         )
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
-        """Copy the index to another folder; files of the copy appear under their names only when whole.
+        """Copy the index to another folder, or to an object store; files of the copy appear under their names only when whole.
 
         Raises:
             ValueError: If `folder` is not empty and `overwrite` is not set.
         """
-        copy_index(self.folder, Path(folder), self.config, self.members, overwrite=overwrite)
+        copy_index(self.folder, place(folder), self.config, self.members, overwrite=overwrite)
 
     def push_to_hub(
         self,

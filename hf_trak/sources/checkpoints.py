@@ -45,7 +45,11 @@ def load_model(source: str, revision: str | None = None, *, trust_remote_code: b
 
         found = get_class_from_dynamic_module(own, source, revision=revision)
         return found.from_pretrained(source, revision=revision, use_safetensors=True)
-    brought = "" if own is None else " It brings code of its own: if you trust that, pass trust_remote_code=True."
+    brought = (
+        ""
+        if own is None
+        else " It brings code of its own: if you trust that, pass trust_remote_code=True (--trust_remote_code)."
+    )
     raise ValueError(
         f"{source} names {', '.join(names) or 'no class'} as its architecture, which transformers does not have.{brought} Load the "
         "model yourself and pass it as `model`."
@@ -53,10 +57,19 @@ def load_model(source: str, revision: str | None = None, *, trust_remote_code: b
 
 
 def load_processing_class(source: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Any:
-    """Load the tokenizer, image processor or both that are saved beside a checkpoint; None if there is none."""
+    """Load the tokenizer, image processor or both that are saved beside a checkpoint; None if there is none.
+
+    Raises:
+        ValueError: If it is code of its own that is not trusted.
+    """
     from transformers import AutoProcessor
 
     try:
         return AutoProcessor.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise ValueError(
+                f"The tokenizer or image processor of {source} is code of its own: if you trust that, pass trust_remote_code=True "
+                "(--trust_remote_code). Or give your own as `processing_class`."
+            ) from error
         return None

@@ -7,10 +7,13 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from hf_trak.storage.layout import IDENTITY_NAME, MEMBER_NAME, PROGRESS
+from hf_trak.storage.object_store import ObjectPath
 
 TEMPORARY = ".tmp"  # ends the names of files that are not whole
 
@@ -21,8 +24,12 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: If it is damaged.
     """
+    return _parse_json(path, path.read_text())
+
+
+def _parse_json(path: Path, text: str | bytes) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        return json.loads(text)
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}. Delete it, or restore it from a copy.") from error
 
@@ -37,12 +44,42 @@ def write_json_once(path: Path, value: dict[str, Any]) -> bool:
     return write_once(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n"))
 
 
+def read_jsons(folder: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Read the JSON files in a folder that are there, of these names.
+
+    Raises:
+        ValueError: If one is damaged.
+    """
+    if not isinstance(folder, ObjectPath):
+        return {name: read_json(folder / name) for name in names if (folder / name).exists()}
+    found = folder.read_all(names)
+    return {name: _parse_json(folder / name, found[name]) for name in names if name in found}
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Return the bytes of each file in a folder; of none if it is not there."""
+    if isinstance(folder, ObjectPath):
+        return folder.sizes()
+    with suppress(FileNotFoundError), os.scandir(folder) as entries:
+        return {entry.name: entry.stat().st_size for entry in entries}
+    return {}
+
+
+def file_size(path: Path) -> int | None:
+    """Return the bytes of a file; None if there is none."""
+    if isinstance(path, ObjectPath):
+        return path.size()
+    return path.stat().st_size if path.exists() else None
+
+
 def write_folder(path: Path) -> None:
-    """Make a folder and those above it, unless it is there.
+    """Make a folder and those above it, unless it is there; an object store has none.
 
     Raises:
         OSError: With advice, as [`write_atomically`] has it.
     """
+    if isinstance(path, ObjectPath):
+        return
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -53,13 +90,16 @@ def write_folder(path: Path) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Have `write` fill a temporary file beside `path`, flush it to disk, and give it its name.
+    """Have `write` fill a temporary file beside `path`, flush it to disk, and give it its name; or put it there in one go.
 
     Raises:
         OSError: With advice, if the disk is full, the folder read-only or gone; the temporary file is removed and nothing else is
             touched.
     """
-    _write(path, write, os.replace)
+    if isinstance(path, ObjectPath):
+        path.put(write)
+    else:
+        _write(path, write, os.replace)
 
 
 def write_once(path: Path, write: Callable[[Path], Any]) -> bool:
@@ -68,6 +108,8 @@ def write_once(path: Path, write: Callable[[Path], Any]) -> bool:
     Returns:
         `bool`: Whether it was written here.
     """
+    if isinstance(path, ObjectPath):
+        return path.put_once(write)
     try:
         _write(path, write, _link)
     except FileExistsError:
@@ -152,11 +194,32 @@ def _advice(error: OSError, path: Path) -> str | None:
 
 
 def discard(folder: Path) -> None:
-    """Delete a folder in such a way that it is either whole or gone, even if this process is killed."""
+    """Delete a member in such a way that it is never taken for whole when it is not, even if this process is killed."""
+    if isinstance(folder, ObjectPath):
+        _discard_objects(folder)
+        return
     condemned = folder.with_name(f".{folder.name}{TEMPORARY}")
     shutil.rmtree(condemned, ignore_errors=True)
     folder.rename(condemned)
     shutil.rmtree(condemned)
+
+
+def _discard_objects(folder: ObjectPath) -> None:
+    """Make a member an unfinished one of the same identity first, which lacks one shard after another, and then none."""
+    identity = folder / PROGRESS / IDENTITY_NAME
+    if (folder / MEMBER_NAME).exists():
+        write_json(identity, read_json(folder / MEMBER_NAME)["identity"])
+        (folder / MEMBER_NAME).unlink()
+    folder.remove_below(but=identity)
+    identity.unlink(missing_ok=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder of which nothing is needed any more, if it is there; killed meanwhile, some of it may be left."""
+    if isinstance(folder, ObjectPath):
+        folder.remove_below()
+    elif folder.exists():
+        shutil.rmtree(folder)
 
 
 def remove_leftovers(folder: Path, *, shared: bool) -> None:
@@ -165,6 +228,8 @@ def remove_leftovers(folder: Path, *, shared: bool) -> None:
     Args:
         shared (`bool`): Other processes may be writing here: what may be theirs is left alone.
     """
+    if isinstance(folder, ObjectPath):
+        return  # what is not whole has no name there
     for temporary in folder.glob(f".*{TEMPORARY}"):
         _, host, process, _ = ("", "", "", *temporary.name.rsplit(".", 3))[-4:]
         is_written = is_running(int(process)) if host == _host() and process.isdecimal() else shared

@@ -17,6 +17,7 @@ from torch import Tensor
 from hf_trak.linalg import accumulate_kernel
 from hf_trak.storage.files import write_atomically
 from hf_trak.storage.member_writer import MemberWriter
+from hf_trak.storage.object_store import local_copy
 
 _SHARDS = 64  # of a stretch at least
 _STRETCHES = 64  # at most: each that is kept takes proj_dim² · 8 bytes until the member is finished
@@ -33,7 +34,7 @@ def kernel_of(writer: MemberWriter, *, proj_dim: int) -> Float64[Tensor, "proj_d
     kernel = torch.zeros(proj_dim, proj_dim, dtype=torch.float64)
     for stretch in stretches(writer.n_shards):
         path = _path(writer, stretch)
-        kernel += load_file(path)["kernel"] if path.exists() else _sum(writer, stretch, proj_dim)
+        kernel += _read(path) if path.exists() else _sum(writer, stretch, proj_dim)
     return kernel
 
 
@@ -43,6 +44,11 @@ def keep_stretch(writer: MemberWriter, stretch: range, *, proj_dim: int) -> None
     if not path.exists():
         kernel = _sum(writer, stretch, proj_dim)
         write_atomically(path, lambda temporary: temporary.write_bytes(save({"kernel": kernel})))
+
+
+def _read(path: Path) -> Float64[Tensor, "proj_dim proj_dim"]:
+    with local_copy(path) as file:
+        return load_file(file)["kernel"]
 
 
 def _sum(writer: MemberWriter, stretch: range, proj_dim: int) -> Float64[Tensor, "proj_dim proj_dim"]:

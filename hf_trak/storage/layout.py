@@ -17,6 +17,7 @@ KERNEL_NAME = "kernel.safetensors"
 MASK_NAME = "mask.safetensors"
 BANK_NAME = "bank.safetensors"
 PROGRESS = ".progress"
+IDENTITY_NAME = "identity.json"  # in `.progress`: what the member will be of
 
 
 def member_folders(folder: Path) -> list[Path]:

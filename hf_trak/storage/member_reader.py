@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_trak.hashing import hash_file
 from hf_trak.storage.columns import Shard, read_shard
-from hf_trak.storage.files import read_json
+from hf_trak.storage.files import file_size, read_json
 from hf_trak.storage.layout import BANK_NAME, KERNEL_NAME, MASK_NAME, MEMBER_NAME, PROGRESS
 
 
@@ -55,7 +55,7 @@ class MemberReader:
 
     def _check_size(self, name: str) -> None:
         path, expected = self.folder / name, self.records[name]["bytes"]
-        size = path.stat().st_size if path.exists() else None
+        size = file_size(path)
         if size != expected:
             state = "is missing" if size is None else f"has {size:,} bytes"
             raise ValueError(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,11 @@ from hf_trak.storage.differences import list_differences
 from hf_trak.storage.files import (
     TEMPORARY,
     discard,
+    file_size,
+    file_sizes,
     read_json,
+    read_jsons,
+    remove_folder,
     remove_leftovers,
     write_atomically,
     write_folder,
@@ -28,10 +32,10 @@ from hf_trak.storage.files import (
     write_json_once,
     write_once,
 )
-from hf_trak.storage.layout import BANK_NAME, KERNEL_NAME, MASK_NAME, MEMBER_NAME, PROGRESS
+from hf_trak.storage.layout import BANK_NAME, IDENTITY_NAME, KERNEL_NAME, MASK_NAME, MEMBER_NAME, PROGRESS
+from hf_trak.storage.object_store import local_copy
 
 _ROW_GROUP_BYTES = 12 << 20
-_IDENTITY = "identity.json"
 _DESCRIPTION = "description.json"
 
 
@@ -77,7 +81,7 @@ class MemberWriter:
         if not self.is_finished:
             self._begin(shared)
         elif not shared:
-            shutil.rmtree(self.progress, ignore_errors=True)  # killed just after `member.json` was written
+            remove_folder(self.progress)  # killed just after `member.json` was written
 
     @classmethod
     def begun(cls, folder: Path) -> MemberWriter:
@@ -86,7 +90,7 @@ class MemberWriter:
         Raises:
             FileNotFoundError: If nobody did.
         """
-        path = folder / PROGRESS / _IDENTITY
+        path = folder / PROGRESS / IDENTITY_NAME
         if not path.exists():
             raise FileNotFoundError(f"{folder} holds no unfinished member: {path} is not there.")
         identity = read_json(path)
@@ -97,8 +101,8 @@ class MemberWriter:
         write_folder(self.progress)
         for folder in (self.folder, self.progress):
             remove_leftovers(folder, shared=shared)
-        if not write_json_once(self.progress / _IDENTITY, self.identity):
-            found = read_json(self.progress / _IDENTITY)
+        if not write_json_once(self.progress / IDENTITY_NAME, self.identity):
+            found = read_json(self.progress / IDENTITY_NAME)
             if found != self.identity:
                 raise self._other_features(found)
 
@@ -110,7 +114,7 @@ class MemberWriter:
         )
 
     def _found_identity(self) -> dict[str, Any] | None:
-        for path, key in ((self.folder / MEMBER_NAME, "identity"), (self.progress / _IDENTITY, None)):
+        for path, key in ((self.folder / MEMBER_NAME, "identity"), (self.progress / IDENTITY_NAME, None)):
             if path.exists():
                 content = read_json(path)
                 return content[key] if key else content
@@ -134,34 +138,53 @@ class MemberWriter:
 
     def missing(self) -> list[int]:
         """Return the shards that are not whole yet."""
-        return [shard for shard in range(self.n_shards) if self.lacks(shard)]
+        if self.is_finished:
+            return []
+        sizes, records = file_sizes(self.folder), self._records()
+        written = {record["file"]: record["bytes"] for record in records.values()}
+        names = [self.path(shard).name for shard in range(self.n_shards)]
+        return [shard for shard, name in enumerate(names) if sizes.get(name, -1) != written.get(name)]
 
     def _record(self, shard: int) -> Path:
         return self.progress / f"{shard:05d}.json"
 
     def lacks(self, shard: int) -> bool:
         """Return whether a shard is not whole yet."""
-        record, path = self._record(shard), self.path(shard)
-        is_whole = record.exists() and path.exists() and read_json(record)["bytes"] == path.stat().st_size
-        return not (self.is_finished or is_whole)
+        record, size = self._record(shard), file_size(self.path(shard))
+        is_whole = size is not None and record.exists() and read_json(record)["bytes"] == size
+        return not (is_whole or self.is_finished)
+
+    def _records(self) -> dict[str, dict[str, Any]]:
+        """Return what was recorded of the shards that are whole, in their order."""
+        return read_jsons(self.progress, [self._record(shard).name for shard in range(self.n_shards)])
 
     def write(self, shard: int, columns: Mapping[str, np.ndarray]) -> None:
         """Write one whole shard, then record it."""
         table = to_table({"example_id": np.asarray(self.rows(shard), dtype=np.int64), **columns})
         group_rows = max(1, _ROW_GROUP_BYTES // max(1, table.nbytes // table.num_rows))
-        path = self.path(shard)
-        # Gradients do not compress; a checksum per page lets a reader find a flipped bit.
-        write_atomically(
-            path,
-            lambda temporary: pq.write_table(
-                table, temporary, row_group_size=group_rows, compression="none", use_dictionary=False, write_page_checksum=True
-            ),
-        )
-        record = {"file": path.name, "rows": table.num_rows, "bytes": path.stat().st_size, "sha256": hash_file(path)}
+        path, record = self.path(shard), {"file": self.path(shard).name, "rows": table.num_rows}
+
+        def write(temporary: Path) -> None:
+            # Gradients do not compress; a checksum per page lets a reader find a flipped bit.
+            options: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_page_checksum": True}
+            pq.write_table(table, temporary, row_group_size=group_rows, **options)
+            record.update(bytes=temporary.stat().st_size, sha256=hash_file(temporary))
+
+        write_atomically(path, write)
         write_json(self._record(shard), record)
 
     def read(self, shard: int) -> Shard:
-        return read_shard(self.path(shard))
+        with self._local(shard) as file:
+            return read_shard(file)
+
+    @contextmanager
+    def _local(self, shard: int) -> Iterator[Path]:
+        """Give a shard's file, or a copy of one that lies elsewhere: checked, since it has been on its way."""
+        path = self.path(shard)
+        with local_copy(path) as file:
+            if file != path:
+                self._check(shard, file)
+            yield file
 
     def verify(self, shard: int) -> None:
         """Hash a shard that was recorded as whole.
@@ -169,7 +192,11 @@ class MemberWriter:
         Raises:
             ValueError: If it is not what was written.
         """
-        if hash_file(self.path(shard)) != read_json(self._record(shard))["sha256"]:
+        with local_copy(self.path(shard)) as file:
+            self._check(shard, file)
+
+    def _check(self, shard: int, file: Path) -> None:
+        if hash_file(file) != read_json(self._record(shard))["sha256"]:
             raise ValueError(
                 f"{self.path(shard)} has changed since it was written. Restore it from a copy, or delete it and make it again."
             )
@@ -182,7 +209,10 @@ class MemberWriter:
     def bank(self) -> dict[str, Tensor] | None:
         """Return what [`~MemberWriter.write_bank`] wrote, if it did."""
         path = self.folder / BANK_NAME
-        return load_file(path) if path.exists() else None
+        if not path.exists():
+            return None
+        with local_copy(path) as file:
+            return load_file(file)
 
     def describe(self, description: dict[str, Any], mask: Bool[Tensor, " rows"] | None = None) -> None:
         """Keep what [`~MemberWriter.finish`] is to be given, for a process that does not know it; the first to do so is believed."""
@@ -197,7 +227,10 @@ class MemberWriter:
     def mask(self) -> Bool[Tensor, " rows"] | None:
         """Return the mask that [`~MemberWriter.describe`] kept, if there was one."""
         path = self.folder / MASK_NAME
-        return load_file(path)[_key(MASK_NAME)] if path.exists() else None
+        if not path.exists():
+            return None
+        with local_copy(path) as file:
+            return load_file(file)[_key(MASK_NAME)]
 
     def finish(
         self,
@@ -206,26 +239,38 @@ class MemberWriter:
         mask: Bool[Tensor, " rows"] | None = None,
     ) -> None:
         """Write the kernel, the rows the checkpoint was trained on if not all, and, last, `member.json`."""
-        files = [read_json(self._record(shard)) for shard in range(self.n_shards)]
+        records = self._records()
+        if len(records) < self.n_shards:
+            raise FileNotFoundError(
+                f"{self.progress} has lost records of shards: {len(records)} of {self.n_shards} are there. Has another process finished "
+                "this member, or deleted it? Run again to see."
+            )
+        files = list(records.values())
         for name, tensor in ((KERNEL_NAME, kernel), (MASK_NAME, mask)):
             if tensor is not None:
                 files.append(self._write_tensor(name, tensor))
         if (self.folder / BANK_NAME).exists():
-            files.append(_describe_file(self.folder / BANK_NAME))
+            with local_copy(self.folder / BANK_NAME) as file:
+                files.append(_describe_file(BANK_NAME, file))
         remove_leftovers(self.folder, shared=False)
         write_json(self.folder / MEMBER_NAME, {"identity": self.identity, **description, "files": files})
-        shutil.rmtree(self.progress)
+        remove_folder(self.progress)
 
     def _write_tensor(self, name: str, tensor: Tensor) -> dict[str, Any]:
-        path = self.folder / name
-        # Not `save_file`, whose own temporary file would outlive a killed process under a name that nobody knows.
-        write_atomically(path, lambda temporary: temporary.write_bytes(save({_key(name): tensor.contiguous()})))
-        return _describe_file(path)
+        record: dict[str, Any] = {}
+
+        def write(temporary: Path) -> None:
+            # Not `save_file`, whose own temporary file would outlive a killed process under a name that nobody knows.
+            temporary.write_bytes(save({_key(name): tensor.contiguous()}))
+            record.update(_describe_file(name, temporary))
+
+        write_atomically(self.folder / name, write)
+        return record
 
 
 def _key(name: str) -> str:
     return name.split(".")[0]
 
 
-def _describe_file(path: Path) -> dict[str, Any]:
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": hash_file(path)}
+def _describe_file(name: str, path: Path) -> dict[str, Any]:
+    return {"file": name, "bytes": path.stat().st_size, "sha256": hash_file(path)}

@@ -1,0 +1,290 @@
+"""Object stores (S3 and the like, through fsspec): paths that read, list and put whole objects, as far as an index needs it.
+
+What such a store offers is an object that is whole or absent, under its name from the start: no renaming, no appending, no folders. A
+file is therefore made on the local disk and put under its name in one go, and a folder is what names have in common.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import tempfile
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# To a type checker these are paths: whoever only joins, lists, reads and asks for names need not know which kind there is.
+if TYPE_CHECKING:
+    _Base = Path
+else:
+    _Base = object
+
+_HOW = "Featurize to a folder, on any disk or mount, and copy the finished index there with `index.save_pretrained` or other tools."
+_REFUSED = {
+    (
+        "hf",
+    ): "An index goes to the Hub with `index.push_to_hub(repo_id)` or `hf-trak push`, in one commit; featurize to a folder first.",
+    ("http", "https"): f"Nothing can be written there. {_HOW}",
+    ("ftp", "sftp", "ssh", "smb", "hdfs", "webhdfs", "arrow_hdfs"): (
+        f"A file there is seen while it is half written, so that a killed run could leave one under its name. {_HOW}"
+    ),
+}
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+@dataclass(frozen=True)
+class ObjectPath(_Base):
+    """An object, or the objects whose names begin alike, on a store that fsspec reaches.
+
+    Credentials and endpoints are those of fsspec and of the store's own client: environment variables and configuration files.
+
+    Args:
+        url (`str`): Such as `s3://bucket/my-index`.
+    """
+
+    url: str
+
+    def __str__(self) -> str:
+        return self.url
+
+    def __truediv__(self, name: Any) -> ObjectPath:
+        return ObjectPath(f"{self.url}/{name}")
+
+    @property
+    def name(self) -> str:
+        return self.url.rsplit("/", 1)[-1]
+
+    @property
+    def parent(self) -> ObjectPath:
+        return ObjectPath(self.url.rsplit("/", 1)[0])
+
+    def exists(self) -> bool:
+        return self._kind() is not None
+
+    def is_file(self) -> bool:
+        return self._kind() == "file"
+
+    def is_dir(self) -> bool:
+        return self._kind() == "directory"
+
+    def iterdir(self) -> Generator[ObjectPath, None, None]:
+        yield from [self / name for name in self.sizes()]
+
+    def read_bytes(self) -> bytes:
+        with self._store() as (store, key):
+            return store.cat_file(key)
+
+    def read_text(self, encoding: str | None = "utf-8", errors: str | None = None) -> str:
+        return self.read_bytes().decode(encoding or "utf-8", errors or "strict")
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        with self._store() as (store, key):
+            try:
+                store.rm_file(key)
+            except FileNotFoundError:
+                if not missing_ok:
+                    raise
+
+    # What pathlib has no words for
+
+    def sizes(self) -> dict[str, int]:
+        """Return the names below this one, each with its object's bytes; 0 for what holds others."""
+        with self._store() as (store, key):
+            try:
+                found = store.ls(key, detail=True)
+            except FileNotFoundError:
+                return {}
+            # Some tools keep an empty object under a folder's own name.
+            names = {entry["name"].rstrip("/"): entry["size"] or 0 for entry in found}
+            return {name.rsplit("/", 1)[-1]: size for name, size in sorted(names.items()) if not name.endswith(key.strip("/"))}
+
+    def size(self) -> int | None:
+        """Return the object's bytes; None if there is none."""
+        with self._store() as (store, key):
+            try:
+                found = store.info(key)
+            except FileNotFoundError:
+                return None
+            return found["size"] if found["type"] == "file" else None
+
+    def read_all(self, names: Sequence[str]) -> dict[str, bytes]:
+        """Return the content of small objects below this one, many at a time where the store allows it; absent ones are left out."""
+        with self._store() as (store, key):
+            keys = {f"{key}/{name}": name for name in names}
+            found = store.cat(list(keys), on_error="return") if keys else {}
+            for content in found.values():
+                if isinstance(content, Exception) and not isinstance(content, FileNotFoundError):
+                    raise content
+            return {keys[key]: content for key, content in found.items() if isinstance(content, bytes)}
+
+    def put(self, write: Callable[[Path], Any]) -> None:
+        """Have `write` fill a file on the local disk, and put it under this name, in place of what is there."""
+        with _local_file(self.name) as file:
+            write(file)
+            with self._store(writing=True) as (store, key):
+                store.put_file(str(file), key)
+
+    def put_once(self, write: Callable[[Path], Any]) -> bool:
+        """Put a small file as [`~ObjectPath.put`] does, unless there is one, and return whether it was put.
+
+        Of several processes at once one succeeds where the store has conditional writes, as S3, MinIO, R2, GCS and Azure do by now; on
+        one that ignores the condition, the last.
+        """
+        if self.exists():
+            return False
+        with _local_file(self.name) as file:
+            write(file)
+            content = file.read_bytes()
+        with self._store(writing=True) as (store, key):
+            try:
+                store.pipe_file(key, content, mode="create")
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if error.errno != errno.ENOSYS:
+                    raise
+                store.pipe_file(key, content)  # a store that knows of no conditions, and says so
+        return True
+
+    def get(self, file: Path) -> None:
+        """Copy the object to a local file."""
+        with self._store() as (store, key):
+            store.get_file(key, str(file))
+
+    def remove_below(self, *, but: ObjectPath | None = None) -> None:
+        """Remove all objects below this name, or all but one, in no order that anything may rely on."""
+        with self._store() as (store, key):
+            kept = None if but is None else store._strip_protocol(but.url)
+            if keys := [found for found in store.find(key) if found != kept]:
+                store.rm(keys)
+
+    def _kind(self) -> str | None:
+        with self._store() as (store, key):
+            try:
+                return store.info(key)["type"]
+            except FileNotFoundError:
+                return None
+
+    @contextmanager
+    def _store(self, *, writing: bool = False) -> Iterator[tuple[Any, str]]:
+        """Give the file system and the name in it; errors of the store come out with advice.
+
+        Raises:
+            ImportError: If the package that speaks to the store is missing.
+            PermissionError: If the store does not let us.
+            ConnectionError: If it cannot be reached.
+            FileNotFoundError: If there is no such object, or, on writing, no such bucket.
+        """
+        from fsspec.core import url_to_fs
+
+        try:
+            # Listings are not remembered: other processes write, too.
+            opened = url_to_fs(self.url, use_listings_cache=False)
+        except (ImportError, ValueError) as error:
+            raise ImportError(_what_to_install(self.url, error)) from error
+        except Exception as error:
+            raise _advise(self.url, error) from error
+        try:
+            yield opened
+        except (FileExistsError, MemoryError):
+            raise
+        except FileNotFoundError as error:
+            if not writing:
+                raise
+            raise FileNotFoundError(
+                f"{self.url} was not written: {_reason(error)} Make the bucket first, or check its name."
+            ) from error
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSYS, *_NO_ROOM):  # whoever asked has an answer
+                raise
+            raise _advise(self.url, error) from error
+
+
+def place(folder: str | Path) -> Path:
+    """Return where an index lies: a local path, or an [`ObjectPath`] for the URL of an object store.
+
+    Raises:
+        ValueError: If the URL is of something that keeps no whole objects, or was given as a `Path`.
+    """
+    if isinstance(folder, ObjectPath):
+        return folder
+    if not isinstance(folder, str):
+        if found := re.match(r"([a-z0-9]{2,}):/", str(folder)):
+            raise ValueError(f"A Path drops a slash of a URL: give it as a string, '{found[1]}://...', in place of {folder!r}.")
+        return folder
+    protocol, separator, rest = folder.partition("://")
+    if not separator:
+        return Path(folder)
+    if protocol in ("file", "local"):
+        return Path(rest)
+    for protocols, why in _REFUSED.items():
+        if protocol in protocols:
+            raise ValueError(f"An index cannot be kept at {folder}. {why}")
+    if not re.fullmatch(r"[a-z][a-z0-9+.-]*", protocol) or not rest.strip("/"):
+        raise ValueError(f"{folder!r} is no URL of a place on an object store, such as s3://bucket/my-index.")
+    return ObjectPath(folder.rstrip("/"))
+
+
+def seen_from(folder: Path, path: Path) -> str:
+    """Return where a local path lies as seen from an index; from an object store, that is where it lies on this machine."""
+    return os.path.abspath(path) if isinstance(folder, ObjectPath) else os.path.relpath(path, folder)
+
+
+@contextmanager
+def local_copy(path: Path) -> Iterator[Path]:
+    """Give a local file with the content of `path`: that itself, or a copy that is gone afterwards."""
+    if not isinstance(path, ObjectPath):
+        yield path
+        return
+    with _local_file(path.name) as file:
+        path.get(file)
+        yield file
+
+
+@contextmanager
+def _local_file(name: str) -> Iterator[Path]:
+    """Give the name of a temporary file to be filled.
+
+    Raises:
+        OSError: With advice, if the local disk has no room for it.
+    """
+    with tempfile.TemporaryDirectory(prefix="hf_trak-", ignore_cleanup_errors=True) as folder:
+        try:
+            yield Path(folder) / name
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            raise OSError(
+                error.errno,
+                f"There is no room for {name} in {folder}, where it lies on its way to or from the store: {os.strerror(error.errno)}. "
+                "Free some space or set TMPDIR to another disk, and run again.",
+            ) from error
+
+
+def _advise(url: str, error: Exception) -> OSError:
+    """Return the error to raise in place of one of a store's client, whose types are each client's own."""
+    kind = f"{type(error).__name__} {type(error.__cause__).__name__}"
+    if isinstance(error, PermissionError) or re.search("Credential|Token|Auth|Forbidden|AccessDenied", kind):
+        return PermissionError(
+            f"The store does not let us at {url}: {_reason(error)} Set credentials that may, as the store's own tools take them (for S3: "
+            "`aws configure`, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY). What was finished is kept; run again."
+        )
+    return ConnectionError(
+        f"{url} cannot be reached: {_reason(error)} What was finished is kept. Check the network and the endpoint (for S3-compatible "
+        "stores: AWS_ENDPOINT_URL), and run again."
+    )
+
+
+def _what_to_install(url: str, error: Exception) -> str:
+    protocol = url.partition("://")[0]
+    known = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs"}
+    package = f"pip install {known[protocol]}" if protocol in known else "install the package that serves it"
+    return f"fsspec cannot open {url}: {_reason(error)} To read and write there, {package}."
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300].rstrip(".") + "."
