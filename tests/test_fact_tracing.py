@@ -263,7 +263,7 @@ class TestMeasuring:
             return Chosen(variant, scores[variant])
 
         chosen = cross_fit(choose, parts)
-        assert chosen.variant == "b | a"
+        assert chosen.variant == "b / a"
         assert np.array_equal(chosen.scores, np.broadcast_to(parts[0].astype(float), (3, len(queries))))
         assert cross_fit(lambda chosen_on: Chosen("a", scores["a"]), parts).variant == "a"
         with pytest.raises(ValueError, match="no query with a proponent"):

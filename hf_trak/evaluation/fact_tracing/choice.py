@@ -56,4 +56,4 @@ def cross_fit(choose: Callable[[Half], Chosen], parts: tuple[Half, Half]) -> Cho
     """Return scores in which each half of the queries is ranked by what `choose` picks on the other half."""
     first, second = choose(parts[1]), choose(parts[0])
     names = dict.fromkeys([first.variant, second.variant])
-    return Chosen(" | ".join(names), np.where(parts[0], first.scores, second.scores))
+    return Chosen(" / ".join(names), np.where(parts[0], first.scores, second.scores))
