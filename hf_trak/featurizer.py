@@ -17,6 +17,7 @@ from hf_trak.adapters import is_adapter, load_adapter
 from hf_trak.autocast import in_bfloat16
 from hf_trak.batching import Budget, read_rows
 from hf_trak.config import TrakConfig
+from hf_trak.garbage import uncollected
 from hf_trak.gradients import (
     GRADIENTS,
     BatchFeatures,
@@ -352,6 +353,7 @@ def _to_cpu(features: BatchFeatures) -> BatchFeatures:
     return BatchFeatures(packed[:, -2], packed[:, -1], packed[:, :-2])
 
 
+@uncollected()
 def load_model(source: str, revision: str | None = None, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Load the class a checkpoint names in its `architectures`, from safetensors; an adapter on its base model.
 

@@ -64,6 +64,7 @@ FLOORS = {
     "stopping": 0,
     "members": 0,
     "memory": 0,
+    "garbage": 0,
     "gathering": 0,
     "config": 0,
     "linalg": 0,
