@@ -114,8 +114,20 @@ def test_an_automatic_batch_holds_as_many_rows_as_its_tokens_allow():
 
 
 def test_rows_that_are_all_alike_are_counted_alone():
-    shard = ShardBatches(range(20), None, BatchSize("auto", automatic=Budget(rows=8, tokens=4)))
-    assert shard.batches() == [list(range(8)), list(range(8, 16)), list(range(16, 20))]
+    shard = ShardBatches(range(20, 40), None, BatchSize("auto", automatic=Budget(rows=8, tokens=4)))
+    assert shard.batches() == [list(range(20, 28)), list(range(28, 36)), list(range(36, 40))]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "first"), [(None, [0, 1, 2, 3]), (list(range(1, 21)), [3, 2, 1, 0]), ([9] * 20, [16, 17, 18, 19])]
+)
+def test_a_run_begins_with_four_rows_by_themselves(lengths, first):
+    size = BatchSize("auto", automatic=Budget(rows=8))
+    begins = ShardBatches(range(20), lengths, size).batches()
+    assert begins[0] == first, "the shortest, where they differ"
+    assert sorted(row for batch in begins for row in batch) == list(range(20))
+    assert [len(batch) for batch in begins] == [4, 8, 8]
+    assert len(ShardBatches(range(8), lengths, size).batches()) == 1, "but not where all rows make one batch"
 
 
 def test_a_number_of_rows_is_kept_whatever_their_lengths():

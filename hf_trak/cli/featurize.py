@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_trak.cli.parsing import Collect, make_parser, parse
 from hf_trak.feature_args import FeatureArguments
+from hf_trak.processes.garbage import uncollected
 
 if TYPE_CHECKING:
     from hf_trak.index import AttributionIndex
@@ -73,12 +74,14 @@ def run(args: FeaturizeArguments, features: FeatureArguments, given: Sequence[st
     """Build the index, or a part of one, and say where it lies."""
     config, counts = features.trak_config(), features.member_counts()
 
-    from hf_trak.cli.data import load_rows
-    from hf_trak.cli.quiet import hush
-    from hf_trak.index import AttributionIndex
-    from hf_trak.processes.launchers import current_processes, warn_of_lone_process
+    with uncollected(for_good=True):
+        import hf_trak.models  # noqa: F401  what loading a model needs, whatever the model
+        from hf_trak.cli.data import load_rows
+        from hf_trak.cli.quiet import hush
+        from hf_trak.index import AttributionIndex
+        from hf_trak.processes.launchers import current_processes, warn_of_lone_process
 
-    hush()
+        hush()
     if args.shard_index is None and (warning := warn_of_lone_process()):
         print(f"hf-trak: warning: {warning}", file=sys.stderr)
     is_first = args.shard_index is not None or current_processes().is_first

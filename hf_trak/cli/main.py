@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from hf_trak import __version__
+from hf_trak.processes.garbage import uncollected
 from hf_trak.processes.stopping import Terminated
 
 COMMANDS = {
@@ -60,7 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        importlib.import_module(f"hf_trak.cli.{command}").main(given[position + 1 :])
+        with uncollected(for_good=True):
+            module = importlib.import_module(f"hf_trak.cli.{command}")
+        module.main(given[position + 1 :])
     except KeyboardInterrupt:
         print("hf-trak: interrupted", file=sys.stderr)
         return 130

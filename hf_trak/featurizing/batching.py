@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_FIRST_ROWS = 4
+
 
 class Budget(NamedTuple):
     """What one batch may hold at most; a row longer than `tokens` is a batch of its own."""
@@ -57,7 +59,8 @@ class ShardBatches:
     """The batches of one shard, and how much of one memory has proved to hold.
 
     Rows of like length share a batch. The shortest go first, so that a run has its first rows soon (and its gradients checked on
-    few tokens); then come the longest, so that memory runs out at once or not at all.
+    few tokens); then come the longest, so that memory runs out at once or not at all. Where a run begins, at row 0, an automatic
+    batch size lets four rows go first by themselves: a whole batch would keep a CPU from its first row for up to seconds.
 
     Args:
         lengths (`Sequence[int]`, *optional*): A number per row of `rows` that grows with its cost: its tokens, if it has any.
@@ -75,6 +78,19 @@ class ShardBatches:
     def batches(self) -> list[list[int]]:
         """Cut the rows."""
         order = sorted(self.rows, key=lambda row: (-self.length(row), row))
+        first = self._first(order)
+        rest = self._cut([row for row in order if row not in first])
+        if first:
+            return [first, *rest]
+        return rest if self.lengths is None else [rest[-1], *rest[:-1]]
+
+    def _first(self, order: Sequence[int]) -> list[int]:
+        """Return the rows a run begins with, which are its shard's shortest; none in other shards, and where all fit into a batch."""
+        if self.rows.start != 0 or not self.size.may_shrink or len(order) <= max(self.size.budget.rows, _FIRST_ROWS):
+            return []
+        return list(order[:_FIRST_ROWS] if self.lengths is None else order[-_FIRST_ROWS:])
+
+    def _cut(self, order: list[int]) -> list[list[int]]:
         most, tokens = self.size.budget
         result = []
         done = 0
@@ -82,7 +98,7 @@ class ShardBatches:
             allowed = most if tokens is None or self.lengths is None else min(most, tokens // self.length(order[done]))
             result.append(order[done : done + max(1, allowed)])
             done += len(result[-1])
-        return result if self.lengths is None else [result[-1], *result[:-1]]
+        return result
 
     def fits(self, rows: Sequence[int]) -> bool:
         """Whether nothing is known against computing these rows together."""

@@ -1,1 +1,1 @@
-"""One run's processes and threads: launched together, waiting for each other, ending together."""
+"""One process among others, and its threads: launched together, waiting for each other, ending together; what it does about garbage."""

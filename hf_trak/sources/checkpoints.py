@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from hf_trak.processes.garbage import uncollected
 from hf_trak.sources.adapters import is_adapter, load_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+@uncollected()
 def load_model(source: str, revision: str | None = None, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Load the class a checkpoint names in its `architectures`, from safetensors; an adapter on its base model.
 

@@ -119,7 +119,7 @@ class TextInputs:
             column = "attention_mask" if "attention_mask" in dataset.column_names else "input_ids"
             count = sum if column == "attention_mask" else len
             return [int(count(row)) for row in dataset[column]]
-        texts = [list(dataset[column]) for column in self._columns(dataset.features)]
+        texts = [dataset[column][:] for column in self._columns(dataset.features)]
         if processing_class is None:
             return [sum(map(len, row)) for row in zip(*texts, strict=True)]
         return [len(ids) for ids in self._tokenize(texts, processing_class)["input_ids"]]
