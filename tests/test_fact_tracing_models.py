@@ -469,6 +469,7 @@ FLAGS = [
     "--trak_members",
     "halves",
     "checkpoints",
+    "both",
 ]
 
 
@@ -503,10 +504,38 @@ def test_the_command_does_all_of_it_and_goes_on_where_it_was_stopped(tmp_path, c
     )
     assert ahead["value"] == pytest.approx(trak["value"] - tracin["value"])
     variants = {row["variant"] for row in ours if row["metric"] == "variant_mrr" and row["method"] == "TRAK"}
-    assert {"damping auto, answer's tokens, halves", "damping auto, answer's tokens, checkpoints"} <= variants
+    assert {"damping auto, halves, answer's tokens", "damping auto, no out_to_loss, both, answer's tokens"} <= variants
     assert "another model and corpus" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"other settings:\n.*proj_dim"):
         main([*flags, "--proj_dim", "16"])
+
+
+def test_traks_variants_are_the_scores_of_its_indexes_and_both_is_the_mean_over_all_members(tmp_path):
+    from hf_trak.cli.evaluate_ftrace import main, parse_arguments
+    from hf_trak.evaluation.fact_tracing.trak_variants import trak_index, trak_scores
+    from hf_trak.evaluation.fact_tracing.workspace import Workspace
+
+    for name, rows in zip(("abstracts", "queries"), synthetic_ftrace(8), strict=True):
+        rows.to_parquet(str(tmp_path / f"{name}.parquet"))
+    flags = [*FLAGS, "--data", str(tmp_path), "--output", str(tmp_path / "out"), "--checkpoint_steps", "120"]
+    main([*flags, "--stages", "data", "learn", "members"])
+    space = Workspace(*parse_arguments(flags))
+    scores = trak_scores(space, "answer's tokens")
+    influence, norms = {}, {}
+    for members, n_members in (("halves", 2), ("checkpoints", 1)):
+        index = trak_index(space, "answer's tokens", members)
+        assert len(index.members) == n_members
+        close = {"rtol": 1e-4, "atol": 1e-5 * np.abs(scores[f"damping 0.3, {members}"]).max()}
+        weighed = index.score(space.asked[0], damping=0.3, progress=False)
+        np.testing.assert_allclose(scores[f"damping 0.3, {members}"], weighed, **close)
+        influence[members] = index.score(space.asked[0], damping=0.3, out_to_loss_power=0, progress=False)
+        norms[members] = np.mean([index.features(m)["trak_grad_norm"][:] for m in range(n_members)], axis=0)
+        expected = influence[members] / norms[members][:, None]
+        np.testing.assert_allclose(
+            scores[f"damping 0.3, unit rows, {members}"], expected, rtol=1e-4, atol=1e-6 * np.abs(expected).max()
+        )
+    expected = (2 * influence["halves"] + influence["checkpoints"]) / 3
+    np.testing.assert_allclose(scores["damping 0.3, no out_to_loss, both"], expected, rtol=1e-6)
 
 
 def test_members_see_their_half_as_often_as_the_full_run_sees_all(tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property, partial
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -59,8 +58,8 @@ class Rankings:
             name = "TracIn, second moments" if moments else "TracIn"
             tracin = TracIn(space.checkpoints, space.encoder, use_second_moments=moments, dim=space.args.tracin_dim)
             methods[name] = partial(_swept, tracin, abstracts, queries)
-        for members, features in product(space.args.trak_members, space.args.trak_features):
-            methods[f"TRAK, {features}, {members}"] = partial(trak_scores, space, features, members)
+        for features in space.args.trak_features:
+            methods[f"TRAK, {features}"] = partial(trak_scores, space, features)
         return methods
 
     def _path(self, name: str) -> Path:

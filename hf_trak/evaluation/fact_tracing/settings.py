@@ -18,7 +18,7 @@ TRAK_FEATURES = (
     "answer's tokens in the decoder",
     "sum over tokens",
 )
-TRAK_MEMBERS = ("halves", "checkpoints")
+TRAK_MEMBERS = ("halves", "checkpoints", "both")
 STAGES = ("data", "learn", "members", "rank", "forget", "report")
 
 
@@ -90,7 +90,7 @@ class FTraceArguments:
     trak_members: list[str] = field(
         default_factory=lambda: ["halves"],
         metadata={
-            "help": "Whose gradients TRAK takes: halves, of runs on random halves; checkpoints, those that TracIn takes too."
+            "help": "Whose gradients TRAK takes: halves, of runs on random halves; checkpoints, those that TracIn takes too; or both."
         },
     )
     # counterfactual
@@ -145,9 +145,8 @@ SCALES: dict[str, dict[str, Any]] = {
         "warmup": 0.1,
         "checkpoint_steps": [300, 700, 1100],
         "tracin_dim": 1024,
-        "proj_dim": 1024,
-        "trak_features": ["all parameters", "answer's tokens", "answer's tokens in the encoder"],
-        "trak_members": ["halves", "checkpoints"],
+        "trak_features": ["all parameters", "answer's tokens"],
+        "trak_members": ["halves", "checkpoints", "both"],
         "n_members": 10,
         "n_targets": 32,
         "batch_facts": 32,

@@ -13,6 +13,7 @@ from hf_trak.evaluation.fact_tracing.settings import TRAK_FEATURES
 from hf_trak.evaluation.fact_tracing.trak import Trak
 from hf_trak.evaluation.fact_tracing.workspace import Workspace
 from hf_trak.index import AttributionIndex
+from hf_trak.scoring.ensemble import default_power
 
 
 @dataclass(frozen=True)
@@ -47,18 +48,30 @@ FEATURES = dict(
     )
 )
 DAMPINGS: tuple[float | str, ...] = ("auto", 0.03, 0.3)
+GROUPS = {"halves": ("halves",), "checkpoints": ("checkpoints",), "both": ("halves", "checkpoints")}
+"""Which indexes a choice of members takes; TRAK averages over all members of all of them."""
+_POWER = default_power("fact-tracing")
 
 
-def trak_scores(space: Workspace, name: str, members: str) -> dict[str, np.ndarray]:
-    """Return the scores of some features under some members by every variant's name, (n_train, n_query) each."""
+def trak_scores(space: Workspace, name: str) -> dict[str, np.ndarray]:
+    """Return the scores of some features under all choices of members by every variant's name, (n_train, n_query) each."""
     queries, _ = space.asked
-    index = trak_index(space, name, members)
-    lengths = gradient_norms(index)[:, None]
+    groups = dict.fromkeys(group for members in space.args.trak_members for group in GROUPS[members])
+    indexes = {group: trak_index(space, name, group) for group in groups}
+    columns = {group: member_columns(index) for group, index in indexes.items()}
     scores: dict[str, np.ndarray] = {}
     for damping in DAMPINGS:
-        found = Trak(index, {"damping": damping})(space.abstracts, queries)
-        scores[f"damping {damping}"] = found
-        scores[f"damping {damping}, unit rows"] = found / lengths
+        options = {"damping": damping, "out_to_loss_power": 0.0}
+        influence = {group: Trak(index, options)(space.abstracts, queries) for group, index in indexes.items()}
+        for members in space.args.trak_members:
+            parts = GROUPS[members]
+            mean = np.average(
+                [influence[group] for group in parts], axis=0, weights=[columns[group].shape[1] for group in parts]
+            )
+            out_to_loss, lengths = np.concatenate([columns[group] for group in parts], axis=1).mean(axis=1)[..., None]
+            scores[f"damping {damping}, {members}"] = mean * out_to_loss**_POWER
+            scores[f"damping {damping}, no out_to_loss, {members}"] = mean
+            scores[f"damping {damping}, unit rows, {members}"] = mean / np.maximum(lengths, 1e-12)
     return scores
 
 
@@ -80,9 +93,7 @@ def trak_index(space: Workspace, name: str, members: str) -> AttributionIndex:
     )
 
 
-def gradient_norms(index: AttributionIndex) -> np.ndarray:
-    """Return the mean over members of each row's gradient norm, (n_train,)."""
-    norms = [
-        np.asarray(index.features(member).with_format("numpy")["trak_grad_norm"][:]) for member in range(len(index.members))
-    ]
-    return np.maximum(np.mean(norms, axis=0, dtype=np.float64), 1e-12)
+def member_columns(index: AttributionIndex) -> np.ndarray:
+    """Return each member's `out_to_loss` and gradient norms, (2, n_members, n_train)."""
+    rows = [index.features(member).with_format("numpy") for member in range(len(index.members))]
+    return np.array([[of_member[name][:] for of_member in rows] for name in ("trak_out_to_loss", "trak_grad_norm")])
