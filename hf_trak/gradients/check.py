@@ -12,7 +12,8 @@ from hf_trak.gradients.batch import OutputFunction, evaluation_mode, working_dty
 from hf_trak.gradients.layerwise import layerwise_features
 from hf_trak.projectors import Projector
 
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # relative; half precision below
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # relative
+_COARSE = 3e-2  # of half precision, and of weights in 8 bits, under which activations are rounded too
 _NOISE = 1e-6  # differences below this are round-off of gradients that are zero
 
 
@@ -32,7 +33,8 @@ def check_gradients(
         ValueError: Naming the parameters, or the rows, that disagree.
     """
     together = layerwise_features(model, batch, output_function=output_function, parameters=parameters, projector=projector)
-    tolerance = _TOLERANCE.get(next(iter(parameters.values())).dtype, 3e-2)
+    quantized = any(not parameter.is_floating_point() for parameter in model.parameters())
+    tolerance = _COARSE if quantized else _TOLERANCE.get(next(iter(parameters.values())).dtype, _COARSE)
 
     def disagree(actual: Tensor, expected: Tensor, scale: Tensor) -> bool:
         # Not finite on both sides is another error's business.

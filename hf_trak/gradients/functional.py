@@ -30,7 +30,11 @@ def functional_features(
     Args:
         parameters (`Mapping[str, nn.Parameter]`): From [`select_parameters`]; nothing else is differentiated.
         chunk_size (`int`, *optional*): Examples differentiated at one time; by default the batch.
+
+    Raises:
+        ValueError: If the model has quantized weights.
     """
+    _check_not_quantized(model)
     arrays = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
     constants = {key: value for key, value in batch.items() if key not in arrays}
 
@@ -51,6 +55,15 @@ def functional_features(
         for name, values in grads.items():
             projector.add(accumulator, name, values.to(dtype))
         return BatchFeatures(output, out_to_loss, projector.finish(accumulator))
+
+
+def _check_not_quantized(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            raise ValueError(
+                f"{name} is of {parameter.dtype}, and `torch.func` cannot go through quantized layers. Use gradients='layerwise', "
+                "the default."
+            )
 
 
 class _StandIn:
