@@ -1,7 +1,8 @@
 """Write the tables of README.md and docs/ from results/*.json, between `<!-- results: NAME METRIC ... -->` and `<!-- end -->`.
 
 After the metrics, `case=PATTERN`, `method=PATTERN` or any other field of a row keep the rows that have the regular expression there, which
-can hold no space (`\\s` is one).
+can hold no space (`\\s` is one). Each metric is a column; with `columns=case`, each case is, and with
+`columns=damping`, or another field, each value that rows have there.
 
 python benchmarks/render.py            # rewrite the files
 python benchmarks/render.py --check    # exit 1 if a table is not what its results say
@@ -20,42 +21,60 @@ FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benc
 BLOCK = re.compile(r"(<!-- results: (\S+)((?: \S+)*) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def number(value: float) -> str:
-    if abs(value) < 1e-9:
-        return "0"
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-
-
 def table(name: str, wanted: list[str]) -> str:
     """Return the rows of one result file that have one of the metrics and fit the patterns, as Markdown.
 
-    A case that all rows share stands above them.
+    What all cases begin with stands above them.
     """
     patterns = dict(word.split("=", 1) for word in wanted if "=" in word)
     metrics = [word for word in wanted if "=" not in word]
+    across = patterns.pop("columns", "metric")
     result = json.loads((ROOT / "results" / f"{name}.json").read_text())
     rows = [
         row
         for row in result["rows"]
         if all(re.search(pattern, str(row.get(key, ""))) for key, pattern in patterns.items())
         and (not metrics or row["metric"] in metrics)
+        and across in row
     ]
-    cases = {row["case"] for row in rows}
-    columns = ["method", "metric", "value", "interval"]
-    head = [f"{cases.pop()}:", ""] if len(cases) == 1 else []
-    lines = [cells(row) if head else [row["case"], *cells(row)] for row in rows]
-    columns = columns if head else ["case", *columns]
+    rows.sort(key=lambda row: metrics.index(row["metric"]) if metrics else 0)
+    headers = {metric: header(metric, {row["unit"] for row in rows if row["metric"] == metric}) for metric in metrics_of(rows)}
+    shared = shared_beginning([row["case"] for row in rows])
+    lines: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        case = row["case"].removeprefix(shared).removeprefix(", ")
+        column = {"metric": headers[row["metric"]], "case": case}.get(across, f"{across} {row[across]}")
+        found = lines.setdefault((case if across != "case" else "", label(row)), {})
+        if column in found:
+            raise SystemExit(f"{name}: {label(row)}, {case}, has {column} twice; choose among its rows, or other columns.")
+        found[column] = cell(row, headers[row["metric"]])
+    columns = headers.values() if across == "metric" else dict.fromkeys(column for found in lines.values() for column in found)
+    has_case = any(case for case, _ in lines)
+    head = ["case"] * has_case + ["method", *columns]
+    body = [
+        [case] * has_case + [method, *(found.get(column, "") for column in columns)] for (case, method), found in lines.items()
+    ]
     hardware = result["hardware"]
     if isinstance(hardware, dict):
         hardware = ", ".join(f"{key} {value}" for key, value in hardware.items())
-    text = [*head, line(columns), "|" + "---|" * len(columns), *map(line, lines)]
+    above = [shared] * bool(shared) + list(headers.values()) * (across != "metric")
+    text = [*([f"{'; '.join(above)}:", ""] if above else []), line(head), "|" + "---|" * len(head), *map(line, body)]
     return "\n".join(text) + f"\n\n`{result['command']}`, {hardware}, torch {result['versions']['torch']}.\n"
 
 
-def cells(row: dict[str, Any]) -> list[str]:
-    """Return what a row says but for its case."""
-    interval = " to ".join(map(number, row["interval"])) if row["interval"] else ""
-    unit = {"x": "×", "share": ""}.get(row["unit"], f" {row['unit']}".rstrip())
+def metrics_of(rows: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(row["metric"] for row in rows))
+
+
+def shared_beginning(cases: list[str]) -> str:
+    """Return the words between commas that all cases begin with."""
+    parts = [case.split(", ") for case in cases]
+    n_shared = next((i for i, words in enumerate(zip(*parts, strict=False)) if len(set(words)) > 1), min(map(len, parts)))
+    return ", ".join(parts[0][:n_shared])
+
+
+def label(row: dict[str, Any]) -> str:
+    """Return a row's method, and what tells it from others of that method."""
     parts = [row["method"]]
     if row.get("variant"):
         parts.append(row["variant"])
@@ -63,7 +82,30 @@ def cells(row: dict[str, Any]) -> list[str]:
         parts.append(f"{row['level']}s")
     if row.get("top_k"):
         parts.append(f"top {row['top_k']}")
-    return [", ".join(parts), f"`{row['metric']}`", number(row["value"]) + unit, interval]
+    return ", ".join(parts)
+
+
+SIGNS = {"x": "×", "share": "", "": ""}  # of units that are shown beside every number, or not at all
+
+
+def header(metric: str, units: set[str]) -> str:
+    """Return a metric's name, with the unit of all its values where the name does not say it."""
+    (unit,) = units if len(units) == 1 else ("",)
+    return f"`{metric}`" if unit in SIGNS or metric.endswith(f"_{unit.lower()}") else f"`{metric}`, {unit}"
+
+
+def cell(row: dict[str, Any], header: str) -> str:
+    """Return a value, with its unit where its column does not say it, and its interval in brackets."""
+    said = header.endswith((f", {row['unit']}", f"_{row['unit'].lower()}`"))
+    unit = SIGNS.get(row["unit"], "" if said else f" {row['unit']}")
+    interval = f" ({' to '.join(map(number, row['interval']))})" if row["interval"] else ""
+    return f"{number(row['value'])}{unit}{interval}"
+
+
+def number(value: float) -> str:
+    if abs(value) < 1e-9:
+        return "0"
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def line(columns: list[str]) -> str:

@@ -1,5 +1,6 @@
 """The README says what is true: its example runs, and its tables are what `results/` holds."""
 
+import importlib.util
 import json
 import pkgutil
 import re
@@ -30,6 +31,57 @@ def test_the_readmes_example_runs_as_printed(tmp_path, monkeypatch):
 def test_tables_are_what_the_results_say():
     check = subprocess.run([sys.executable, ROOT / "benchmarks" / "render.py", "--check"], capture_output=True, text=True)
     assert check.returncode == 0, check.stderr
+
+
+@pytest.fixture
+def tables(tmp_path, monkeypatch):
+    """Return the renderer, which reads the results of three rows of two cases."""
+    spec = importlib.util.spec_from_file_location("benchmarks_render", ROOT / "benchmarks" / "render.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    row = {"case": "data, 1 run", "method": "ours", "metric": "lds", "value": 0.5, "unit": "Spearman", "interval": [0.4, 0.6]}
+    slow = {**row, "metric": "stage_s", "value": 1234.5, "unit": "s", "interval": None}
+    rows = [row, slow, {**row, "case": "data, 5 runs", "value": 0.7, "interval": None, "damping": 0.1}]
+    (tmp_path / "results").mkdir()
+
+    def write(*more):
+        content = {"command": "c", "hardware": "cpu", "versions": {"torch": "2"}, "rows": [*rows, *more]}
+        (tmp_path / "results" / "some.json").write_text(json.dumps(content))
+
+    write()
+    return module, write, row
+
+
+def test_a_table_has_a_column_per_metric_and_says_once_what_cases_share(tables):
+    lines = tables[0].table("some", ["lds", "stage_s"]).splitlines()
+    assert lines[:6] == [
+        "data:",
+        "",
+        "| case | method | `lds`, Spearman | `stage_s` |",
+        "|---|---|---|---|",
+        "| 1 run | ours | 0.5 (0.4 to 0.6) | 1,234 |",
+        "| 5 runs | ours | 0.7 |  |",
+    ]
+
+
+def test_a_table_has_a_column_per_case_or_per_value_of_a_field(tables):
+    lines = tables[0].table("some", ["lds", "columns=case"]).splitlines()
+    assert lines[:5] == [
+        "data; `lds`, Spearman:",
+        "",
+        "| method | 1 run | 5 runs |",
+        "|---|---|---|",
+        "| ours | 0.5 (0.4 to 0.6) | 0.7 |",
+    ]
+    assert "| method | damping 0.1 |" in tables[0].table("some", ["lds", "columns=damping"])
+
+
+def test_no_row_is_hidden_by_another(tables):
+    render, write, row = tables
+    write({**row, "value": 0.1, "damping": 3})
+    with pytest.raises(SystemExit, match="some: ours, 1 run, has `lds`, Spearman twice"):
+        render.table("some", ["lds"])
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
