@@ -43,10 +43,13 @@ def table(name: str, wanted: list[str]) -> str:
     lines: dict[tuple[str, str], dict[str, str]] = {}
     for row in rows:
         case = row["case"].removeprefix(shared).removeprefix(", ")
-        column = {"metric": headers[row["metric"]], "case": case}.get(across, f"{across} {row[across]}")
-        found = lines.setdefault((case if across != "case" else "", label(row)), {})
+        value = "" if row[across] is None else f"{across} {row[across]}"
+        column = {"metric": headers[row["metric"]], "case": case}.get(across, value)
+        found = lines.setdefault((case if across != "case" else "", label(row, without=across)), {})
         if column in found:
-            raise SystemExit(f"{name}: {label(row)}, {case}, has {column} twice; choose among its rows, or other columns.")
+            raise SystemExit(
+                f"{name}: {label(row, without=across)}, {case}, has {column} twice; choose among its rows, or other columns."
+            )
         found[column] = cell(row, headers[row["metric"]])
     columns = headers.values() if across == "metric" else dict.fromkeys(column for found in lines.values() for column in found)
     has_case = any(case for case, _ in lines)
@@ -73,14 +76,14 @@ def shared_beginning(cases: list[str]) -> str:
     return ", ".join(parts[0][:n_shared])
 
 
-def label(row: dict[str, Any]) -> str:
-    """Return a row's method, and what tells it from others of that method."""
+def label(row: dict[str, Any], *, without: str) -> str:
+    """Return a row's method, and what tells it from others of that method; not what the columns say."""
     parts = [row["method"]]
     if row.get("variant"):
         parts.append(row["variant"])
-    if row.get("level"):
+    if row.get("level") and without != "level":
         parts.append(f"{row['level']}s")
-    if row.get("top_k"):
+    if row.get("top_k") and without != "top_k":
         parts.append(f"top {row['top_k']}")
     return ", ".join(parts)
 
