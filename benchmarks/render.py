@@ -26,18 +26,9 @@ def table(name: str, wanted: list[str]) -> str:
 
     What all cases begin with stands above them.
     """
-    patterns = dict(word.split("=", 1) for word in wanted if "=" in word)
-    metrics = [word for word in wanted if "=" not in word]
-    across = patterns.pop("columns", "metric")
     result = json.loads((ROOT / "results" / f"{name}.json").read_text())
-    rows = [
-        row
-        for row in result["rows"]
-        if all(re.search(pattern, str(row.get(key, ""))) for key, pattern in patterns.items())
-        and (not metrics or row["metric"] in metrics)
-        and across in row
-    ]
-    rows.sort(key=lambda row: metrics.index(row["metric"]) if metrics else 0)
+    across = next((word.removeprefix("columns=") for word in wanted if word.startswith("columns=")), "metric")
+    rows = [row for row in chosen(result["rows"], wanted) if across in row]
     headers = {metric: header(metric, {row["unit"] for row in rows if row["metric"] == metric}) for metric in metrics_of(rows)}
     shared = shared_beginning([row["case"] for row in rows])
     lines: dict[tuple[str, str], dict[str, str]] = {}
@@ -57,12 +48,27 @@ def table(name: str, wanted: list[str]) -> str:
     body = [
         [case] * has_case + [method, *(found.get(column, "") for column in columns)] for (case, method), found in lines.items()
     ]
+    above = [shared] * bool(shared) + list(headers.values()) * (across != "metric")
+    text = [*([f"{'; '.join(above)}:", ""] if above else []), line(head), "|" + "---|" * len(head), *map(line, body)]
+    return "\n".join(text) + f"\n\n{origin(result)}\n"
+
+
+def chosen(rows: list[dict[str, Any]], wanted: list[str]) -> list[dict[str, Any]]:
+    """Return the rows that have one of the metrics and fit the patterns, in the metrics' order."""
+    patterns = dict(word.split("=", 1) for word in wanted if "=" in word and not word.startswith("columns="))
+    metrics = [word for word in wanted if "=" not in word]
+    fitting = [row for row in rows if all(re.search(pattern, str(row.get(key, ""))) for key, pattern in patterns.items())]
+    if not metrics:
+        return fitting
+    return sorted((row for row in fitting if row["metric"] in metrics), key=lambda row: metrics.index(row["metric"]))
+
+
+def origin(result: dict[str, Any]) -> str:
+    """Say by which command, where and with which torch the results were made."""
     hardware = result["hardware"]
     if isinstance(hardware, dict):
         hardware = ", ".join(f"{key} {value}" for key, value in hardware.items())
-    above = [shared] * bool(shared) + list(headers.values()) * (across != "metric")
-    text = [*([f"{'; '.join(above)}:", ""] if above else []), line(head), "|" + "---|" * len(head), *map(line, body)]
-    return "\n".join(text) + f"\n\n`{result['command']}`, {hardware}, torch {result['versions']['torch']}.\n"
+    return f"`{result['command']}`, {hardware}, torch {result['versions']['torch']}."
 
 
 def metrics_of(rows: list[dict[str, Any]]) -> list[str]:

@@ -88,7 +88,7 @@ class FTraceArguments:
         metadata={"help": "What TRAK is tried on; each makes an index: " + ", ".join(TRAK_FEATURES) + "."},
     )
     trak_members: list[str] = field(
-        default_factory=lambda: list(TRAK_MEMBERS),
+        default_factory=lambda: ["both"],
         metadata={
             "help": "Whose gradients TRAK takes: halves, of runs on random halves; checkpoints, those that TracIn takes too; or both."
         },
@@ -146,6 +146,7 @@ SCALES: dict[str, dict[str, Any]] = {
         "checkpoint_steps": [300, 700, 1100],
         "tracin_dim": 1024,
         "trak_features": ["all parameters", "answer's tokens"],
+        "trak_members": list(TRAK_MEMBERS),
         "n_members": 10,
         "n_targets": 32,
         "batch_facts": 32,

@@ -65,9 +65,8 @@ def trak_scores(space: Workspace, name: str) -> dict[str, np.ndarray]:
         influence = {group: Trak(index, options)(space.abstracts, queries) for group, index in indexes.items()}
         for members in space.args.trak_members:
             parts = GROUPS[members]
-            mean = np.average(
-                [influence[group] for group in parts], axis=0, weights=[columns[group].shape[1] for group in parts]
-            )
+            n_members = [columns[group].shape[1] for group in parts]
+            mean = np.average([influence[group] for group in parts], axis=0, weights=n_members).astype(np.float32)
             out_to_loss, lengths = np.concatenate([columns[group] for group in parts], axis=1).mean(axis=1)[..., None]
             scores[f"damping {damping}, {members}"] = mean * out_to_loss**_POWER
             scores[f"damping {damping}, no out_to_loss, {members}"] = mean
@@ -96,4 +95,5 @@ def trak_index(space: Workspace, name: str, members: str) -> AttributionIndex:
 def member_columns(index: AttributionIndex) -> np.ndarray:
     """Return each member's `out_to_loss` and gradient norms, (2, n_members, n_train)."""
     rows = [index.features(member).with_format("numpy") for member in range(len(index.members))]
-    return np.array([[of_member[name][:] for of_member in rows] for name in ("trak_out_to_loss", "trak_grad_norm")])
+    names = ("trak_out_to_loss", "trak_grad_norm")
+    return np.array([[of_member[name][:] for of_member in rows] for name in names], dtype=np.float32)
