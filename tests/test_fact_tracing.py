@@ -75,6 +75,9 @@ class TestData:
     def test_what_is_not_there_is_named(self, tmp_path, abstracts, queries):
         with pytest.raises(FileNotFoundError, match=r"has neither abstracts\*.parquet"):
             load_ftrace(tmp_path)
+        for absent in (tmp_path / "absent", "../absent", "absent"):
+            with pytest.raises(FileNotFoundError, match="is no folder here, and no repository of the Hub"):
+                load_ftrace(absent)
         abstracts.remove_columns("facts").to_parquet(str(tmp_path / "abstracts.parquet"))
         queries.to_parquet(str(tmp_path / "queries.parquet"))
         with pytest.raises(ValueError, match="lack facts"):

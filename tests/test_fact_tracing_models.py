@@ -479,7 +479,12 @@ def test_the_command_does_all_of_it_and_goes_on_where_it_was_stopped(tmp_path, c
     for name, rows in zip(("abstracts", "queries"), synthetic_ftrace(8), strict=True):
         rows.to_parquet(str(tmp_path / f"{name}.parquet"))
     flags = [*FLAGS, "--data", str(tmp_path), "--output", str(tmp_path / "out")]
-    main([*flags, "--stages", "data", "learn", "members"])
+    with pytest.raises(FileNotFoundError, match=r"lacks queries\.parquet\. Do the stage `data` before `rank`"):
+        main([*flags, "--stages", "rank"])
+    main([*flags, "--stages", "data"])
+    with pytest.raises(FileNotFoundError, match=r"lacks learned\.json\. Do the stage `learn` before `members`"):
+        main([*flags, "--stages", "members"])
+    main([*flags, "--stages", "learn", "members"])
     main([*flags, "--stages", "rank", "--shard_index", "0", "--num_shards", "2"])
     with pytest.raises(FileNotFoundError, match="scores lacks Random-Target; EMBED;"):
         main([*flags, "--stages", "report"])

@@ -67,6 +67,10 @@ def _load(source: str | Path, part: str, revision: str) -> Dataset:
                 f"{folder} has neither {part}*.parquet nor {part}/**/*.parquet, which hold FTRACE's {part}."
             )
         pattern: str | list[str] = [str(file) for file in files]
+    elif len(folder.parts) != 2 or folder.is_absolute() or folder.parts[0] in (".", ".."):
+        raise FileNotFoundError(
+            f"{source} is no folder here, and no repository of the Hub, which is an owner's name and one of theirs, such as {HUB_DATASET}."
+        )
     else:
         # The converter has named its files in more than one way, so all of a folder's are taken.
         pattern = f"hf://datasets/{source}@{revision.replace('/', '%2F')}/{part}/**/*.parquet"

@@ -20,7 +20,7 @@ from hf_trak.evaluation.fact_tracing.fine_tuning import FineTuning, fine_tune, s
 from hf_trak.evaluation.fact_tracing.output import fact_task
 from hf_trak.evaluation.fact_tracing.rankings import Rankings
 from hf_trak.evaluation.fact_tracing.report import write_report
-from hf_trak.evaluation.fact_tracing.settings import FTraceArguments
+from hf_trak.evaluation.fact_tracing.settings import STAGES, FTraceArguments
 from hf_trak.evaluation.fact_tracing.small import draw_corpus, small_mt5, texts_of, train_tokenizer
 from hf_trak.evaluation.fact_tracing.stages import timed
 from hf_trak.evaluation.fact_tracing.workspace import Workspace
@@ -28,9 +28,16 @@ from hf_trak.evaluation.training import save_checkpoint
 from hf_trak.sources.checkpoints import load_model
 from hf_trak.storage.files import write_atomically, write_json
 
+_LEFT_BY = {"data": "queries.parquet", "learn": "learned.json"}
+"""What these stages write last, for all later ones to read."""
+
 
 def run_ftrace(args: FTraceArguments, recipe: FineTuning) -> dict[str, Any]:
-    """Do the stages that `args` names, and return the result rows if `report` is one."""
+    """Do the stages that `args` names, and return the result rows if `report` is one.
+
+    Raises:
+        FileNotFoundError: If an earlier stage has not been done.
+    """
     space = Workspace(args, recipe)
     rankings = Rankings(space)
     stages = {
@@ -41,6 +48,9 @@ def run_ftrace(args: FTraceArguments, recipe: FineTuning) -> dict[str, Any]:
         "forget": lambda: forget(space, plan_removals(rankings)),
     }
     for stage in args.stages:
+        for earlier, file in _LEFT_BY.items():
+            if STAGES.index(earlier) < STAGES.index(stage) and not (space.folder / file).exists():
+                raise FileNotFoundError(f"{space.folder} lacks {file}. Do the stage `{earlier}` before `{stage}`.")
         if stage == "report":
             return write_report(space, rankings, plan_removals(rankings))
         with timed(space.folder, stage):
