@@ -4,8 +4,9 @@
     python benchmarks/featurize.py --dataset qnli.parquet --output results/featurize_cpu.json
 
 Three workloads (`workloads.py`): a pretrained MiniLM on QNLI, a GPT-2-like decoder and a ViT. Both passes run over the same batches,
-one after the other, several rounds; the ratio is taken round by round. Peak memory is that of a process of its own each. The
-answer is checked first: features of one batch against a float64 loop over its examples.
+one after the other, several rounds; the ratio is taken round by round. Where hf_trak multiplies by oneDNN (`hf_trak/products.py`) and
+training does not, a third pass has it turned off. Peak memory is that of a process of its own each. The answer is checked first:
+features of one batch against a float64 loop over its examples, whose output function is written out in `workloads.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,11 @@ import transformers
 from workloads import NAMES, Workload, load_workload, train
 
 from hf_trak.gradients import check_gradients, layerwise_features, select_parameters
+from hf_trak.gradients.batch import evaluation_mode
+from hf_trak.gradients.frozen import frozen_layers
+from hf_trak.products import onednn_is_faster
 from hf_trak.projectors import Projector, make_projector
+from hf_trak.tasks import AutoTask
 
 ROWS = {"bert": 256, "decoder": 64, "vit": 32}
 METHOD = "hf_trak layerwise block_count_sketch"
@@ -53,8 +60,9 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load(options: argparse.Namespace, name: str) -> Workload:
-    return load_workload(
+def load(options: argparse.Namespace, name: str) -> tuple[Workload, Callable[..., Any]]:
+    """Return a workload with hf_trak's own output function, and the plain one that it came with."""
+    workload = load_workload(
         name,
         dataset=options.dataset,
         model=options.model,
@@ -62,6 +70,19 @@ def load(options: argparse.Namespace, name: str) -> Workload:
         batch_size=options.batch_size,
         vocabulary=options.vocabulary,
     )
+    task = AutoTask.from_model(workload.model)
+    return replace(workload, output_function=task.output_function), workload.output_function
+
+
+@contextmanager
+def onednn(enabled: bool) -> Iterator[None]:
+    """Turn torch's switch of oneDNN within the block."""
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = enabled
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
 
 
 def sketch_of(options: argparse.Namespace, proj_dim: int) -> Projector:
@@ -76,8 +97,15 @@ def featurize(workload: Workload, projector: Projector, patterns: list[str] | No
         )
 
 
-def relative_error(workload: Workload, projector: Projector, patterns: list[str] | None = None, *, rows: int = 4) -> float:
-    """Features of some rows against a loop of float64 autograd over them, sketched in float64."""
+def relative_error(
+    workload: Workload,
+    projector: Projector,
+    patterns: list[str] | None = None,
+    *,
+    rows: int = 4,
+    output_function: Callable[..., Any] | None = None,
+) -> float:
+    """Features of some rows against a loop of float64 autograd over them, of `output_function` if given, sketched in float64."""
     model, parameters = workload.model, select_parameters(workload.model, patterns).parameters
     batch = {key: value[:rows] for key, value in workload.batches[-1].items()}
     arguments: dict[str, Any] = {
@@ -92,7 +120,7 @@ def relative_error(workload: Workload, projector: Projector, patterns: list[str]
     for row in range(rows):
         one = {key: value[row : row + 1] for key, value in batch.items()}
         one = {key: value.double() if value.is_floating_point() else value for key, value in one.items()}
-        output = workload.output_function(model, one)[0].sum()
+        output = (output_function or workload.output_function)(model, one)[0].sum()
         accumulator = projector.start(1, dtype=torch.float64, device=torch.device("cpu"))
         for name, grad in zip(parameters, torch.autograd.grad(output, list(parameters.values())), strict=True):
             projector.add(accumulator, name, grad.unsqueeze(0))
@@ -119,15 +147,14 @@ class NoSketch(Projector):
 
 
 def forward(workload: Workload) -> None:
-    workload.model.eval()
-    with torch.no_grad():
+    with evaluation_mode(workload.model), frozen_layers(workload.model, unless=lambda: False), torch.no_grad():
         for batch in workload.batches:
             workload.output_function(workload.model, batch)
 
 
 def part_rows(options: argparse.Namespace, name: str) -> Iterator[dict[str, Any]]:
     """Where the time goes: the forward pass, the backward pass to activations, and what sketching adds, over training."""
-    workload, proj_dim = load(options, name), options.proj_dim[0]
+    (workload, _), proj_dim = load(options, name), options.proj_dim[0]
     nothing, projector = NoSketch(proj_dim=proj_dim, seed=0), sketch_of(options, proj_dim)
     train(workload.model, workload.batches[-1:])
     parts: dict[str, list[float]] = {"forward": [], "backward of activations": [], "per-example gradients and their sketch": []}
@@ -158,32 +185,35 @@ def cpu_seconds(run: Callable[..., None], *arguments: Any) -> float:
 
 
 def time_rows(options: argparse.Namespace, name: str) -> Iterator[dict[str, Any]]:
-    workload = load(options, name)
+    workload, plain = load(options, name)
     for proj_dim in options.proj_dim:
         projector = sketch_of(options, proj_dim)
-        error = relative_error(workload, projector, options.parameters)
+        error = relative_error(workload, projector, options.parameters, output_function=plain)
         if not error < 1e-4:
             raise SystemExit(f"Wrong answer: features differ from the float64 loop by {error:.1e}.")
         train(workload.model, workload.batches[-1:])
-        times = [
-            (
-                cpu_seconds(train, workload.model, workload.batches),
-                cpu_seconds(featurize, workload, projector, options.parameters),
-            )
-            for _ in range(options.rounds)
-        ]
-        ratios = [ours / plain for plain, ours in times]
-        yield {
-            "case": f"{workload.case}, proj_dim {proj_dim}, 1 member",
-            "method": method_of(options, workload),
-            "relative_error_to_float64": error,
-            "metric": "featurize_cpu_ratio",
-            "value": statistics.median(ratios),
-            "unit": "x",
-            "interval": [min(ratios), max(ratios)],
-            "cpu_seconds_training": [t for t, _ in times],
-            "cpu_seconds_featurizing": [t for _, t in times],
-        }
+        method = method_of(options, workload)
+        methods = {method: True} | ({f"{method}, oneDNN off": False} if onednn_is_faster() else {})
+        training: list[float] = []
+        ours: dict[str, list[float]] = {method: [] for method in methods}
+        for _ in range(options.rounds):
+            training.append(cpu_seconds(train, workload.model, workload.batches))
+            for method, enabled in methods.items():
+                with onednn(enabled):
+                    ours[method].append(cpu_seconds(featurize, workload, projector, options.parameters))
+        for method, seconds in ours.items():
+            ratios = [one / whole for one, whole in zip(seconds, training, strict=True)]
+            yield {
+                "case": f"{workload.case}, proj_dim {proj_dim}, 1 member",
+                "method": method,
+                "relative_error_to_float64": error,
+                "metric": "featurize_cpu_ratio",
+                "value": statistics.median(ratios),
+                "unit": "x",
+                "interval": [min(ratios), max(ratios)],
+                "cpu_seconds_training": training,
+                "cpu_seconds_featurizing": seconds,
+            }
 
 
 def peak_resident_gb() -> float:
@@ -207,7 +237,7 @@ def peak_memory(options: argparse.Namespace, name: str, what: str, proj_dim: int
 def memory_rows(options: argparse.Namespace, name: str) -> Iterator[dict[str, Any]]:
     """For the decoder, a large vocabulary as well: its table is most of the model, and half of the memory of training it."""
     for vocabulary in [options.vocabulary, 30522] if name == "decoder" else [options.vocabulary]:
-        case = load(argparse.Namespace(**{**vars(options), "vocabulary": vocabulary}), name).case
+        case = load(argparse.Namespace(**{**vars(options), "vocabulary": vocabulary}), name)[0].case
         training = peak_memory(options, name, "training", options.memory_proj_dim[0], vocabulary)
         for proj_dim in options.memory_proj_dim:
             ours = peak_memory(options, name, "featurizing", proj_dim, vocabulary)
@@ -226,7 +256,7 @@ def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
     if options.peak_memory_of:
-        workload = load(options, options.workloads[0])
+        workload, _ = load(options, options.workloads[0])
         if options.peak_memory_of == "training":
             train(workload.model, workload.batches)
         else:

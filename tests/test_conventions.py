@@ -36,12 +36,14 @@ FLOORS = {
     "linalg": 0,
     "members": 0,
     "models": 0,
+    "products": 0,
     "processes": 0,
 }
 TENSORS_ONLY = [
     "gradients",
     "hashing.py",
     "linalg.py",
+    "products.py",
     "projectors",
     "scoring/blocks.py",
     "scoring/damping.py",

@@ -17,6 +17,7 @@ from torch.func import functional_call, vjp, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hf_trak.gradients.batch import BatchFeatures, OutputFunction, check_outputs, evaluation_mode, working_dtype
+from hf_trak.gradients.frozen import frozen_layers
 from hf_trak.gradients.rules import Contribution, Dense, Outer, Rows, find_rule, looks_at_values, own_parameters, owners
 from hf_trak.projectors import Projector
 
@@ -72,6 +73,7 @@ class _Watch:
 
     def __enter__(self) -> _Watch:
         self.stack = ExitStack()
+        self.stack.enter_context(frozen_layers(self.model, unless=lambda: self.recomputing))
         for module in self.owned:
             rule = find_rule(module)
             if isinstance(module, nn.Embedding) and rule is not None:

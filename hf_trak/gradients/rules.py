@@ -188,12 +188,17 @@ def owners(model: nn.Module) -> dict[nn.Module, dict[str, nn.Parameter]]:
     return found
 
 
+def is_conv1d_of_transformers(module: nn.Module) -> bool:
+    """Return whether a module is GPT-2's `Conv1D`: a Linear whose weight is (d_in, d_out)."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
 def find_rule(module: nn.Module) -> Rule | None:
     """Return the rule for a module, or None if it has none and must be differentiated functionally.
 
     A subclass has its parent's rule only if it computes as its parent does.
     """
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+    if is_conv1d_of_transformers(module):
         return conv1d_of_transformers
     if type(module).__name__ in ("T5LayerNorm", "MT5LayerNorm") and hasattr(module, "variance_epsilon"):
         return rms_norm_of_transformers

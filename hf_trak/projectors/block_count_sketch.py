@@ -30,6 +30,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from hf_trak.hashing import stream_key
+from hf_trak.products import bmm, one_by_one
 from hf_trak.projectors.base import Projector, as_matrix
 from hf_trak.projectors.folding import Fold, folded_shape
 from hf_trak.projectors.ring import Ring, add_rows_around, draw_ring, laps_around, longest_side
@@ -150,15 +151,18 @@ class BlockCountSketch(Projector):
     ) -> None:
         for column in self._layout(name, (left.shape[2], right.shape[2]), left.device):
             chunk = _CHUNK_ON_CUDA if left.is_cuda else _CHUNK
-            rows_at_once = max(1, chunk // (left.shape[0] * column.width))
             folded_left = column.rows(left).transpose(1, 2)
             for tile in column.tiles:
-                folded_right = tile.columns(right)[:, :, column.columns]
-                laps = laps_around(accumulator, tile.ring, column.width * (tile.rows.stop - tile.rows.start))
-                # (batch, tokens, rows), (batch, tokens, columns) -> (batch, rows · columns), some rows at a time
-                for rows in folded_left[:, tile.rows].split(rows_at_once, dim=1):
-                    laps.add(torch.bmm(rows, folded_right).flatten(1))
-                laps.close()
+                tile_left, tile_right = folded_left[:, tile.rows], tile.columns(right)[:, :, column.columns]
+                n_at_once = 1 if one_by_one(tile_left, tile_right) else max(1, len(left))
+                rows_at_once = max(1, chunk // (n_at_once * column.width))
+                for first in range(0, len(left), n_at_once):
+                    examples = slice(first, first + n_at_once)
+                    laps = laps_around(accumulator[examples], tile.ring, column.width * tile_left.shape[1])
+                    # (batch, tokens, rows), (batch, tokens, columns) -> (batch, rows · columns), some rows at a time
+                    for rows in tile_left[examples].split(rows_at_once, dim=1):
+                        laps.add(bmm(rows, tile_right[examples]).flatten(1))
+                    laps.close()
 
     def add_rows(
         self,

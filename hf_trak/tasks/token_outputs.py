@@ -33,6 +33,22 @@ IGNORED = -100
 _NOT_INPUTS = ("labels", "start_positions", "end_positions")
 
 
+# Logits copied at one time: what fits the cache; a GPU is kept busy with more.
+_PIECE, _PIECE_ON_CUDA = 1 << 18, 1 << 26
+
+
+def _pieces(values: Tensor, *, like: Tensor) -> tuple[Tensor, ...]:
+    """Cut the rows that belong to the rows of some logits into pieces, at least one."""
+    piece = _PIECE_ON_CUDA if like.is_cuda else _PIECE
+    return values.split(max(1, piece // like.shape[-1]))
+
+
+def _logsumexp_of_others(logits: Float[Tensor, "rows vocabulary"], index: Int64[Tensor, "rows 1"]) -> Float[Tensor, " rows"]:
+    masked = logits.scatter(-1, index, float("-inf"))
+    most = masked.amax(-1, keepdim=True)
+    return masked.sub_(most).exp_().sum(-1).log() + most.squeeze(-1)
+
+
 class _LogOdds(torch.autograd.Function):
     """The log-odds of one entry of the last axis. Of the vocabulary's size, it keeps nothing but the logits themselves.
 
@@ -45,9 +61,8 @@ class _LogOdds(torch.autograd.Function):
     @staticmethod
     def forward(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         index = labels.unsqueeze(-1)
-        masked = logits.scatter(-1, index, float("-inf"))
-        most = masked.amax(-1, keepdim=True)
-        others = masked.sub_(most).exp_().sum(-1).log() + most.squeeze(-1)
+        pieces = zip(*(_pieces(values.reshape(-1, values.shape[-1]), like=logits) for values in (logits, index)), strict=True)
+        others = torch.cat([_logsumexp_of_others(*piece) for piece in pieces]).view(labels.shape)
         return logits.gather(-1, index).squeeze(-1) - others, others
 
     @staticmethod

@@ -1,0 +1,95 @@
+"""Products of float32 matrices on CPUs where another library than torch's usual one is faster.
+
+torch multiplies float32 matrices with MKL, which leaves AVX-512 alone on CPUs that are not Intel's. oneDNN, which torch carries as
+well, uses it: 2.3 times as fast on a Zen 5 core (docs/performance.md). Which of them serves is a function of the operands and the
+machine, not of the number of threads nor of a measurement, so that the same run gives the same bits whatever its processes.
+`torch.backends.mkldnn.enabled = False`, torch's own switch, turns it off.
+"""
+
+from __future__ import annotations
+
+import platform
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+# Multiplications below which a call's own cost shows. One product of a batch's competes with all of them in one call.
+_WORTH_A_CALL, _WORTH_A_CALL_EACH = 1 << 18, 1 << 22
+
+
+@cache
+def onednn_is_faster() -> bool:
+    """Return whether this machine's float32 products are oneDNN's: an AMD CPU with AVX-512, and a torch that has the operator."""
+    # An operator of torch's compiler, so that a release may lack it.
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return False
+    return "AMD" in _cpu_name() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def _cpu_name() -> str:
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # of recent releases
+    return str(capabilities.get("cpu_name", platform.processor()))
+
+
+def serves(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Return whether [`linear`] computes a product, and faster than `torch.nn.functional.linear`."""
+    operands = [inputs, weight] if bias is None else [inputs, weight, bias]
+    return (
+        inputs.numel() * weight.shape[0] >= _WORTH_A_CALL
+        and all(_is_plain(operand) for operand in operands)
+        and bool(torch.backends.mkldnn.enabled)
+        and onednn_is_faster()
+    )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+
+
+def linear(
+    inputs: Float[Tensor, "rows inner"], weight: Float[Tensor, "columns inner"], bias: Float[Tensor, " columns"] | None = None
+) -> Float[Tensor, "rows columns"]:
+    """Return `inputs @ weight.T + bias` by oneDNN, of any strides; without gradients. Only where [`serves`] says so."""
+    return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """The same with the gradient of `inputs`."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return linear(inputs, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grads: Tensor) -> tuple[Tensor, None, None]:
+        return _FrozenLinear.apply(grads, ctx.saved_tensors[0].t(), None), None, None
+
+
+def frozen_linear(
+    inputs: Float[Tensor, "*batch inner"], weight: Float[Tensor, "columns inner"], bias: Float[Tensor, " columns"] | None
+) -> Float[Tensor, "*batch columns"]:
+    """`torch.nn.functional.linear` for a weight and bias that need no gradient, on whichever library is faster."""
+    if not serves(inputs, weight, bias):
+        return F.linear(inputs, weight, bias)
+    flat = _FrozenLinear.apply(inputs.reshape(-1, inputs.shape[-1]), weight, bias)
+    return flat.view(*inputs.shape[:-1], weight.shape[0])
+
+
+def one_by_one(left: Float[Tensor, "batch rows inner"], right: Float[Tensor, "batch inner columns"]) -> bool:
+    """Return whether [`bmm`] had better be given the pairs of a batch one by one."""
+    each = left.shape[1] * left.shape[2] * right.shape[2]
+    return len(left) > 0 and each >= _WORTH_A_CALL_EACH and serves(left[0], right[0].t())
+
+
+def bmm(
+    left: Float[Tensor, "batch rows inner"], right: Float[Tensor, "batch inner columns"]
+) -> Float[Tensor, "batch rows columns"]:
+    """`torch.bmm`, and of a single pair whichever library is faster."""
+    if len(left) == 1 and serves(left[0], right[0].t()):
+        return linear(left[0], right[0].t()).unsqueeze(0)
+    return torch.bmm(left, right)
