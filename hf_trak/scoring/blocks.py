@@ -17,6 +17,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from hf_trak.linalg import factor, solve
+from hf_trak.products import inner_products
 
 SOLVED_AT_ONCE = 1024  # queries in float64
 
@@ -92,5 +93,5 @@ def score_blocks(
 
 
 def _influence(block: MemberBlock, preconditioned: Float[Tensor, "n_query proj_dim"]) -> Float[Tensor, "rows n_query"]:
-    influence = block.features.to(preconditioned.dtype) @ preconditioned.T
+    influence = inner_products(block.features.to(preconditioned.dtype), preconditioned)
     return influence if block.leverage is None else influence.div_((1 - block.leverage).to(influence.dtype).unsqueeze(1))
