@@ -1,5 +1,6 @@
 """The benchmarks' workloads: the same in every environment, and without hf_trak in any."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -85,3 +86,20 @@ def test_peers_scripts_need_the_standard_library_alone_outside_their_environment
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=path).stdout.strip()
         == "[]"
     )
+
+
+def test_the_benchmark_for_gpus_runs_without_one_at_a_size_of_its_own(tmp_path):
+    output = tmp_path / "gpu.json"
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--device=cpu", "--scale=tiny", "--rounds=2", "--proj_dim=256"]
+    subprocess.run([*command, f"--output={output}"], check=True, capture_output=True)
+    rows = json.loads(output.read_text())["rows"]
+    assert {row["metric"] for row in rows} == {
+        "bandwidth_gb_per_s",
+        "matmul_tflops",
+        "sketch_gb_per_s",
+        "featurize_time_ratio",
+    }
+    ratios = [row for row in rows if row["metric"] == "featurize_time_ratio"]
+    assert sorted(row["case"].split(", ")[2] for row in ratios) == ["bfloat16", "bfloat16", "float32", "float32"]
+    assert all(row["interval"][0] <= row["value"] <= row["interval"][1] for row in rows)
+    assert all(row["relative_error_to_cpu"] < 1e-9 for row in ratios)
