@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hf_trak.config import TrakConfig
 from hf_trak.gradients import GRADIENTS, check_gradients, select_parameters
 from hf_trak.projectors import BlockCountSketch, Identity
-from hf_trak.tasks import AutoTask, Task, token_margins, vmappable_attention
+from hf_trak.tasks import AutoTask, Task, token_margins, token_outputs, vmappable_attention
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:There is a performance drop because we have not yet implemented the batching rule"
@@ -88,6 +88,16 @@ def test_token_margins_are_log_odds_and_stay_finite_where_a_probability_rounds_t
     assert margins.item() == 1e4
     assert torch.autograd.grad(margins.sum(), certain)[0].tolist() == [[[1.0, -1.0, 0.0]]]
     assert token_margins(certain.bfloat16(), torch.tensor([[0]])).dtype == torch.float32
+
+
+@pytest.mark.parametrize("piece", [1, 30, 1 << 18])
+def test_token_margins_do_not_depend_on_how_many_logits_are_copied_at_a_time(piece: int, monkeypatch):
+    monkeypatch.setattr(token_outputs, "_PIECE", piece)
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 5, 11, dtype=torch.float64), torch.randint(11, (2, 5))
+    p = logits.softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(token_margins(logits, labels), (p / (1 - p)).log())
+    assert token_margins(logits[:, :0], labels[:, :0]).shape == (2, 0)
 
 
 def test_the_gradient_of_token_margins_is_that_of_plain_operations():
