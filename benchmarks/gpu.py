@@ -1,7 +1,7 @@
 """Featurizing beside training on a GPU, and beside what the GPU can do at all: its bandwidth and its matrix products.
 
     python benchmarks/gpu.py --output results/gpu_featurize.json
-    python benchmarks/gpu.py --device cpu --scale tiny --output /tmp/gpu.json      # does it run?
+    python benchmarks/gpu.py --device cpu --scale tiny --output tiny.json      # does it run?
 
 A BERT-base and a decoder of 355M, random weights, random tokens, in float32 and under bfloat16 autocast. Every projector that is installed
 takes turns with a plain forward and backward of the same batches: the block count sketch with and without its Triton kernels, and fast_jl.
