@@ -5,7 +5,7 @@
 
 `sketch_variance_ratio` is the mean squared error of ⟨φ(x), φ(y)⟩ over seeds, over the variance of dense Rademacher signs, which is
 known: (‖x‖²‖y‖² + ⟨x,y⟩² − 2 Σ xᵢ²yᵢ²) / proj_dim. `sketch_bias` is its mean error in standard errors. `sketch_cpu_s` is the time
-to sketch 8 gradients of 10M parameters. `norm_error` is that of ‖φ(x)‖ for ‖x‖.
+to sketch 8 gradients of 10M parameters, `sketch_batches_ratio` what batches cost after many others. `norm_error` is that of ‖φ(x)‖ for ‖x‖.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -126,6 +127,7 @@ def cost_rows(n_matrices: int, proj_dims: list[int]) -> Iterator[dict[str, objec
             "interval": [times[0], times[-1]],
             "first_batch": first,  # with the drawing of its tables
         }
+    yield batches_row(gradients, proj_dims[0])
     few = dict(list(gradients.items())[:2])
     scale = len(gradients) / len(few)
     for proj_dim in proj_dims[:1]:
@@ -141,6 +143,22 @@ def cost_rows(n_matrices: int, proj_dims: list[int]) -> Iterator[dict[str, objec
             "unit": "CPU s",
             "interval": None,
         }
+
+
+def batches_row(gradients: dict[str, torch.Tensor], proj_dim: int, n_batches: int = 101) -> dict[str, object]:
+    """What the last ten of many batches cost beside the first ten after that which draws the tables."""
+    projector = BlockCountSketch(proj_dim=proj_dim, seed=0)
+    times = [seconds(projector, gradients) for _ in range(n_batches)]
+    early = statistics.median(times[1:11])
+    ratios = [late / early for late in times[-10:]]
+    return {
+        "case": f"8 gradients of 10.03M parameters, given whole, proj_dim {proj_dim}, one thread, batch {n_batches - 9} to {n_batches} over 2 to 11",
+        "method": "hf_trak block_count_sketch",
+        "metric": "sketch_batches_ratio",
+        "value": statistics.median(ratios),
+        "unit": "x",
+        "interval": [min(ratios), max(ratios)],
+    }
 
 
 def seconds(projector: Projector, gradients: dict[str, torch.Tensor]) -> float:

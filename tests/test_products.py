@@ -1,17 +1,20 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from models import MODELS, make_batch, make_model
+from reference import to_double
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_trak import products
-from hf_trak.gradients import layerwise_features, select_parameters
+from hf_trak.gradients import GRADIENTS, select_parameters
 from hf_trak.gradients.frozen import frozen_layers
 from hf_trak.projectors import BlockCountSketch
-from hf_trak.tasks import classification_margin
+from hf_trak.tasks import classification_margin, vmappable_attention
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this build of torch has no oneDNN to multiply with"
@@ -242,22 +245,24 @@ def test_layers_keep_to_torch(case: str, counted):
     assert counted == []
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching rule")
 @pytest.mark.parametrize("name", MODELS)
-def test_features_are_the_same_either_way(name: str, counted, monkeypatch):
+def test_features_by_onednn_are_those_of_the_functional_engine_in_float64(name: str, counted):
     model, batch = make_model(name), make_batch(name)
-    parameters = select_parameters(model).parameters
+    projector = BlockCountSketch(proj_dim=128, seed=0)
 
-    def features() -> Tensor:
-        return layerwise_features(
-            model,
-            batch,
-            output_function=classification_margin,
-            parameters=parameters,
-            projector=BlockCountSketch(proj_dim=128, seed=0),
-        ).features
+    def features(engine: str, batch: dict[str, Any]) -> Tensor:
+        parameters = select_parameters(model).parameters
+        with vmappable_attention(model):
+            return GRADIENTS[engine](
+                model, batch, output_function=classification_margin, parameters=parameters, projector=projector
+            ).features
 
-    ours = features()
-    assert counted
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: False)
-    torchs = features()
-    assert ((ours - torchs).norm(dim=1) / torchs.norm(dim=1) < 5e-6).all()
+    ours = features("layerwise", batch)
+    n_products = len(counted)
+    assert n_products
+    model.double()
+    exact = features("functional", to_double(batch))
+    assert len(counted) == n_products
+    assert exact.dtype == torch.float64
+    assert ((ours - exact).norm(dim=1) / exact.norm(dim=1) < 5e-6).all()
