@@ -563,3 +563,20 @@ def test_features_do_not_depend_on_the_padding_of_tokenized_rows(name: str):
 
 def add(left: list[list[int]], right: list[list[int]]) -> list[list[int]]:
     return [a + b for a, b in zip(left, right, strict=True)]
+
+
+# Which columns are read.
+
+
+def test_a_task_says_which_columns_it_reads(tokenizer):
+    text = AutoTask.from_model(bert())
+    words = datasets.Dataset.from_dict({"sentence": ["x"], "label": [0]}).features
+    assert text.columns_read(words) == {"text": ["sentence"], "label": "label"}
+    tokens = datasets.Dataset.from_dict({"input_ids": [[5]], "attention_mask": [[1]], "labels": [0]}).features
+    assert text.columns_read(tokens) == {"tokens": ["input_ids", "attention_mask"], "label": "labels"}
+    assert AutoTask.from_model(vit()).columns_read(image_features("img")) == {"image": "img", "label": "label"}
+    assert Task.custom(squared_error, collator=collate_vectors).columns_read(words) == {}
+    assert AutoTask.from_model(make_model("gpt2 lm")).columns_read(tokens) == {
+        "tokens": ["input_ids", "attention_mask"],
+        "label": "labels",
+    }

@@ -13,7 +13,7 @@ from hf_trak.tasks.inputs import CustomInputs, Inputs, Rows
 from hf_trak.tasks.token_inputs import TokenInputs
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, Features
 
 _LABEL_COLUMNS = ("labels", "label")
 
@@ -88,6 +88,17 @@ class Task:
             self.check_rows(dataset)
         if self.needs_labels:
             self._labels(dataset[self._find_label(dataset.column_names)][:])
+
+    def columns_read(self, features: Features) -> dict[str, Any]:
+        """Return which columns of a dataset are read and as what: `{"text": ["premise", "hypothesis"], "label": "label"}`.
+
+        It is JSON-able. A custom task returns nothing, since only its collator knows.
+
+        Raises:
+            ValueError: If no column can serve.
+        """
+        found = self.inputs.columns_read(features)
+        return {**found, "label": self._find_label(list(features))} if self.needs_labels else found
 
     def collate(self, rows: Rows, processing_class: Any) -> dict[str, Tensor]:
         """Return a batch: the model's inputs, and `labels` if the task has them."""

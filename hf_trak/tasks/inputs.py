@@ -30,6 +30,10 @@ class Inputs(Protocol):
         """Return the model's inputs for `rows`, without labels."""
         ...
 
+    def columns_read(self, features: Features) -> dict[str, Any]:
+        """Return which columns are read and as what, without labels: `{"text": [...]}`, `{"tokens": [...]}`, `{"image": ...}`, JSON-able."""
+        ...
+
     def lengths(self, dataset: Dataset, processing_class: Any = None) -> list[int] | None:
         """Return a number per row that grows with its cost, so that rows of like cost share a batch; None if all are alike.
 
@@ -70,6 +74,11 @@ class TextInputs:
                 raise ValueError(f"The text column {column!r} holds {features[column]}, not strings. Set `text_columns`.")
         if processing_class is None:
             raise ValueError("Text columns need a tokenizer: pass it as `processing_class`, or tokenize the dataset first.")
+
+    def columns_read(self, features: Features) -> dict[str, Any]:
+        if "input_ids" in features and self.text_columns is None:
+            return {"tokens": [name for name in features if name in self.accepted and name not in ("labels", "label")]}
+        return {"text": self._columns(features)}
 
     def _columns(self, features: Features) -> list[str]:
         if self.text_columns is not None:
@@ -143,6 +152,11 @@ class ImageInputs:
         if processing_class is None:
             raise ValueError("An image column needs an image processor: pass it as `processing_class`.")
 
+    def columns_read(self, features: Features) -> dict[str, Any]:
+        if "pixel_values" in features and self.image_column is None:
+            return {"image": "pixel_values"}
+        return {"image": self._column(features)}
+
     def _column(self, features: Features) -> str:
         column = self._named_or_found(features)
         if not getattr(features[column], "decode", True):
@@ -181,7 +195,11 @@ class CustomInputs:
     collator: Callable[[list[dict[str, Any]]], dict[str, Tensor]]
 
     def check(self, features: Features, processing_class: Any) -> None:
-        """Nothing is known of a custom task's columns; its collator speaks for itself."""
+        """Check nothing: only the collator knows which columns it reads."""
+
+    def columns_read(self, features: Features) -> dict[str, Any]:
+        """Return nothing: only the collator knows which columns it reads."""
+        return {}
 
     def collate(self, rows: Rows, processing_class: Any) -> dict[str, Tensor]:
         return self.collator([dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)])

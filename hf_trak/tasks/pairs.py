@@ -91,6 +91,14 @@ class PairInputs:
                     f"{', ...' if len(bad) > _SHOWN else ''}. Filter these rows."
                 )
 
+    def columns_read(self, features: Features) -> dict[str, Any]:
+        image = [name for name in self.image_names if name in features] if self._has_pixels(features) else None
+        if self._has_ids(features):
+            found: dict[str, Any] = {"tokens": [name for name in features if name in self.texts.accepted]}
+        else:
+            found = {"text": [self.caption_column(features)]}
+        return {"image": self.images._column(features) if image is None else image, **found}
+
     def _has_pixels(self, columns: Mapping[str, Any]) -> bool:
         return "pixel_values" in columns and self.images.image_column is None
 

@@ -91,6 +91,15 @@ class TokenInputs(abc.ABC):
     def _encode(self, row: Mapping[str, Any], processing_class: Any) -> Example:
         """Return one row's tokens; raise a ValueError that says what is wrong with it."""
 
+    def columns_read(self, features: Features) -> dict[str, Any]:
+        """Return which columns are read and as what, JSON-able; by default tokens, or the columns of strings."""
+        if self._is_tokenized(features):
+            found: dict[str, Any] = {"tokens": [name for name in features if name in self.accepted and name != "labels"]}
+            label = self.label_column or "labels"
+            return {**found, "label": label} if label in features else found
+        found = {"text": list(self.text_columns or self._string_columns(features))}
+        return {**found, "label": self.label_column} if self.label_column is not None else found
+
     def _need(self, features: Features, columns: Sequence[str], purpose: str) -> None:
         missing = [column for column in columns if column not in features]
         if missing:
