@@ -13,6 +13,8 @@ FORMAT_VERSION = 3
 
 # Fields that decide scores after the fact; two indices that differ in them still speak the same language.
 _CHOSEN_AFTER = ("damping", "dtype")
+# The task may be "auto", and columns and labels are those of a training set.
+_NOT_OF_ROWS = ("task", "damping", "columns_read", "label_names")
 _CHOICES = {
     "dtype": ("float32", "float16"),
     "gradients": ("layerwise", "functional"),
@@ -23,7 +25,7 @@ _CHOICES = {
 }
 # Fields that came after the first indexes of this format version: written only where they say something, so that an index of before
 # and one of now that mean the same have the same files.
-_LATER = ("reduction", "score_tokens", "token_out_to_loss", "bank_size", "bank_seed")
+_LATER = ("reduction", "score_tokens", "token_out_to_loss", "bank_size", "bank_seed", "columns_read", "label_names")
 
 
 def _option(default: Any, help: str) -> Any:
@@ -94,10 +96,16 @@ class TrakConfig:
         None, "Contrastive: pairs of the training set that each example is held against; 512, or all if fewer, by default."
     )
     bank_seed: int = _option(0, "Contrastive: decides which pairs those are, for all members alike.")
+    columns_read: dict[str, Any] | None = field(
+        default=None,
+        hash=False,
+        metadata={"help": "Columns that the task read of the training set, and as what; recorded by `build`."},
+    )
+    label_names: tuple[str, ...] | None = _option(None, "Names of the training set's classes; recorded by `build`.")
     format_version: int = _option(FORMAT_VERSION, "Version of the files an index is made of.")
 
     def __post_init__(self) -> None:
-        for name in ("parameters", "text_columns"):  # lists after JSON, YAML or a command line
+        for name in ("parameters", "text_columns", "label_names"):  # lists after JSON, YAML or a command line
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
@@ -142,8 +150,8 @@ class TrakConfig:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides the rows of an index: not the task's name, which may be "auto", nor the damping."""
-        return {key: value for key, value in self.to_dict().items() if key not in ("task", "damping")}
+        """Return what decides the rows of an index, but for what `build` finds out and records elsewhere, and the damping."""
+        return {key: value for key, value in self.to_dict().items() if key not in _NOT_OF_ROWS}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrakConfig:

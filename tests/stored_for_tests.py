@@ -33,7 +33,7 @@ def store_index(
             "task": config.task,
             "seed": number,
             "dropout_seed": None,
-            "dataset": {"fingerprint": "drawn"},
+            "dataset": {"sha256": "drawn", "columns": {}, "label_names": None},
             "config": config.identity(),
         }
         writer = MemberWriter(folder / f"member_{number}", identity=identity, n_rows=n_rows, shard_rows=shard_rows)

@@ -264,7 +264,7 @@ def test_another_configuration_in_the_same_folder_is_refused_and_nothing_is_touc
 
 def test_another_training_set_in_the_same_folder_is_refused(index, checkpoints):
     before = files_of(index.folder)
-    with pytest.raises(ValueError, match=r"(?s)holds other features.*dataset\.fingerprint"):
+    with pytest.raises(ValueError, match=r"(?s)holds other features.*dataset\.sha256"):
         build(index.folder, checkpoints, dataset=token_rows(50, seed=9))
     assert files_of(index.folder) == before
 

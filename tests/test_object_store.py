@@ -204,7 +204,7 @@ def test_nothing_is_overwritten_unless_asked(url, model, expected):
     assert objects(url) == before
     AttributionIndex.build(url, **options_of(model), overwrite=True)
     assert without_places(objects(url), model) == expected
-    with pytest.raises(ValueError, match=r"(?s)holds other features.*dataset\.fingerprint"):
+    with pytest.raises(ValueError, match=r"(?s)holds other features.*dataset\.sha256"):
         AttributionIndex.build(url, **options_of(model, dataset=token_rows(N_TRAIN, seed=3)))
 
 

@@ -452,7 +452,7 @@ def test_merging_refuses_a_shard_that_has_changed(models, tmp_path):
 def test_a_job_of_another_run_is_refused(models, tmp_path):
     options = {**build_options(models[:1]), "sketch_seeds_per_checkpoint": 1}
     AttributionIndex.build_part(tmp_path, shard_index=0, num_shards=2, **options)
-    with pytest.raises(ValueError, match=r"(?s)holds other features.*dataset\.fingerprint"):
+    with pytest.raises(ValueError, match=r"(?s)holds other features.*dataset\.sha256"):
         AttributionIndex.build_part(
             tmp_path, shard_index=1, num_shards=2, **{**options, "dataset": token_rows(N_TRAIN, seed=3)}
         )

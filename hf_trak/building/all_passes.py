@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hf_trak.building.one_pass import build_part_of_pass, build_pass
 from hf_trak.building.parts import Part, forget_parts, remember_parts
+from hf_trak.building.training_rows import TrainingRows
 from hf_trak.config import CONFIG_NAME, TrakConfig
 from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.featurizing.placement import check_whole
@@ -76,6 +77,7 @@ def build_members(
     dropout_seeds: int,
     masks: Bool[Tensor, "n_checkpoints n_train"] | None,
     overwrite: bool,
+    keep_columns: Sequence[str] = (),
     trust_remote_code: bool = False,
     **options: Any,
 ) -> None:
@@ -111,11 +113,14 @@ def build_members(
         check_whole(featurizer.model)
         featurizer.task.check(dataset, featurizer.processing_class)
         if number == 0:
+            rows = TrainingRows.of(dataset, featurizer.task, keep_columns)
             if needs_bank(featurizer.task):
                 draw_rows(
                     len(dataset), config.bank_size, config.bank_seed
                 )  # a bank that cannot be is refused before a file is written
-            config = replace(config, task=featurizer.task.name)
+            config = replace(
+                config, task=featurizer.task.name, columns_read=rows.columns, label_names=tuple(rows.label_names or ()) or None
+            )
             n_members = passes[-1].members[-1] + 1
             if part is not None:
                 begin_index(folder, config, n_members, overwrite=False, shared=True)
@@ -130,7 +135,7 @@ def build_members(
         )
         mask = None if masks is None else masks[plan.checkpoint]
         description = f"Featurizing {number + 1}/{len(passes)}"
-        build(folder, plan, featurizer, dataset, mask=mask, description=description, **options)
+        build(folder, plan, featurizer, rows, mask=mask, description=description, **options)
     if part is None and processes.is_first:
         forget_parts(folder)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +13,17 @@ import torch
 from hf_trak.config import TrakConfig
 from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.members import Pass
-from hf_trak.sources.processing import describe_processing
+from hf_trak.sources.model_configs import describe_model_config
+from hf_trak.sources.processing import describe_processing, length_limit, tokenizer_of
 from hf_trak.sources.training_sets import describe_source
+from hf_trak.storage.differences import list_differences
 from hf_trak.storage.member_reader import MemberReader
 from hf_trak.storage.object_store import seen_from
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+logger = logging.getLogger(__name__)
 
 
 def identity_of(config: TrakConfig) -> dict[str, Any]:
@@ -32,7 +37,7 @@ def describe_member(folder: Path, plan: Pass, featurizer: Featurizer, dataset: D
         "checkpoint": _describe_checkpoint(folder, featurizer),
         "checkpoint_number": plan.checkpoint,
         **describe_source(dataset),
-        **describe_processing(featurizer.processing_class, dataset.column_names),
+        "training_set": describe_dataset(dataset),
         "coverage": featurizer.selection.coverage,
         "grad_dim": featurizer.selection.grad_dim,
         "versions": library_versions(),
@@ -46,8 +51,13 @@ def _describe_bank(featurizer: Featurizer) -> dict[str, Any]:
     return {} if bank is None else {"bank": {"seed": config.bank_seed, "size": len(bank.rows), "sha256": bank.sha256}}
 
 
-def describe_featurizer(featurizer: Featurizer) -> dict[str, Any]:
-    """What a feature means beyond the configuration, and what a query must share with it."""
+def describe_featurizer(featurizer: Featurizer, columns: Mapping[str, Any]) -> dict[str, Any]:
+    """What a feature means beyond the configuration, and what a query must share with it.
+
+    Args:
+        columns (`Mapping`): Which columns are read and as what, from [`Task.columns_read`]: tokens and pixels that are there already pass
+            through no tokenizer or processor.
+    """
     return {
         "task": featurizer.task.name,
         "seed": featurizer.seed,
@@ -56,8 +66,30 @@ def describe_featurizer(featurizer: Featurizer) -> dict[str, Any]:
         "model_class": type(featurizer.model).__name__,
         "parameters": featurizer.selection.shapes,
         "model_sha256": featurizer.model_hash(),
+        "model_config": describe_model_config(featurizer.model),
+        **_describe_processing(featurizer, columns),
         **({"gpu_model": featurizer.gpu_model} if featurizer.gpu_model is not None else {}),
     }
+
+
+def _describe_processing(featurizer: Featurizer, columns: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a tokenizer or processor decides the rows, and the length at which texts are cut."""
+    inputs = featurizer.task.inputs
+    reads_texts = bool(columns) and "tokens" not in columns
+    reads_files = (isinstance(columns.get("image"), str) and columns["image"] != "pixel_values") or "audio" in columns
+    found = describe_processing(
+        featurizer.processing_class,
+        tokenizer=reads_texts or (bool(columns) and featurizer.config.score_tokens != "all"),
+        pixels=reads_files,
+        padded=getattr(inputs, "fixed_length", None) is not None,
+        chats=reads_texts and featurizer.task.name == "causal-lm",
+    )
+    # A contrastive task's texts have inputs of their own.
+    limits = [getattr(getattr(inputs, "texts", inputs), name, None) for name in ("max_length", "positions")]
+    limits.append(length_limit(tokenizer_of(featurizer.processing_class)))
+    known = [limit for limit in limits if limit is not None]
+    length = {"max_length": min(known)} if "tokenizer" in found and reads_texts and known else {}
+    return {**({"processing": found} if found else {}), **length}
 
 
 def recorded_passes(members: Sequence[MemberReader]) -> list[Pass]:
@@ -77,10 +109,9 @@ def recorded_passes(members: Sequence[MemberReader]) -> list[Pass]:
 
 
 def describe_dataset(dataset: Dataset) -> dict[str, Any]:
-    """What tells a training set from another: its fingerprint, and where it came from."""
+    """What a training set is called, which does not tell whether it is the same."""
     info = dataset.info
     return {
-        "fingerprint": dataset._fingerprint,
         "name": info.dataset_name,
         "config": info.config_name,
         "split": str(dataset.split) if dataset.split is not None else None,
@@ -108,6 +139,25 @@ def recorded_checkpoint(folder: Path, checkpoint: dict[str, Any]) -> str:
     if checkpoint["repository"] is None:
         raise ValueError(f"{folder} was made from a model in memory; give that model, or a folder it is saved in, as `models`.")
     return checkpoint["repository"]
+
+
+def library_minors() -> dict[str, str]:
+    """Return the versions that features may depend on, as far as their minor number: what computes them, and what reads rows."""
+    import tokenizers
+    import transformers
+
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "tokenizers": tokenizers.__version__}
+    return {name: ".".join(version.split(".")[:2]) for name, version in versions.items()}
+
+
+def warn_of_libraries(member: Path, recorded: Mapping[str, str] | None) -> None:
+    """Say it where a finished member was made with other versions of libraries than those here."""
+    if lines := list_differences(recorded or {}, library_minors()):
+        logger.warning(
+            "%s was made with other versions of libraries (%s). Its rows are kept; features of queries made here may differ slightly.",
+            member,
+            "; ".join(lines),
+        )
 
 
 def library_versions() -> dict[str, str]:

@@ -16,7 +16,8 @@ from hf_trak.config import TrakConfig
 from hf_trak.linalg import damped, default_damping
 from hf_trak.members import Pass
 from hf_trak.querying.given_features import mean_output, read_query_features
-from hf_trak.querying.recorded_featurizers import QuerySide, featurize_queries
+from hf_trak.querying.kept_rows import KeptRows
+from hf_trak.querying.recorded_featurizers import QuerySide
 from hf_trak.scoring.damping import DampingChoice, choose_damping
 from hf_trak.scoring.ensemble import ScoreOptions, SolvedQueries, check_residuals, default_power, self_influence, solve_all
 from hf_trak.scoring.scorer import Scorer, check_top_k, to_hits
@@ -118,13 +119,14 @@ class Questions:
 
         Returns:
             `Dataset`: One row per query: `query_id`, `query_output`, `proponents` and `opponents` (rows of the training set, the
-            strongest first), `proponent_scores` and `opponent_scores`.
+            strongest first), `proponent_scores` and `opponent_scores`; where columns were kept (`keep_columns`), also
+            `proponent_<column>` and `opponent_<column>`, lists in the same order.
         """
         options = self._options(damping, residual_weighting, leverage, out_to_loss_power)
         scorer = Scorer(self.members, options, len(queries), check_top_k(top_k), soft_threshold, max_memory, progress)
         rank = self._ranker(scorer, exact)
         features, output = self._featurize(queries, options, batch_size, progress, direction)
-        return to_hits(rank(solve_all(self.members, features, options)), output)
+        return self._with_kept(to_hits(rank(solve_all(self.members, features, options)), output))
 
     def attribute_features(
         self,
@@ -156,7 +158,10 @@ class Questions:
         found = self._read_features(features)
         scorer = Scorer(self.members, options, len(found[0]), check_top_k(top_k), soft_threshold, max_memory, progress)
         rank = self._ranker(scorer, exact)
-        return to_hits(rank(solve_all(self.members, found, options)), mean_output(features))
+        return self._with_kept(to_hits(rank(solve_all(self.members, found, options)), mean_output(features)))
+
+    def _with_kept(self, hits: Dataset) -> Dataset:
+        return KeptRows(self.members[0]).beside(hits)
 
     def add_search_index(
         self,
@@ -263,9 +268,10 @@ class Questions:
         features, outputs = [], []
         # A singular kernel is refused before queries cost anything.
         damped(self.members[0].kernel(), n_rows=self.n_rows, damping=options.damping)
+        self._queries.check(queries)
         for number, plan in enumerate(self.passes):
             description = f"Queries {number + 1}/{len(self.passes)}"
-            columns = featurize_queries(
+            columns = self._queries.featurize(
                 self._queries.featurizer(plan, direction=direction), queries, batch_size, progress, description
             )
             for seed in plan.seeds:

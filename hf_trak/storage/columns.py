@@ -13,6 +13,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+ROW_DIGEST = "trak_row_digest"
+_READ = ("example_id", "trak_features", "trak_scale", "trak_out_to_loss", "trak_output")
+
 
 class Shard(NamedTuple):
     """Rows of one shard, in the training set's order."""
@@ -57,6 +60,13 @@ def to_table(columns: Mapping[str, np.ndarray]) -> pa.Table:
     return pa.table(arrays)
 
 
+def join_columns(table: pa.Table, others: pa.Table) -> pa.Table:
+    """Return a table with the columns of another after its own, and the other's metadata."""
+    for field, column in zip(others.schema, others.columns, strict=True):
+        table = table.append_column(field, column)
+    return table.replace_schema_metadata(others.schema.metadata)
+
+
 def read_shard(path: Path) -> Shard:
     """Read one Parquet shard, checking the checksum of every page.
 
@@ -64,7 +74,10 @@ def read_shard(path: Path) -> Shard:
         ValueError: If the file is damaged.
     """
     try:
-        table = pq.read_table(path, page_checksum_verification=True)
+        stored = pq.read_schema(path).names
+        # Not the columns that were kept of the training set, which may be images.
+        names = [name for name in _READ if name in stored]
+        table = pq.read_table(path, columns=names, page_checksum_verification=True)
         length = table.schema.field("trak_features").type.list_size
         flat = table.column("trak_features").combine_chunks()
         features = torch.from_numpy(np.array(flat.flatten().to_numpy(zero_copy_only=False))).reshape(-1, length)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Bool, Float64
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from hf_trak.hashing import hash_file
-from hf_trak.storage.columns import Shard, read_shard, to_table
+from hf_trak.storage.columns import Shard, join_columns, read_shard, to_table
 from hf_trak.storage.differences import list_differences
 from hf_trak.storage.files import (
     TEMPORARY,
@@ -48,6 +49,7 @@ class MemberWriter:
         shard_rows (`int`): Rows per shard. The grid does not depend on who computes a shard, or when.
         overwrite (`bool`): Discard what the folder holds if it is another member's.
         shared (`bool`): Other processes may be writing to the folder, or beginning it, at this moment.
+        beside (`Callable`, *optional*): Given a range of rows, returns what else is stored of them; its schema's metadata is kept.
 
     Raises:
         ValueError: If the folder holds, or was begun as, something else; the message lists the differences.
@@ -62,6 +64,7 @@ class MemberWriter:
         shard_rows: int,
         overwrite: bool = False,
         shared: bool = False,
+        beside: Callable[[range], pa.Table] | None = None,
     ) -> None:
         if n_rows < 1:
             raise ValueError("The dataset is empty: there is nothing to featurize.")
@@ -73,6 +76,7 @@ class MemberWriter:
         self.shard_rows = shard_rows
         self.n_shards = math.ceil(n_rows / shard_rows)
         self.progress = folder / PROGRESS
+        self._beside = beside
         found = self._found_identity()
         if found is not None and found != self.identity:
             if not overwrite:
@@ -161,6 +165,8 @@ class MemberWriter:
     def write(self, shard: int, columns: Mapping[str, np.ndarray]) -> None:
         """Write one whole shard, then record it."""
         table = to_table({"example_id": np.asarray(self.rows(shard), dtype=np.int64), **columns})
+        if self._beside is not None:
+            table = join_columns(table, self._beside(self.rows(shard)))
         group_rows = max(1, _ROW_GROUP_BYTES // max(1, table.nbytes // table.num_rows))
         path, record = self.path(shard), {"file": self.path(shard).name, "rows": table.num_rows}
 

@@ -75,6 +75,8 @@ _LANGUAGE_MODELS = {
     "ForTokenClassification": "token-classification",
 }
 
+LANGUAGE_TASKS = tuple(dict.fromkeys(_LANGUAGE_MODELS.values()))
+
 
 class AutoTask:
     """Picks a task as `AutoModel` picks a class."""
