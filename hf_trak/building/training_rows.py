@@ -17,6 +17,7 @@ from hf_trak.sources.transforms import describe_transform, hash_callable
 from hf_trak.storage.columns import ROW_DIGEST
 from hf_trak.tasks import Task
 from hf_trak.tasks.inputs import CustomInputs
+from hf_trak.tasks.rows import features_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,7 +32,7 @@ class TrainingRows:
         label_names (`list[str]`, *optional*): The names of the label column's classes.
         digested (`list[str]`): The columns whose content the digests are of.
         digests (`np.ndarray`): A digest per row.
-        described (`dict`): What else tells these rows from others: a transform, the code of a custom task.
+        described (`dict`): What else tells these rows from others: a transform, how labels are translated, the code of a custom task.
         kept (`tuple[str, ...]`): Columns that are stored with the features.
     """
 
@@ -51,15 +52,18 @@ class TrainingRows:
             ValueError: If a column to be kept is not there.
         """
         kept = check_kept(dataset, keep_columns)
-        columns = in_order(task.columns_read(dataset.features))
+        features: Any = features_of(dataset)
+        columns = in_order(task.columns_read(features))
         digested = columns_to_digest(dataset, columns)
         described: dict[str, Any] = {}
         if (transform := describe_transform(dataset)) is not None:
             described["transform"] = transform
+        if task.translation is not None:
+            described["label_translation"] = list(task.translation)
         if isinstance(task.inputs, CustomInputs):
             described["task_code"] = hash_callable(task.output_function, task.inputs.collator)
-        digests = digest_rows(dataset, digested, file_columns=file_columns(dataset.features, columns))
-        return cls(dataset, columns, label_names(dataset.features, columns), digested, digests, described, kept)
+        digests = digest_rows(dataset, digested, file_columns=file_columns(features, columns))
+        return cls(dataset, columns, label_names(features, columns), digested, digests, described, kept)
 
     def identity(self) -> dict[str, Any]:
         """Return what is compared when a run is continued: the same content in another file is the same."""

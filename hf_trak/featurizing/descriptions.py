@@ -14,7 +14,7 @@ from hf_trak.config import TrakConfig
 from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.members import Pass
 from hf_trak.sources.model_configs import describe_model_config
-from hf_trak.sources.processing import describe_processing, length_limit, tokenizer_of
+from hf_trak.sources.processing import describe_processing, tokenizer_of
 from hf_trak.sources.training_sets import describe_source
 from hf_trak.storage.differences import list_differences
 from hf_trak.storage.member_reader import MemberReader
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
+
+_WITHOUT_LIMIT = 10**9
 
 
 def identity_of(config: TrakConfig) -> dict[str, Any]:
@@ -60,6 +62,7 @@ def describe_featurizer(featurizer: Featurizer, columns: Mapping[str, Any]) -> d
     """
     return {
         "task": featurizer.task.name,
+        "out_to_loss_kind": featurizer.task.out_to_loss_kind,
         "seed": featurizer.seed,
         # Members without dropout say nothing of it, as those made before there was any.
         **({"dropout_seed": featurizer.dropout_seed} if featurizer.dropout_seed is not None else {}),
@@ -84,11 +87,9 @@ def _describe_processing(featurizer: Featurizer, columns: Mapping[str, Any]) -> 
         padded=getattr(inputs, "fixed_length", None) is not None,
         chats=reads_texts and featurizer.task.name == "causal-lm",
     )
-    # A contrastive task's texts have inputs of their own.
-    limits = [getattr(getattr(inputs, "texts", inputs), name, None) for name in ("max_length", "positions")]
-    limits.append(length_limit(tokenizer_of(featurizer.processing_class)))
-    known = [limit for limit in limits if limit is not None]
-    length = {"max_length": min(known)} if "tokenizer" in found and reads_texts and known else {}
+    texts = getattr(inputs, "texts", inputs)  # those of a contrastive task's texts are inputs of their own
+    cut = texts._limit(tokenizer_of(featurizer.processing_class)) if "tokenizer" in found and reads_texts else _WITHOUT_LIMIT
+    length = {"max_length": int(cut)} if cut < _WITHOUT_LIMIT else {}
     return {**({"processing": found} if found else {}), **length}
 
 

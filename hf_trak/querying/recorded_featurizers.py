@@ -16,11 +16,11 @@ from hf_trak.featurizing.featurize import featurize_rows
 from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.members import Pass
 from hf_trak.sources.read_columns import describe_columns, in_order, label_names, names_read
-from hf_trak.sources.transforms import has_transform
 from hf_trak.storage.differences import list_differences
 from hf_trak.storage.member_reader import MemberReader
 from hf_trak.storage.passes import encode_pass
-from hf_trak.tasks import LANGUAGE_TASKS, Bank, Task, in_direction
+from hf_trak.tasks import Bank, Task, in_direction
+from hf_trak.tasks.rows import as_stored, features_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -76,7 +76,7 @@ class QuerySide:
         place, given = self.members[first].info["checkpoint"], self._model(plan)
         featurizer = Featurizer(
             recorded_checkpoint(self.folder, place) if given is None else given,
-            self._config_of_queries(),
+            self.config,
             self.processing_class,
             task=self.task,
             seed=plan.seeds,
@@ -103,15 +103,15 @@ class QuerySide:
             ValueError: Naming what is missing or different.
         """
         read, names = self._recorded["columns"], self._recorded["label_names"]
-        found = queries.column_names if not has_transform(queries) else list(queries[0]) if len(queries) else None
-        missing = [] if found is None else [name for name in names_read(read) if name not in found]
-        if missing:
+        found: Any = features_of(queries)
+        if missing := [name for name in names_read(read) if name not in found]:
             raise ValueError(
                 f"The queries lack {', '.join(map(repr, missing))}, which {self.folder} reads ({describe_columns(read)}); they have "
-                f"{', '.join(found or ())}. Rename a column with `queries.rename_column`, or add what is missing."
+                f"{', '.join(found)}. Rename a column with `queries.rename_column`, or add what is missing."
             )
-        given = label_names(queries.features, read)
-        if names is not None and given is not None and given != names:
+        given = label_names(found, read)
+        by_id = self.config.label_mapping != "by_name"  # which goes by the names and the model
+        if by_id and names is not None and given is not None and given != names:
             raise ValueError(
                 f"The labels of the queries mean something else than those of the training set of {self.folder}:\n  training set: "
                 f"{', '.join(names)}\n  queries: {', '.join(given)}\nBring them to the training set's with `queries.cast_column("
@@ -125,7 +125,8 @@ class QuerySide:
             ValueError: If it takes other columns, or takes them for something else.
         """
         read = self._recorded["columns"]
-        found = in_order(featurizer.task.columns_read(queries.features)) if read and not has_transform(queries) else read
+        features: Any = features_of(queries)
+        found = in_order(featurizer.task.columns_read(features)) if read else read
         if found != read:
             raise ValueError(
                 f"Of the queries other columns would be read than {self.folder} was made of:\n  training set: {describe_columns(read)}\n"
@@ -145,20 +146,6 @@ class QuerySide:
     def _recorded(self) -> dict[str, Any]:
         """What was read of the training set."""
         return {"columns": {}, "label_names": None, **self.members[0].identity["dataset"]}
-
-    def _config_of_queries(self) -> TrakConfig:
-        """Return the configuration with the columns that were read of the training set, so that none is looked for again."""
-        read = self._recorded["columns"]
-        changes: dict[str, Any] = {}
-        is_language = self.members[0].identity["task"] in LANGUAGE_TASKS
-        if set(read) <= {"text", "image", "label"} and not (is_language and len(read.get("text", ())) != 1):
-            if "text" in read:
-                changes["text_columns"] = tuple(read["text"])
-            if isinstance(read.get("image"), str) and read["image"] != "pixel_values":
-                changes["image_column"] = read["image"]
-        if "label" in read:
-            changes["label_column"] = read["label"]
-        return replace(self.config, **changes)
 
     def _differences(self, member: int, featurizer: Featurizer) -> list[str]:
         """Return what sets a featurizer apart from what a member was featurized with."""
@@ -193,6 +180,8 @@ def featurize_queries(
     """Return the trak_* columns of queries, in float32; those of several sketches as [`encode_pass`] names them."""
     if len(queries) == 0:
         raise ValueError("There are no queries: the dataset is empty.")
+    queries = as_stored(queries)
+    featurizer.read_from(queries)
     featurizer.task.check(queries, featurizer.processing_class)
     with tqdm(total=len(queries), unit="rows", desc=description, disable=not progress) as bar:
         found = featurize_rows(featurizer, queries, range(len(queries)), batch_size=batch_size, on_batch=bar.update)

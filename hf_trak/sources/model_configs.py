@@ -15,7 +15,6 @@ _IGNORED = frozenset(
         "finetuning_task",
         "gradient_checkpointing",
         "inference_mode",
-        "label2id",  # the reverse of id2label
         "output_attentions",
         "output_hidden_states",
         "peft_version",

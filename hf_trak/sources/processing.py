@@ -13,7 +13,6 @@ import numpy as np
 from hf_trak.hashing import hash_file, hash_json
 
 _TEXT = "Naïve QUEENS paid 1,024.50 dollars, didn't they? 東京 🙂 https://example.org/a_b"
-_WITHOUT_LIMIT = 10**9
 # Of an image processor's settings, those that change with the library and not with the pixels.
 _IGNORED = ("_processor_class", "processor_class", "transformers_version", "image_processor_type", "feature_extractor_type")
 
@@ -25,7 +24,7 @@ def describe_processing(
 
     A tokenizer is told by a hash of its content (vocabulary, merges, normalization, template, added tokens) and by its special tokens;
     `vocabulary` and `tokens`, what it makes of a fixed text, say the same roughly, for versions of a library that write the content
-    differently. Its limit of length is not part of it, since only the one in force matters: [`length_limit`]. An image processor or
+    differently. Its limit of length is not part of it, since only the one in force matters. An image processor or
     feature extractor is told by its settings, and by the pixels that it makes of a fixed image, to two digits, which backends agree in.
 
     Args:
@@ -61,12 +60,6 @@ def tokenizer_of(processing_class: Any) -> Any:
 
     parts = (processing_class, getattr(processing_class, "tokenizer", None))
     return next((part for part in parts if isinstance(part, PreTrainedTokenizerBase)), None)
-
-
-def length_limit(tokenizer: Any) -> int | None:
-    """Return how many tokens a tokenizer says its model takes; None where it says nothing."""
-    limit = getattr(tokenizer, "model_max_length", None)
-    return int(limit) if limit is not None and limit < _WITHOUT_LIMIT else None
 
 
 def _describe_tokenizer(tokenizer: Any, *, padded: bool, chats: bool) -> dict[str, Any]:

@@ -39,7 +39,8 @@ def columns_to_digest(dataset: Dataset, columns: Mapping[str, Any]) -> list[str]
 
 def label_names(features: Features, columns: Mapping[str, Any]) -> list[str] | None:
     """Return the names of the classes of the label column that is read; None where it has none."""
-    kind = features.get(columns.get("label", ""))
+    label = columns.get("label")
+    kind = features.get(label) if isinstance(label, str) else None
     kind = getattr(kind, "feature", kind)  # a list of labels, one for each token
     names = getattr(kind, "names", None)
     return None if names is None else list(names)

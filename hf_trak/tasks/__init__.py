@@ -2,7 +2,7 @@
 
 from hf_trak.tasks.annotation_inputs import SpanInputs, TokenLabelInputs
 from hf_trak.tasks.attention import vmappable_attention
-from hf_trak.tasks.auto import LANGUAGE_TASKS, TASKS, AutoTask, is_language_model
+from hf_trak.tasks.auto import TASKS, AutoTask, is_language_model
 from hf_trak.tasks.bank import Bank, draw_rows
 from hf_trak.tasks.base import Task, TaskCollator
 from hf_trak.tasks.contrastive import (
@@ -24,7 +24,6 @@ from hf_trak.tasks.token_inputs import TokenInputs
 from hf_trak.tasks.token_outputs import SpanOutput, TokenOutput, token_margins
 
 __all__ = [
-    "LANGUAGE_TASKS",
     "TASKS",
     "AutoTask",
     "Bank",
