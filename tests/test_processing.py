@@ -58,7 +58,9 @@ def test_an_index_is_not_asked_through_another_tokenizer(tmp_path):
     same = AttributionIndex.from_pretrained(tmp_path / "index", processing_class=word_tokenizer())
     assert np.array_equal(same.score(rows, progress=False), expected)
     other = AttributionIndex.from_pretrained(tmp_path / "index", processing_class=other_tokenizer())
-    with pytest.raises(ValueError, match=r"(?s)not what member_0 .*processing\.tokenizer\.tokens: .* there, .* here.*processing_class"):
+    with pytest.raises(
+        ValueError, match=r"(?s)not what member_0 .*processing\.tokenizer\.tokens: .* there, .* here.*processing_class"
+    ):
         other.score(rows, progress=False)
 
 
