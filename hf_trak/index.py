@@ -28,9 +28,11 @@ from hf_trak.querying.questions import Questions
 from hf_trak.querying.recorded_featurizers import QuerySide, featurize_queries
 from hf_trak.scoring.damping import DAMPING_NAME, DampingChoice
 from hf_trak.storage.differences import list_differences
+from hf_trak.storage.files import remove_file
 from hf_trak.storage.layout import member_folders
 from hf_trak.storage.member_reader import MemberReader
 from hf_trak.storage.object_store import ObjectPath, place
+from hf_trak.storage.replacing import finish_replacement
 from hf_trak.tasks import Task
 
 if TYPE_CHECKING:
@@ -69,6 +71,8 @@ class AttributionIndex(Questions, HubMixin):
         self.home = place(folder)
         if isinstance(self.home, ObjectPath):
             repository = ObjectIndex.open(self.home)
+        elif repository is None:
+            finish_replacement(self.home)
         self._repository = repository
         self.folder = repository.folder if isinstance(repository, ObjectIndex) else self.home
         self.config = TrakConfig.from_pretrained(self.folder)
@@ -89,7 +93,7 @@ class AttributionIndex(Questions, HubMixin):
         """All members must be of the same rows and the same configuration, or their mean means nothing."""
         expected = {"config": identity_of(self.config), **self._shared(self.members[0])}
         for number, member in enumerate(self.members):
-            lines = list_differences({"config": member.identity["config"], **self._shared(member)}, expected)
+            lines = list_differences({"config": member.identity.get("config"), **self._shared(member)}, expected)
             if lines:
                 raise ValueError(
                     f"member_{number} of {self.folder} does not belong to this index:\n"
@@ -98,7 +102,7 @@ class AttributionIndex(Questions, HubMixin):
 
     @staticmethod
     def _shared(member: MemberReader) -> dict[str, Any]:
-        return {key: member.identity[key] for key in ("task", "n_rows", "shard_rows", "dataset")}
+        return {key: member.identity.get(key) for key in ("task", "n_rows", "shard_rows", "dataset")}
 
     @classmethod
     def build(
@@ -140,7 +144,8 @@ class AttributionIndex(Questions, HubMixin):
                 recorded, and `damping="auto"` is chosen by them.
             batch_size (`int` or `"auto"`): Rows at a time; `"auto"` halves when memory runs out.
             shard_rows (`int`): Rows per file, and what a killed process loses at most.
-            overwrite (`bool`): Replace another index in `folder`.
+            overwrite (`bool`): Replace another index in `folder` once this one is whole. Files that no index wrote stay, and a folder
+                that holds no index is refused.
 
         Raises:
             ValueError: If `folder` holds another index, or the data or model cannot be featurized; nothing is overwritten.
@@ -270,8 +275,9 @@ class AttributionIndex(Questions, HubMixin):
         stored = self.folder / DAMPING_NAME
         choice = self.damping_choice() if self.config.damping == "auto" else None
         if choice is None:
-            stored.unlink(missing_ok=True)
-            (self.folder / CURVE_NAME).unlink(missing_ok=True)
+            for path in (stored, self.folder / CURVE_NAME):
+                if path.exists():
+                    remove_file(path)
         elif DampingChoice.load(self.folder, self.members) is None:
             choice.save(self.folder)
             draw_damping_curve(choice, self.folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,7 @@ def build_pass(
         _share_bank(writers, featurizer, dataset)
     processes.wait()
     if not processes.is_first:
-        writers = _open(folder, plan, featurizer, dataset, shard_rows, shared=True)
+        writers = _open(folder, plan, featurizer, dataset, shard_rows, overwrite=overwrite, shared=True)
         _share_bank(writers, featurizer, dataset)
     whole = PassWriter(writers, plan.seeds)
     # The first process's view: a network file system may show the others an older one.
@@ -153,8 +154,10 @@ def _open(
     shared = {"config": identity_of(featurizer.config), "dataset": describe_dataset(dataset)}
     found = describe_featurizer(featurizer)
     return [
-        MemberWriter(
-            folder / f"member_{number}",
+        MemberWriter.of_index(
+            folder,
+            number,
+            replace(featurizer.config, task=featurizer.task.name).to_dict(),
             identity={**found, "seed": seed, **shared},
             n_rows=len(dataset),
             shard_rows=shard_rows,
