@@ -116,7 +116,7 @@ def write_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        advice = _advice(error, path)
+        advice = advise(error, path)
         if advice is None:
             raise
         raise OSError(error.errno, advice) from error
@@ -165,7 +165,7 @@ def _write(path: Path, write: Callable[[Path], Any], name: Callable[[Path, Path]
     except FileExistsError:
         raise
     except OSError as error:
-        advice = _advice(error, path)
+        advice = advise(error, path)
         if advice is None:
             raise
         raise OSError(error.errno, advice) from error
@@ -228,7 +228,8 @@ _ADVICE = {
 }
 
 
-def _advice(error: OSError, path: Path) -> str | None:
+def advise(error: OSError, path: Path) -> str | None:
+    """Return what to tell of an error of the disk while `path` was written; None for an error of something else."""
     if error.errno == errno.ENOENT and path.parent.is_dir():
         return None  # it is something else that is not there
     for codes, text in _ADVICE.items():
