@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 CONFIG_NAME = "trak_config.json"
 CARD_NAME = "README.md"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 # Fields that decide scores after the fact; two indices that differ in them still speak the same language.
 _CHOSEN_AFTER = ("damping", "dtype")
@@ -192,12 +192,20 @@ class TrakConfig:
         if not path.is_file():
             raise FileNotFoundError(f"{folder} holds no {CONFIG_NAME}, so it is not an attribution index.")
         try:
-            values = json.loads(path.read_text())
+            values = json.loads(path.read_bytes())
             if not isinstance(values, dict):
-                raise ValueError(f"it holds {values!r}")
+                raise ValueError(f"it holds {str(values)[:60]}")
+        except (ValueError, RecursionError) as error:
+            reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+            raise ValueError(f"{path} is damaged: {reason}. Restore it, or featurize again.") from error
+        try:
+            return cls.from_dict(values)
+        except TypeError as error:
+            raise ValueError(
+                f"{path} is damaged: a field has the wrong type ({error}). Restore it, or featurize again."
+            ) from error
         except ValueError as error:
-            raise ValueError(f"{path} is damaged: {error}. Restore it, or featurize again.") from error
-        return cls.from_dict(values)
+            raise ValueError(f"{path}: {error}") from error
 
     def differences(self, other: TrakConfig) -> list[str]:
         """Return one line per field that makes features of `other` incomparable with features of this configuration."""

@@ -30,9 +30,11 @@ from hf_trak.querying.questions import Questions
 from hf_trak.querying.recorded_featurizers import QuerySide
 from hf_trak.scoring.damping import DAMPING_NAME, DampingChoice
 from hf_trak.storage.differences import list_differences
+from hf_trak.storage.files import remove_file
 from hf_trak.storage.layout import member_folders
 from hf_trak.storage.member_reader import MemberReader
 from hf_trak.storage.object_store import ObjectPath, place
+from hf_trak.storage.replacing import finish_replacement
 from hf_trak.tasks import Task
 
 if TYPE_CHECKING:
@@ -71,6 +73,8 @@ class AttributionIndex(Questions, HubMixin):
         self.home = place(folder)
         if isinstance(self.home, ObjectPath):
             repository = ObjectIndex.open(self.home)
+        elif repository is None:
+            finish_replacement(self.home)
         self._repository = repository
         self.folder = repository.folder if isinstance(repository, ObjectIndex) else self.home
         self.config = TrakConfig.from_pretrained(self.folder)
@@ -91,7 +95,7 @@ class AttributionIndex(Questions, HubMixin):
         """All members must be of the same rows and the same configuration, or their mean means nothing."""
         expected = {"config": identity_of(self.config), **self._shared(self.members[0])}
         for number, member in enumerate(self.members):
-            lines = list_differences({"config": member.identity["config"], **self._shared(member)}, expected)
+            lines = list_differences({"config": member.identity.get("config"), **self._shared(member)}, expected)
             if lines:
                 raise ValueError(
                     f"member_{number} of {self.folder} does not belong to this index:\n"
@@ -100,7 +104,7 @@ class AttributionIndex(Questions, HubMixin):
 
     @staticmethod
     def _shared(member: MemberReader) -> dict[str, Any]:
-        return {key: member.identity[key] for key in ("task", "n_rows", "shard_rows", "dataset")}
+        return {key: member.identity.get(key) for key in ("task", "n_rows", "shard_rows", "dataset")}
 
     @classmethod
     def build(
@@ -146,7 +150,8 @@ class AttributionIndex(Questions, HubMixin):
             keep_columns (`Sequence[str]`): Columns of `dataset` that are stored with the features of the first member, typed as they are, so
                 that [`AttributionIndex.attribute`] shows the rows it names without the training set, from the Hub too. Images are
                 stored as their files.
-            overwrite (`bool`): Replace another index in `folder`.
+            overwrite (`bool`): Replace another index in `folder` once this one is whole. Files that no index wrote stay, and a folder
+                that holds no index is refused.
 
         Raises:
             ValueError: If `folder` holds another index, or the data or model cannot be featurized; nothing is overwritten.
@@ -279,8 +284,9 @@ class AttributionIndex(Questions, HubMixin):
         stored = self.folder / DAMPING_NAME
         choice = self.damping_choice() if self.config.damping == "auto" else None
         if choice is None:
-            stored.unlink(missing_ok=True)
-            (self.folder / CURVE_NAME).unlink(missing_ok=True)
+            for path in (stored, self.folder / CURVE_NAME):
+                if path.exists():
+                    remove_file(path)
         elif DampingChoice.load(self.folder, self.members) is None:
             choice.save(self.folder)
             draw_damping_curve(choice, self.folder)

@@ -250,7 +250,9 @@ def test_queries_that_lack_a_column_are_refused_before_a_model_is_loaded(model, 
     monkeypatch.setattr("hf_trak.featurizing.featurizer.load_model", lambda *_, **__: pytest.fail("loaded"))
     queries = text_rows(4, seed=1)
     fresh = AttributionIndex.from_pretrained(index.folder)
-    with pytest.raises(ValueError, match=r"queries lack 'text', which .* reads \(text text; label label\); they have sentence, label"):
+    with pytest.raises(
+        ValueError, match=r"queries lack 'text', which .* reads \(text text; label label\); they have sentence, label"
+    ):
         fresh.attribute(queries.rename_column("text", "sentence").remove_columns("url"), progress=False)
     with pytest.raises(ValueError, match="queries lack 'label'"):
         fresh.score(queries.remove_columns("label"), progress=False)
@@ -291,7 +293,10 @@ def test_training_rows_are_found_by_content_in_any_order_and_among_others(model,
     assert index.align(rows) is rows
     order = np.random.default_rng(0).permutation(len(rows))
     larger = Dataset.from_dict(
-        {name: [*text_rows(15, seed=5)[name], *rows.select(order)[name], *text_rows(5, seed=6)[name]] for name in rows.column_names}
+        {
+            name: [*text_rows(15, seed=5)[name], *rows.select(order)[name], *text_rows(5, seed=6)[name]]
+            for name in rows.column_names
+        }
     )
     found = index.align(larger)
     assert found["url"][:] == rows["url"][:]
@@ -311,7 +316,9 @@ def test_what_is_not_the_training_set_is_refused_with_counts_and_rows(model, tmp
     rows = text_rows()
     index = build(tmp_path / "index", model, rows)
     changed = rows.map(lambda row, i: {"text": row["text"] + (" a" if i in (7, 30) else "")}, with_indices=True)
-    with pytest.raises(ValueError, match=r"2 of the index's 40 rows are not among the 40 of this dataset, the first of them rows 7, 30\."):
+    with pytest.raises(
+        ValueError, match=r"2 of the index's 40 rows are not among the 40 of this dataset, the first of them rows 7, 30\."
+    ):
         index.align(changed)
     with pytest.raises(ValueError, match="30 of the index's 40 rows are not among the 10 .* rows 10, 11, 12, 13, 14, ..."):
         index.align(rows.select(range(10)))
@@ -344,8 +351,9 @@ def test_hits_show_themselves_without_the_training_set(model, tmp_path):
     plain = build(tmp_path / "plain", [model, model], rows, shard_rows=5)
     for one in (index, AttributionIndex.from_pretrained(tmp_path / "copy")):
         hits = one.attribute(text_rows(3, seed=1), top_k=4, progress=False)
-        assert hits.select_columns(plain.attribute(text_rows(3, seed=1), top_k=4, progress=False).column_names)[:] == (
-            plain.attribute(text_rows(3, seed=1), top_k=4, progress=False)[:]
+        assert (
+            hits.select_columns(plain.attribute(text_rows(3, seed=1), top_k=4, progress=False).column_names)[:]
+            == (plain.attribute(text_rows(3, seed=1), top_k=4, progress=False)[:])
         )
         assert hits.features["proponent_label"].feature.names == NAMES
         for hit in hits:

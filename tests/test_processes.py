@@ -378,7 +378,7 @@ def test_parts_made_in_any_order_by_any_number_of_jobs_merge_to_the_bytes_of_one
         b"of a job that was killed on another machine"
     )
     with monkeypatch.context() as patch:
-        patch.setattr("hf_trak.storage.member_writer.remove_folder", killed)
+        patch.setattr("hf_trak.storage.member_writer.forget_progress", killed)
         with pytest.raises(KeyboardInterrupt):
             AttributionIndex.merge(folder)
     assert main(["merge", str(folder)]) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,7 @@ def build_pass(
         _share_bank(writers, featurizer, rows.dataset)
     processes.wait()
     if not processes.is_first:
-        writers = _open(folder, plan, featurizer, rows, shard_rows, shared=True)
+        writers = _open(folder, plan, featurizer, rows, shard_rows, overwrite=overwrite, shared=True)
         _share_bank(writers, featurizer, rows.dataset)
     whole = PassWriter(writers, plan.seeds)
     # The first process's view: a network file system may show the others an older one.
@@ -161,14 +162,17 @@ def _open(
 ) -> list[MemberWriter]:
     found = describe_featurizer(featurizer, rows.columns)
     shared = {"config": identity_of(featurizer.config), "dataset": rows.identity(), "libraries": library_minors()}
+    config = rows.recorded_in(replace(featurizer.config, task=featurizer.task.name))
     writers = []
     for number, seed in zip(plan.members, plan.seeds, strict=True):
-        member, is_first = folder / f"member_{number}", number == 0
+        is_first = number == 0
         identity = {**found, "seed": seed, **shared, **(rows.kept_identity() if is_first else {})}
         writers.append(
-            MemberWriter(
-                member,
-                identity=_with_recorded_libraries(member, identity),
+            MemberWriter.of_index(
+                folder,
+                number,
+                config.to_dict(),
+                identity=_with_recorded_libraries(folder / f"member_{number}", identity),
                 n_rows=len(rows.dataset),
                 shard_rows=shard_rows,
                 beside=rows.all_columns if is_first else rows.digest_column,
@@ -185,9 +189,13 @@ def _with_recorded_libraries(member: Path, identity: dict[str, Any]) -> dict[str
     """
     if not (member / MEMBER_NAME).exists():
         return identity
-    recorded = read_json(member / MEMBER_NAME)["identity"].get("libraries")
-    warn_of_libraries(member, recorded)
-    return {**identity, "libraries": recorded}
+    recorded = read_json(member / MEMBER_NAME).get("identity", {})
+    if not isinstance(recorded, dict) or any(
+        recorded.get(key) != value for key, value in identity.items() if key != "libraries"
+    ):
+        return identity  # another member, which is refused or replaced
+    warn_of_libraries(member, recorded.get("libraries"))
+    return {**identity, "libraries": recorded.get("libraries")}
 
 
 def _share_bank(writers: Sequence[MemberWriter], featurizer: Featurizer, dataset: Dataset) -> None:

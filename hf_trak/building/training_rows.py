@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import UInt8
 
+from hf_trak.config import TrakConfig
 from hf_trak.sources.kept_columns import check_kept, take_kept
 from hf_trak.sources.read_columns import columns_to_digest, file_columns, in_order, label_names
 from hf_trak.sources.row_digests import digest_rows, hash_digests, spell_digests
@@ -64,6 +65,10 @@ class TrainingRows:
             described["task_code"] = hash_callable(task.output_function, task.inputs.collator)
         digests = digest_rows(dataset, digested, file_columns=file_columns(features, columns))
         return cls(dataset, columns, label_names(features, columns), digested, digests, described, kept)
+
+    def recorded_in(self, config: TrakConfig) -> TrakConfig:
+        """Return a configuration that says what was read of these rows."""
+        return replace(config, columns_read=self.columns, label_names=tuple(self.label_names or ()) or None)
 
     def identity(self) -> dict[str, Any]:
         """Return what is compared when a run is continued: the same content in another file is the same."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from hf_trak.index import AttributionIndex
 
 _SHOWN_QUERIES = 3
+_WRITTEN_QUERIES = 1000  # at a time
 _REPORTED_QUERIES = 20
 _SHOWN_HITS = 5
 _USAGE = "--index INDEX --queries DATASET --output FILE [options]"
@@ -91,6 +91,7 @@ def run(args: AttributeArguments) -> None:
     from hf_trak.processes.gathering import rank_and_size
     from hf_trak.processes.launchers import current_processes
     from hf_trak.scoring.memory import parse_memory
+    from hf_trak.storage.outputs import naming, output_file
 
     hush()
     parse_memory(args.max_memory)
@@ -104,10 +105,15 @@ def run(args: AttributeArguments) -> None:
     batch_size = int(args.batch_size) if args.batch_size.isdigit() else args.batch_size
     damping = None if args.damping is None else replace(index.config, damping=args.damping).damping  # type: ignore[arg-type]
     options: dict[str, Any] = {"damping": damping, "direction": args.direction, "batch_size": batch_size}
-    hits = index.attribute(queries, args.top_k, **options, max_memory=args.max_memory, progress=first)
+    options.update(max_memory=args.max_memory, progress=first)
     if not first:  # processes share the ranking; one writes
+        index.attribute(queries, args.top_k, **options)
         return
-    write_hits(hits, output)
+    n_bytes = most_bytes(len(queries), min(args.top_k, index.n_rows), index.n_rows)
+    with output_file(output, n_bytes=n_bytes) as unfinished:
+        hits = index.attribute(queries, args.top_k, **options)
+        with naming(output):
+            write_hits(hits, unfinished, is_parquet=output.suffix == ".parquet")
 
     columns: dict[str, Any] = {name: getattr(index.config, name) for name in ("text_columns", "image_column", "label_column")}
     shown_as: dict[str, Any] = {"language": _language_rows(args, index), "captions": index.config.task == "contrastive"}
@@ -123,16 +129,21 @@ def run(args: AttributeArguments) -> None:
             print(f"Report: {path}")
 
 
-def write_hits(hits: Dataset, path: Path) -> None:
-    """Write one line per query; every score keeps all its digits."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    if path.suffix == ".parquet":
-        hits.to_parquet(str(temporary))
-    else:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(hit) + "\n" for hit in hits)
-    os.replace(temporary, path)
+def most_bytes(n_query: int, top_k: int, n_rows: int) -> int:
+    """Return how large a file of hits is at most: a number has 24 characters and a separator, a row as many as `n_rows`."""
+    return n_query * (256 + 2 * top_k * (26 + len(str(n_rows)) + 2)) + (1 << 16)
+
+
+def write_hits(hits: Dataset, path: Path, *, is_parquet: bool) -> None:
+    """Write one line per query into a file that is there; every score keeps all its digits."""
+    with path.open("r+b") as file:
+        if is_parquet:
+            hits.to_parquet(file)
+        else:
+            for first in range(0, len(hits), _WRITTEN_QUERIES):
+                some = hits.select(range(first, min(first + _WRITTEN_QUERIES, len(hits))))
+                file.writelines(f"{json.dumps(hit)}\n".encode() for hit in some)
+        file.truncate()
 
 
 def _check_targets(args: AttributeArguments, output: Path) -> None:

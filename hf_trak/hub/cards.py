@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from hf_trak.config import TrakConfig
 from hf_trak.hashing import hash_json
 from hf_trak.scoring.damping import DampingChoice
+from hf_trak.storage.layout import CURVE_NAME
 
 if TYPE_CHECKING:
     from huggingface_hub import DatasetCardData
 
-CURVE_NAME = "damping.png"
 TEMPLATES = Path(__file__).parent / "templates"
 
 # What is written between these is written anew whenever the card is; the rest of a card is its owner's.

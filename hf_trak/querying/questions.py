@@ -79,7 +79,8 @@ class Questions:
             direction (`str`): For image-caption pairs, what of a query is attributed: "pair"; "image", how the image tells its caption
                 from those of the bank; or "caption", how the caption tells its image.
             reference_rescale (`bool`): Only to reproduce MadryLab/trak's numbers, with `damping=0, out_to_loss_power=1`.
-            output_file (`str` or `Path`, *optional*): A `.npy` file to memory-map the result to. Without it, results above 1 GiB, or
+            output_file (`str` or `Path`, *optional*): A `.npy` file to memory-map the result to. Room for it is reserved before work
+                begins, and it appears under its name when it is whole. Without it, results above 1 GiB, or
                 above what `max_memory` leaves, are mapped to a temporary file that vanishes with the array. Several processes fill
                 one file together; without a file, each computes all.
             max_memory (`int` or `str`, *optional*): Bytes that solving and scoring may take, such as "2GB", beside the model and
@@ -87,8 +88,12 @@ class Questions:
         """
         options = self._options(damping, residual_weighting, leverage, out_to_loss_power, reference_rescale)
         scorer = Scorer(self.members, options, len(queries), 0, soft_threshold, max_memory, progress)
-        features, _ = self._featurize(queries, options, batch_size, progress, direction)
-        return scorer.matrix(solve_all(self.members, features, options), output_file)
+
+        def solve() -> Sequence[SolvedQueries]:
+            features, _ = self._featurize(queries, options, batch_size, progress, direction)
+            return solve_all(self.members, features, options)
+
+        return scorer.matrix(solve, output_file)
 
     def attribute(
         self,
