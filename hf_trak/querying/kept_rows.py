@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ class KeptRows:
         """Return the kept columns of a row, decoded as by the training set."""
         return self.take([row])[0]
 
-    @property
+    @functools.cached_property
     def features(self) -> Features:
         """The features of the kept columns, as the training set had them."""
         from datasets import Features
