@@ -172,6 +172,10 @@ def test_the_length_in_force_is_part_of_it_wherever_it_is_set(own, tmp_path, mon
         AttributionIndex.from_pretrained(finished.folder).attribute(rows, progress=False)
     change_json(own / "tokenizer_config.json", model_max_length=8)
     assert build(tmp_path / "index", own, rows).n_rows == 40
+    limited = TrakConfig(proj_dim=16, max_length=3)
+    build(tmp_path / "limited", own, rows, config=limited)
+    change_json(own / "tokenizer_config.json", model_max_length=5)  # not the least, so that nothing changes
+    assert build(tmp_path / "limited", own, rows, config=limited).n_rows == 40
 
 
 def test_what_does_not_reach_the_rows_is_not_part_of_it(own, tmp_path, monkeypatch):

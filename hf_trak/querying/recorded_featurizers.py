@@ -151,15 +151,17 @@ class QuerySide:
         recorded = self.members[member].identity
         found = describe_featurizer(featurizer, self._recorded["columns"])
         is_same_library = recorded.get("libraries") == library_minors()
-        wanted = {key: recorded.get(key) for key in found}
+        wanted: dict[str, Any] = {key: recorded.get(key) for key in found}
         # Another version of transformers may name more settings, or fewer.
         for key in ("model_config", "processing"):
             if key in found and wanted[key] is not None and not is_same_library:
                 wanted[key], found[key] = _common(wanted[key], found[key])
-        for key in ("model_config", "processing", "max_length"):
-            if wanted.get(key) is None:  # rows that were made tokens or pixels before
-                wanted.pop(key, None)
-                found.pop(key, None)
+        if "processing" in recorded and "processing" in found:
+            wanted["max_length"], found["max_length"] = recorded.get("max_length"), found.get("max_length")
+        else:  # rows that were tokens or pixels before, or queries without a tokenizer, which are refused when they are read
+            for description in (wanted, found):
+                for key in ("processing", "max_length"):
+                    description.pop(key, None)
         if not is_same_library:
             warn_of_libraries(self.members[member].folder, recorded.get("libraries"))
             for description in (wanted, found):  # a tokenizer's content is written differently by another version

@@ -188,7 +188,7 @@ def _encode_lists(array: pa.Array) -> list[bytes]:
 def _encode_number_lists(items: pa.Array, starts: np.ndarray, stops: np.ndarray) -> Iterator[bytes]:
     """Yield the bytes of lists without a loop over their numbers; where some are not whole, a bit for each says so."""
     values, whole = _numbers(items)
-    packed = memoryview(np.ascontiguousarray(values, dtype="<i8").view(np.uint8))
+    packed = memoryview(np.ascontiguousarray(values, dtype="<i8").tobytes())
     broken = np.concatenate([[0], np.cumsum(~whole)])
     some_broken = broken[stops] > broken[starts]
     for start, stop, is_broken in zip(starts.tolist(), stops.tolist(), some_broken.tolist(), strict=True):

@@ -166,7 +166,7 @@ class MemberWriter:
         if not path.exists():
             raise FileNotFoundError(f"{folder} holds no unfinished member: {path} is not there.")
         identity = read_json(path)
-        grid = {name: field_of(path, identity, name, int) for name in ("n_rows", "shard_rows")}
+        grid: dict[str, Any] = {name: field_of(path, identity, name, int) for name in ("n_rows", "shard_rows")}
         identity = {key: value for key, value in identity.items() if key not in grid}
         return cls(folder, identity=identity, **grid, shared=True)
 
