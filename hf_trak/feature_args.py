@@ -87,6 +87,17 @@ class FeatureArguments:
         metadata={"help": "Rows featurized at a time; 'auto' takes more of short rows, and fewer where memory runs out."},
     )
     shard_rows: int = field(default=1024, metadata={"help": "Rows per file of features."})
+    keep_columns: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Columns of the training set to store with the features, such as text,label,url: hits then show their rows without "
+            "the training set. Check that its licence allows it before you share them."
+        },
+    )
+
+    def kept_columns(self) -> tuple[str, ...]:
+        """Return the columns of the training set to be stored, which may be given with commas between them."""
+        return tuple(name for given in self.keep_columns or () for name in given.split(",") if name)
 
     def trak_config(self) -> TrakConfig:
         """Return what features mean."""

@@ -162,6 +162,7 @@ class AttributionTrainer(Trainer):
             masks=load_masks(self._members_folder)[: self.members.count] if with_masks else None,
             batch_size=self.args.rows_at_a_time(),
             shard_rows=self.args.shard_rows,
+            keep_columns=self.args.kept_columns(),
             overwrite=overwrite,
             progress=not self.args.disable_tqdm,
         )

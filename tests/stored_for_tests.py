@@ -34,7 +34,7 @@ def store_index(
             "out_to_loss_kind": "one_minus_p",
             "seed": number,
             "dropout_seed": None,
-            "dataset": {"fingerprint": "drawn"},
+            "dataset": {"sha256": "drawn", "columns": {}, "label_names": None},
             "config": config.identity(),
         }
         writer = MemberWriter(folder / f"member_{number}", identity=identity, n_rows=n_rows, shard_rows=shard_rows)

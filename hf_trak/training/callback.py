@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_trak.members import Members
+from hf_trak.storage.snapshots import refuse_other, remove_snapshot, write_snapshot
 
 MEMBERS_FOLDER = "members"
 
@@ -49,7 +49,8 @@ class AttributionCallback(TrainerCallback):
         for folder in (Path(args.output_dir) / MEMBERS_FOLDER).glob("*"):
             kind, _, number = folder.name.partition("-")
             if folder.name == "final" or (kind in reached and number.isdigit() and int(number) > reached[kind]):
-                shutil.rmtree(folder)
+                refuse_other(folder)
+                remove_snapshot(folder)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep the weights of a step that was asked for."""
@@ -63,7 +64,7 @@ class AttributionCallback(TrainerCallback):
         self._save(args, state, kwargs, f"epoch-{_epoch(state):04d}")
         if state.is_world_process_zero:
             for folder in sorted((Path(args.output_dir) / MEMBERS_FOLDER).glob("epoch-*"))[: -self.members.count]:
-                shutil.rmtree(folder)
+                remove_snapshot(folder)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep the final weights: the best ones, where the run loads them at its end."""
@@ -104,16 +105,15 @@ def _is_adapter(model: Any) -> bool:
 
 def save_snapshot(folder: Path, model: Any, processing_class: Any = None) -> None:
     """Save the weights, and what turns rows into inputs beside them; the folder appears under its name when it is whole."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    if _is_adapter(model):  # an adapter does not say what class it was added to
-        base = model.get_base_model()
-        config = copy.deepcopy(base.config)
-        config.architectures = [type(base).__name__]
-        config.save_pretrained(temporary)
-    if processing_class is not None:
-        processing_class.save_pretrained(temporary)
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.rename(folder)
+
+    def save(temporary: Path) -> None:
+        model.save_pretrained(temporary)
+        if _is_adapter(model):  # an adapter does not say what class it was added to
+            base = model.get_base_model()
+            config = copy.deepcopy(base.config)
+            config.architectures = [type(base).__name__]
+            config.save_pretrained(temporary)
+        if processing_class is not None:
+            processing_class.save_pretrained(temporary)
+
+    write_snapshot(folder, save)

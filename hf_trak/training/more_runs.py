@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import random
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from transformers.trainer_utils import TrainOutput
 
 from hf_trak.hashing import stream_key
 from hf_trak.members import Members
+from hf_trak.storage.snapshots import remove_snapshot, remove_trained
 from hf_trak.training.callback import MEMBERS_FOLDER, check_can_save, save_snapshot
 from hf_trak.training.runs import RunRecord, describe_run, draw_masks, save_masks
 
@@ -85,8 +85,8 @@ class MoreRuns:
                 _restore_callbacks(trainer, callbacks)
                 self._run(name, None if masks is None else masks[number], ignore_keys_for_eval)
         if trainer.is_world_process_zero():
-            shutil.rmtree(self.folder / _INITIAL, ignore_errors=True)
-            shutil.rmtree(self.work, ignore_errors=True)
+            remove_snapshot(self.folder / _INITIAL)
+            remove_trained(self.work)
         return output
 
     def _begin(self, record: RunRecord) -> Bool[Tensor, "n_subsets n_train"] | None:
@@ -153,7 +153,7 @@ class MoreRuns:
         self.train_once(record, None, ignore_keys_for_eval)
         if trainer.is_world_process_zero():
             save_snapshot(self.folder / name, trainer.model, trainer.processing_class)
-            shutil.rmtree(work, ignore_errors=True)
+            remove_trained(work)
         trainer.accelerator.wait_for_everyone()
 
     @contextmanager
