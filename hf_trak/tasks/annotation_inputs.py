@@ -135,7 +135,8 @@ class SpanInputs(TokenInputs):
             if part == 1 and start < first + len(text) and stop > first
         ]
         if not inside or found["offset_mapping"][inside[-1]][1] < first + len(text.rstrip()):
-            return example._replace(labels=_NOWHERE, unscored=f"its answer is cut off by {self._describe_limit(processing_class)}")
+            why = f"its answer {text!r} is cut off at {len(example.ids)} tokens ({self._describe_limit(processing_class)})"
+            return example._replace(labels=_NOWHERE, unscored=why)
         return example._replace(labels=np.asarray([inside[0], inside[-1]], dtype=np.int64))
 
     def _check_labels(self, example: Example) -> None:

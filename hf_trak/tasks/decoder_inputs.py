@@ -42,9 +42,11 @@ class DecoderInputs:
             ValueError: If the model's method gives something else without the model's weights, or there is neither a method nor a
                 first token.
         """
-        text = model.config.get_text_config(decoder=True)
-        start = getattr(text, "decoder_start_token_id", None)
-        pad = getattr(text, "pad_token_id", None)
+        configs = (model.config, model.config.get_text_config(decoder=True))
+        start, pad = (
+            next((value for config in configs if (value := getattr(config, name, None)) is not None), None)
+            for name in ("decoder_start_token_id", "pad_token_id")
+        )
         result = cls(type(model), model.config, pad if start is None else start, pad or 0)
         name = result._method()
         if name is None:
