@@ -265,7 +265,7 @@ def test_the_assistants_messages_are_scored_with_and_without_marks_in_the_templa
 
 
 def test_a_completion_is_scored_with_its_end_and_a_text_whole(tokenizer):
-    assert labels_of("gpt2 lm", {"prompt": "a b", "completion": " c d "}, tokenizer) == (
+    assert labels_of("gpt2 lm", {"prompt": "a b", "completion": " c d"}, tokenizer) == (
         [7, 8, 9, 10, 1],
         [-100, -100, 9, 10, 1],
     )
