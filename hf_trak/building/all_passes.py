@@ -77,8 +77,9 @@ def begin_index(folder: Path, config: TrakConfig, n_members: int, *, overwrite: 
     if lines:
         begin_replacement(folder, config.to_dict())
         return
-    if overwrite and holds_index(staging := staging_folder(folder)) and read_json(staging / CONFIG_NAME) != config.to_dict():
-        drop_replacement(folder)  # it was begun for another index
+    staging = staging_folder(folder)
+    if not shared and not (holds_index(staging) and (not overwrite or read_json(staging / CONFIG_NAME) == config.to_dict())):
+        drop_replacement(folder)  # of another index, or of none
     if not shared and read_json(folder / CONFIG_NAME) != config.to_dict():
         write_json(folder / CONFIG_NAME, config.to_dict())
 
