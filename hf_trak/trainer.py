@@ -14,7 +14,8 @@ from hf_trak.config import TrakConfig
 from hf_trak.hub.cards import render_model_section
 from hf_trak.index import AttributionIndex
 from hf_trak.tasks import AutoTask, PairCollator, TaskCollator, is_dual_encoder, is_language_model
-from hf_trak.training.callback import MEMBERS_FOLDER, AttributionCallback
+from hf_trak.training.callback import AttributionCallback
+from hf_trak.training.model_upload import INDEX_FOLDER, MEMBERS_FOLDER, without_indexes
 from hf_trak.training.more_runs import MoreRuns
 from hf_trak.training.runs import RunRecord, describe_run, load_masks
 from hf_trak.training_args import AttributionArguments
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
     from hf_trak.tasks import Task
 
-INDEX_FOLDER = "index"
 _TAGS = ("trak", "data-attribution")
 _SNAPSHOTS = {"final": "final", "epoch": "epoch-*", "steps": "step-*", "runs": "run-*", "subsets": "subset-*"}
 
@@ -189,6 +189,18 @@ class AttributionTrainer(Trainer):
         index = self.index or self.featurize()
         defaults = {"batch_size": self.args.rows_at_a_time(), "progress": not self.args.disable_tqdm}
         return index.attribute(queries, top_k, **{**defaults, **options})
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Upload the model and its members as `Trainer.push_to_hub` does; indexes stay here.
+
+        Features are a dataset, with the licence of the training data: push them with `trainer.index.push_to_hub(...)`.
+        """
+        with without_indexes():
+            return super().push_to_hub(*args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        with without_indexes():
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(self, *args: Any, tags: str | list[str] | None = None, **kwargs: Any) -> None:
         """Write the card that `Trainer` writes, with a section on how to ask the model for its training examples."""

@@ -11,8 +11,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_trak.members import Members
-
-MEMBERS_FOLDER = "members"
+from hf_trak.training.model_upload import MEMBERS_FOLDER
 
 
 class AttributionCallback(TrainerCallback):
