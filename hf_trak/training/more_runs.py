@@ -21,8 +21,8 @@ from transformers.trainer_utils import TrainOutput
 
 from hf_trak.hashing import stream_key
 from hf_trak.members import Members
-from hf_trak.training.callback import check_can_save, save_snapshot
 from hf_trak.training.model_upload import MEMBERS_FOLDER
+from hf_trak.training.snapshots import check_can_save, save_snapshot
 from hf_trak.training.runs import RunRecord, describe_run, draw_masks, save_masks
 
 logger = logging.getLogger(__name__)
