@@ -184,7 +184,9 @@ def test_a_trainer_pushes_its_model_its_members_and_a_card(client, repo, tmp_pat
     files, card = client(train_and_push, tmp_path / "run", repo)
     assert {"model.safetensors", "members/run-0000/model.safetensors", "members/run-0001/model.safetensors"} <= set(files)
     assert not any(name.startswith("_runs") for name in files)
-    assert not any(name.endswith(("trak_config.json", ".parquet", "kernel.safetensors")) for name in files), "features stay here"
+    assert not any(name.endswith(("trak_config.json", ".parquet", "kernel.safetensors")) for name in files), (
+        "features stay here"
+    )
     assert "- data-attribution" in card
     assert "## Training data attribution" in card
     assert (tmp_path / "run" / "index" / "trak_config.json").is_file()

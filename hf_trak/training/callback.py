@@ -9,9 +9,16 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_trak.members import Members
-from hf_trak.storage.files import write_json, write_folder
+from hf_trak.storage.files import write_folder, write_json
 from hf_trak.training.model_upload import MEMBERS_FOLDER, find_indexes
-from hf_trak.training.snapshots import check_can_save, check_name_is_free, check_room, discard_snapshot, is_snapshot, save_snapshot
+from hf_trak.training.snapshots import (
+    check_can_save,
+    check_name_is_free,
+    check_room,
+    discard_snapshot,
+    is_snapshot,
+    save_snapshot,
+)
 
 _PROBE = ".probe.json"
 

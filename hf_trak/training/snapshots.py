@@ -71,11 +71,14 @@ def save_snapshot(folder: Path, model: Any, processing_class: Any = None) -> Non
         files = sorted(path.relative_to(temporary).as_posix() for path in temporary.rglob("*") if path.is_file())
         record = {"class": f"{type(model).__module__}.{type(model).__qualname__}", "files": files}
         (temporary / SNAPSHOT_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    except Exception as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise OSError(error.errno, f"The snapshot {folder} was not written: {error}. Training can go on from its last checkpoint.")
-        raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(
+            error.errno, f"The snapshot {folder} was not written: {reason}. Training can go on from its last checkpoint."
+        ) from error
+    finally:
+        if not is_snapshot(temporary):
+            shutil.rmtree(temporary, ignore_errors=True)
     discard_snapshot(folder)
     temporary.rename(folder)
 
@@ -151,6 +154,39 @@ def load_snapshot(folder: Path | str, model: nn.Module) -> nn.Module:
     return model
 
 
+def load_copy(folder: Path, model: nn.Module) -> nn.Module:
+    """Return a copy of a model, on the CPU, with the weights of a snapshot."""
+    result = copy.deepcopy(model).cpu()
+    # Mixed precision puts a function in the place of `forward`, which may be of the model that was copied.
+    original = vars(result).pop("_original_forward", None)
+    if original is not None:
+        del result.forward
+        if getattr(original, "__func__", original) is not type(result).forward:
+            result.forward = original
+    return load_snapshot(folder, result)
+
+
+def check_loaded(loaded: nn.Module, model: nn.Module) -> None:
+    """Check that a snapshot was loaded to the weights that it was taken of: all of them, or those that an adapter trains.
+
+    Raises:
+        ValueError: Naming the weights that are others.
+    """
+    ours, theirs = model.state_dict(), loaded.state_dict()
+    names = [name for name, p in model.named_parameters() if p.requires_grad] if is_adapter(model) else list(ours)
+    changed = [
+        name
+        for name in names
+        if isinstance(ours[name], Tensor)
+        and not (name in theirs and torch.equal(ours[name].detach().cpu(), theirs[name].detach().cpu()))
+    ]
+    if changed:
+        raise ValueError(
+            f"A snapshot of this {type(model).__name__} does not load to the weights that it was taken of: {_listed(changed)} are others, so "
+            "that attribution would be of another model. Give the model as `save_pretrained` and `from_pretrained` keep it, in one dtype."
+        )
+
+
 def _without_tied(names: list[str], state: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> list[str]:
     """Return the names whose memory no loaded tensor shares: of tied weights, one name is saved."""
     places = {state[name].data_ptr() for name in loaded if name in state}
@@ -215,7 +251,9 @@ def _check_plain(args: Any, model: nn.Module) -> None:
                 "alone. Run a lazy module once before you train it; make other state a buffer."
             )
         if value.layout != torch.strided or value.is_meta:
-            raise ValueError(f"{name!r} is {'a meta' if value.is_meta else f'a {value.layout}'} tensor, which a snapshot cannot hold.")
+            raise ValueError(
+                f"{name!r} is {'a meta' if value.is_meta else f'a {value.layout}'} tensor, which a snapshot cannot hold."
+            )
         save({name: torch.zeros(1, dtype=value.dtype)})  # raises for a dtype that safetensors does not know
     if args.save_strategy != "no" and (names := _shared_names(model)):
         raise ValueError(
