@@ -8,6 +8,8 @@ import re
 import shutil
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +18,13 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging as transformers_logging
 
 from hf_trak.building.rehearsal import rehearse
 from hf_trak.config import TrakConfig
 from hf_trak.hub.cards import render_model_section
 from hf_trak.index import AttributionIndex
-from hf_trak.storage.files import TEMPORARY
+from hf_trak.storage.files import TEMPORARY, write_folder
 from hf_trak.tasks import AutoTask, PairCollator, TaskCollator, is_dual_encoder, is_language_model
 from hf_trak.training.callback import AttributionCallback, check_writable
 from hf_trak.training.checkpoints import find_damage, last_checkpoint
@@ -119,6 +122,7 @@ class AttributionTrainer(Trainer):
                 task_of_model = AutoTask.from_model(model, args.trak_config())
                 kwargs["data_collator"] = TaskCollator(task_of_model, kwargs.get("processing_class"))
                 args = _with_all_columns(args)  # so do conversations and texts
+        write_folder(Path(args.output_dir))
         super().__init__(model=model, args=args, **kwargs)
         self.task = task
         self.index: AttributionIndex | None = None
@@ -207,9 +211,10 @@ class AttributionTrainer(Trainer):
             )
         task = self.task or AutoTask.from_model(self.model, self.args.trak_config())
         check_columns(self, task)
+        task.inputs.check(self.train_dataset.features, self.processing_class)
         if self.is_world_process_zero():
             check_writable(self._members_folder)
-            with random_state_kept():
+            with random_state_kept(), _without_progress_bars():
                 self._rehearse()
                 self._tell_of_queries(task)
         self.accelerator.wait_for_everyone()
@@ -250,7 +255,12 @@ class AttributionTrainer(Trainer):
         dropped = set(dataset.column_names) - set(self._signature_columns or [])
         if not dropped:
             return dataset
-        return dataset.with_transform(WithoutColumns(dataset.format["format_kwargs"]["transform"], dropped))
+        form = dataset.format
+        return dataset.with_transform(
+            WithoutColumns(form["format_kwargs"]["transform"], dropped),
+            columns=form["columns"],
+            output_all_columns=form["output_all_columns"],
+        )
 
     def member_checkpoints(self) -> list[Path]:
         """Return the snapshots that training kept, oldest first.
@@ -350,6 +360,18 @@ class AttributionTrainer(Trainer):
         if self.is_world_process_zero():
             card = Path(self.args.output_dir) / "README.md"
             card.write_text(card.read_text() + render_model_section(self.args.members), encoding="utf-8")
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Hush transformers' bars of files that are saved and loaded."""
+    was_on = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            transformers_logging.enable_progress_bar()
 
 
 def _with_all_columns(args: AttributionArguments) -> AttributionArguments:
