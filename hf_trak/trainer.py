@@ -2,21 +2,49 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import broadcast_object_list
+from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging as transformers_logging
 
+from hf_trak.building.rehearsal import rehearse
 from hf_trak.config import TrakConfig
 from hf_trak.hub.cards import render_model_section
 from hf_trak.index import AttributionIndex
+from hf_trak.storage.files import TEMPORARY, write_folder
+from hf_trak.storage.snapshots import is_snapshot
 from hf_trak.tasks import AutoTask, PairCollator, TaskCollator, is_dual_encoder, is_language_model
-from hf_trak.training.callback import MEMBERS_FOLDER, AttributionCallback
+from hf_trak.training.callback import AttributionCallback, check_writable
+from hf_trak.training.checkpoints import find_damage, last_checkpoint
+from hf_trak.training.data_checks import (
+    WithoutColumns,
+    check_columns,
+    check_evaluation_set,
+    check_training_set,
+    choose_queries,
+    describe_unfit_evaluation_set,
+    is_transformed,
+)
+from hf_trak.training.losses import list_unknown_losses, warning_of_losses
+from hf_trak.training.model_upload import INDEX_FOLDER, MEMBERS_FOLDER, without_indexes
 from hf_trak.training.more_runs import MoreRuns
-from hf_trak.training.runs import RunRecord, describe_run, load_masks
+from hf_trak.training.random_state import random_state_kept
+from hf_trak.training.run_identity import describe_run
+from hf_trak.training.runs import RunRecord, load_masks
+from hf_trak.training.snapshots import check_can_save, check_loaded, is_plain, load_copy, loads_by_name, save_snapshot
 from hf_trak.training_args import AttributionArguments
 
 if TYPE_CHECKING:
@@ -24,7 +52,9 @@ if TYPE_CHECKING:
 
     from hf_trak.tasks import Task
 
-INDEX_FOLDER = "index"
+logger = logging.getLogger(__name__)
+
+_TRIED = ".tried-"
 _TAGS = ("trak", "data-attribution")
 _SNAPSHOTS = {"final": "final", "epoch": "epoch-*", "steps": "step-*", "runs": "run-*", "subsets": "subset-*"}
 
@@ -48,6 +78,12 @@ class AttributionTrainer(Trainer):
     A language model is trained on conversations, prompts with completions, texts or tokens as they are, with the loss of the very
     tokens that are attributed: see [`CausalInputs`] and its kin. Both hold where no `data_collator` is given.
 
+    What attribution would refuse is refused before the first step: `train()` checks every row, saves the initial weights, loads them
+    again and featurizes two rows. A loss that attribution does not know is told by a warning.
+
+    A model that transformers cannot load by its class's name (a plain `nn.Module`, a class of your own) is featurized as copies of the
+    trainer's model with the snapshots' weights; see [`~AttributionTrainer.member_models`].
+
     Args:
         task (`Task`, *optional*): What to attribute, for models no task serves; by default, by the model's architecture.
         args, kwargs: As `Trainer` has them. `args` are [`AttributionArguments`].
@@ -68,21 +104,29 @@ class AttributionTrainer(Trainer):
             raise ValueError(
                 f"`args` must be AttributionArguments, but is {type(args).__name__}; they take the same arguments."
             )
-        if model is not None and is_dual_encoder(model) and kwargs.get("data_collator") is None:
-            kwargs["data_collator"] = PairCollator(model, args.trak_config(), kwargs.get("processing_class"))
-            args.remove_unused_columns = False  # images and captions become what the model takes in the collator
-        elif model is not None and task is None and is_language_model(model) and kwargs.get("data_collator") is None:
-            kwargs["data_collator"] = TaskCollator(
-                AutoTask.from_model(model, args.trak_config()), kwargs.get("processing_class")
-            )
-            args.remove_unused_columns = False  # so do conversations and texts
+        if kwargs.get("train_dataset") is not None:
+            check_training_set(kwargs["train_dataset"])
+        check_evaluation_set(kwargs.get("eval_dataset"))
+        if kwargs.get("data_collator") is None and model is not None and not is_plain(model):
+            if is_dual_encoder(model):
+                kwargs["data_collator"] = PairCollator(model, args.trak_config(), kwargs.get("processing_class"))
+                args = _with_all_columns(args)  # images and captions become what the model takes in the collator
+            elif task is None and is_language_model(model):
+                task_of_model = AutoTask.from_model(model, args.trak_config())
+                kwargs["data_collator"] = TaskCollator(task_of_model, kwargs.get("processing_class"))
+                args = _with_all_columns(args)  # so do conversations and texts
+        write_folder(Path(args.output_dir))
         super().__init__(model=model, args=args, **kwargs)
         self.task = task
         self.index: AttributionIndex | None = None
         self.members = args.parsed_members()
         self._more_runs = None if self.members.is_single_run else MoreRuns(self, self.members, self._train_once)
+        self._described: dict[str, Any] = {}
+        self._told_losses: list[str] = []
         if self.members.is_single_run:
-            self.add_callback(AttributionCallback(args.members))
+            callback = AttributionCallback(args.members)
+            callback._uploads_indexes = False
+            self.add_callback(callback)
 
     @property
     def _members_folder(self) -> Path:
@@ -102,24 +146,114 @@ class AttributionTrainer(Trainer):
         """
         if trial is not None:  # a search for hyper-parameters, whose models are thrown away
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        self._check_before_training()
         if self._more_runs is not None:
             return self._more_runs.train(resume_from_checkpoint, ignore_keys_for_eval)
-        settings = describe_run(self.args, self.model, self.train_dataset)
-        record = RunRecord(self._members_folder, Path(self.args.output_dir), settings)
+        self._described = describe_run(self, self._described)
+        record = RunRecord(self._members_folder, Path(self.args.output_dir), self._described)
         return self._train_once(record, resume_from_checkpoint, ignore_keys_for_eval)
 
     def _train_once(
         self, record: RunRecord, resume_from_checkpoint: str | bool | None, ignore_keys_for_eval: list[str] | None
     ) -> TrainOutput:
         """Run `Trainer.train` under a record, from the recorded run's last checkpoint where there is one to go on from."""
-        last = record.checkpoint() if resume_from_checkpoint is None else None
-        self.accelerator.wait_for_everyone()  # all have looked before the record is written
-        if last is None and self.is_world_process_zero():
+        # The first process looks, and sets aside what is damaged; the others take its word.
+        found = [self._find_checkpoint(record, resume_from_checkpoint) if self.is_world_process_zero() else None]
+        checkpoint, is_recorded = broadcast_object_list(found, from_process=0)[0]
+        if not is_recorded and self.is_world_process_zero():
             record.begin()
-        output = super().train(str(last) if last else resume_from_checkpoint, None, ignore_keys_for_eval)
+        output = super().train(checkpoint, None, ignore_keys_for_eval)
         if self.members.is_single_run and self.is_world_process_zero():
             record.finish(output._asdict())
         return output
+
+    def _find_checkpoint(self, record: RunRecord, wanted: str | bool | None) -> tuple[str | bool | None, bool]:
+        """Return what to go on from, and whether the recorded run goes on.
+
+        Raises:
+            ValueError: If the checkpoint that is asked for is damaged.
+        """
+        if wanted is None:
+            last = record.checkpoint()
+            return (None, False) if last is None else (str(last), True)
+        world_size = self.args.world_size
+        if wanted is True and not self.args.save_only_model:
+            last = last_checkpoint(record.checkpoints, since_ns=0, world_size=world_size)
+            return (True if last is None else str(last)), False
+        if (
+            isinstance(wanted, str)
+            and not self.args.save_only_model
+            and (damage := find_damage(Path(wanted), world_size=world_size))
+        ):
+            raise ValueError(f"`resume_from_checkpoint` is {wanted}, from which training cannot go on: {damage}.")
+        return wanted, False
+
+    def _check_before_training(self) -> None:
+        """Refuse what could not be attributed to after training, and tell what attribution does not know; draws no random numbers.
+
+        Raises:
+            ValueError: With the way out.
+            OSError: If snapshots cannot be written.
+        """
+        check_training_set(self.train_dataset)
+        check_can_save(self.args, self.model, self.processing_class)
+        if self.task is None and is_plain(self.model):
+            raise ValueError(
+                f"No task serves a {type(self.model).__name__}, which is no model of transformers. Say what to attribute with "
+                "`task=Task.custom(...)`: docs/custom_tasks.md."
+            )
+        task = self.task or AutoTask.from_model(self.model, self.args.trak_config())
+        check_columns(self, task)
+        task.inputs.check(self.train_dataset.features, self.processing_class)
+        if self.is_world_process_zero():
+            check_writable(self._members_folder)
+            with random_state_kept(), _without_progress_bars():
+                self._rehearse()
+                self._tell_of_queries(task)
+        self.accelerator.wait_for_everyone()
+        losses = list_unknown_losses(self) if self.task is None else []
+        if losses and losses != self._told_losses and self.is_world_process_zero():
+            warnings.warn(warning_of_losses(losses, task.name), UserWarning, stacklevel=3)
+        self._told_losses = losses
+
+    def _rehearse(self) -> None:
+        """Save the weights, load them as members will be, check all rows and featurize two."""
+        for leftover in self._members_folder.glob(f"{_TRIED}*{TEMPORARY}"):  # of a process that was killed
+            shutil.rmtree(leftover)
+        with tempfile.TemporaryDirectory(prefix=_TRIED, suffix=TEMPORARY, dir=self._members_folder) as folder:
+            snapshot = Path(folder) / "snapshot"
+            save_snapshot(snapshot, self.model, self.processing_class)
+            featurizer = rehearse(
+                self._member(snapshot),
+                self.train_dataset,
+                self._trak_config(),
+                processing_class=self.processing_class,
+                task=self.task,
+                dropout_seed=self.args.sketch_seed if self.args.dropout_seeds else None,
+                device=self.args.device,
+            )
+            check_loaded(featurizer.model, self.model)
+
+    def _tell_of_queries(self, task: Task) -> None:
+        """Say why the evaluation set cannot be the queries, if it cannot; others may be given."""
+        line = describe_unfit_evaluation_set(self.eval_dataset)
+        if line is not None:
+            logger.warning(line)
+
+    def _remove_unused_columns(self, dataset: Dataset, description: str | None = None) -> Dataset:
+        """Drop columns as `Trainer` does; of rows that a transform makes, after it has read them."""
+        if not self.args.remove_unused_columns or not is_transformed(dataset):
+            return super()._remove_unused_columns(dataset, description)
+        self._set_signature_columns_if_needed()
+        dropped = set(dataset.column_names) - set(self._signature_columns or [])
+        if not dropped:
+            return dataset
+        form = dataset.format
+        return dataset.with_transform(
+            WithoutColumns(form["format_kwargs"]["transform"], dropped),
+            columns=form["columns"],
+            output_all_columns=form["output_all_columns"],
+        )
 
     def member_checkpoints(self) -> list[Path]:
         """Return the snapshots that training kept, oldest first.
@@ -127,7 +261,7 @@ class AttributionTrainer(Trainer):
         Raises:
             FileNotFoundError: If some are missing: `train()` has not run to its end in this `output_dir`.
         """
-        found = sorted(self._members_folder.glob(_SNAPSHOTS[self.members.kind]))
+        found = sorted(filter(is_snapshot, self._members_folder.glob(_SNAPSHOTS[self.members.kind])))
         wanted = 1 if self.members.kind == "epoch" else self.members.count
         if len(found) < wanted:
             raise FileNotFoundError(
@@ -135,6 +269,16 @@ class AttributionTrainer(Trainer):
                 "first, with the same `output_dir` and `members`."
             )
         return found if self.members.is_single_run else found[:wanted]
+
+    def member_models(self) -> list[Path | nn.Module]:
+        """Return what members are featurized with: the snapshots, or, of a class that does not load by its name, models that hold them.
+
+        The latter take the memory of as many models, and are what `AttributionIndex.from_pretrained(folder, models=...)` needs again.
+        """
+        return [self._member(snapshot) for snapshot in self.member_checkpoints()]
+
+    def _member(self, snapshot: Path) -> Path | nn.Module:
+        return snapshot if loads_by_name(self.model) else load_copy(snapshot, self.model)
 
     def featurize(self, dataset: Dataset | None = None, *, overwrite: bool = False) -> AttributionIndex:
         """Featurize the training set under every member and return the index, which lies in `<output_dir>/index`.
@@ -146,6 +290,8 @@ class AttributionTrainer(Trainer):
             overwrite (`bool`): Replace an index of other features.
         """
         given = dataset
+        if given is not None:
+            check_training_set(given)
         dataset = self.train_dataset if dataset is None else dataset
         if dataset is None:
             raise ValueError("There is no training set to featurize; give one to the trainer, or as `dataset`.")
@@ -153,7 +299,7 @@ class AttributionTrainer(Trainer):
         with_masks = self.members.kind == "subsets" and (given is None or given is self.train_dataset)
         self.index = AttributionIndex.build(
             Path(self.args.output_dir) / INDEX_FOLDER,
-            models=list(self.member_checkpoints()),
+            models=self.member_models(),  # type: ignore[arg-type]
             dataset=dataset,
             config=self._trak_config(),
             processing_class=self.processing_class,
@@ -177,19 +323,29 @@ class AttributionTrainer(Trainer):
             config = replace(config, parameters=tuple(f"^{re.escape(name)}$" for name in trained))
         return config
 
-    def attribute(self, queries: Dataset | None = None, top_k: int = 10, **options: Any) -> Dataset:
+    def attribute(self, queries: Dataset | str | None = None, top_k: int = 10, **options: Any) -> Dataset:
         """Return each query's strongest proponents and opponents among the training set; see [`AttributionIndex.attribute`].
 
         Args:
-            queries (`Dataset`, *optional*): By default, the evaluation set.
+            queries (`Dataset` or `str`, *optional*): By default, the evaluation set; the name of one if there are several.
             options: Of [`AttributionIndex.attribute`].
         """
-        queries = self.eval_dataset if queries is None else queries
-        if queries is None:
-            raise ValueError("There are no queries; give an `eval_dataset` to the trainer, or `queries`.")
+        queries = choose_queries(queries, self.eval_dataset)
         index = self.index or self.featurize()
         defaults = {"batch_size": self.args.rows_at_a_time(), "progress": not self.args.disable_tqdm}
         return index.attribute(queries, top_k, **{**defaults, **options})
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Upload the model and its members as `Trainer.push_to_hub` does; indexes stay here.
+
+        Features are a dataset, with the licence of the training data: push them with `trainer.index.push_to_hub(...)`.
+        """
+        with without_indexes():
+            return super().push_to_hub(*args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        with without_indexes():
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(self, *args: Any, tags: str | list[str] | None = None, **kwargs: Any) -> None:
         """Write the card that `Trainer` writes, with a section on how to ask the model for its training examples."""
@@ -198,3 +354,24 @@ class AttributionTrainer(Trainer):
         if self.is_world_process_zero():
             card = Path(self.args.output_dir) / "README.md"
             card.write_text(card.read_text() + render_model_section(self.args.members), encoding="utf-8")
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Hush transformers' bars of files that are saved and loaded."""
+    was_on = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            transformers_logging.enable_progress_bar()
+
+
+def _with_all_columns(args: AttributionArguments) -> AttributionArguments:
+    """Return arguments under which the collator sees every column; the caller's own stay as they are."""
+    if not args.remove_unused_columns:
+        return args
+    args = copy.copy(args)
+    args.remove_unused_columns = False
+    return args

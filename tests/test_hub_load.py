@@ -47,8 +47,28 @@ def train_and_push(folder, repo):
 
     trainer = make_trainer(folder, members="runs:2", num_train_epochs=1, hub_model_id=repo)
     trainer.train()
+    trainer.featurize()
+    build(folder / "other" / "by hand [1]", trainer.member_checkpoints()[0])
     trainer.push_to_hub()
     return HfApi().list_repo_files(repo), Path(HfApi().hf_hub_download(repo, "README.md")).read_text()
+
+
+def train_again_and_push_every_save(folder, repo):
+    """Return the names of a model repository's files after a second training pushed each of its checkpoints."""
+    from huggingface_hub import HfApi
+    from test_runs import make_trainer
+
+    def make():
+        options = {"push_to_hub": True, "hub_strategy": "all_checkpoints", "hub_always_push": True}
+        return make_trainer(folder, hub_model_id=repo, save_strategy="epoch", **options)
+
+    trainer = make()
+    trainer.train()
+    trainer.featurize()
+    trainer = make()
+    trainer.train()
+    trainer._finish_current_push()
+    return HfApi().list_repo_files(repo)
 
 
 def use_step_by_step(repo, models):
@@ -191,8 +211,18 @@ def test_a_trainer_pushes_its_model_its_members_and_a_card(client, repo, tmp_pat
     files, card = client(train_and_push, tmp_path / "run", repo)
     assert {"model.safetensors", "members/run-0000/model.safetensors", "members/run-0001/model.safetensors"} <= set(files)
     assert not any(name.startswith("_runs") for name in files)
+    assert not any(name.endswith(("trak_config.json", ".parquet", "kernel.safetensors")) for name in files), (
+        "features stay here"
+    )
     assert "- data-attribution" in card
     assert "## Training data attribution" in card
+    assert (tmp_path / "run" / "index" / "trak_config.json").is_file()
+
+
+def test_checkpoints_that_a_trainer_pushes_while_it_trains_take_no_features_along(client, repo, tmp_path):
+    files = client(train_again_and_push_every_save, tmp_path / "run", repo)
+    assert {"model.safetensors", "checkpoint-10/model.safetensors"} <= set(files)
+    assert not any(name.startswith("index/") for name in files)
 
 
 # What is fetched, and when

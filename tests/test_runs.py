@@ -15,8 +15,8 @@ from transformers import EarlyStoppingCallback, HfArgumentParser, Trainer, Train
 
 from hf_trak import AttributionArguments, AttributionCallback, AttributionIndex, AttributionTrainer
 from hf_trak.sources.checkpoints import load_model
-from hf_trak.training.callback import save_snapshot
 from hf_trak.training.runs import draw_masks, load_masks
+from hf_trak.training.snapshots import save_snapshot
 
 TRAIN, VALIDATION = token_rows(40), token_rows(8, seed=1)
 OPTIONS = {

@@ -37,7 +37,11 @@ def write_snapshot(folder: Path, save: Callable[[Path], Any]) -> None:
     _remove_leftovers(folder)
     refuse_other(folder)
     temporary, old = temporary_name(folder), temporary_name(folder.with_name(f"{folder.name}.old"))
-    save(temporary)
+    try:
+        save(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     files = sorted(str(path.relative_to(temporary)) for path in temporary.rglob("*") if not path.is_dir())
     write_json(temporary / LIST_NAME, {"files": files})
     if folder.exists():

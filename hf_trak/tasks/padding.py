@@ -15,8 +15,25 @@ if TYPE_CHECKING:
 _ABSURD = 10**9
 _POSITION_TABLES = ("position_embeddings", "position_embedding", "embed_positions", "wpe")
 NOT_DATA = frozenset(
-    "cache_params cache_position cross_attn_head_mask decoder_head_mask decoder_inputs_embeds encoder_outputs head_mask inputs_embeds "
-    "logits_to_keep mems num_items_in_batch output_attentions output_hidden_states past_key_values return_dict use_cache use_mems".split()
+    [
+        "cache_params",
+        "cache_position",
+        "cross_attn_head_mask",
+        "decoder_head_mask",
+        "decoder_inputs_embeds",
+        "encoder_outputs",
+        "head_mask",
+        "inputs_embeds",
+        "logits_to_keep",
+        "mems",
+        "num_items_in_batch",
+        "output_attentions",
+        "output_hidden_states",
+        "past_key_values",
+        "return_dict",
+        "use_cache",
+        "use_mems",
+    ]
 )
 """Arguments of `forward` that are options or another form of the tokens. No column of a dataset is passed as one of them."""
 

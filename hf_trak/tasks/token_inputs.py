@@ -255,7 +255,9 @@ class TokenInputs(abc.ABC):
             example = Example(
                 np.asarray([self.pad_token_id]),
                 np.asarray([IGNORED]),
-                None if example.further is None else {name: np.zeros((1, *v.shape[1:]), v.dtype) for name, v in example.further.items()},
+                None
+                if example.further is None
+                else {name: np.zeros((1, *v.shape[1:]), v.dtype) for name, v in example.further.items()},
                 example.decoder_ids,
                 unscored=example.unscored or "it has no token",
             )
@@ -390,7 +392,9 @@ class TokenInputs(abc.ABC):
 
     def _limit(self, processing_class: Any) -> int:
         """Return how many tokens of a text are kept."""
-        return min(self.max_length or _NO_LIMIT, self.positions or _NO_LIMIT, getattr(processing_class, "model_max_length", _NO_LIMIT))
+        return min(
+            self.max_length or _NO_LIMIT, self.positions or _NO_LIMIT, getattr(processing_class, "model_max_length", _NO_LIMIT)
+        )
 
     def _describe_limit(self, processing_class: Any) -> str:
         """Say how many tokens of a text are kept, and why."""
@@ -438,7 +442,9 @@ def without_padding(row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     mask = row.get("attention_mask")
     kept = np.ones(len(ids), dtype=bool) if mask is None else np.asarray(mask).astype(bool)
     if kept.shape != ids.shape:
-        raise ValueError(f"it has {len(ids)} tokens in 'input_ids' and an 'attention_mask' of shape {kept.shape}; there must be one each")
+        raise ValueError(
+            f"it has {len(ids)} tokens in 'input_ids' and an 'attention_mask' of shape {kept.shape}; there must be one each"
+        )
     return ids[kept], kept
 
 

@@ -1,8 +1,7 @@
-"""`AttributionCallback`: snapshots of one training run, for attribution; and how a snapshot is written."""
+"""`AttributionCallback`: snapshots of one training run, for attribution."""
 
 from __future__ import annotations
 
-import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -10,16 +9,20 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_trak.members import Members
-from hf_trak.storage.snapshots import refuse_other, remove_snapshot, write_snapshot
+from hf_trak.storage.files import write_folder, write_json
+from hf_trak.storage.snapshots import is_snapshot, refuse_other, remove_snapshot
+from hf_trak.training.model_upload import MEMBERS_FOLDER, find_indexes
+from hf_trak.training.snapshots import check_can_save, check_room, save_snapshot
 
-MEMBERS_FOLDER = "members"
+_PROBE = ".probe.json"
 
 
 class AttributionCallback(TrainerCallback):
     """Keeps snapshots of the weights for attribution; works with a stock `Trainer`.
 
-    Snapshots are ordinary `save_pretrained` folders under `<output_dir>/members`. Taking them draws no random number: training is
-    the same with and without.
+    Snapshots are ordinary `save_pretrained` folders under `<output_dir>/members`; of a module that is no model of transformers, its
+    `state_dict`. Taking them draws no random number: training is the same with and without. What cannot be kept is refused before the
+    first step. Only snapshots are ever replaced or deleted.
 
     Args:
         members (`str`): Which to keep: "final", "epoch:K" for those of the last K epochs, or "steps:[S, ...]".
@@ -27,6 +30,8 @@ class AttributionCallback(TrainerCallback):
     Raises:
         ValueError: If `members` is none of these.
     """
+
+    _uploads_indexes = True  # an AttributionTrainer leaves them out
 
     def __init__(self, members: str = "final") -> None:
         self.members = Members.parse(members)
@@ -37,20 +42,30 @@ class AttributionCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Check that what is asked for can be kept, and forget snapshots that this run has not reached."""
-        check_can_save(args, kwargs["model"])
+        model = kwargs["model"]
+        check_can_save(args, model, kwargs.get("processing_class"))
         late = [step for step in self.members.steps if step > state.max_steps]
         if late:
             raise ValueError(
                 f"`members` asks for the weights after step {late[0]}, but the run ends at step {state.max_steps}."
             )
+        _check_rows(kwargs.get("train_dataloader"))
+        if args.push_to_hub:
+            self._check_upload(args)
         if not state.is_world_process_zero:
             return
+        folder = Path(args.output_dir) / MEMBERS_FOLDER
+        check_writable(folder)
         reached = {"epoch": _epoch(state), "step": state.global_step}
-        for folder in (Path(args.output_dir) / MEMBERS_FOLDER).glob("*"):
-            kind, _, number = folder.name.partition("-")
-            if folder.name == "final" or (kind in reached and number.isdigit() and int(number) > reached[kind]):
-                refuse_other(folder)
-                remove_snapshot(folder)
+        for snapshot in folder.glob("*"):
+            kind, _, number = snapshot.name.partition("-")
+            ours = snapshot.name == "final" or (kind in reached and number.isdigit())
+            if ours and kind == self.members.kind.removesuffix("s"):
+                refuse_other(snapshot)
+            if ours and (snapshot.name == "final" or int(number) > reached[kind]):
+                remove_snapshot(snapshot)
+        # A new snapshot is whole before the oldest is deleted.
+        check_room(folder, model, self.members.count + (self.members.kind == "epoch"))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep the weights of a step that was asked for."""
@@ -63,13 +78,26 @@ class AttributionCallback(TrainerCallback):
             return
         self._save(args, state, kwargs, f"epoch-{_epoch(state):04d}")
         if state.is_world_process_zero:
-            for folder in sorted((Path(args.output_dir) / MEMBERS_FOLDER).glob("epoch-*"))[: -self.members.count]:
+            found = sorted(filter(is_snapshot, (Path(args.output_dir) / MEMBERS_FOLDER).glob("epoch-*")))
+            for folder in found[: -self.members.count]:
                 remove_snapshot(folder)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep the final weights: the best ones, where the run loads them at its end."""
         if self.members.kind == "final":
             self._save(args, state, kwargs, "final")
+
+    def on_push_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Refuse an upload that would take features along."""
+        self._check_upload(args)
+
+    def _check_upload(self, args: TrainingArguments) -> None:
+        found = find_indexes(Path(args.output_dir)) if self._uploads_indexes else []
+        if found:
+            raise ValueError(
+                f"{args.output_dir} holds an index, {found[0]}, and `Trainer` would upload its features with the model. Move it out of "
+                "`output_dir`, or use an AttributionTrainer, which leaves indexes out; push the index with `index.push_to_hub`."
+            )
 
     @staticmethod
     def _save(args: TrainingArguments, state: TrainerState, kwargs: dict[str, Any], name: str) -> None:
@@ -82,38 +110,18 @@ def _epoch(state: TrainerState) -> int:
     return math.ceil((state.epoch or 0) - 1e-6)
 
 
-def check_can_save(args: TrainingArguments, model: Any) -> None:
-    """Refuse what a snapshot could not be taken of, or could not be loaded from, before anything is trained.
+def _check_rows(dataloader: Any) -> None:
+    dataset = getattr(dataloader, "dataset", None)
+    if hasattr(dataset, "__len__") and len(dataset) == 0:
+        raise ValueError("The training set is empty: there is nothing to train on or to attribute to.")
+
+
+def check_writable(folder: Path) -> None:
+    """Check that files can be written to a folder, which is made if need be.
 
     Raises:
-        ValueError: If the weights are spread over processes, or an adapter's base model has no place of its own.
+        OSError: With advice.
     """
-    if args.fsdp or args.deepspeed:
-        raise ValueError(
-            "Snapshots need the whole weights in each process, which FSDP and DeepSpeed do not keep. Train without."
-        )
-    if _is_adapter(model) and not any(config.base_model_name_or_path for config in model.peft_config.values()):
-        raise ValueError(
-            "This adapter's base model was made in memory, so snapshots of the adapter could not be loaded again. Save the base "
-            "model with `save_pretrained`, and load it from there before adding the adapter."
-        )
-
-
-def _is_adapter(model: Any) -> bool:
-    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
-
-
-def save_snapshot(folder: Path, model: Any, processing_class: Any = None) -> None:
-    """Save the weights, and what turns rows into inputs beside them; the folder appears under its name when it is whole."""
-
-    def save(temporary: Path) -> None:
-        model.save_pretrained(temporary)
-        if _is_adapter(model):  # an adapter does not say what class it was added to
-            base = model.get_base_model()
-            config = copy.deepcopy(base.config)
-            config.architectures = [type(base).__name__]
-            config.save_pretrained(temporary)
-        if processing_class is not None:
-            processing_class.save_pretrained(temporary)
-
-    write_snapshot(folder, save)
+    write_folder(folder)
+    write_json(folder / _PROBE, {})
+    (folder / _PROBE).unlink()

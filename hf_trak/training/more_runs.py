@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import logging
-import random
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Bool
 from torch import Tensor
@@ -20,14 +19,20 @@ from transformers.trainer_utils import TrainOutput
 
 from hf_trak.hashing import stream_key
 from hf_trak.members import Members
-from hf_trak.storage.snapshots import remove_snapshot, remove_trained
-from hf_trak.training.callback import MEMBERS_FOLDER, check_can_save, save_snapshot
-from hf_trak.training.runs import RunRecord, describe_run, draw_masks, save_masks
+from hf_trak.storage.files import write_atomically
+from hf_trak.storage.snapshots import is_snapshot, refuse_other, remove_snapshot
+from hf_trak.training.callback import check_writable
+from hf_trak.training.model_upload import MEMBERS_FOLDER
+from hf_trak.training.random_state import random_state_kept
+from hf_trak.training.run_identity import describe_run
+from hf_trak.training.runs import RECORD_NAME, RunRecord, draw_masks, save_masks
+from hf_trak.training.snapshots import check_can_save, check_room, is_adapter, load_snapshot, save_snapshot
 
 logger = logging.getLogger(__name__)
 
 _WORK = "_runs"  # a name that the Trainer does not upload
 _INITIAL = "initial"
+_STATE = "trainer_state.json"
 # What a run changes of its trainer, and what the main run's user finds there afterwards.
 _KEPT = (
     "args",
@@ -57,6 +62,7 @@ class MoreRuns:
         self.train_once = train_once
         self.folder = Path(trainer.args.output_dir) / MEMBERS_FOLDER
         self.work = Path(trainer.args.output_dir) / _WORK
+        self.settings: dict[str, Any] = {}
         self.main = "run-0000" if members.kind == "runs" else "full"
         first = 1 if members.kind == "runs" else 0
         self.names = [f"{members.kind.removesuffix('s')}-{number:04d}" for number in range(first, members.count)]
@@ -69,15 +75,13 @@ class MoreRuns:
     def train(self, resume_from_checkpoint: str | bool | None, ignore_keys_for_eval: list[str] | None) -> TrainOutput:
         """Make the main run, if it is not finished, and then the runs that are missing; leave the main run's model."""
         trainer = self.trainer
-        if not hasattr(trainer.train_dataset, "__len__"):
-            raise ValueError(f"members={trainer.args.members!r} needs a training set of known length.")
-        check_can_save(trainer.args, trainer.model)
-        settings = describe_run(trainer.args, trainer.model, trainer.train_dataset)
-        record = RunRecord(self.folder, Path(trainer.args.output_dir), settings)
+        check_can_save(trainer.args, trainer.model, trainer.processing_class)
+        self.settings = describe_run(trainer, self.settings)
+        record = RunRecord(self.folder, Path(trainer.args.output_dir), self.settings)
         masks = self._begin(record)
         callbacks = _callback_states(trainer)
         output = self._main_run(record, resume_from_checkpoint, ignore_keys_for_eval)
-        missing = [(i, name) for i, name in enumerate(self.names) if not (self.folder / name).exists()]
+        missing = [(i, name) for i, name in enumerate(self.names) if not is_snapshot(self.folder / name)]
         trainer.accelerator.wait_for_everyone()  # all have counted before one is added
         for number, name in missing:
             logger.warning("Run %s, %d of %d.", name, number + 1, len(self.names))
@@ -86,7 +90,8 @@ class MoreRuns:
                 self._run(name, None if masks is None else masks[number], ignore_keys_for_eval)
         if trainer.is_world_process_zero():
             remove_snapshot(self.folder / _INITIAL)
-            remove_trained(self.work)
+            if self.work.is_dir() and not any(self.work.iterdir()):
+                self.work.rmdir()
         return output
 
     def _begin(self, record: RunRecord) -> Bool[Tensor, "n_subsets n_train"] | None:
@@ -99,6 +104,13 @@ class MoreRuns:
                 + "\n".join(f"  {line}" for line in lines)
                 + "\nChoose another `output_dir`, or delete that folder."
             )
+        _, weights = record.difference_of_weights()
+        if weights is not None:
+            logger.warning(
+                "%s holds runs that began with other weights, and further ones begin with those. The %s.", self.folder, weights
+            )
+        if trainer.is_world_process_zero():
+            self._check_place()
         masks = None
         if self.members.kind == "subsets":
             masks = draw_masks(
@@ -107,33 +119,64 @@ class MoreRuns:
             if trainer.is_world_process_zero():
                 save_masks(self.folder, masks)
         initial, runs = self.folder / _INITIAL, [self.folder / name for name in (self.main, *self.names)]
-        begun, finished = initial.exists(), all(run.exists() for run in runs)
+        begun, finished = is_snapshot(initial), all(is_snapshot(run) for run in runs)
         trainer.accelerator.wait_for_everyone()  # all have looked before anything is written
         if trainer.model_init is None and begun:
-            trainer._load_from_checkpoint(str(initial))
+            self._load(initial)
         elif trainer.model_init is None and not finished and trainer.is_world_process_zero():
             save_snapshot(initial, trainer.model)
         trainer.accelerator.wait_for_everyone()
         return masks
+
+    def _check_place(self) -> None:
+        """Check that all snapshots can be written, and that nothing else has their names."""
+        check_writable(self.folder)
+        names = [self.main, *self.names, _INITIAL]
+        for name in names:
+            refuse_other(self.folder / name)
+            if (self.work / name).exists() and not (self.work / name / RECORD_NAME).is_file():
+                raise FileExistsError(
+                    f"{self.work / name} is needed for a run, and is not one. Move it, or choose another `output_dir`."
+                )
+        check_room(self.folder, self.trainer.model, sum(not is_snapshot(self.folder / name) for name in names))
+
+    def _load(self, snapshot: Path) -> None:
+        """Load a snapshot's weights into the trainer's model."""
+        trainer = self.trainer
+        if is_adapter(trainer.model):
+            trainer._load_from_checkpoint(str(snapshot))
+        else:
+            load_snapshot(snapshot, trainer.model)
 
     def _main_run(
         self, record: RunRecord, resume_from_checkpoint: str | bool | None, ignore_keys_for_eval: list[str] | None
     ) -> TrainOutput:
         trainer, snapshot = self.trainer, self.folder / self.main
         result = record.result()
-        if result is None or not snapshot.exists():
+        if result is None or not is_snapshot(snapshot):
             output = self.train_once(record, resume_from_checkpoint, ignore_keys_for_eval)
             if trainer.is_world_process_zero():
                 save_snapshot(snapshot, trainer.model, trainer.processing_class)
-                trainer.state.save_to_json(str(self.folder / "trainer_state.json"))
+                write_atomically(self.folder / _STATE, lambda temporary: trainer.state.save_to_json(str(temporary)))
                 record.finish(output._asdict())
             return output
         logger.warning("%s holds a finished run of these settings: it is loaded and not repeated.", snapshot)
-        trainer._load_from_checkpoint(str(snapshot))
-        trainer.state = TrainerState.load_from_json(str(self.folder / "trainer_state.json"))
+        self._load(snapshot)
+        trainer.state = self._read_state(result)
         trainer.state.is_local_process_zero = trainer.is_local_process_zero()
         trainer.state.is_world_process_zero = trainer.is_world_process_zero()
         return TrainOutput(**result)
+
+    def _read_state(self, result: dict[str, Any]) -> TrainerState:
+        """Return the finished main run's state; without its logs if the file is damaged, which decides no weights."""
+        path = self.folder / _STATE
+        try:
+            return TrainerState.load_from_json(str(path))
+        except (OSError, ValueError, TypeError) as error:
+            logger.warning("%s is damaged, and the finished run's logs are lost: %s.", path, error)
+            return TrainerState(
+                global_step=result["global_step"], max_steps=result["global_step"], epoch=result["metrics"].get("epoch")
+            )
 
     def _run(self, name: str, mask: Bool[Tensor, " n_train"] | None, ignore_keys_for_eval: list[str] | None) -> None:
         """Train one further run and keep its snapshot."""
@@ -148,12 +191,12 @@ class MoreRuns:
         trainer.accelerator.dataloader_config.data_seed = None if trainer.args.data_seed is None else seed
         (enable_full_determinism if trainer.args.full_determinism else set_seed)(seed)
         if trainer.model_init is None:
-            trainer._load_from_checkpoint(str(self.folder / _INITIAL))
-        record = RunRecord(work, work, describe_run(trainer.args, trainer.model, trainer.train_dataset))
+            self._load(self.folder / _INITIAL)
+        record = RunRecord(work, work, describe_run(trainer, self.settings))
         self.train_once(record, None, ignore_keys_for_eval)
         if trainer.is_world_process_zero():
             save_snapshot(self.folder / name, trainer.model, trainer.processing_class)
-            remove_trained(work)
+            shutil.rmtree(work, ignore_errors=True)
         trainer.accelerator.wait_for_everyone()
 
     @contextmanager
@@ -166,11 +209,12 @@ class MoreRuns:
         handled = {
             name: getattr(handler, name) for name in ("model", "optimizer", "lr_scheduler", "train_dataloader", "callbacks")
         }
-        states, generators = _callback_states(trainer), _generators()
+        states = _callback_states(trainer)
         # The main run's reports are not mixed with the others'.
         handler.callbacks = [c for c in handler.callbacks if not type(c).__module__.startswith("transformers.integrations")]
         try:
-            yield
+            with random_state_kept():
+                yield
         finally:
             for name, value in kept.items():
                 setattr(trainer, name, value)
@@ -180,7 +224,6 @@ class MoreRuns:
             trainer.model.load_state_dict(weights)
             trainer.model.zero_grad()
             _restore_callbacks(trainer, states)
-            _restore_generators(generators)
 
 
 def _subset(dataset: Any, mask: Bool[Tensor, " n_train"]) -> Any:
@@ -198,16 +241,3 @@ def _restore_callbacks(trainer: Trainer, states: dict[int, dict[str, Any]]) -> N
     for callback in trainer.callback_handler.callbacks:
         for name, value in states.get(id(callback), {}).items():
             setattr(callback, name, copy.deepcopy(value))
-
-
-def _generators() -> tuple[Any, ...]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda  # noqa: NPY002 (the Trainer's own)
-
-
-def _restore_generators(states: tuple[Any, ...]) -> None:
-    random.setstate(states[0])
-    np.random.set_state(states[1])  # noqa: NPY002
-    torch.set_rng_state(states[2])
-    if states[3]:
-        torch.cuda.set_rng_state_all(states[3])

@@ -5,6 +5,7 @@ A run that was begun with the same settings goes on from the last checkpoint it 
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,66 +15,15 @@ from jaxtyping import Bool
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hf_trak.hashing import hash_json, random_bits, stream_key
-from hf_trak.members import Members
-from hf_trak.storage.differences import list_differences
+from hf_trak.hashing import random_bits, stream_key
 from hf_trak.storage.files import read_json, write_atomically, write_json
-from hf_trak.training_args import AttributionArguments
+from hf_trak.training.checkpoints import last_checkpoint
+from hf_trak.training.run_identity import compare_weights, list_run_differences
 
-_RECORD = "run.json"
+logger = logging.getLogger(__name__)
+
+RECORD_NAME = "run.json"
 _MASKS = "masks.safetensors"
-# The arguments that decide the weights a run ends with.
-_DECISIVE = [
-    "subset_alpha",
-    "seed",
-    "data_seed",
-    "full_determinism",
-    "num_train_epochs",
-    "max_steps",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "auto_find_batch_size",
-    "dataloader_drop_last",
-    "train_sampling_strategy",
-    "learning_rate",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs",
-    "warmup_steps",
-    "optim",
-    "optim_args",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "max_grad_norm",
-    "label_smoothing_factor",
-    "neftune_noise_alpha",
-    "bf16",
-    "fp16",
-    "tf32",
-    "load_best_model_at_end",
-    "metric_for_best_model",
-    "world_size",
-]
-
-
-def describe_run(args: AttributionArguments, model: Any, dataset: Any) -> dict[str, Any]:
-    """Return what decides a run, but for the initial weights and the code."""
-    settings = {name: getattr(args, name) for name in _DECISIVE if hasattr(args, name)}
-    plain = {
-        name: value if isinstance(value, (int, float, str, type(None))) else str(value) for name, value in settings.items()
-    }
-    members = Members.parse(args.members)
-    shapes = {name: [list(p.shape), p.requires_grad] for name, p in model.named_parameters()}
-    return {
-        # An ensemble of runs may grow: those there are stay what they were.
-        "members": args.members if members.is_single_run else members.kind,
-        **plain,
-        "model_class": type(model).__name__,
-        "parameters_sha256": hash_json(shapes),
-        "dataset": getattr(dataset, "_fingerprint", None) or type(dataset).__name__,
-        "n_rows": len(dataset) if hasattr(dataset, "__len__") else None,
-    }
 
 
 @dataclass(frozen=True)
@@ -92,26 +42,69 @@ class RunRecord:
 
     @property
     def _path(self) -> Path:
-        return self.folder / _RECORD
+        return self.folder / RECORD_NAME
+
+    def _recorded(self) -> dict[str, Any] | None:
+        """Return what is recorded; None if nothing is.
+
+        Raises:
+            ValueError: If the record is damaged.
+        """
+        if not self._path.is_file():
+            return None
+        found = read_json(self._path)
+        if not isinstance(found, dict) or not isinstance(found.get("settings"), dict) or "result" not in found:
+            raise ValueError(f"{self._path} is damaged: it records no run. Delete it, and training starts again.")
+        return found
 
     def differences(self) -> list[str]:
         """Return one line per setting in which the run recorded here differs from this one; none if there is no record."""
-        return list_differences(read_json(self._path)["settings"], self.settings) if self._path.is_file() else []
+        found = self._recorded()
+        return [] if found is None else list_run_differences(found["settings"], self.settings)
+
+    def difference_of_weights(self) -> tuple[bool, str | None]:
+        """Return whether the initial weights may be those of the run recorded here, and a line that says how they differ, if they do."""
+        found = self._recorded()
+        return (True, None) if found is None else compare_weights(found["settings"], self.settings)
 
     def result(self) -> dict[str, Any] | None:
         """Return what a finished run reported; None if it has not finished or was another."""
-        if not self._path.is_file() or self.differences():
-            return None
-        return read_json(self._path)["result"]
+        found = self._recorded()
+        return None if found is None or self.differences() else found["result"]
 
     def checkpoint(self) -> Path | None:
-        """Return the last whole checkpoint of an unfinished run of these settings."""
-        if not self._path.is_file() or self.differences() or self.result() is not None:
+        """Return the last whole checkpoint of an unfinished run of these settings.
+
+        What keeps one from being used is said: settings that differ, with both values, or what is damaged.
+        """
+        found = self._recorded()
+        if found is None or found["result"] is not None:
             return None
-        begun = self._path.stat().st_mtime_ns
+        is_same, weights = self.difference_of_weights()
+        lines = [*self.differences(), *([] if is_same or weights is None else [weights])]
+        if lines:
+            logger.warning(
+                "%s records an unfinished run of other settings, so training starts again:\n%s",
+                self._path,
+                "\n".join(f"  {line}" for line in lines),
+            )
+            return None
+        if self.settings["arguments"]["save_only_model"]:
+            if any(self.checkpoints.glob("checkpoint-*")):
+                logger.warning("Checkpoints hold the weights alone (save_only_model=True), so training starts again.")
+            return None
         # The Trainer writes its state last; what is older than the record was another run's.
-        states = [path for path in self.checkpoints.glob("checkpoint-*/trainer_state.json") if path.stat().st_mtime_ns >= begun]
-        return max((path.parent for path in states), key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+        last = last_checkpoint(
+            self.checkpoints, since_ns=self._path.stat().st_mtime_ns, world_size=self.settings["arguments"]["world_size"]
+        )
+        if last is not None and weights is not None:
+            logger.warning(
+                "Training goes on from %s, whose run began with other weights. Pass resume_from_checkpoint=False to start again. "
+                "The %s.",
+                last,
+                weights,
+            )
+        return last
 
     def begin(self) -> None:
         """Record that the run is about to begin."""

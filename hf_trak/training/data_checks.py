@@ -1,0 +1,159 @@
+"""What a trainer is given to train on, checked before it trains: a dataset whose rows have numbers, with the columns that are attributed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import Trainer
+
+if TYPE_CHECKING:
+    from hf_trak.tasks import Task
+
+
+def check_training_set(dataset: Any) -> None:
+    """Check that a training set can be attributed to.
+
+    Raises:
+        ValueError: With how to make a `datasets.Dataset` of it.
+    """
+    if isinstance(dataset, Dataset):
+        if len(dataset) == 0:
+            raise ValueError("The training set is empty: there is nothing to train on or to attribute to.")
+        return
+    raise ValueError(
+        f"`train_dataset` must be a `datasets.Dataset`, whose rows have numbers to be attributed to, but is {_what(dataset)}. "
+        f"{_way_out(dataset)}"
+    )
+
+
+def check_evaluation_set(dataset: Any) -> None:
+    """Check that an evaluation set is one that `Trainer` can evaluate.
+
+    Raises:
+        ValueError: With how to make a `datasets.Dataset` of it.
+    """
+    if isinstance(dataset, Mapping):
+        for one in dataset.values():
+            check_evaluation_set(one)
+    elif dataset is not None and not isinstance(
+        dataset, (Dataset, IterableDataset, torch.utils.data.Dataset, list, tuple, str)
+    ):
+        raise ValueError(f"`eval_dataset` is {_what(dataset)}, which `Trainer` cannot evaluate. {_way_out(dataset)}")
+
+
+def choose_queries(given: Any, evaluation: Any) -> Dataset:
+    """Return the queries that are meant: those given, the evaluation set of a given name, or the only evaluation set.
+
+    Raises:
+        ValueError: If it is not clear which, or they are no `datasets.Dataset`.
+    """
+    if isinstance(given, str):
+        if not isinstance(evaluation, Mapping) or given not in evaluation:
+            names = ", ".join(evaluation) if isinstance(evaluation, Mapping) else "one without a name"
+            raise ValueError(f"There is no evaluation set {given!r} in `eval_dataset`; it has {names}.")
+        given = evaluation[given]
+    queries = evaluation if given is None else given
+    if queries is None:
+        raise ValueError("There are no queries; give an `eval_dataset` to the trainer, or `queries`.")
+    if (line := _describe_unfit_queries(queries)) is not None:
+        raise ValueError(line)
+    return queries
+
+
+def describe_unfit_evaluation_set(evaluation: Any) -> str | None:
+    """Return why `attribute()` cannot take an evaluation set as its queries, and what to do; None if it can, or there is none."""
+    return None if evaluation is None else _describe_unfit_queries(evaluation)
+
+
+def _describe_unfit_queries(queries: Any) -> str | None:
+    if isinstance(queries, Mapping):
+        first = next(iter(queries), "validation")
+        return (
+            f"`eval_dataset` holds several sets ({', '.join(queries)}), so `attribute()` does not know which are the queries: say "
+            f"`attribute(queries={first!r})`."
+        )
+    if not isinstance(queries, Dataset):
+        return f"Queries must be a `datasets.Dataset`, but are {_what(queries)}. {_way_out(queries)}"
+    return None
+
+
+def check_columns(trainer: Trainer, task: Task) -> None:
+    """Check that training reads the columns that are attributed.
+
+    Raises:
+        ValueError: Naming those that `Trainer` drops before rows are collated.
+    """
+    dataset = trainer.train_dataset
+    if not trainer.args.remove_unused_columns or is_transformed(dataset):
+        return
+    trainer._set_signature_columns_if_needed()
+    read = list(dict.fromkeys(_names(task.columns_read(dataset.features))))
+    dropped = [name for name in read if name in dataset.column_names and name not in (trainer._signature_columns or [])]
+    if dropped:
+        raise ValueError(
+            f"Attribution reads {', '.join(map(repr, read))}, but `Trainer` drops {', '.join(map(repr, dropped))} before it collates rows, "
+            f"since {type(trainer.model).__name__}.forward does not take {'them' if len(dropped) > 1 else 'it'}: the model would be "
+            "trained on other inputs than it is attributed on. Prepare the rows with `map` or `with_transform`, or set "
+            "`remove_unused_columns=False` and give a `data_collator` that reads these columns."
+        )
+
+
+def _names(columns: Any) -> Iterable[str]:
+    if isinstance(columns, str):
+        yield columns
+    elif isinstance(columns, (Mapping, list, tuple)):
+        for item in columns.values() if isinstance(columns, Mapping) else columns:
+            yield from _names(item)
+
+
+def is_transformed(dataset: Any) -> bool:
+    """Return whether a dataset's rows are made by a function when they are read (`with_transform`)."""
+    return isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
+
+
+class WithoutColumns:
+    """A transform of rows, of which columns are dropped that it has only read.
+
+    Args:
+        transform (`Callable`): From columns to columns, as `Dataset.with_transform` takes it.
+        dropped (`Iterable[str]`): Columns of the dataset beneath.
+    """
+
+    def __init__(self, transform: Any, dropped: Iterable[str]) -> None:
+        self.transform = transform
+        self.dropped = frozenset(dropped)
+
+    def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
+        return {name: values for name, values in self.transform(rows).items() if name not in self.dropped}
+
+
+def _what(dataset: Any) -> str:
+    if isinstance(dataset, Mapping):
+        return f"a {type(dataset).__name__} of {', '.join(map(str, list(dataset)[:5]))}"
+    streaming = isinstance(dataset, (IterableDataset, torch.utils.data.IterableDataset))
+    article = "an" if type(dataset).__name__[:1] in "AEIOU" else "a"
+    return "None" if dataset is None else f"{article} {type(dataset).__name__}{', which is streaming' * streaming}"
+
+
+def _way_out(dataset: Any) -> str:
+    name, module = type(dataset).__name__, type(dataset).__module__.partition(".")[0]
+    if dataset is None:
+        return "Give the rows to train on."
+    if isinstance(dataset, (IterableDataset, torch.utils.data.IterableDataset)):
+        return "Load it without `streaming=True`, or keep what you need of it: `Dataset.from_list(list(stream.take(n)))`."
+    if isinstance(dataset, Mapping) and all(isinstance(one, Dataset) for one in dataset.values()):
+        return f"Give one of its splits, such as `dataset[{next(iter(dataset), 'train')!r}]`."
+    if isinstance(dataset, Mapping):
+        return "Make one of columns with `Dataset.from_dict(columns)`."
+    if isinstance(dataset, (list, tuple)):
+        return "Make one of rows that are dictionaries with `Dataset.from_list(rows)`."
+    if name in ("DataFrame", "LazyFrame"):
+        return f"Make one with `Dataset.from_{'polars' if module == 'polars' else 'pandas'}(frame)`."
+    if isinstance(dataset, str):
+        return "Load it with `load_dataset(...)`."
+    if isinstance(dataset, torch.utils.data.Dataset):
+        return "Make one of its rows, as dictionaries, with `Dataset.from_list([...])` or `Dataset.from_generator(...)`."
+    return "Make one with `Dataset.from_list`, `Dataset.from_dict` or `load_dataset`."
