@@ -14,11 +14,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from hf_trak.gradients.affine import factors, is_affine, may_be_affine
 from hf_trak.gradients.batch import BatchFeatures, OutputFunction, check_outputs, evaluation_mode, working_dtype
 from hf_trak.gradients.frozen import frozen_layers
 from hf_trak.gradients.rules import Contribution, Dense, Outer, Rows, find_rule, looks_at_values, own_parameters, owners
+from hf_trak.gradients.taps import Taps
 from hf_trak.projectors import Projector
 
 _COUNTED_POSITIONS = ("BartLearnedPositionalEmbedding", "MBartLearnedPositionalEmbedding")
@@ -73,6 +75,8 @@ class _Watch:
 
     def __enter__(self) -> _Watch:
         self.stack = ExitStack()
+        self.taps = Taps()
+        self.stack.callback(self.taps.close)
         self.stack.enter_context(frozen_layers(self.model, unless=lambda: self.recomputing))
         for module in self.owned:
             rule = find_rule(module)
@@ -119,10 +123,13 @@ class _Watch:
                     self._add(bias, {"weight": Dense(total)})
 
             expanded = values.expand(self.batch_size, *values.shape[1:])
-            return _on_gradient([expanded], lambda grads: catch(grads[0]))[0]
+            return self._tap(expanded, catch)
 
         attention.compute_bias = compute_for_each  # type: ignore[assignment]
         self.stack.callback(attention.__dict__.pop, "compute_bias", None)
+
+    def _tap(self, output: Tensor, catch: Callable[[Tensor], None]) -> Tensor:
+        return self.taps.tap([output], lambda grads: catch(grads[0]))[0]
 
     def __exit__(self, *exception: object) -> None:
         self.stack.close()
@@ -180,7 +187,7 @@ class _Watch:
                 self._add(module, {"weight": Rows(rows, values)})
 
         expanded = output.expand(self.batch_size, *output.shape[1:])
-        return _on_gradient([expanded], lambda grads: catch(grads[0]))[0]
+        return self._tap(expanded, catch)
 
     def _catch(self, rule: Callable[..., dict[str, Contribution]]) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
@@ -198,7 +205,7 @@ class _Watch:
                 with torch.no_grad():
                     self._add(module, rule(module, floating, grads.detach().to(dtype)))
 
-            return _on_gradient([output], lambda grads: catch(grads[0]))[0]
+            return self._tap(output, catch)
 
         return hook
 
@@ -208,12 +215,15 @@ class _Watch:
             return None
         leaves, structure = tree_flatten((args, kwargs))
         own = {name: parameter.detach() for name, parameter in own_parameters(module).items() if name in self.owned[module]}
-        # Autocast may have handed the module bfloat16; run again outside of it, it computes in its parameters' dtype.
-        dtype = next(iter(own.values())).dtype
-        leaves = [_as_dtype(leaf.detach(), dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         results, result_structure = tree_flatten(output)
         differentiable = [i for i, leaf in enumerate(results) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         outputs: list[Tensor] = [results[i] for i in differentiable]
+        affine = self._catch_affine(module, leaves, structure, output)
+        if affine is not None:
+            return affine
+        # Autocast may have handed the module bfloat16; run again outside of it, it computes in its parameters' dtype.
+        dtype = next(iter(own.values())).dtype
+        leaves = [_as_dtype(leaf.detach(), dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         for tensor in outputs:
             self._require_examples(module, tensor)
         batched = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.shape[:1] == (self.batch_size,)]
@@ -230,13 +240,12 @@ class _Watch:
         def grads_of_one(examples: list[Tensor], grads: list[Tensor]) -> dict[str, Tensor]:
             return vjp(lambda parameters: run(parameters, examples), own)[1](grads)[0]
 
-        def catch(grads: list[Tensor | None]) -> None:
-            filled = [torch.zeros_like(x) if grad is None else grad for x, grad in zip(outputs, grads, strict=True)]
+        def catch(grads: list[Tensor]) -> None:
             if self.accumulator is None:
-                self._start(filled[0])
+                self._start(grads[0])
             self.recomputing = True
             try:
-                examples = [leaves[i] for i in batched], [_as_dtype(grad.detach(), dtype) for grad in filled]
+                examples = [leaves[i] for i in batched], [_as_dtype(grad.detach(), dtype) for grad in grads]
                 values = _over_examples(grads_of_one, *examples) if looks_at_values(module) else vmap(grads_of_one)(*examples)
             except Exception as error:
                 raise ValueError(
@@ -247,9 +256,44 @@ class _Watch:
                 self.recomputing = False
             self._add(module, {name: Dense(value) for name, value in values.items()})
 
-        for i, watched in zip(differentiable, _on_gradient(outputs, catch), strict=True):
+        for i, watched in zip(differentiable, self.taps.tap(outputs, catch), strict=True):
             results[i] = watched
         return tree_unflatten(results, result_structure)
+
+    def _catch_affine(self, module: nn.Module, leaves: list[Any], structure: TreeSpec, output: Any) -> Tensor | None:
+        """For a module that scales and shifts, whatever its class: see `affine.py`. None if it is no such module."""
+        own = own_parameters(module)
+        if not isinstance(output, Tensor) or not may_be_affine(module, own, output):
+            return None
+        dtype = working_dtype(output.dtype)
+        leaves = [_as_dtype(leaf.detach(), dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        like = {name: torch.empty_like(parameter, dtype=dtype) for name, parameter in own.items()}
+
+        def run(parameters: dict[str, Tensor]) -> Tensor:
+            args, kwargs = tree_unflatten(leaves, structure)
+            self.recomputing, before = True, self.recomputing
+            try:
+                with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
+                    return functional_call(module, parameters, args, kwargs, tie_weights=False)
+            finally:
+                self.recomputing = before
+
+        if not is_affine(module, like, run):
+            return None
+        self._require_examples(module, output, parts=True)
+
+        def catch(grads: Tensor) -> None:
+            if self.accumulator is None:
+                self._start(grads)
+            found = {}
+            with torch.no_grad():
+                for name, factor in factors(like, run).items():
+                    shape = own[name].shape
+                    products = grads.to(dtype) * factor
+                    found[name] = Dense(products.reshape(self.batch_size, -1, *shape).sum(1))
+            self._add(module, found)
+
+        return self._tap(output, catch)
 
     def _require_examples(self, module: nn.Module, tensor: Tensor, *, parts: bool = False) -> None:
         """Refuse a tensor whose first axis is not the examples; with `parts`, several rows in succession may make an example."""
@@ -289,21 +333,6 @@ def _over_examples(
     """Call a function example by example, for a module that looks at values, as `vmap` forbids."""
     rows = [function([x[row] for x in examples], [x[row] for x in grads]) for row in range(len(grads[0]))]
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-
-
-def _on_gradient(outputs: list[Tensor], catch: Callable[[list[Any]], None]) -> list[Tensor]:
-    """Call `catch` with the gradients of `outputs` once all are known; return what is to be used in their place.
-
-    Where autograd has not begun, it begins here; a copy then goes on, since a leaf may not be changed in place.
-    """
-    begins = [not output.requires_grad for output in outputs]
-    for output in outputs:
-        output.requires_grad_()
-    if len(outputs) == 1:
-        outputs[0].register_hook(lambda grad: catch([grad]))
-    elif outputs:
-        torch.autograd.graph.register_multi_grad_hook(outputs, lambda grads: catch(list(grads)))
-    return [output.clone() if begin else output for output, begin in zip(outputs, begins, strict=True)]
 
 
 def _as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
