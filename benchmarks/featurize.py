@@ -128,7 +128,8 @@ def relative_error(
         "parameters": parameters,
         "projector": projector,
     }
-    check_gradients(model, {key: value[:2] for key, value in batch.items()}, **arguments)
+    checked = {key: arguments[key] for key in ("output_function", "parameters")}
+    check_gradients(model, lambda chosen: {key: value[list(chosen)] for key, value in batch.items()}, 2, **checked)
     features = layerwise_features(model, batch, **arguments).features.double()
     model.eval().double()
     errors = []

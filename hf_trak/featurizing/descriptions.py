@@ -35,6 +35,7 @@ def describe_member(folder: Path, plan: Pass, featurizer: Featurizer, dataset: D
         **describe_processing(featurizer.processing_class, dataset.column_names),
         "coverage": featurizer.selection.coverage,
         "grad_dim": featurizer.selection.grad_dim,
+        "engine": featurizer.engine.to_dict() if featurizer.engine is not None else None,
         "versions": library_versions(),
         "hardware": hardware_name(featurizer.device),
         **_describe_bank(featurizer),

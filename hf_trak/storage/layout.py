@@ -17,6 +17,7 @@ KERNEL_NAME = "kernel.safetensors"
 MASK_NAME = "mask.safetensors"
 BANK_NAME = "bank.safetensors"
 PROGRESS = ".progress"
+ENGINE_NAME = "engine.json"  # in `.progress`: which engine makes the gradients, of all processes and calls
 IDENTITY_NAME = "identity.json"  # in `.progress`: what the member will be of
 
 
