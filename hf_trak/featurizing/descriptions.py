@@ -42,6 +42,7 @@ def describe_member(folder: Path, plan: Pass, featurizer: Featurizer, dataset: D
         "training_set": describe_dataset(dataset),
         "coverage": featurizer.selection.coverage,
         "grad_dim": featurizer.selection.grad_dim,
+        "engine": featurizer.engine.to_dict() if featurizer.engine is not None else None,
         "versions": library_versions(),
         "hardware": hardware_name(featurizer.device),
         **_describe_bank(featurizer),

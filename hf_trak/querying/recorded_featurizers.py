@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from hf_trak.config import TrakConfig
 from hf_trak.featurizing.descriptions import describe_featurizer, library_minors, recorded_checkpoint, warn_of_libraries
+from hf_trak.featurizing.engines import EngineChoice
 from hf_trak.featurizing.featurize import featurize_rows
 from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.members import Pass
@@ -92,6 +93,8 @@ class QuerySide:
             )
         if (bank := self.members[first].bank()) is not None:
             featurizer.use_bank(Bank.from_tensors(bank))
+        if (engine := self.members[first].info.get("engine")) is not None:
+            featurizer.use_engine(EngineChoice(**engine))
         featurizer.use_task(in_direction(featurizer.task.for_queries(), direction))
         return featurizer
 
