@@ -32,6 +32,7 @@ FLOORS = {
     "storage": 1,
     "tasks": 1,
     "config": 0,
+    "errors": 0,
     "hashing": 0,
     "linalg": 0,
     "members": 0,

@@ -109,7 +109,7 @@ def build_members(
             device=processes.device,
         )
         check_whole(featurizer.model)
-        featurizer.task.check(dataset, featurizer.processing_class)
+        featurizer.check(dataset)
         if number == 0:
             if needs_bank(featurizer.task):
                 draw_rows(

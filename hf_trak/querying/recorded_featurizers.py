@@ -10,7 +10,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from hf_trak.config import TrakConfig
-from hf_trak.featurizing.descriptions import describe_featurizer, recorded_checkpoint
+from hf_trak.featurizing.descriptions import describe_featurizer, recorded_checkpoint, recorded_processor
 from hf_trak.featurizing.featurize import featurize_rows
 from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.members import Pass
@@ -75,7 +75,7 @@ class QuerySide:
         featurizer = Featurizer(
             recorded_checkpoint(self.folder, place) if given is None else given,
             self.config,
-            self.processing_class,
+            self.processing_class if self.processing_class is not None else recorded_processor(self.folder, self.members[first].info),
             task=self.task,
             seed=plan.seeds,
             dropout_seed=plan.dropout_seed,
@@ -115,7 +115,7 @@ def featurize_queries(
     """Return the trak_* columns of queries, in float32; those of several sketches as [`encode_pass`] names them."""
     if len(queries) == 0:
         raise ValueError("There are no queries: the dataset is empty.")
-    featurizer.task.check(queries, featurizer.processing_class)
+    featurizer.check(queries)
     with tqdm(total=len(queries), unit="rows", desc=description, disable=not progress) as bar:
         found = featurize_rows(featurizer, queries, range(len(queries)), batch_size=batch_size, on_batch=bar.update)
     return encode_pass(found.features, found.output, found.out_to_loss, seeds=featurizer.seeds, dtype="float32")

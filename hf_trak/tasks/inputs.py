@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_trak.errors import MissingProcessor
+
 if TYPE_CHECKING:
     from datasets import Dataset, Features
     from transformers import PreTrainedModel
@@ -69,7 +71,7 @@ class TextInputs:
             if getattr(features[column], "dtype", None) not in ("string", "large_string"):
                 raise ValueError(f"The text column {column!r} holds {features[column]}, not strings. Set `text_columns`.")
         if processing_class is None:
-            raise ValueError("Text columns need a tokenizer: pass it as `processing_class`, or tokenize the dataset first.")
+            raise MissingProcessor("Text columns need a tokenizer: pass it as `processing_class`, or tokenize the dataset first.")
 
     def _columns(self, features: Features) -> list[str]:
         if self.text_columns is not None:
@@ -141,7 +143,7 @@ class ImageInputs:
             return
         self._column(features)
         if processing_class is None:
-            raise ValueError("An image column needs an image processor: pass it as `processing_class`.")
+            raise MissingProcessor("An image column needs an image processor: pass it as `processing_class`.")
 
     def _column(self, features: Features) -> str:
         column = self._named_or_found(features)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_trak.config import TrakConfig
+from hf_trak.errors import MissingProcessor
 from hf_trak.tasks.inputs import Rows
 from hf_trak.tasks.token_outputs import IGNORED
 
@@ -102,7 +103,7 @@ class TokenInputs(abc.ABC):
     @staticmethod
     def _need_tokenizer(processing_class: Any) -> None:
         if processing_class is None:
-            raise ValueError("Text columns need a tokenizer: pass it as `processing_class`, or tokenize the dataset first.")
+            raise MissingProcessor("Text columns need a tokenizer: pass it as `processing_class`, or tokenize the dataset first.")
 
     def _is_tokenized(self, columns: Sequence[str] | Rows | Features) -> bool:
         return "input_ids" in columns and self.text_columns is None
