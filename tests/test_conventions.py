@@ -36,6 +36,7 @@ FLOORS = {
     "hashing": 0,
     "linalg": 0,
     "members": 0,
+    "plain_text": 0,
     "models": 0,
     "products": 0,
     "processes": 0,

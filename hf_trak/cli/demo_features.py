@@ -43,7 +43,9 @@ def featurize(args: DemoArguments, data: DemoData, folder: Path) -> AttributionI
     from hf_trak.index import AttributionIndex
 
     config = FeatureArguments(**_features(args)).trak_config()
-    return AttributionIndex.build(folder / "index", models=args.model, dataset=data.train, config=config)
+    return AttributionIndex.build(
+        folder / "index", models=args.model, dataset=data.train, config=config, processing_class=args.processor
+    )
 
 
 def train_and_featurize(args: DemoArguments, data: DemoData, folder: Path) -> AttributionIndex:

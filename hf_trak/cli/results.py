@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_trak.plain_text import mask_secrets
+
 
 def results_of(
     name: str, arguments: Sequence[str], rows: Sequence[Mapping[str, Any]], *, versions: Mapping[str, str], hardware: str
@@ -25,7 +27,7 @@ def results_of(
     """
     return {
         "name": name,
-        "command": shlex.join(["hf-trak", *arguments]),
+        "command": mask_secrets(shlex.join(["hf-trak", *arguments])),
         "commit": commit(),
         "versions": dict(versions),
         "hardware": hardware,

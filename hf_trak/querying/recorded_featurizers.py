@@ -75,7 +75,9 @@ class QuerySide:
         featurizer = Featurizer(
             recorded_checkpoint(self.folder, place) if given is None else given,
             self.config,
-            self.processing_class if self.processing_class is not None else recorded_processor(self.folder, self.members[first].info),
+            self.processing_class
+            if self.processing_class is not None
+            else recorded_processor(self.folder, self.members[first].info),
             task=self.task,
             seed=plan.seeds,
             dropout_seed=plan.dropout_seed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +85,20 @@ def load_adapter(source: str, listing: Listing, revision: str | None = None, *, 
             f"The base model of the adapter {source} is not there: {error} Correct base_model_name_or_path in its {_CONFIG}."
         ) from error
     base_revision = base_listing.commit or base_revision
-    kind, options = _class_of(source, listing, revision, values, shapes, base, base_revision, trust_remote_code=trust_remote_code)
+    kind, options = _class_of(
+        source, listing, revision, values, shapes, base, base_revision, trust_remote_code=trust_remote_code
+    )
     with reached(base_listing):
         model, info = load_with_report(kind, base, base_listing, base_revision, **options)
     own = set(shapes)
     check_weights(model, info, base, elsewhere=[name for name in info["missing_keys"] if name in own] + _replaced(info, own))
     _resize(model, shapes)
     config = PeftConfig.from_pretrained(source, revision=revision)
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"{source} is a prompt or prefix ({values['peft_type']}), which PEFT cannot load as trainable parameters. {_YOURSELF}, with the "
+            "prompt's parameters set to requires_grad."
+        )
     loaded = PeftModel.from_pretrained(model, source, revision=revision, is_trainable=True, config=config)
     _check_adapter(loaded, source, own)
     return loaded
@@ -108,9 +116,15 @@ def _shapes(source: str, revision: str | None) -> dict[str, tuple[int, ...]]:
     path = cached_file(source, _WEIGHTS, revision=revision)
     try:
         with safe_open(path, "pt") as file:
-            return {name.removeprefix("base_model.model."): tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            names = list(file.keys())
+            return {_own_name(name): tuple(file.get_slice(name).get_shape()) for name in names}
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}. Save or download the adapter again.") from error
+
+
+def _own_name(name: str) -> str:
+    """Return what the base model calls a weight; prompts, which it does not have, keep their names."""
+    return re.sub(r"^base_model\.(model\.)?", "", name)
 
 
 def _replaced(info: dict[str, Any], own: set[str]) -> list[str]:
@@ -173,7 +187,9 @@ def _n_labels(source: str, shapes: dict[str, tuple[int, ...]], base: str, config
     heads = {
         name: shape[0]
         for name, shape in shapes.items()
-        if name.endswith("weight") and "lora_" not in name and name.split(".")[0] in ("score", "classifier", "classification_head")
+        if name.endswith("weight")
+        and "lora_" not in name
+        and name.split(".")[0] in ("score", "classifier", "classification_head")
     }
     # Of a head of several layers, the last one has the labels.
     outermost = [size for name, size in heads.items() if not name.endswith("dense.weight")]
@@ -190,7 +206,11 @@ def _n_labels(source: str, shapes: dict[str, tuple[int, ...]], base: str, config
 
 def _resize(model: Any, shapes: dict[str, tuple[int, ...]]) -> None:
     """Give the base model as many tokens as the adapter's own embedding has."""
-    rows = [shape[0] for name, shape in shapes.items() if name.endswith(("embed_tokens.weight", "word_embeddings.weight", "wte.weight"))]
+    rows = [
+        shape[0]
+        for name, shape in shapes.items()
+        if name.endswith(("embed_tokens.weight", "word_embeddings.weight", "wte.weight"))
+    ]
     if rows and rows[0] != model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(rows[0])
 
@@ -203,7 +223,7 @@ def _check_adapter(model: Any, source: str, own: set[str]) -> None:
     """
     from peft import get_peft_model_state_dict
 
-    needed = {name.removeprefix("base_model.model.") for name in get_peft_model_state_dict(model, save_embedding_layers=False)}
+    needed = {_own_name(name) for name in get_peft_model_state_dict(model, save_embedding_layers=False)}
     if missing := sorted(needed - own):
         raise ValueError(
             f"{_WEIGHTS} of {source} lacks {len(missing)} weights that its {_CONFIG} asks for, which would be random: "

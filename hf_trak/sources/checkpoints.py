@@ -90,5 +90,7 @@ def _configuration(source: str, listing: Listing, revision: str | None, *, trust
         reason = " ".join(str(error).split())[:300].rstrip(".")
         raise ValueError(f"config.json of {source} cannot be read: {reason} ({type(error).__name__}). Restore it.") from error
     if not isinstance(config.architectures, (list, tuple, type(None))):
-        raise ValueError(f"config.json of {source} is damaged: `architectures` must be a list of names, but is {config.architectures!r}.")
+        raise ValueError(
+            f"config.json of {source} is damaged: `architectures` must be a list of names, but is {config.architectures!r}."
+        )
     return config

@@ -166,7 +166,13 @@ def _load(source: str, listing: Listing, *, revision: str | None, trust_remote_c
 
     _check_settings(source, listing, revision)
     reads_text, reads_pixels = _has(listing, _TOKENIZER), _has(listing, _PIXELS)
-    kinds = [AutoProcessor] if reads_text and reads_pixels else [AutoTokenizer] if reads_text else [AutoImageProcessor, AutoProcessor]
+    kinds = (
+        [AutoProcessor]
+        if reads_text and reads_pixels
+        else [AutoTokenizer]
+        if reads_text
+        else [AutoImageProcessor, AutoProcessor]
+    )
     reason = ""
     for kind in kinds:
         try:

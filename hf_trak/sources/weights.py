@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import re
@@ -38,8 +39,19 @@ def load_weights(kind: type, source: str, listing: Listing, revision: str | None
         ValueError: If a file is damaged, or weights are missing, left over or of another shape.
     """
     model, info = load_with_report(kind, source, listing, revision, **options)
+    if (
+        info["missing_keys"]
+        and all(name.startswith("pooler.") for name in info["missing_keys"])
+        and _can_do_without_pooler(kind)
+    ):
+        # Encoders of sentences are saved without the pooler, which nothing of theirs uses. Without it, nothing random can be used.
+        model, info = load_with_report(kind, source, listing, revision, add_pooling_layer=False, **options)
     check_weights(model, info, source)
     return model
+
+
+def _can_do_without_pooler(kind: type) -> bool:
+    return "add_pooling_layer" in inspect.signature(kind.__init__).parameters  # type: ignore[misc]
 
 
 def load_with_report(
@@ -101,7 +113,9 @@ def _mapped_files(source: str, revision: str | None) -> set[str]:
             raise TypeError("the weight map must hold names of files")
         return set(files)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{_INDEX} of {source} is damaged: {_first_line(error)}. Copy or download the checkpoint again.") from error
+        raise ValueError(
+            f"{_INDEX} of {source} is damaged: {_first_line(error)}. Copy or download the checkpoint again."
+        ) from error
 
 
 def _damaged(source: str, listing: Listing) -> str:
@@ -132,11 +146,15 @@ def check_weights(model: PreTrainedModel, info: dict[str, Any], source: str, *, 
         ValueError: Naming weights that are missing, left over or of another shape.
     """
     missing = sorted(set(info["missing_keys"]) - set(elsewhere))
-    mismatched = sorted((name, tuple(there), tuple(here)) for name, there, here in info["mismatched_keys"] if name not in elsewhere)
+    mismatched = sorted(
+        (name, tuple(there), tuple(here)) for name, there, here in info["mismatched_keys"] if name not in elsewhere
+    )
     unexpected = sorted(info["unexpected_keys"])
     kind = type(model).__name__
     if mismatched:
-        shapes = "; ".join(f"{name} is {there} in the file and {here} in the model" for name, there, here in mismatched[:_SHOWN])
+        shapes = "; ".join(
+            f"{name} is {there} in the file and {here} in the model" for name, there, here in mismatched[:_SHOWN]
+        )
         raise ValueError(
             f"Weights of {source} ({len(mismatched)}) have other shapes than {kind} with this config.json: {shapes}{_more(mismatched)}. "
             "They were not loaded. Use the configuration that the model was trained with."
@@ -151,7 +169,9 @@ def check_weights(model: PreTrainedModel, info: dict[str, Any], source: str, *, 
             "trained computes with them, this one would not. Use the class and the configuration it was trained with."
         )
     if unexpected:
-        logger.warning("%s: the weights of another head are left out, which %s does not have: %s.", source, kind, _list(unexpected))
+        logger.warning(
+            "%s: the weights of another head are left out, which %s does not have: %s.", source, kind, _list(unexpected)
+        )
 
 
 def check_dtype(model: PreTrainedModel, compute_dtype: str) -> None:
@@ -199,7 +219,11 @@ def _renamed(missing: Iterable[str], unexpected: Collection[str]) -> str | None:
     if removed:
         said = f"the names of {count} weights contain `{removed}`" + (f", as {wrapper} writes them" if wrapper else "")
         first = next(name for name in sorted(unexpected) if removed in name)
-        mend = f"name.replace({removed!r}, {put!r}, 1)" if put or not first.startswith(removed) else f"name.removeprefix({removed!r})"
+        mend = (
+            f"name.replace({removed!r}, {put!r}, 1)"
+            if put or not first.startswith(removed)
+            else f"name.removeprefix({removed!r})"
+        )
     else:
         said, mend = f"the names of {count} weights lack the prefix `{put}`", f"{put!r} + name"
         first = min(unexpected)
@@ -244,7 +268,12 @@ def _weights_of_relatives(model: PreTrainedModel) -> set[str]:
             try:
                 with torch.device("meta"):
                     names |= set(kind(model.config).state_dict())
-            except (ValueError, TypeError, AttributeError, NotImplementedError):  # a class that this configuration does not serve
+            except (
+                ValueError,
+                TypeError,
+                AttributeError,
+                NotImplementedError,
+            ):  # a class that this configuration does not serve
                 continue
     return names
 
@@ -259,5 +288,3 @@ def _more(names: Collection[Any]) -> str:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
-
-

@@ -71,7 +71,9 @@ class TextInputs:
             if getattr(features[column], "dtype", None) not in ("string", "large_string"):
                 raise ValueError(f"The text column {column!r} holds {features[column]}, not strings. Set `text_columns`.")
         if processing_class is None:
-            raise MissingProcessor("Text columns need a tokenizer: pass it as `processing_class`, or tokenize the dataset first.")
+            raise MissingProcessor(
+                "Text columns need a tokenizer: pass it as `processing_class`, or tokenize the dataset first."
+            )
 
     def _columns(self, features: Features) -> list[str]:
         if self.text_columns is not None:

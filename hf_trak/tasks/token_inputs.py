@@ -103,7 +103,9 @@ class TokenInputs(abc.ABC):
     @staticmethod
     def _need_tokenizer(processing_class: Any) -> None:
         if processing_class is None:
-            raise MissingProcessor("Text columns need a tokenizer: pass it as `processing_class`, or tokenize the dataset first.")
+            raise MissingProcessor(
+                "Text columns need a tokenizer: pass it as `processing_class`, or tokenize the dataset first."
+            )
 
     def _is_tokenized(self, columns: Sequence[str] | Rows | Features) -> bool:
         return "input_ids" in columns and self.text_columns is None
