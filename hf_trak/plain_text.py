@@ -50,3 +50,15 @@ def one_line(text: str) -> str:
     for line in lines:
         joined += line if not joined else f" {line}" if joined[-1] in ".:;,!?" else f"; {line}"
     return visible(mask_secrets(joined))
+
+
+def markdown(text: str) -> str:
+    """Return a text that Markdown and HTML show as it is, also in a cell of a table: marks of emphasis, links and tags are escaped."""
+    escaped = re.sub(r"([\\`*\[\]|])", r"\\\1", visible(text))
+    return escaped.replace("<", "&lt;").replace(">", "&gt;")
+
+
+def markdown_code(text: str) -> str:
+    """Return a text as a code span of Markdown; what would end the span, a table's cell or a comment is replaced."""
+    shown = visible(text).replace("`", "'").replace("<!--", "< !--").replace("-->", "-- >")
+    return f"`{shown.replace('|', chr(92) + '|')}`"

@@ -108,6 +108,34 @@ def _cached(source: str, revision: str | None, reason: str, error: Exception | N
     raise FileNotFoundError(f"{source!r} is neither a folder here nor a model repository within reach: {reason}.") from error
 
 
+def look_up_dataset(name: str, revision: str | None = None) -> Listing | None:
+    """Return what a dataset repository holds, with one request; None without a connection, when only a cache can have it.
+
+    Raises:
+        FileNotFoundError: If there is no such repository or revision, or it is private or gated.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RevisionNotFoundError
+
+    if constants.HF_HUB_OFFLINE:
+        return None
+    try:
+        info = HfApi().dataset_info(name, revision=revision, timeout=_TIMEOUT)
+    except HFValidationError as error:
+        raise FileNotFoundError(f"{name!r} is neither a file or folder here nor the name of a dataset repository.") from error
+    except RevisionNotFoundError as error:
+        raise FileNotFoundError(f"The dataset repository {name!r} has no revision {revision!r}.") from error
+    except HfHubHTTPError as error:
+        if error.response.status_code in (401, 403, 404):
+            raise FileNotFoundError(
+                f"{name!r} is neither a file or folder here nor a dataset of the Hub: {_reason(error)}."
+            ) from error
+        return None
+    except Exception:  # the types of a connection's errors depend on the version of huggingface_hub
+        return None
+    return Listing(info.sha, frozenset(one.rfilename for one in info.siblings or []))
+
+
 @contextmanager
 def reached(listing: Listing) -> Iterator[None]:
     """Load files of a repository meanwhile; of one that is only in the cache, without a request per file that would time out."""
