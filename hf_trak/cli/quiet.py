@@ -6,8 +6,8 @@ import logging
 
 from hf_trak.plain_text import one_line
 
-# Said by us, or of no consequence: weights are held against their class when they are loaded; both image backends are served.
-_CHATTER = ("LOAD REPORT", "requires torchvision", "torchvision is not available", "Using a slow image processor")
+# Of no consequence: both backends of image processors are served.
+_CHATTER = ("requires torchvision", "torchvision is not available", "Using a slow image processor")
 
 
 def hush() -> None:

@@ -251,9 +251,11 @@ class Featurizer:
         }
 
     def model_hash(self) -> str:
-        """Return the SHA-256 of the model's weights and buffers."""
+        """Return the SHA-256 of the model's weights and buffers, but for modules that an adapter replaces: they are not used, and may
+        be random."""
         if self._hash is None:
-            self._hash = hash_tensors(self.model.state_dict())
+            state = self.model.state_dict()
+            self._hash = hash_tensors({name: value for name, value in state.items() if ".original_module." not in name})
         return self._hash
 
     @property

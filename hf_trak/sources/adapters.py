@@ -99,7 +99,14 @@ def load_adapter(source: str, listing: Listing, revision: str | None = None, *, 
             f"{source} is a prompt or prefix ({values['peft_type']}), which PEFT cannot load as trainable parameters. {_YOURSELF}, with the "
             "prompt's parameters set to requires_grad."
         )
-    loaded = PeftModel.from_pretrained(model, source, revision=revision, is_trainable=True, config=config)
+    try:
+        loaded = PeftModel.from_pretrained(model, source, revision=revision, is_trainable=True, config=config)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300].rstrip(".")
+        raise ValueError(
+            f"The adapter {source} cannot be put onto {type(model).__name__} of {base}: {reason} ({type(error).__name__}). Check that "
+            f"{_WEIGHTS} and {_CONFIG} are complete, and the base model in base_model_name_or_path."
+        ) from error
     _check_adapter(loaded, source, own)
     return loaded
 

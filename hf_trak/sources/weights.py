@@ -6,7 +6,8 @@ import inspect
 import json
 import logging
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,16 +63,37 @@ def load_with_report(
 
     check_files(source, listing, revision)
     try:
-        # Weights of another shape are refused here, with both shapes.
-        return kind.from_pretrained(  # type: ignore[attr-defined]
-            source, revision=revision, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
+        with _without_table():
+            # Weights of another shape are refused later, with both shapes.
+            return kind.from_pretrained(  # type: ignore[attr-defined]
+                source,
+                revision=revision,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **options,
+            )
     except SafetensorError as error:
         raise ValueError(
             f"{_damaged(source, listing)} is damaged: {_first_line(error)}. Copy or download the checkpoint again."
         ) from error
     except RuntimeError as error:
         raise ValueError(f"The weights of {source} cannot be loaded into {kind.__name__}: {_first_line(error)}.") from error
+
+
+@contextmanager
+def _without_table() -> Iterator[None]:
+    """Leave out transformers' table of weights that do not fit: what it says is refused, or told in one line."""
+
+    def keeps(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(keeps)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keeps)
 
 
 def check_files(source: str, listing: Listing, revision: str | None = None) -> None:
