@@ -17,6 +17,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
 from hf_trak.config import TrakConfig
+from hf_trak.errors import MissingProcessor
 from hf_trak.featurizing.autocast import in_bfloat16
 from hf_trak.featurizing.batching import Budget, automatic_budget, read_rows
 from hf_trak.featurizing.collated import Collated, count_rows, has_padding, part_of, to_device
@@ -36,9 +37,11 @@ from hf_trak.gradients import (
 )
 from hf_trak.hashing import hash_tensors
 from hf_trak.projectors import FastJL, Identity, Projector, StackedProjector, make_projectors
-from hf_trak.sources.checkpoints import load_model, load_processing_class
+from hf_trak.sources.checkpoints import load_model
 from hf_trak.sources.processing import hash_processing_class
+from hf_trak.sources.processors import check_vocabulary, describe_absence, find_processing_class, is_name
 from hf_trak.sources.revisions import pinned_revision
+from hf_trak.sources.weights import check_dtype
 from hf_trak.storage.passes import encode_pass
 from hf_trak.tasks import AutoTask, Bank, Task, bank_of, draw_rows, embed_bank, needs_bank, vmappable_attention, with_bank
 from hf_trak.tasks.packing import check_documents
@@ -67,7 +70,8 @@ class Featurizer:
     Args:
         model (`PreTrainedModel`, `str` or `Path`): A model, or a folder or repository to load one from when it is first needed.
         config (`TrakConfig`, *optional*): What features mean.
-        processing_class (*optional*): Tokenizer or image processor; by default the one saved beside the weights, if any.
+        processing_class (*optional*): Tokenizer or image processor, or the folder or repository of one; by default the one saved with
+            the weights. Rows that are tokenized or pixels already need none.
         task (`Task`, *optional*): In place of the one `config` names.
         seed (`int` or a sequence, *optional*): The member's sketch seed; by default the configuration's. With several, every
             column comes once per seed, its name ending in `_seed_<seed>`.
@@ -102,6 +106,7 @@ class Featurizer:
         self._model = None if isinstance(model, (str, Path)) else model
         self._given = (processing_class, task)
         self._ready: tuple[Task, ParameterSelection, Projector, Any] | None = None
+        self._unusable: ValueError | None = None  # what is wrong with the checkpoint's own tokenizer or processor
         self._hash: str | None = None
         self._engine: EngineChoice | None = None  # until it is decided
         self._plan: CallPlan | None = None
@@ -140,8 +145,8 @@ class Featurizer:
             processing_class, task = self._given
             if task is None:
                 task = AutoTask.from_model(self.model, self.config)
-            if processing_class is None and self.source is not None:
-                processing_class = load_processing_class(self.source, self.commit, trust_remote_code=self.trust_remote_code)
+            processing_class = self._find_processing_class(processing_class)
+            check_dtype(self.model, self.config.compute_dtype)
             selection = select_parameters(self.model, self.config.parameters)
             if self.config.proj_dim > selection.grad_dim:
                 raise ValueError(
@@ -167,6 +172,18 @@ class Featurizer:
             self._ready = task, selection, projector, processing_class
         return self._ready
 
+    def _find_processing_class(self, given: Any) -> Any:
+        """Return the tokenizer or image processor; None where the checkpoint's own is missing or damaged, which only raw rows need."""
+        try:
+            found = find_processing_class(given, self.source, self.commit, trust_remote_code=self.trust_remote_code)
+            check_vocabulary(found, self.model)
+        except ValueError as error:
+            if given is not None:
+                raise
+            self._unusable = error
+            return None
+        return found
+
     @property
     def seed(self) -> int:
         """The sketch seed, or the first of several."""
@@ -183,6 +200,28 @@ class Featurizer:
     @property
     def processing_class(self) -> Any:
         return self.prepare()[3]
+
+    def check(self, dataset: Dataset) -> None:
+        """Decide which columns are read, as [`~Featurizer.read_from`] does, and check that every row can be read.
+
+        Raises:
+            ValueError: If the task cannot read the columns or some rows, or raw rows need a tokenizer or image processor and there is none.
+        """
+        try:
+            self.read_from(dataset)
+            task, _, _, processing_class = self.prepare()
+            task.check(dataset, processing_class)
+        except MissingProcessor as error:
+            raise self._absence(str(error)) from error
+
+    def _absence(self, reason: str) -> ValueError:
+        """Return the error for raw rows that nothing can read, naming the checkpoint, or what is wrong with its files."""
+        return self._unusable or MissingProcessor(describe_absence(self.source, self._given[0], reason))
+
+    @property
+    def processor(self) -> str | None:
+        """The folder or repository that was given as `processing_class`; None for an object, and where nothing was given."""
+        return str(self._given[0]) if is_name(self._given[0]) else None
 
     @property
     def gpu_model(self) -> str | None:
@@ -242,9 +281,11 @@ class Featurizer:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.compute_dtype == "bfloat16")
 
     def model_hash(self) -> str:
-        """Return the SHA-256 of the model's weights and buffers."""
+        """Return the SHA-256 of the model's weights and buffers, but for modules that an adapter replaces: they are not used, and may
+        be random."""
         if self._hash is None:
-            self._hash = hash_tensors(self.model.state_dict())
+            state = self.model.state_dict()
+            self._hash = hash_tensors({name: value for name, value in state.items() if ".original_module." not in name})
         return self._hash
 
     @property
@@ -263,8 +304,13 @@ class Featurizer:
 
     def _collate(self, rows: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
         task, _, _, processing_class = self.prepare()
-        with self._collating:
-            batch = task.collate(rows, processing_class)
+        try:
+            with self._collating:
+                batch = task.collate(rows, processing_class)
+        except (TypeError, AttributeError) as error:
+            if processing_class is not None or {"input_ids", "pixel_values"} & set(rows):
+                raise
+            raise self._absence("These rows are neither tokenized nor pixels") from error
         if self.device.type != "cuda":
             return batch
         with torch.cuda.device(self.device):  # the thread that reads would open a context on the first device
@@ -428,10 +474,11 @@ class Featurizer:
             "revision": self.commit,
             "trust_remote_code": self.trust_remote_code,
             "model_hash": self.model_hash(),
-            "processing_hash": hash_processing_class(processing_class),
+            "processing_hash": hash_processing_class(self.processing_class if is_name(processing_class) else processing_class),
+            "processor": self.processor,
             "task": task.name if task is not None else None,
             "bank": {name: values.cpu().numpy() for name, values in bank.tensors().items()} if bank is not None else None,
-            "portable": self.source is not None and processing_class is None and task is None,
+            "portable": self.source is not None and (processing_class is None or is_name(processing_class)) and task is None,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -442,6 +489,7 @@ class Featurizer:
         self.__init__(  # type: ignore[misc]
             state["source"] if portable else None,
             TrakConfig.from_dict(state["config"]),
+            state["processor"],
             seed=state["seed"],
             dropout_seed=state["dropout_seed"],
             revision=state["revision"],
