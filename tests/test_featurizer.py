@@ -243,7 +243,7 @@ def test_a_custom_task_is_featurized():
 def test_string_labels_are_refused_with_advice():
     dataset = token_rows(3).remove_columns("label").add_column("label", ["cat", "dog", "cat"])
     featurizer = Featurizer(make_model("bert"), CONFIG)
-    with pytest.raises(ValueError, match="class_encode_column"):
+    with pytest.raises(ValueError, match=r"Labels are strings, such as 'cat'.*label2id"):
         featurizer.task.check(dataset, None)
 
 
@@ -252,5 +252,4 @@ def test_class_labels_are_understood():
     assert dataset.features["label"].num_classes == 3
     assert Featurizer(make_model("bert"), CONFIG)(dataset[:])["trak_features"].shape == (3, 64)
     floats = token_rows(3).cast_column("label", Value("float32"))
-    with pytest.raises(ValueError, match="one class index per example"):
-        Featurizer(make_model("bert"), CONFIG)(floats[:])
+    assert Featurizer(make_model("bert"), CONFIG)(floats[:])["trak_features"].shape == (3, 64)
