@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Value
+from datasets.fingerprint import Hasher
 from datasets_for_tests import image_rows, save_model, token_rows
 from models import TEXT_MODELS, make_model
 
@@ -238,6 +239,22 @@ def test_a_custom_task_is_featurized():
     columns = Featurizer(make_model("bert"), CONFIG, task=task)(token_rows(4)[:])
     assert columns["trak_out_to_loss"].tolist() == [1.0] * 4
     assert np.isfinite(columns["trak_features"]).all()
+
+
+def test_a_task_of_the_same_name_and_another_output_misses_the_cache():
+    def output_times(factor):
+        return lambda model, batch: factor * model(input_ids=batch["input_ids"]).logits.sum(1)
+
+    def collate(rows):
+        return {"input_ids": torch.tensor([row["input_ids"][:2] for row in rows])}
+
+    model = make_model("bert")
+    first, second, again = (
+        Hasher.hash(Featurizer(model, CONFIG, task=Task.custom(output_times(factor), collator=collate, name="mine")))
+        for factor in (1.0, 2.0, 1.0)
+    )
+    assert first == again
+    assert first != second
 
 
 def test_string_labels_are_refused_with_advice():
