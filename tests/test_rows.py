@@ -559,3 +559,13 @@ def test_convolutions_in_bfloat16_are_featurized_from_rows(make: Any, tmp_path: 
     )
     np.testing.assert_allclose(found, expected, rtol=0.05, atol=0.05)
     assert not np.array_equal(found, expected)
+
+
+def test_labels_that_change_between_readings_are_refused(tokenizer: Any):
+    rng = np.random.default_rng(0)
+
+    def relabel(rows: dict[str, list]) -> dict[str, Any]:
+        return {**tokenizer(rows["text"]), "labels": rng.integers(0, 3, len(rows["text"])).tolist()}
+
+    with pytest.raises(ValueError, match=r"not the same twice.*'labels'"):
+        AutoTask.from_model(bert()).check(texts().with_transform(relabel), None)
