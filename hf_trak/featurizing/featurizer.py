@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -476,7 +477,7 @@ class Featurizer:
             "model_hash": self.model_hash(),
             "processing_hash": hash_processing_class(self.processing_class if is_name(processing_class) else processing_class),
             "processor": self.processor,
-            "task": task.name if task is not None else None,
+            "task": _fingerprint(task) if task is not None else None,
             "bank": {name: values.cpu().numpy() for name, values in bank.tensors().items()} if bank is not None else None,
             "portable": self.source is not None and (processing_class is None or is_name(processing_class)) and task is None,
         }
@@ -509,6 +510,19 @@ def _longest_first(batch: Mapping[str, Any], n_rows: int) -> list[int]:
     order = sorted(range(n_rows), key=lambda row: (-lengths[row], row))
     between = [row for row in order[1:-1] if lengths[order[-1]] < lengths[row] < lengths[order[0]]]
     return list(dict.fromkeys([order[0], order[-1], *between[:1], *order[1:-1]]))[:_CHECKED_ROWS]
+
+
+def _fingerprint(task: Task) -> str:
+    """Return what `Dataset.map` caches a given task by: the functions it is made of, and not its name.
+
+    Functions that cannot be pickled give a value that never comes again, so that nothing is read from a cache.
+    """
+    from datasets.fingerprint import Hasher
+
+    try:
+        return Hasher.hash(task)
+    except Exception:  # dill raises whatever an object's own pickling raises
+        return uuid.uuid4().hex
 
 
 def _first_of(projector: Projector) -> Projector:
