@@ -79,7 +79,9 @@ class FeatureArguments:
     )
     skip_unscored: bool = field(
         default=False,
-        metadata={"help": "Keep rows without any scored token in place, with features and scores of zero, instead of refusing them."},
+        metadata={
+            "help": "Keep rows without any scored token in place, with features and scores of zero, instead of refusing them."
+        },
     )
     chat_template_kwargs: str | None = field(
         default=None,

@@ -353,7 +353,9 @@ def test_rows_that_cannot_serve_are_named(name: str, rows: dict[str, Any], optio
 
 
 def test_a_configuration_that_says_nothing_of_tokens_is_written_as_before():
-    assert not {"reduction", "score_tokens", "token_out_to_loss", "loss_on", "skip_unscored", "chat_template_kwargs"} & set(TrakConfig().to_dict())
+    assert not {"reduction", "score_tokens", "token_out_to_loss", "loss_on", "skip_unscored", "chat_template_kwargs"} & set(
+        TrakConfig().to_dict()
+    )
     assert TrakConfig(reduction="sum").differences(TrakConfig()) == ["reduction: 'sum' here, 'mean' there"]
 
 

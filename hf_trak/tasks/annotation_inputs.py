@@ -120,7 +120,9 @@ class SpanInputs(TokenInputs):
         )
         answers = row[self.label_column or "answers"]
         if answers is None:
-            raise ValueError(f"its {self.label_column or 'answers'!r} is None; give an empty list for a question without an answer")
+            raise ValueError(
+                f"its {self.label_column or 'answers'!r} is None; give an empty list for a question without an answer"
+            )
         example = Example(
             np.asarray(found["input_ids"], dtype=np.int64), np.zeros(2, dtype=np.int64), self._further_of(found), n_cut=n_cut
         )

@@ -131,7 +131,9 @@ def find_turns(messages: Messages, render: Callable[..., str]) -> list[tuple[int
             raise ValueError(_NOT_FOUND.format(f"the text of message {i - 1} is not in the conversation"))
         place = _find(messages, i, text, render)
         if place is None or place[0] < lower:
-            raise ValueError(_NOT_FOUND.format(f"the text of message {i} is not in the conversation, or not behind that of the one before"))
+            raise ValueError(
+                _NOT_FOUND.format(f"the text of message {i} is not in the conversation, or not behind that of the one before")
+            )
         start = _begin(messages, i, text, lower, place[0], render)
         stop = _end(messages, i, text, place[1], render)
         turns.append((start, place[1], max(start, stop)))

@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 _SOURCES = ("inputs", "input", "inputs_pretokenized", "source", "prompt", "question", "document", "text")
 _TARGETS = ("targets", "target", "targets_pretokenized", "labels", "label", "completion", "output", "answer", "summary")
 _TEXT = "text"  # the column that SFTTrainer reads by default
-_MASKS = {"assistant": ("assistant_masks",), "completion": ("completion_mask",), "auto": ("assistant_masks", "completion_mask"), "all": ()}
+_MASKS = {
+    "assistant": ("assistant_masks",),
+    "completion": ("completion_mask",),
+    "auto": ("assistant_masks", "completion_mask"),
+    "all": (),
+}
 
 
 def find_texts(
@@ -60,12 +65,21 @@ class CausalInputs(TokenInputs):
 
     def _check_columns(self, features: Features, processing_class: Any) -> None:
         kind = self._kind(features)
-        if self.loss_on == "assistant" and kind in ("text", "tokens") and "assistant_masks" not in features and "labels" not in features:
+        if (
+            self.loss_on == "assistant"
+            and kind in ("text", "tokens")
+            and "assistant_masks" not in features
+            and "labels" not in features
+        ):
             raise ValueError(
                 f"loss_on='assistant' needs conversations ('messages', or 'prompt' and 'completion') or tokens with 'assistant_masks', but the "
                 f"dataset has {', '.join(features)}. Leave out `loss_on`, or set it to 'all' (--loss_on all)."
             )
-        if self.loss_on == "completion" and kind != "completion" and not (kind == "tokens" and {"completion_mask", "labels"} & set(features)):
+        if (
+            self.loss_on == "completion"
+            and kind != "completion"
+            and not (kind == "tokens" and {"completion_mask", "labels"} & set(features))
+        ):
             raise ValueError(
                 "loss_on='completion' needs the columns 'prompt' and 'completion', or tokens with a 'completion_mask', but the dataset has "
                 f"{', '.join(features)}. For conversations, set loss_on='assistant' or 'all' (--loss_on)."
@@ -107,7 +121,11 @@ class CausalInputs(TokenInputs):
         if kind == "text":
             return {"text": [self._text_column(features, self._string_columns(features))]}
         options = {name: name for name in ("tools", "chat_template_kwargs") if name in features}
-        return {"prompt": "prompt", "completion": "completion", **options} if kind == "completion" else {"messages": "messages", **options}
+        return (
+            {"prompt": "prompt", "completion": "completion", **options}
+            if kind == "completion"
+            else {"messages": "messages", **options}
+        )
 
     def _label_of_tokens(self, features: Features) -> Any:
         label = super()._label_of_tokens(features)
@@ -140,7 +158,9 @@ class CausalInputs(TokenInputs):
             labels = np.where(example.positions == 0, IGNORED, labels)
         if is_packed(example.positions) or len(labels) == 0 or (labels[1:] != IGNORED).any() or labels[0] == IGNORED:
             return example._replace(labels=labels)
-        return example._replace(labels=labels, unscored="no token of it is scored: only its first could be, which nothing predicts")
+        return example._replace(
+            labels=labels, unscored="no token of it is scored: only its first could be, which nothing predicts"
+        )
 
     def _labels(self, row: Mapping[str, Any], ids: np.ndarray, kept: np.ndarray) -> np.ndarray:
         column = self.label_column or "labels"
@@ -183,7 +203,9 @@ class CausalInputs(TokenInputs):
         if self.loss_on == "all":
             return ids, mask
         # A token across the border, and what the template writes otherwise behind a prompt alone, belong to the completion.
-        shared = next((i for i, pair in enumerate(zip(before, ids, strict=False)) if pair[0] != pair[1]), min(len(before), len(ids)))
+        shared = next(
+            (i for i, pair in enumerate(zip(before, ids, strict=False)) if pair[0] != pair[1]), min(len(before), len(ids))
+        )
         return ids, [scored and i >= shared for i, scored in enumerate(mask)]
 
     def _cut(self, ids: Sequence[int], mask: Sequence[bool], tokenizer: Any) -> Example:
@@ -195,7 +217,11 @@ class CausalInputs(TokenInputs):
             if (labels[1:] != IGNORED).any():
                 unscored = f"all its scored tokens are cut away by {self._describe_limit(tokenizer)}"
             elif not any(mask):
-                unscored = "no token of it is scored: it has no turn of the assistant" if self.loss_on == "assistant" else "its completion is empty"
+                unscored = (
+                    "no token of it is scored: it has no turn of the assistant"
+                    if self.loss_on == "assistant"
+                    else "its completion is empty"
+                )
             else:
                 unscored = "no token of it is scored: only its first could be, which nothing predicts"
         return Example(tokens, labels[:limit], n_cut=n_cut, unscored=unscored)

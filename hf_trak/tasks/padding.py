@@ -38,8 +38,13 @@ def further_inputs(
                 f"its column {name!r} is an argument of the model's `forward` that rows cannot give; remove the column, or rename it"
             )
         array = as_numbers(name, value)
-        found[name] = array[kept] if array.ndim and len(array) == len(kept) else array
+        found[name] = array[kept] if is_along(array, len(kept)) else array
     return found
+
+
+def is_along(array: np.ndarray, n_tokens: int) -> bool:
+    """Whether an array may have an entry per token: a number, or a vector such as a box, but no image."""
+    return 1 <= array.ndim <= 2 and len(array) == n_tokens
 
 
 def as_numbers(name: str, value: Any) -> np.ndarray:
@@ -75,7 +80,7 @@ def pad_inputs(rows: Sequence[Mapping[str, np.ndarray]], lengths: Sequence[int],
             raise ValueError(f"The column {name!r} is missing in some rows of a batch. Fill it in, or remove the column.")
         arrays: list[np.ndarray] = values  # type: ignore[assignment]
         dtype = torch.float32 if any(array.dtype.kind == "f" for array in arrays) else torch.int64
-        if all(array.ndim and len(array) == length for array, length in zip(arrays, lengths, strict=True)):
+        if all(is_along(array, length) for array, length in zip(arrays, lengths, strict=True)):
             inner = {array.shape[1:] for array in arrays if len(array)} or {arrays[0].shape[1:]}
             if len(inner) == 1:
                 result = torch.zeros(len(arrays), width, *inner.pop(), dtype=dtype)

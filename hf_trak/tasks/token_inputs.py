@@ -19,7 +19,7 @@ from hf_trak.tasks.decoder_inputs import DecoderInputs
 from hf_trak.tasks.formats import refuse_unserved
 from hf_trak.tasks.inputs import Rows
 from hf_trak.tasks.packing import PACKING_COLUMNS, is_packed, packed_positions, pad_positions, refuse_packed
-from hf_trak.tasks.padding import as_numbers, further_inputs, pad_inputs
+from hf_trak.tasks.padding import as_numbers, further_inputs, is_along, pad_inputs
 from hf_trak.tasks.row_faults import Faults
 from hf_trak.tasks.token_outputs import IGNORED
 
@@ -192,7 +192,9 @@ class TokenInputs(abc.ABC):
             ValueError: Naming all rows that cannot serve, with the reasons, or all that have no scored token.
         """
         faults = Faults(len(dataset))
-        shapes: dict[str, set[Any]] = {}
+        further: dict[
+            str, tuple[set[Any], set[Any]]
+        ] = {}  # of each column, what follows the tokens (False: not along them); whole shapes
         for start in range(0, len(dataset), _ROWS_CHECKED_AT_ONCE):
             rows = dataset[start : min(start + _ROWS_CHECKED_AT_ONCE, len(dataset))]
             for place, row in enumerate(_each(rows)):
@@ -206,15 +208,16 @@ class TokenInputs(abc.ABC):
                 if (reason := self._unscored(example)) is not None:
                     faults.no_scored_token(start + place, reason)
                 for name, array in (example.further or {}).items():
-                    along = array.ndim > 0 and len(array) == len(example.ids)
-                    shapes.setdefault(name, set()).add(("tokens", *array.shape[1:]) if along else array.shape)
+                    along, shapes = further.setdefault(name, (set(), set()))
+                    along.add(is_along(array, len(example.ids)) and array.shape[1:])
+                    shapes.add(array.shape)
         faults.raise_for_rows()
-        for name, found in shapes.items():
-            if len(found) > 1:
-                first, second, *_ = sorted(map(str, found))
+        for name, (along, shapes) in further.items():
+            if len(shapes) > 1 and (len(along) > 1 or False in along):
+                first, second, *_ = sorted(shapes)
                 raise ValueError(
                     f"The column {name!r}, which the model's `forward` takes, has neither one entry per token in every row nor one shape, but "
-                    f"{first} in some rows and {second} in others. Bring it to one shape in the dataset, or remove the column."
+                    f"for example {first} in one row and {second} in another. Bring it to one shape in the dataset, or remove the column."
                 )
         faults.raise_for_unscored(skip=self.skip_unscored)
         for line in faults.notes(self._describe_limit(processing_class), skip=self.skip_unscored):
@@ -251,7 +254,9 @@ class TokenInputs(abc.ABC):
             example = Example(
                 np.asarray([self.pad_token_id]),
                 np.asarray([IGNORED]),
-                None if example.further is None else {name: np.zeros((1, *v.shape[1:]), v.dtype) for name, v in example.further.items()},
+                None
+                if example.further is None
+                else {name: np.zeros((1, *v.shape[1:]), v.dtype) for name, v in example.further.items()},
                 example.decoder_ids,
                 unscored=example.unscored or "it has no token",
             )
@@ -329,6 +334,10 @@ class TokenInputs(abc.ABC):
         decoder_ids = [example.decoder_ids for example in examples if example.decoder_ids is not None]
         if decoder_ids:
             batch["decoder_input_ids"] = _stack(decoder_ids, self.pad_token_id)
+            if "decoder_attention_mask" in self.accepted and any((ids[1:] == self.pad_token_id).any() for ids in decoder_ids):
+                # In training, a decoder attends to the padding tokens that it reads for labels of -100. Without a cache of keys and
+                # values, some models (T5Gemma) would leave them out by default.
+                batch["decoder_attention_mask"] = _stack([np.ones_like(ids) for ids in decoder_ids], 0)
         batch["labels"] = _stack([example.labels for example in examples], IGNORED)
         return batch
 
@@ -386,7 +395,9 @@ class TokenInputs(abc.ABC):
 
     def _limit(self, processing_class: Any) -> int:
         """Return how many tokens of a text are kept."""
-        return min(self.max_length or _NO_LIMIT, self.positions or _NO_LIMIT, getattr(processing_class, "model_max_length", _NO_LIMIT))
+        return min(
+            self.max_length or _NO_LIMIT, self.positions or _NO_LIMIT, getattr(processing_class, "model_max_length", _NO_LIMIT)
+        )
 
     def _describe_limit(self, processing_class: Any) -> str:
         """Say how many tokens of a text are kept, and why."""
@@ -434,7 +445,9 @@ def without_padding(row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     mask = row.get("attention_mask")
     kept = np.ones(len(ids), dtype=bool) if mask is None else np.asarray(mask).astype(bool)
     if kept.shape != ids.shape:
-        raise ValueError(f"it has {len(ids)} tokens in 'input_ids' and an 'attention_mask' of shape {kept.shape}; there must be one each")
+        raise ValueError(
+            f"it has {len(ids)} tokens in 'input_ids' and an 'attention_mask' of shape {kept.shape}; there must be one each"
+        )
     return ids[kept], kept
 
 
