@@ -17,6 +17,7 @@ _CHOICES = {
     "dtype": ("float32", "float16"),
     "gradients": ("layerwise", "functional"),
     "compute_dtype": ("float32", "bfloat16"),
+    "label_mapping": ("auto", "by_id", "by_name"),
     "reduction": ("mean", "sum"),
     "score_tokens": ("all", "content"),
     "token_out_to_loss": ("mean", "exact"),
@@ -25,6 +26,7 @@ _CHOICES = {
 # Fields that came after the first indexes of this format version: written only where they say something, so that an index of before
 # and one of now that mean the same have the same files.
 _LATER = (
+    "label_mapping",
     "reduction",
     "score_tokens",
     "token_out_to_loss",
@@ -40,6 +42,22 @@ def _option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+def _as_json(name: str, value: Any) -> str:
+    """Return a dict as JSON text, the same for every order and spacing.
+
+    Raises:
+        ValueError: If the value is neither a dict nor the JSON text of one.
+    """
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+        text = json.dumps(value, sort_keys=True)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`{name}` must be a dict or its JSON text, but is not: {error}.") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"`{name}` must be a dict or its JSON text, but is {value!r}.")
+    return text
+
+
 @dataclass(frozen=True)
 class TrakConfig:
     """What features mean. Two sets of features may be compared only if their configurations agree.
@@ -49,8 +67,8 @@ class TrakConfig:
 
     task: str = _option(
         "auto",
-        "Model output to attribute: text-classification, image-classification, text-regression, image-regression, causal-lm, "
-        "masked-lm, seq2seq, question-answering, token-classification, contrastive, or auto (from the model).",
+        "Model output to attribute: text-classification, image-classification, text-multi-label, image-multi-label, text-regression, "
+        "image-regression, causal-lm, masked-lm, seq2seq, question-answering, token-classification, contrastive, or auto (from the model).",
     )
     proj_dim: int = _option(
         4096, "Numbers kept per example. More is better and costs disk, not compute; 1,024 to 16,384 is usual."
@@ -86,6 +104,11 @@ class TrakConfig:
     label_column: str | None = _option(
         None, "The label column, or a sequence-to-sequence model's target text; found by default."
     )
+    label_mapping: Literal["auto", "by_id", "by_name"] = _option(
+        "auto",
+        "How a dataset's class numbers become the model's: auto (as they are; refused if the dataset's and the model's label names "
+        "contradict each other), by_id (as they are, whatever the names), by_name (translated by the names).",
+    )
     max_length: int | None = _option(None, "Tokens kept of a text; the model's own limit by default.")
     reduction: Literal["mean", "sum"] = _option(
         "mean", "How the outputs of an example's scored tokens become one: mean, or sum. For language models."
@@ -110,8 +133,9 @@ class TrakConfig:
         "Keep rows without any scored token in place, with features, output and out_to_loss of zero, instead of refusing them. For "
         "language models.",
     )
-    chat_template_kwargs: dict[str, Any] | None = _option(
-        None, "Arguments of the chat template for every row, such as tools or enable_thinking; a dict or its JSON text."
+    chat_template_kwargs: str | None = _option(
+        None,
+        "Arguments of the chat template for every row, such as tools or enable_thinking, as a JSON text; a dict becomes one.",
     )
     bank_size: int | None = _option(
         None, "Contrastive: pairs of the training set that each example is held against; 512, or all if fewer, by default."
@@ -124,13 +148,8 @@ class TrakConfig:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
-        if isinstance(self.chat_template_kwargs, str):
-            try:
-                object.__setattr__(self, "chat_template_kwargs", json.loads(self.chat_template_kwargs))
-            except ValueError as error:
-                raise ValueError(f"`chat_template_kwargs` is no JSON: {error}. Give a dict, or its JSON text.") from None
-        if self.chat_template_kwargs is not None and not isinstance(self.chat_template_kwargs, dict):
-            raise ValueError(f"`chat_template_kwargs` must be a dict, or its JSON text, but is {self.chat_template_kwargs!r}.")
+        if self.chat_template_kwargs is not None:
+            object.__setattr__(self, "chat_template_kwargs", _as_json("chat_template_kwargs", self.chat_template_kwargs))
         if isinstance(self.damping, str) and self.damping != "auto":
             try:
                 object.__setattr__(self, "damping", float(self.damping))

@@ -9,11 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Arguments of `forward` that are no data of a row, or cannot stand next to `input_ids`.
-_NOT_DATA = frozenset(
-    "past_key_values inputs_embeds decoder_inputs_embeds encoder_outputs use_cache return_dict output_attentions "
-    "output_hidden_states logits_to_keep cache_position head_mask decoder_head_mask cross_attn_head_mask mems use_mems".split()
-)
+from hf_trak.tasks.padding import NOT_DATA
 
 
 def further_inputs(
@@ -33,7 +29,7 @@ def further_inputs(
     for name, value in row.items():
         if name not in accepted or name in handled:
             continue
-        if name in _NOT_DATA:
+        if name in NOT_DATA:
             raise ValueError(
                 f"its column {name!r} is an argument of the model's `forward` that rows cannot give; remove the column, or rename it"
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import inspect
+import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_trak.config import TrakConfig
 from hf_trak.tasks.decoder_inputs import DecoderInputs
@@ -20,6 +21,7 @@ from hf_trak.tasks.formats import refuse_unserved
 from hf_trak.tasks.inputs import Rows
 from hf_trak.tasks.packing import PACKING_COLUMNS, is_packed, packed_positions, pad_positions, refuse_packed
 from hf_trak.tasks.further_inputs import as_numbers, further_inputs, is_along, pad_inputs
+from hf_trak.tasks.padding import position_limit
 from hf_trak.tasks.row_faults import Faults
 from hf_trak.tasks.token_outputs import IGNORED
 
@@ -103,11 +105,11 @@ class TokenInputs(abc.ABC):
             accepted=frozenset(inspect.signature(model.forward).parameters),
             pad_token_id=getattr(text, "pad_token_id", None) or 0,
             n_labels=cls._count_labels(model),
-            positions=count_positions(model),
+            positions=position_limit(model),
             score_tokens=config.score_tokens,
             loss_on=config.loss_on,
             skip_unscored=config.skip_unscored,
-            chat_template_kwargs=config.chat_template_kwargs,
+            chat_template_kwargs=json.loads(config.chat_template_kwargs) if config.chat_template_kwargs else None,
             decoder=cls._decoder(model),
             vmapped=config.gradients == "functional",
         )
@@ -141,6 +143,10 @@ class TokenInputs(abc.ABC):
     @abc.abstractmethod
     def _encode(self, row: Mapping[str, Any], processing_class: Any) -> Example:
         """Return one row's tokens; raise a ValueError that says what is wrong with it."""
+
+    def reading(self, features: Mapping[str, Any], dataset: Dataset | None, label_column: str | None) -> TokenInputs:
+        """Return these inputs: which columns they read is decided by names alone."""
+        return self
 
     def columns_read(self, features: Features) -> dict[str, Any]:
         """Return which columns are read and as what, JSON-able: `{"tokens": [...], "label": ...}`, or `{"text": [...]}` and others."""
@@ -417,22 +423,6 @@ def text_of(row: Mapping[str, Any], column: str) -> str:
     if not isinstance(row[column], str):
         raise ValueError(f"its {column!r} is {str(row[column])[:40]!s}, not a text; filter it out, or fill it in")
     return row[column]
-
-
-def count_positions(model: nn.Module) -> int | None:
-    """Return how many tokens a model has positions for; None where its configuration knows no limit.
-
-    RoBERTa and its kin count positions from the padding token's on, so that their table serves fewer tokens than it has rows.
-    """
-    text = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    limit = getattr(text, "max_position_embeddings", None)
-    if not isinstance(limit, int) or limit <= 0:
-        return None
-    for name, module in model.named_modules():
-        padding = getattr(module, "padding_idx", None)
-        if isinstance(module, nn.Embedding) and name.endswith("position_embeddings") and padding is not None:
-            limit = min(limit, module.num_embeddings - padding - 1)
-    return limit
 
 
 def without_padding(row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
