@@ -196,9 +196,9 @@ class CausalInputs(TokenInputs):
         elif self.loss_on == "assistant":
             raise ValueError("loss_on='assistant' needs conversations, but its 'prompt' is a text; use 'completion' or 'all'")
         else:
-            prompt, completion = text_of(row, "prompt"), text_of(row, "completion")
-            before = list(tokenizer(prompt)["input_ids"])
-            ids = list(tokenizer(prompt + _with_eos(completion, tokenizer))["input_ids"])
+            text = text_of(row, "prompt")
+            before = list(tokenizer(text)["input_ids"])
+            ids = list(tokenizer(text + _with_eos(text_of(row, "completion"), tokenizer))["input_ids"])
             mask = [True] * len(ids)
         if self.loss_on == "all":
             return ids, mask

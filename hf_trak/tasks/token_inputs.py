@@ -18,9 +18,9 @@ from torch import Tensor
 from hf_trak.config import TrakConfig
 from hf_trak.tasks.decoder_inputs import DecoderInputs
 from hf_trak.tasks.formats import refuse_unserved
+from hf_trak.tasks.further_inputs import as_numbers, further_inputs, is_along, pad_inputs
 from hf_trak.tasks.inputs import Rows
 from hf_trak.tasks.packing import PACKING_COLUMNS, is_packed, packed_positions, pad_positions, refuse_packed
-from hf_trak.tasks.further_inputs import as_numbers, further_inputs, is_along, pad_inputs
 from hf_trak.tasks.padding import position_limit
 from hf_trak.tasks.row_faults import Faults
 from hf_trak.tasks.token_outputs import IGNORED
