@@ -477,9 +477,20 @@ def test_a_text_column_is_taken_before_others():
     assert task.columns_read(rows.features) == {"text": ["text"]}
 
 
+def test_identifiers_are_no_texts():
+    task = AutoTask.from_model(LANGUAGE_MODELS["gpt2 lm"]())
+    rows = datasets.Dataset.from_dict({"id": ["b"], "body": ["c d"], "url": ["e"]})
+    task.check(rows, word_tokenizer())
+    assert task.columns_read(rows.features) == {"text": ["body"]}
+    assert task.collate(rows[:], word_tokenizer())["input_ids"].tolist() == [[9, 10, 1]]
+    with pytest.raises(ValueError, match="or one text column, but the dataset has id"):
+        task.check(rows.select_columns("id"), word_tokenizer())
+
+
 @pytest.mark.parametrize(
     ("model", "rows", "column"),
     [
+        ("gpt2 lm", {"body": ["a b", None, "c d", None]}, "body"),
         ("gpt2 lm", {"text": ["a b", None, "c d", None]}, "text"),
         ("gpt2 lm", {"prompt": ["a b", None, "c d", None], "completion": [" a"] * 4}, "prompt"),
         ("gpt2 lm", {"messages": [CHATS[0], None, CHATS[0], None]}, "messages"),
