@@ -12,7 +12,7 @@ CARD_NAME = "README.md"
 FORMAT_VERSION = 4
 
 # Fields that decide scores after the fact; two indices that differ in them still speak the same language.
-_CHOSEN_AFTER = ("damping", "dtype")
+_CHOSEN_AFTER = ("damping", "dtype", "skip_unscored")
 # The task may be "auto", and columns and labels are those of a training set.
 _NOT_OF_ROWS = ("task", "damping", "columns_read", "label_names")
 _CHOICES = {
@@ -23,16 +23,43 @@ _CHOICES = {
     "reduction": ("mean", "sum"),
     "score_tokens": ("all", "content"),
     "token_out_to_loss": ("mean", "exact"),
+    "loss_on": ("auto", "assistant", "completion", "all"),
 }
 # Fields that came after the first indexes of this format version: written only where they say something, so that an index of before
 # and one of now that mean the same have the same files.
 _LATER = (
-    "label_mapping", "reduction", "score_tokens", "token_out_to_loss", "bank_size", "bank_seed", "columns_read", "label_names",
-)  # fmt: skip
+    "label_mapping",
+    "reduction",
+    "score_tokens",
+    "token_out_to_loss",
+    "loss_on",
+    "skip_unscored",
+    "chat_template_kwargs",
+    "bank_size",
+    "bank_seed",
+    "columns_read",
+    "label_names",
+)
 
 
 def _option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
+
+
+def _as_json(name: str, value: Any) -> str:
+    """Return a dict as JSON text, the same for every order and spacing.
+
+    Raises:
+        ValueError: If the value is neither a dict nor the JSON text of one.
+    """
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+        text = json.dumps(value, sort_keys=True)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`{name}` must be a dict or its JSON text, but is not: {error}.") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"`{name}` must be a dict or its JSON text, but is {value!r}.")
+    return text
 
 
 @dataclass(frozen=True)
@@ -100,6 +127,20 @@ class TrakConfig:
         "How 1 - p of an example's tokens enters its scores: by its mean, or exactly, each token's gradient times its own 1 - p, "
         "which needs reduction sum. For language models.",
     )
+    loss_on: Literal["auto", "assistant", "completion", "all"] = _option(
+        "auto",
+        "Tokens of a causal language model's row that are scored: assistant (TRL's assistant_only_loss), completion (its "
+        "completion_only_loss), all, or auto: the completion of a prompt, all of a conversation or a text, as TRL trains by default.",
+    )
+    skip_unscored: bool = _option(
+        False,
+        "Keep rows without any scored token in place, with features, output and out_to_loss of zero, instead of refusing them. For "
+        "language models.",
+    )
+    chat_template_kwargs: str | None = _option(
+        None,
+        "Arguments of the chat template for every row, such as tools or enable_thinking, as a JSON text; a dict becomes one.",
+    )
     bank_size: int | None = _option(
         None, "Contrastive: pairs of the training set that each example is held against; 512, or all if fewer, by default."
     )
@@ -117,6 +158,8 @@ class TrakConfig:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        if self.chat_template_kwargs is not None:
+            object.__setattr__(self, "chat_template_kwargs", _as_json("chat_template_kwargs", self.chat_template_kwargs))
         if isinstance(self.damping, str) and self.damping != "auto":
             try:
                 object.__setattr__(self, "damping", float(self.damping))

@@ -92,6 +92,9 @@ def chosen(rows: datasets.Dataset) -> tuple[str, ...]:
         ({"Rezension": "text", "Urteil": "label name"}, ("Rezension",)),
         ({"Rezension": "text", "Quelle": "url", "Probe": "code", "Notiz": "empty"}, ("Rezension",)),
         ({"question": "text", "topic_code": "code"}, ("question",)),
+        ({"question": "text", "answer": "label name"}, ("question",)),  # the label in words
+        ({"text": "text", "source": "category"}, ("text",)),
+        ({"sentence": "text", "title": "code"}, ("sentence",)),
         ({"word": "code"}, ("word",)),  # nothing else can be meant
     ],
 )  # fmt: skip

@@ -22,13 +22,16 @@ FULL: dict[str, Any] = {
     "text_columns": ("question", "sentence"),
     "image_column": "image",
     "label_column": "label",
+    "label_mapping": "by_name",
     "max_length": 64,
     "reduction": "sum",
     "score_tokens": "content",
     "token_out_to_loss": "exact",
+    "loss_on": "assistant",
+    "skip_unscored": True,
+    "chat_template_kwargs": '{"enable_thinking": false}',
     "bank_size": 300,
     "bank_seed": 4,
-    "label_mapping": "by_name",
     "columns_read": {"text": ["sentence"], "label": "label"},
     "label_names": ("negative", "positive"),
     "format_version": FORMAT_VERSION,
@@ -46,6 +49,14 @@ def test_a_configuration_round_trips_through_json(values: dict[str, Any], tmp_pa
     config.save_pretrained(tmp_path / "new" / "folder")
     assert TrakConfig.from_pretrained(tmp_path / "new" / "folder") == config
     assert hash(TrakConfig.from_pretrained(str(tmp_path / "new" / "folder"))) == hash(config)
+
+
+def test_arguments_of_the_chat_template_are_one_text_however_they_are_given():
+    given = ({"b": 1, "a": [None]}, '{"b":1,  "a": [null]}', '{"a": [null], "b": 1}')
+    assert {TrakConfig(chat_template_kwargs=value).chat_template_kwargs for value in given} == {'{"a": [null], "b": 1}'}
+    for wrong in ("{", "[1]", 3, {"a": {1, 2}}):
+        with pytest.raises(ValueError, match="`chat_template_kwargs` must be a dict or its JSON text"):
+            TrakConfig(chat_template_kwargs=wrong)
 
 
 def test_the_file_is_golden(tmp_path):

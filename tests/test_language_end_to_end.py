@@ -75,7 +75,7 @@ def test_rows_are_trained_on_featurized_and_attributed_as_they_are(model: str, k
 
 def test_a_training_batch_is_what_is_featurized_and_its_loss_that_of_the_scored_tokens(tmp_path: Path):
     rows = rows_of("messages", 3)
-    args = AttributionArguments(str(tmp_path), proj_dim=PROJ_DIM, use_cpu=True, report_to="none")
+    args = AttributionArguments(str(tmp_path), proj_dim=PROJ_DIM, loss_on="assistant", use_cpu=True, report_to="none")
     trainer = AttributionTrainer(
         model=make_model("gpt2 lm").eval(), args=args, train_dataset=rows, processing_class=word_tokenizer()
     )

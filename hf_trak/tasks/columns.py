@@ -1,4 +1,4 @@
-"""Which columns of a dataset are texts: decided by their usual names, then by what the first rows hold, or refused."""
+"""Which columns of a dataset are texts: decided by their usual names, then by what some rows hold, or refused."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def find_text_columns(
     Args:
         features (`Mapping`): The type of each column.
         label_column (`str`, *optional*): Never taken for a text.
-        dataset (`Dataset`, *optional*): Its first rows tell texts from codes and categories where names do not. Without it, names decide.
+        dataset (`Dataset`, *optional*): Some of its rows tell texts from codes and categories where names do not. Without it, names decide.
 
     Raises:
         ValueError: If there is none, or several may be meant; the message lists the candidates.
@@ -150,12 +150,18 @@ def find_text_columns(
             "Expected tokenized rows ('input_ids') or one or two text columns, but the dataset has "
             f"{', '.join(features)}{found}. Set `text_columns` (--text_columns)."
         )
+    texts = candidates
+    if dataset is not None and len(candidates) > 1:
+        rows, labels = _some_rows(dataset, candidates, label_column)
+        candidates = [name for name in candidates if not says_the_label(rows[name], labels)] or candidates
+        texts = [name for name in candidates if reads_like_text(rows[name])] or candidates
     chosen = _by_name(candidates)
+    if chosen == ():  # names contradict one another: what holds no texts has no say
+        chosen = _by_name(texts)
     if chosen is None:
-        texts = candidates if len(candidates) == 1 or dataset is None else _texts_among(candidates, label_column, dataset)
         chosen = (texts[0],) if len(texts) == 1 else ()
     if not chosen:
-        raise _ambiguous(candidates, features)
+        raise _ambiguous(texts, features)
     return chosen
 
 
@@ -193,30 +199,33 @@ def _plain(name: str) -> str:
     return re.sub(r"[\W_]+", "", name).lower()
 
 
-def _texts_among(candidates: Sequence[str], label_column: str | None, dataset: Dataset) -> list[str]:
-    """Return the columns whose first rows read like texts; where none does, all of them."""
-    names = [*candidates, *([label_column] if label_column in dataset.column_names else [])]
-    rows = dataset.with_format(None).select_columns(names)[:_ROWS_LOOKED_AT]
-    labels = rows.get(label_column) if label_column is not None else None
-    return [name for name in candidates if reads_like_text(rows[name], labels)] or list(candidates)
+def _some_rows(
+    dataset: Dataset, candidates: Sequence[str], label_column: str | None
+) -> tuple[Mapping[str, Sequence[Any]], Sequence[Any] | None]:
+    """Return the candidates' values of some rows, and their labels, if there are any. Rows are often sorted: these are spread."""
+    has_labels = label_column is not None and label_column in dataset.column_names
+    names = [*candidates, *([label_column] if has_labels and label_column is not None else [])]
+    chosen = np.unique(np.linspace(0, len(dataset) - 1, min(_ROWS_LOOKED_AT, len(dataset))).astype(int)) if len(dataset) else []
+    rows = dataset.with_format(None).select_columns(names)[list(chosen)]
+    return rows, rows[label_column] if has_labels else None
 
 
-def reads_like_text(values: Sequence[str | None], labels: Sequence[Any] | None = None) -> bool:
-    """Return whether a column of strings holds texts, and not names of the labels, categories, codes or addresses.
+def says_the_label(values: Sequence[str | None], labels: Sequence[Any] | None) -> bool:
+    """Return whether a column has one value for each label, and so says the same."""
+    distinct = len(set(values))
+    if labels is None or distinct == len(values):
+        return False
+    keys = [str(label) for label in labels]
+    return distinct <= len(set(keys)) == len(set(zip(values, keys, strict=True)))
 
-    Args:
-        labels (`Sequence`, *optional*): Of the same rows. A column that says the same as the label is no text.
-    """
+
+def reads_like_text(values: Sequence[str | None]) -> bool:
+    """Return whether a column of strings holds texts, and not categories, codes or addresses."""
     given = [value for value in values if value]
     if not given:
         return False
-    distinct = len(set(given))
-    if labels is not None and distinct < len(given):
-        keys = [str(label) for label in labels]
-        if len(set(zip(values, keys, strict=True))) == len(set(keys)):  # one value for each label
-            return False
     words = np.array([len(value.split()) for value in given])
-    if len(given) >= 20 and distinct <= max(2, len(given) // 20) and words.mean() < 5:
+    if len(given) >= 20 and len(set(given)) <= max(2, len(given) // 20) and words.mean() < 5:
         return False  # categories
     if np.mean([bool(re.match(r"(https?://|www\.|/|[A-Za-z]:\\)\S+$", value)) for value in given]) > 0.5:
         return False  # addresses and paths

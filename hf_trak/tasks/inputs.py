@@ -251,6 +251,11 @@ class TextInputs:
                 )
         kept = np.concatenate(masks).astype(bool)
         lengths = torch.tensor([np.count_nonzero(mask) for mask in masks])
+        if not lengths.all():
+            empty = (lengths == 0).nonzero().flatten().tolist()
+            raise ValueError(
+                f"{len(empty)} of {len(masks)} rows have no token but padding: {name_rows(empty)} of this batch. Filter them."
+            )
         filled = torch.arange(max(1, int(lengths.max()))) < lengths.unsqueeze(1)
         batch = {}
         for key, values in encoded.items():

@@ -35,9 +35,10 @@ def as_stored(dataset: Dataset) -> Dataset:
     """
     if dataset.format["type"] in (None, "custom"):
         return dataset
-    columns = dataset.format["columns"]
+    shown = set(dataset.format["columns"])
     plain = dataset.with_format(None)
-    return plain if set(columns) == set(plain.column_names) else plain.select_columns(columns)
+    columns = [name for name in plain.column_names if name in shown]
+    return plain if columns == plain.column_names else plain.select_columns(columns)
 
 
 def features_of(dataset: Dataset) -> dict[str, Any]:
