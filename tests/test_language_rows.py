@@ -20,7 +20,6 @@ from hf_trak import AttributionIndex
 from hf_trak.config import TrakConfig
 from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.tasks import AutoTask, TaskCollator
-from hf_trak.tasks.packing import check_documents
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:There is a performance drop because we have not yet implemented the batching rule"
@@ -303,7 +302,20 @@ def test_a_model_that_lets_documents_see_one_another_is_refused(name: str):
     batch = featurizer.collate({"input_ids": PACKED_IDS, "seq_lengths": LENGTHS})
     with pytest.raises(ValueError, match=f"{type(model).__name__} does not keep them apart.* packing=False"):
         featurizer.compute(batch)
-    check_documents(model, featurizer.collate({"input_ids": PACKED_IDS}))  # rows of one document each
+    single = {"input_ids": PACKED_IDS, "seq_lengths": [[6], [4]]}
+    assert featurizer.compute(featurizer.collate(single)).features.abs().sum() > 0  # rows of one document each
+    with pytest.raises(ValueError, match="does not keep them apart"):  # and packed ones that come later
+        featurizer.compute(batch)
+
+
+def test_packed_rows_share_a_batch_with_rows_of_one_document():
+    task = AutoTask.from_model(LANGUAGE_MODELS["llama lm"]())
+    rows = {"input_ids": PACKED_IDS, "position_ids": [[0, 1, 2, 3, 4, 5], POSITIONS[1]]}
+    task.check(datasets.Dataset.from_dict(rows), None)
+    batch = task.collate(rows, None)
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5], [*POSITIONS[1], 0, 1]]
+    assert "attention_mask" not in batch
+    assert "attention_mask" in task.collate({key: values[:1] for key, values in rows.items()}, None)
 
 
 @pytest.mark.parametrize(

@@ -328,15 +328,14 @@ class TokenInputs(abc.ABC):
     def _pad(self, examples: list[Example]) -> dict[str, Tensor]:
         batch = {"input_ids": _stack([example.ids for example in examples], self.pad_token_id)}
         lengths, width = [len(example.ids) for example in examples], batch["input_ids"].shape[1]
+        further = [example.further or {} for example in examples]
         if any(example.positions is not None for example in examples):
-            positions = [
-                np.arange(length) if example.positions is None else example.positions
-                for example, length in zip(examples, lengths, strict=True)
-            ]
+            positions = [_positions(example) for example in examples]
             batch["position_ids"] = pad_positions(positions, width)
+            further = [{name: values for name, values in row.items() if name != "position_ids"} for row in further]
         elif "attention_mask" in self.accepted:
             batch["attention_mask"] = (torch.arange(width) < torch.tensor(lengths).unsqueeze(1)).long()
-        batch.update(pad_inputs([example.further or {} for example in examples], lengths, width))
+        batch.update(pad_inputs(further, lengths, width))
         decoder_ids = [example.decoder_ids for example in examples if example.decoder_ids is not None]
         if decoder_ids:
             batch["decoder_input_ids"] = _stack(decoder_ids, self.pad_token_id)
@@ -359,7 +358,7 @@ class TokenInputs(abc.ABC):
         return Example(ids, ids, further_inputs(row, self.accepted, kept, skipped), positions=positions), kept
 
     def _documents(self, row: Mapping[str, Any], kept: np.ndarray) -> np.ndarray | None:
-        """Return the positions of a packed row's tokens in their documents; None if nothing says that it is packed."""
+        """Return the positions of a packed row's tokens in their documents; None for a row of one document."""
         columns = {name: row[name] for name in PACKING_COLUMNS if row.get(name) is not None}
         if row.get("position_ids") is not None:
             given = as_numbers("position_ids", row["position_ids"])
@@ -367,12 +366,9 @@ class TokenInputs(abc.ABC):
         if not columns or len(kept) == 0:
             return None
         positions = packed_positions(columns, int(kept.sum()))
-        if positions is None:
+        if not is_packed(positions):
             return None
-        if is_packed(positions):
-            self._check_packed()
-        elif "position_ids" not in self.accepted:
-            return None
+        self._check_packed()
         return positions
 
     def _check_packed(self) -> None:
@@ -451,6 +447,13 @@ def labels_like(row: Mapping[str, Any], column: str, kept: np.ndarray) -> np.nda
             f"it has {len(kept)} tokens in 'input_ids' and {labels.size} labels in {column!r}; there must be one each"
         )
     return labels[kept]
+
+
+def _positions(example: Example) -> np.ndarray:
+    """Return the positions of a row's tokens: in their documents, those that it gives, or from 0 on."""
+    if example.positions is not None:
+        return example.positions
+    return (example.further or {}).get("position_ids", np.arange(len(example.ids)))
 
 
 def _each(rows: Rows) -> Iterator[dict[str, Any]]:
