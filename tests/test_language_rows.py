@@ -382,7 +382,7 @@ def test_skipped_rows_stay_in_place_with_zeros_and_leave_the_others_as_they_are(
     common = {"models": model, "config": TrakConfig(**{**config.to_dict(), "skip_unscored": True}), "progress": False}
     with caplog.at_level(logging.WARNING):
         index = AttributionIndex.build(tmp_path / "all", dataset=train, **common)
-    assert "3 of 5 rows have no scored token; their features and scores are zero." in caplog.text
+    assert "3 of 5 rows have no scored token and so features and scores of zero." in caplog.text
     columns = index.features()
     zero = [1, 2, 4]
     for name in ("trak_features", "trak_output", "trak_out_to_loss"):
