@@ -324,6 +324,7 @@ def test_packed_rows_share_a_batch_with_rows_of_one_document():
         ("llama lm", {"seq_lengths": [[2, 3], [1, 3]]}, {}, "Row 0 cannot serve: its documents have 5 tokens by 'seq_lengths', but it has 6"),
         ("llama lm", {"seq_lengths": LENGTHS, "position_ids": [[0, 1, 2, 0, 1, 2], POSITIONS[1]]}, {}, "different documents are packed"),
         ("llama lm", {"position_ids": [[0, 1, 5, 6, 7, 8], POSITIONS[1]]}, {}, "go from 1 to 5 at token 2"),
+        ("llama lm", {"position_ids": [[*row, 0] for row in POSITIONS]}, {}, r"'position_ids' of shape \(7,\)"),
         ("llama lm", {"seq_lengths": LENGTHS}, {"gradients": "functional"}, "use gradients='layerwise'"),
         ("bert mlm", {"position_ids": POSITIONS, "labels": PACKED_IDS}, {}, "2 of 2 rows cannot serve.*several packed documents"),
         ("t5", {"seq_lengths": LENGTHS, "labels": PACKED_IDS}, {}, "several packed documents"),
@@ -335,6 +336,19 @@ def test_packed_rows_that_cannot_be_served_are_refused(
     task = AutoTask.from_model(LANGUAGE_MODELS[name](), TrakConfig(**options))
     with pytest.raises(ValueError, match=message):
         task.check(datasets.Dataset.from_dict({"input_ids": PACKED_IDS, **columns}), None)
+
+
+def test_the_batch_of_a_flattening_collator_is_no_row():
+    from transformers import DataCollatorWithFlattening
+
+    flat = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)([{"input_ids": ids} for ids in IDS])
+    rows = {key: [value.tolist()] for key, value in flat.items() if isinstance(value, Tensor) and value.ndim == 2}
+    task = AutoTask.from_model(LANGUAGE_MODELS["llama lm"]())
+    with pytest.raises(ValueError, match=r"its 'input_ids' have the shape \(1, 8\)"):
+        task.check(datasets.Dataset.from_dict(rows), None)
+    rows = {key: value[0] for key, value in rows.items()}
+    task.check(datasets.Dataset.from_dict(rows), None)
+    assert task.collate(rows, None)["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2]]
 
 
 def test_a_recurrent_model_that_takes_no_positions_refuses_packed_rows():
@@ -570,6 +584,7 @@ def test_a_model_without_a_limit_has_none():
     [
         ("gpt2 lm", ("id", "input_ids", "attention_mask", "labels"), {}, {"tokens": ["input_ids", "attention_mask"], "label": "labels"}),
         ("gpt2 lm", ("input_ids", "completion_mask"), {}, {"tokens": ["input_ids"], "label": "completion_mask"}),
+        ("gpt2 lm", ("input_ids", "labels", "seq_lengths"), {}, {"tokens": ["input_ids", "seq_lengths"], "label": "labels"}),
         ("gpt2 lm", ("messages", "tools"), {}, {"messages": "messages", "tools": "tools"}),
         ("gpt2 lm", ("prompt", "completion", "id"), {}, {"prompt": "prompt", "completion": "completion"}),
         ("gpt2 lm", ("body", "id"), {"text_columns": ("body",)}, {"text": ["body"]}),

@@ -159,7 +159,8 @@ class TokenInputs(abc.ABC):
     def _reads(self, name: str) -> bool:
         """Whether a column of tokenized rows is an input."""
         labels = ("labels", "start_positions", "end_positions", self.label_column)
-        return (name in self.accepted and name not in labels) or name in ("input_ids", "attention_mask")
+        others = ("input_ids", "attention_mask", "seq_lengths", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+        return (name in self.accepted and name not in labels) or name in others
 
     def _label_of_tokens(self, features: Features) -> Any:
         label = self.label_column or "labels"
@@ -427,7 +428,9 @@ def without_padding(row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError("its 'input_ids' are None; filter it out")
     ids = np.asarray(row["input_ids"], dtype=np.int64)
     if ids.ndim != 1:
-        raise ValueError(f"its 'input_ids' have the shape {ids.shape}; a row is one list of tokens")
+        raise ValueError(
+            f"its 'input_ids' have the shape {ids.shape}; a row is one list of tokens, without the batch axis of a collator"
+        )
     mask = row.get("attention_mask")
     kept = np.ones(len(ids), dtype=bool) if mask is None else np.asarray(mask).astype(bool)
     if kept.shape != ids.shape:
