@@ -55,7 +55,7 @@ def bart_like(name: str, **options: Any) -> nn.Module:
     import transformers
 
     config = getattr(transformers, f"{name}Config")(**{**BART, **options})
-    return getattr(transformers, f"{name}ForConditionalGeneration")(config)
+    return getattr(transformers, "MarianMTModel" if name == "Marian" else f"{name}ForConditionalGeneration")(config)
 
 
 SEQ2SEQ: dict[str, Callable[[], nn.Module]] = {
@@ -63,6 +63,7 @@ SEQ2SEQ: dict[str, Callable[[], nn.Module]] = {
     "plbart": lambda: bart_like("PLBart"),
     "bart": lambda: bart_like("Bart", decoder_start_token_id=2),
     "m2m100": lambda: bart_like("M2M100", decoder_start_token_id=2),
+    "marian": lambda: bart_like("Marian", decoder_start_token_id=1),
     "blenderbot": lambda: bart_like("Blenderbot", decoder_start_token_id=2),
     "t5": lambda: LANGUAGE_MODELS["t5"](vocab_size=100),
     "t5gemma": t5gemma,
@@ -81,14 +82,15 @@ def test_a_decoder_reads_what_the_models_own_loss_makes_it_read(name: str):
     assert all(torch.equal(batch[key], longer[key]) for key in batch)
     assert pickle.loads(pickle.dumps(task)).collate({"input_ids": inputs, "labels": labels}, None).keys() == batch.keys()
     assert len(pickle.dumps(task)) < 50_000
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]  # Marian's positions are not
     for i, (ids, targets) in enumerate(zip(inputs, labels, strict=True)):
         one = {key: value[i : i + 1] for key, value in batch.items()}
         output, out_to_loss = task.output_function(model, one)
-        found = torch.autograd.grad(output.sum(), list(model.parameters()), allow_unused=True)
+        found = torch.autograd.grad(output.sum(), trained, allow_unused=True)
         loss = model(input_ids=torch.tensor([ids]), labels=torch.tensor([targets])).loss * sum(
             label != -100 for label in targets
         )
-        expected = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+        expected = torch.autograd.grad(loss, trained, allow_unused=True)
         assert out_to_loss.tolist() == [1.0]
         assert_opposite(found, expected, 1e-6)
 
@@ -135,13 +137,13 @@ def longformer() -> nn.Module:
     return LongformerForTokenClassification(config)
 
 
-def xlm() -> nn.Module:
-    from transformers import XLMConfig, XLMForTokenClassification
+def xlm(kind: str = "ForTokenClassification") -> nn.Module:
+    import transformers
 
-    config = XLMConfig(
+    config = transformers.XLMConfig(
         vocab_size=60, emb_dim=16, n_layers=2, n_heads=2, n_langs=3, pad_index=PAD, num_labels=3, max_position_embeddings=20
     )
-    return XLMForTokenClassification(config)
+    return getattr(transformers, f"XLM{kind}")(config)
 
 
 def roberta_lm() -> nn.Module:
@@ -156,6 +158,7 @@ FURTHER: dict[str, tuple[Callable[[], nn.Module], list[list[Any]]]] = {
     "bbox mlm": (lambda: layoutlm("MaskedLM"), [[[i, 2, i + 3, i + 4] for i in range(len(ids))] for ids in IDS]),
     "global_attention_mask": (longformer, [[1, 0, 0, 1, 0], [1, 0, 0]]),
     "langs": (xlm, [[2, 2, 1, 1, 1], [1, 1, 2]]),
+    "langs of a language model": (lambda: xlm("WithLMHeadModel"), [[2, 2, 1, 1, 1], [1, 1, 2]]),
     "position_ids": (roberta_lm, [[3, 4, 5, 6, 7], [4, 5, 6]]),
     "token_type_ids": (LANGUAGE_MODELS["bert mlm"], [[0, 0, 1, 1, 1], [0, 1, 1]]),
 }

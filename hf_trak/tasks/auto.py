@@ -93,8 +93,10 @@ TASKS: dict[str, Callable[[PreTrainedModel, TrakConfig], Task]] = {
 }
 
 
-# By the end of a class's name.
+# By the end of a class's name, the first that fits. XLMWithLMHeadModel and FlaubertWithLMHeadModel do not shift their labels.
 _LANGUAGE_MODELS = {
+    "WithLMHeadModel": "masked-lm",
+    "MarianMTModel": "seq2seq",
     "ForCausalLM": "causal-lm",
     "LMHeadModel": "causal-lm",
     "ForMaskedLM": "masked-lm",
