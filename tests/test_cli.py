@@ -62,8 +62,9 @@ def test_cli_featurizes_what_the_api_does(files: SimpleNamespace, tmp_path: Path
     scores = index.score(files.queries, progress=False)
     assert np.isfinite(scores).all()
     np.testing.assert_array_equal(scores, files.index.score(files.queries, progress=False))
-    printed = capsys.readouterr().out
-    assert "24 rows, 2 members, 100.0% of the trainable parameters covered" in printed
+    printed = capsys.readouterr()
+    assert "24 rows, 2 members, 100.0% of the trainable parameters covered" in printed.out
+    assert printed.err.count("hf-trak: Columns read: tokens = input_ids") == 1
 
 
 def test_printed_snippet_loads_the_features(files: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

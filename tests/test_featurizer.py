@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Value
+from datasets.fingerprint import Hasher
 from datasets_for_tests import image_rows, save_model, token_rows
 from models import TEXT_MODELS, make_model
 
@@ -240,10 +241,26 @@ def test_a_custom_task_is_featurized():
     assert np.isfinite(columns["trak_features"]).all()
 
 
+def test_a_task_of_the_same_name_and_another_output_misses_the_cache():
+    def output_times(factor):
+        return lambda model, batch: factor * model(input_ids=batch["input_ids"]).logits.sum(1)
+
+    def collate(rows):
+        return {"input_ids": torch.tensor([row["input_ids"][:2] for row in rows])}
+
+    model = make_model("bert")
+    first, second, again = (
+        Hasher.hash(Featurizer(model, CONFIG, task=Task.custom(output_times(factor), collator=collate, name="mine")))
+        for factor in (1.0, 2.0, 1.0)
+    )
+    assert first == again
+    assert first != second
+
+
 def test_string_labels_are_refused_with_advice():
     dataset = token_rows(3).remove_columns("label").add_column("label", ["cat", "dog", "cat"])
     featurizer = Featurizer(make_model("bert"), CONFIG)
-    with pytest.raises(ValueError, match="class_encode_column"):
+    with pytest.raises(ValueError, match=r"Labels are strings, such as 'cat'.*label2id"):
         featurizer.task.check(dataset, None)
 
 
@@ -252,5 +269,4 @@ def test_class_labels_are_understood():
     assert dataset.features["label"].num_classes == 3
     assert Featurizer(make_model("bert"), CONFIG)(dataset[:])["trak_features"].shape == (3, 64)
     floats = token_rows(3).cast_column("label", Value("float32"))
-    with pytest.raises(ValueError, match="one class index per example"):
-        Featurizer(make_model("bert"), CONFIG)(floats[:])
+    assert Featurizer(make_model("bert"), CONFIG)(floats[:])["trak_features"].shape == (3, 64)

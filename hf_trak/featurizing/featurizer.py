@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -324,7 +325,7 @@ class Featurizer:
             "trust_remote_code": self.trust_remote_code,
             "model_hash": self.model_hash(),
             "processing_hash": hash_processing_class(processing_class),
-            "task": task.name if task is not None else None,
+            "task": _fingerprint(task) if task is not None else None,
             "bank": {name: values.cpu().numpy() for name, values in bank.tensors().items()} if bank is not None else None,
             "portable": self.source is not None and processing_class is None and task is None,
         }
@@ -345,6 +346,19 @@ class Featurizer:
         self._hash = state["model_hash"]
         if state["bank"] is not None:
             self._bank = Bank.from_tensors({name: torch.from_numpy(values) for name, values in state["bank"].items()})
+
+
+def _fingerprint(task: Task) -> str:
+    """Return what `Dataset.map` caches a given task by: the functions it is made of, and not its name.
+
+    Functions that cannot be pickled give a value that never comes again, so that nothing is read from a cache.
+    """
+    from datasets.fingerprint import Hasher
+
+    try:
+        return Hasher.hash(task)
+    except Exception:  # dill raises whatever an object's own pickling raises
+        return uuid.uuid4().hex
 
 
 def _first_of(projector: Projector) -> Projector:

@@ -205,8 +205,8 @@ def _some_rows(
     """Return the candidates' values of some rows, and their labels, if there are any. Rows are often sorted: these are spread."""
     has_labels = label_column is not None and label_column in dataset.column_names
     names = [*candidates, *([label_column] if has_labels and label_column is not None else [])]
-    chosen = np.unique(np.linspace(0, len(dataset) - 1, min(_ROWS_LOOKED_AT, len(dataset))).astype(int)) if len(dataset) else []
-    rows = dataset.with_format(None).select_columns(names)[list(chosen)]
+    spread = np.linspace(0, max(len(dataset) - 1, 0), min(_ROWS_LOOKED_AT, len(dataset))).astype(int)
+    rows = dataset.with_format(None).select_columns(names)[np.unique(spread).tolist()]
     return rows, rows[label_column] if has_labels else None
 
 

@@ -79,7 +79,7 @@ class PairInputs:
         if not self._has_pixels(features):
             images = replace(images, image_column=images._column(features))
         if not self._has_ids(features):
-            texts = replace(texts, text_columns=(self.caption_column(features),))  # type: ignore[arg-type]
+            texts = replace(texts, text_columns=(self.caption_column(features),))
         return replace(self, images=images, texts=texts)
 
     def check_rows(self, dataset: Dataset, processing_class: Any = None) -> None:
