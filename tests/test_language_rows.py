@@ -570,6 +570,20 @@ def test_a_text_is_cut_at_the_positions_that_a_model_can_use():
             task.check(rows, None)
 
 
+def test_language_models_that_do_not_shift_labels_are_masked_ones():
+    from transformers import XLNetConfig, XLNetLMHeadModel
+
+    model = XLNetLMHeadModel(XLNetConfig(vocab_size=60, d_model=16, n_layer=1, n_head=2, d_inner=24)).double().eval()
+    task = AutoTask.from_model(model, TrakConfig(reduction="sum", token_out_to_loss="exact"))
+    rows = {"input_ids": IDS[:1], "labels": [[1, -100, 2, 0, 1]]}
+    output, _ = task.output_function(model, task.collate(rows, None))
+    loss = model(**{key: torch.tensor(values) for key, values in rows.items()}).loss * 4
+    trained = list(model.parameters())
+    found, expected = (torch.autograd.grad(value.sum(), trained, allow_unused=True) for value in (output, loss))
+    assert task.name == "masked-lm"
+    assert_opposite(found, expected, 1e-6)
+
+
 def test_a_model_without_a_limit_has_none():
     from transformers import XLNetConfig, XLNetForTokenClassification
 
