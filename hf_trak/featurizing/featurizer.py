@@ -94,6 +94,7 @@ class Featurizer:
         self._ready: tuple[Task, ParameterSelection, Projector, Any] | None = None
         self._hash: str | None = None
         self._checked = False
+        self._documents_checked = False
         self._bank: Bank | None = None  # until there is a task to hold it
 
     @property
@@ -274,10 +275,11 @@ class Featurizer:
         if functional:
             with vmappable_attention(self.model):
                 return engine(self.model, batch, output_function=output_function, **arguments)
+        if not self._documents_checked:
+            self._documents_checked = check_documents(self.model, batch)
         if not self._checked:
             first = {key: value[:_CHECKED_ROWS] if isinstance(value, Tensor) else value for key, value in batch.items()}
             # Not under autocast, whose round-off would hide what is looked for.
-            check_documents(self.model, first)
             check_gradients(self.model, first, output_function=task.output_function, **arguments)
             self._checked = True
         return engine(self.model, batch, output_function=output_function, **arguments)

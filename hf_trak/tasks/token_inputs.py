@@ -159,7 +159,8 @@ class TokenInputs(abc.ABC):
     def _reads(self, name: str) -> bool:
         """Whether a column of tokenized rows is an input."""
         labels = ("labels", "start_positions", "end_positions", self.label_column)
-        return (name in self.accepted and name not in labels) or name in ("input_ids", "attention_mask")
+        others = ("input_ids", "attention_mask", "seq_lengths", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+        return (name in self.accepted and name not in labels) or name in others
 
     def _label_of_tokens(self, features: Features) -> Any:
         label = self.label_column or "labels"
@@ -328,15 +329,14 @@ class TokenInputs(abc.ABC):
     def _pad(self, examples: list[Example]) -> dict[str, Tensor]:
         batch = {"input_ids": _stack([example.ids for example in examples], self.pad_token_id)}
         lengths, width = [len(example.ids) for example in examples], batch["input_ids"].shape[1]
+        further = [example.further or {} for example in examples]
         if any(example.positions is not None for example in examples):
-            positions = [
-                np.arange(length) if example.positions is None else example.positions
-                for example, length in zip(examples, lengths, strict=True)
-            ]
+            positions = [_positions(example) for example in examples]
             batch["position_ids"] = pad_positions(positions, width)
+            further = [{name: values for name, values in row.items() if name != "position_ids"} for row in further]
         elif "attention_mask" in self.accepted:
             batch["attention_mask"] = (torch.arange(width) < torch.tensor(lengths).unsqueeze(1)).long()
-        batch.update(pad_inputs([example.further or {} for example in examples], lengths, width))
+        batch.update(pad_inputs(further, lengths, width))
         decoder_ids = [example.decoder_ids for example in examples if example.decoder_ids is not None]
         if decoder_ids:
             batch["decoder_input_ids"] = _stack(decoder_ids, self.pad_token_id)
@@ -359,7 +359,7 @@ class TokenInputs(abc.ABC):
         return Example(ids, ids, further_inputs(row, self.accepted, kept, skipped), positions=positions), kept
 
     def _documents(self, row: Mapping[str, Any], kept: np.ndarray) -> np.ndarray | None:
-        """Return the positions of a packed row's tokens in their documents; None if nothing says that it is packed."""
+        """Return the positions of a packed row's tokens in their documents; None for a row of one document."""
         columns = {name: row[name] for name in PACKING_COLUMNS if row.get(name) is not None}
         if row.get("position_ids") is not None:
             given = as_numbers("position_ids", row["position_ids"])
@@ -367,12 +367,9 @@ class TokenInputs(abc.ABC):
         if not columns or len(kept) == 0:
             return None
         positions = packed_positions(columns, int(kept.sum()))
-        if positions is None:
+        if not is_packed(positions):
             return None
-        if is_packed(positions):
-            self._check_packed()
-        elif "position_ids" not in self.accepted:
-            return None
+        self._check_packed()
         return positions
 
     def _check_packed(self) -> None:
@@ -431,7 +428,9 @@ def without_padding(row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError("its 'input_ids' are None; filter it out")
     ids = np.asarray(row["input_ids"], dtype=np.int64)
     if ids.ndim != 1:
-        raise ValueError(f"its 'input_ids' have the shape {ids.shape}; a row is one list of tokens")
+        raise ValueError(
+            f"its 'input_ids' have the shape {ids.shape}; a row is one list of tokens, without the batch axis of a collator"
+        )
     mask = row.get("attention_mask")
     kept = np.ones(len(ids), dtype=bool) if mask is None else np.asarray(mask).astype(bool)
     if kept.shape != ids.shape:
@@ -451,6 +450,13 @@ def labels_like(row: Mapping[str, Any], column: str, kept: np.ndarray) -> np.nda
             f"it has {len(kept)} tokens in 'input_ids' and {labels.size} labels in {column!r}; there must be one each"
         )
     return labels[kept]
+
+
+def _positions(example: Example) -> np.ndarray:
+    """Return the positions of a row's tokens: in their documents, those that it gives, or from 0 on."""
+    if example.positions is not None:
+        return example.positions
+    return (example.further or {}).get("position_ids", np.arange(len(example.ids)))
 
 
 def _each(rows: Rows) -> Iterator[dict[str, Any]]:
