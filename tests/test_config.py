@@ -51,7 +51,7 @@ def test_the_file_is_golden(tmp_path):
         '{\n  "task": "image-classification",\n  "proj_dim": 4096,\n  "seed": 0,\n  "projector": "block_count_sketch",\n'
         '  "fold": 4,\n  "gradients": "layerwise",\n  "compute_dtype": "float32",\n  "damping": "auto",\n  "dtype": "float32",\n  "parameters": [\n    "classifier"\n  ],\n'
         '  "text_columns": null,\n  "image_column": null,\n  "label_column": null,\n  "max_length": null,\n'
-        '  "format_version": 3\n}\n'
+        '  "format_version": 4\n}\n'
     )
 
 
