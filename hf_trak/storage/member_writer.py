@@ -96,7 +96,8 @@ class MemberWriter:
         if found is not None and found != self.identity:
             raise self._other_features(found)
         if self.is_finished and not shared:
-            forget_progress(self.folder)  # killed just after `member.json` was written
+            with suppress(OSError):  # killed just after `member.json` was written; it does no harm
+                forget_progress(self.folder)
             self._reopen_if_damaged()
         if not self.is_finished:
             self._begin(shared)
