@@ -162,7 +162,7 @@ def test_an_index_written_before_later_fields_existed_still_loads_and_is_not_wri
     old = {
         "task": "seq2seq", "proj_dim": PROJ_DIM, "seed": 0, "projector": "block_count_sketch", "fold": 4, "gradients": "layerwise",
         "compute_dtype": "float32", "damping": "auto", "dtype": "float32", "parameters": None, "text_columns": None,
-        "image_column": None, "label_column": None, "max_length": None, "format_version": 3,
+        "image_column": None, "label_column": None, "max_length": None, "format_version": 4,
     }  # fmt: skip
     assert json.loads((tmp_path / CONFIG_NAME).read_text()) == old
     member = json.loads((tmp_path / "member_0" / "member.json").read_text())

@@ -239,6 +239,8 @@ def test_a_fresh_copy_killed_at_any_moment_is_made_by_the_next_call(stored, tmp_
         if not {"trak_config.json", ".replacement/replaces.json"} & names_in(target):
             new.save_pretrained(target)  # it was not whole
         assert is_index(target, new)
+        assert not [name for name in names_in(target) if name.startswith(STAGING)]
+        new.save_pretrained(target, overwrite=True)
         assert not (target / STAGING).exists()
         shutil.rmtree(target)
         step += 3
