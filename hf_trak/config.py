@@ -238,6 +238,8 @@ class TrakConfig:
             values = json.loads(path.read_bytes())
             if not isinstance(values, dict):
                 raise ValueError(f"it holds {str(values)[:60]}")
+            if "format_version" not in values:
+                raise ValueError("it has no format_version")
         except (ValueError, RecursionError) as error:
             reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
             raise ValueError(f"{path} is damaged: {reason}. Restore it, or featurize again.") from error

@@ -31,7 +31,7 @@ from hf_trak.querying.recorded_featurizers import QuerySide
 from hf_trak.scoring.damping import DAMPING_NAME, DampingChoice
 from hf_trak.storage.differences import list_differences
 from hf_trak.storage.files import remove_file
-from hf_trak.storage.layout import member_folders
+from hf_trak.storage.layout import member_folders, member_numbers
 from hf_trak.storage.member_reader import MemberReader
 from hf_trak.storage.object_store import ObjectPath, place
 from hf_trak.storage.replacing import finish_replacement
@@ -84,6 +84,11 @@ class AttributionIndex(Questions, HubMixin):
         ]
         if not self.members:
             raise FileNotFoundError(f"{self.folder} holds no finished member; featurize a training set first.")
+        if missing := sorted(set(range(len(self.members))) ^ set(member_numbers(self.folder))):
+            raise ValueError(
+                f"{self.folder} holds member_{missing[-1]} but not all members below it. Restore the missing ones from a copy, or run the "
+                "command that made the index again."
+            )
         self._check_members()
         self.passes = recorded_passes(self.members)
         self.n_checkpoints = len({plan.checkpoint for plan in self.passes})

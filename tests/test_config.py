@@ -65,7 +65,7 @@ def test_the_file_is_golden(tmp_path):
         '{\n  "task": "image-classification",\n  "proj_dim": 4096,\n  "seed": 0,\n  "projector": "block_count_sketch",\n'
         '  "fold": 4,\n  "gradients": "layerwise",\n  "compute_dtype": "float32",\n  "damping": "auto",\n  "dtype": "float32",\n  "parameters": [\n    "classifier"\n  ],\n'
         '  "text_columns": null,\n  "image_column": null,\n  "label_column": null,\n  "max_length": null,\n'
-        '  "format_version": 3\n}\n'
+        '  "format_version": 4\n}\n'
     )
 
 
@@ -114,7 +114,8 @@ def test_a_damping_of_zero_is_the_papers_and_allowed():
         ({"gradients": "magic"}, "`gradients` must be one of layerwise, functional, but is 'magic'"),
         ({"text_columns": ()}, "one column or two, but has 0"),
         ({"text_columns": ("a", "b", "c")}, "one column or two, but has 3"),
-        ({"format_version": 4}, "format version 4, and this hf_trak reads version 3. Upgrade hf_trak"),
+        ({"format_version": 5}, "format version 5, and this hf_trak reads version 4. Upgrade hf_trak"),
+        ({"format_version": 3}, "format version 3, and this hf_trak reads version 4. .*or featurize again"),
     ],
 )
 def test_an_impossible_value_is_refused(values: dict[str, Any], message: str):
@@ -128,8 +129,8 @@ def test_an_unknown_field_is_named():
 
 
 def test_a_future_version_is_refused_for_its_version_and_not_for_its_new_fields():
-    with pytest.raises(ValueError, match="format version 4.*Upgrade hf_trak"):
-        TrakConfig.from_dict({"format_version": 4, "something_new": True})
+    with pytest.raises(ValueError, match="format version 5.*Upgrade hf_trak"):
+        TrakConfig.from_dict({"format_version": 5, "something_new": True})
 
 
 def test_a_folder_without_the_file_is_not_an_index(tmp_path):

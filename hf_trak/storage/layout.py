@@ -14,6 +14,7 @@ import re
 from pathlib import Path
 
 from hf_trak.config import CONFIG_NAME
+from hf_trak.storage.files import file_sizes
 
 MEMBER_NAME = "member.json"
 KERNEL_NAME = "kernel.safetensors"
@@ -33,10 +34,18 @@ _MEMBER = re.compile(r"member_(0|[1-9]\d*)")
 
 def member_folders(folder: Path) -> list[Path]:
     """Return member_0, member_1, ... as far as they go."""
-    folders: list[Path] = []
-    while (folder / f"member_{len(folders)}").exists():
-        folders.append(folder / f"member_{len(folders)}")
-    return folders
+    numbers = member_numbers(folder)
+    return [folder / f"member_{number}" for number, found in enumerate(numbers) if number == found]
+
+
+def member_numbers(folder: Path) -> list[int]:
+    """Return the numbers of the folders that hold files of a member, in order."""
+    numbers = sorted(number for name in file_sizes(folder) if (number := member_number(folder / name)) is not None)
+    return [number for number in numbers if _holds_member(folder / f"member_{number}")]
+
+
+def _holds_member(folder: Path) -> bool:
+    return any(name == PROGRESS or is_member_name(name) for name in file_sizes(folder))
 
 
 def member_number(folder: Path) -> int | None:

@@ -151,8 +151,10 @@ def drop_replacement(folder: Path) -> None:
         return
     remove_files(staging, _staged_files(staging))
     if not isinstance(staging, ObjectPath):
-        with suppress(OSError):
-            staging.rmdir()
+        members = [staging / name for name in file_sizes(staging) if member_number(staging / name) is not None]
+        for empty in (*(member / PROGRESS for member in members), *members, staging):
+            with suppress(OSError):  # it is not there, or holds something else
+                empty.rmdir()
 
 
 def _staged_files(staging: Path) -> list[str]:
