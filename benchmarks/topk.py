@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
@@ -60,7 +59,8 @@ def write_features(options: argparse.Namespace) -> None:
     """Write the rows of one member: correlated columns, as gradients have, and rows of very different size."""
     if (options.folder / "member_0" / "member.json").exists():
         return
-    shutil.rmtree(options.folder, ignore_errors=True)
+    if options.folder.exists() and any(options.folder.iterdir()):
+        raise SystemExit(f"{options.folder} is not empty and holds no finished member. Delete it, or choose another folder.")
     config = TrakConfig(task="text-classification", proj_dim=options.proj_dim, dtype="float16")
     config.save_pretrained(options.folder)
     identity = {

@@ -28,13 +28,38 @@ _CHOICES = {
 # Fields that came after the first indexes of this format version: written only where they say something, so that an index of before
 # and one of now that mean the same have the same files.
 _LATER = (
-    "label_mapping", "reduction", "score_tokens", "token_out_to_loss", "loss_on", "skip_unscored", "chat_template_kwargs", "bank_size",
-    "bank_seed", "columns_read", "label_names",
-)  # fmt: skip
+    "label_mapping",
+    "reduction",
+    "score_tokens",
+    "token_out_to_loss",
+    "loss_on",
+    "skip_unscored",
+    "chat_template_kwargs",
+    "bank_size",
+    "bank_seed",
+    "columns_read",
+    "label_names",
+)
 
 
 def _option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
+
+
+def _as_json(name: str, value: Any) -> str:
+    """Return a dict as JSON text, the same for every order and spacing.
+
+    Raises:
+        ValueError: If the value is neither a dict nor the JSON text of one.
+    """
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+        text = json.dumps(value, sort_keys=True)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`{name}` must be a dict or its JSON text, but is not: {error}.") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"`{name}` must be a dict or its JSON text, but is {value!r}.")
+    return text
 
 
 @dataclass(frozen=True)
@@ -114,8 +139,9 @@ class TrakConfig:
         "Keep rows without any scored token in place, with features, output and out_to_loss of zero, instead of refusing them. For "
         "language models.",
     )
-    chat_template_kwargs: dict[str, Any] | None = _option(
-        None, "Arguments of the chat template for every row, such as tools or enable_thinking; a dict or its JSON text."
+    chat_template_kwargs: str | None = _option(
+        None,
+        "Arguments of the chat template for every row, such as tools or enable_thinking, as a JSON text; a dict becomes one.",
     )
     bank_size: int | None = _option(
         None, "Contrastive: pairs of the training set that each example is held against; 512, or all if fewer, by default."
@@ -134,13 +160,8 @@ class TrakConfig:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
-        if isinstance(self.chat_template_kwargs, str):
-            try:
-                object.__setattr__(self, "chat_template_kwargs", json.loads(self.chat_template_kwargs))
-            except ValueError as error:
-                raise ValueError(f"`chat_template_kwargs` is no JSON: {error}. Give a dict, or its JSON text.") from None
-        if self.chat_template_kwargs is not None and not isinstance(self.chat_template_kwargs, dict):
-            raise ValueError(f"`chat_template_kwargs` must be a dict, or its JSON text, but is {self.chat_template_kwargs!r}.")
+        if self.chat_template_kwargs is not None:
+            object.__setattr__(self, "chat_template_kwargs", _as_json("chat_template_kwargs", self.chat_template_kwargs))
         if isinstance(self.damping, str) and self.damping != "auto":
             try:
                 object.__setattr__(self, "damping", float(self.damping))
@@ -219,6 +240,8 @@ class TrakConfig:
             values = json.loads(path.read_bytes())
             if not isinstance(values, dict):
                 raise ValueError(f"it holds {str(values)[:60]}")
+            if "format_version" not in values:
+                raise ValueError("it has no format_version")
         except (ValueError, RecursionError) as error:
             reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
             raise ValueError(f"{path} is damaged: {reason}. Restore it, or featurize again.") from error

@@ -144,7 +144,7 @@ class FeatureArguments:
             token_out_to_loss=self.token_out_to_loss,  # type: ignore[arg-type]
             loss_on=self.loss_on,  # type: ignore[arg-type]
             skip_unscored=self.skip_unscored,
-            chat_template_kwargs=self.chat_template_kwargs,  # type: ignore[arg-type]
+            chat_template_kwargs=self.chat_template_kwargs,
             bank_size=self.bank_size,
             bank_seed=self.bank_seed,
         )

@@ -72,9 +72,9 @@ def main(args: JobArguments, setting: Setting, recipe: Recipe) -> None:
         with state.main_process_first():
             setting = pretrain(setting, recipe, Path(args.output) / "pretrained", **options)
     prepared = prepare(setting, **options)
+    jobs = make_jobs(args, recipe, prepared, state)  # refuses a folder of something else before anything is written
     if not setting.on_demand:
         prepared.save_data(Path(args.output) / "data", overwrite=args.overwrite)
-    jobs = make_jobs(args, recipe, prepared, state)
     for job in jobs.values():
         job.work(
             prepared.make_model,

@@ -49,6 +49,7 @@ def store_index(
         description = {
             "checkpoint": {"path": None, "repository": None, "revision": None},
             "checkpoint_number": number,
+            "training_set": {"name": None, "config": None, "split": None, "columns": []},
             "coverage": 1.0,
             "grad_dim": proj_dim,
             "versions": {"hf_trak": "0", "torch": "0", "transformers": "0", "datasets": "0", "python": "3"},

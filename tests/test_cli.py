@@ -288,7 +288,7 @@ def test_choosing_no_command_imports_nothing_heavy() -> None:
     assert shown.stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("command", ["featurize", "attribute", "demo", "push", "card"])
+@pytest.mark.parametrize("command", ["featurize", "attribute", "demo", "push", "card", "verify"])
 def test_help_of_a_command_has_an_example_and_explains_every_flag(command: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as status:
         main([command, "--help"])

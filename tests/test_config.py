@@ -27,9 +27,11 @@ FULL: dict[str, Any] = {
     "reduction": "sum",
     "score_tokens": "content",
     "token_out_to_loss": "exact",
+    "loss_on": "assistant",
+    "skip_unscored": True,
+    "chat_template_kwargs": '{"enable_thinking": false}',
     "bank_size": 300,
     "bank_seed": 4,
-    "label_mapping": "by_name",
     "columns_read": {"text": ["sentence"], "label": "label"},
     "label_names": ("negative", "positive"),
     "format_version": FORMAT_VERSION,
@@ -49,13 +51,21 @@ def test_a_configuration_round_trips_through_json(values: dict[str, Any], tmp_pa
     assert hash(TrakConfig.from_pretrained(str(tmp_path / "new" / "folder"))) == hash(config)
 
 
+def test_arguments_of_the_chat_template_are_one_text_however_they_are_given():
+    given = ({"b": 1, "a": [None]}, '{"b":1,  "a": [null]}', '{"a": [null], "b": 1}')
+    assert {TrakConfig(chat_template_kwargs=value).chat_template_kwargs for value in given} == {'{"a": [null], "b": 1}'}
+    for wrong in ("{", "[1]", 3, {"a": {1, 2}}):
+        with pytest.raises(ValueError, match="`chat_template_kwargs` must be a dict or its JSON text"):
+            TrakConfig(chat_template_kwargs=wrong)
+
+
 def test_the_file_is_golden(tmp_path):
     TrakConfig(task="image-classification", parameters=["classifier"]).save_pretrained(tmp_path)
     assert (tmp_path / CONFIG_NAME).read_text() == (
         '{\n  "task": "image-classification",\n  "proj_dim": 4096,\n  "seed": 0,\n  "projector": "block_count_sketch",\n'
         '  "fold": 4,\n  "gradients": "layerwise",\n  "compute_dtype": "float32",\n  "damping": "auto",\n  "dtype": "float32",\n  "parameters": [\n    "classifier"\n  ],\n'
         '  "text_columns": null,\n  "image_column": null,\n  "label_column": null,\n  "max_length": null,\n'
-        '  "format_version": 3\n}\n'
+        '  "format_version": 4\n}\n'
     )
 
 
@@ -104,7 +114,8 @@ def test_a_damping_of_zero_is_the_papers_and_allowed():
         ({"gradients": "magic"}, "`gradients` must be one of layerwise, functional, but is 'magic'"),
         ({"text_columns": ()}, "one column or two, but has 0"),
         ({"text_columns": ("a", "b", "c")}, "one column or two, but has 3"),
-        ({"format_version": 4}, "format version 4, and this hf_trak reads version 3. Upgrade hf_trak"),
+        ({"format_version": 5}, "format version 5, and this hf_trak reads version 4. Upgrade hf_trak"),
+        ({"format_version": 3}, "format version 3, and this hf_trak reads version 4. .*or featurize again"),
     ],
 )
 def test_an_impossible_value_is_refused(values: dict[str, Any], message: str):
@@ -118,8 +129,8 @@ def test_an_unknown_field_is_named():
 
 
 def test_a_future_version_is_refused_for_its_version_and_not_for_its_new_fields():
-    with pytest.raises(ValueError, match="format version 4.*Upgrade hf_trak"):
-        TrakConfig.from_dict({"format_version": 4, "something_new": True})
+    with pytest.raises(ValueError, match="format version 5.*Upgrade hf_trak"):
+        TrakConfig.from_dict({"format_version": 5, "something_new": True})
 
 
 def test_a_folder_without_the_file_is_not_an_index(tmp_path):
@@ -147,10 +158,10 @@ def test_differences_name_each_field_and_both_values():
 
 
 def test_what_is_chosen_after_featurizing_is_no_difference():
-    assert TrakConfig(damping=0.0, dtype="float16").differences(TrakConfig()) == []
+    assert TrakConfig(damping=0.0, dtype="float16", skip_unscored=True).differences(TrakConfig()) == []
 
 
-@pytest.mark.parametrize("field", sorted(set(FULL) - {"damping", "dtype", "format_version", "gradients"}))
+@pytest.mark.parametrize("field", sorted(set(FULL) - {"damping", "dtype", "skip_unscored", "format_version", "gradients"}))
 def test_every_field_that_gives_features_their_meaning_is_a_difference(field: str):
     needed = {"reduction": "sum"} if field == "token_out_to_loss" else {}
     assert len(TrakConfig(**needed, **{field: FULL[field]}).differences(TrakConfig(**needed))) == 1

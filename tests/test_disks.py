@@ -6,15 +6,24 @@ import os
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from datasets import Dataset, load_dataset
+from stored_for_tests import draw, store_index
 from test_featurize import PROJ_DIM, CountingFeaturizer, values
 from test_store import make_columns
 
+from hf_trak.cli.attribute import most_bytes, write_hits
+from hf_trak.cli.examples import Attribution, Example, Hit
+from hf_trak.cli.report import save_report
 from hf_trak.featurizing.featurize import featurize
+from hf_trak.scoring.ensemble import ScoreOptions, solve_all
+from hf_trak.scoring.scorer import Scorer
 from hf_trak.storage.files import remove_leftovers, write_atomically, write_json_once
 from hf_trak.storage.layout import BANK_NAME
 from hf_trak.storage.member_writer import MemberWriter
+from hf_trak.storage.outputs import output_file
 
 
 def mount(*arguments: str | Path) -> None:
@@ -139,6 +148,68 @@ def test_an_error_about_something_else_is_left_as_it_is(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere") as raised:
         write_atomically(tmp_path / "copy", lambda temporary: temporary.write_bytes((tmp_path / "nowhere").read_bytes()))
     assert "mount" not in str(raised.value)
+
+
+# Results
+
+
+@pytest.mark.parametrize("name", ["hits.jsonl", "hits.parquet"])
+def test_room_for_hits_is_reserved_before_work_and_they_never_need_more(tmp_path, name):
+    generator = np.random.default_rng(0)
+    rows, scores = generator.integers(0, 10**6, (50, 7)), generator.normal(size=(50, 7)) * 1e-300
+    columns = {"proponents": rows, "proponent_scores": scores, "opponents": rows, "opponent_scores": -scores}
+    hits = Dataset.from_dict({"query_id": range(50), "query_output": scores[:, 0], **columns})
+    with output_file(tmp_path / name, n_bytes=most_bytes(50, 7, 10**6)) as unfinished:
+        assert unfinished.stat().st_blocks * 512 >= most_bytes(50, 7, 10**6) - 4096
+        assert not (tmp_path / name).exists()
+        write_hits(hits, unfinished, is_parquet=name.endswith("parquet"))
+        assert unfinished.stat().st_size <= most_bytes(50, 7, 10**6)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    kind = "parquet" if name.endswith("parquet") else "json"
+    found = load_dataset(kind, data_files=str(tmp_path / name), split="train")
+    assert found["proponent_scores"][:] == hits["proponent_scores"][:]
+
+
+def test_a_disk_too_full_for_scores_is_said_before_work_and_names_the_file(tmp_path, disk):
+    index = store_index(tmp_path / "index", [draw(1000, 4)], shard_rows=500)
+    queries = torch.randn(300, 4)
+    mount("-t", "tmpfs", "-o", "size=1m", "tmpfs", disk)
+    (disk / "thesis.tex").write_text("years of work")
+    (disk / ".scores.npy.elsewhere.7.tmp").write_text("of a process that was killed")
+    options = ScoreOptions(1.0, False, False, False, 0.5)
+    scorer = Scorer(index.members, options, 300, progress=False)
+    with pytest.raises(OSError, match=r"The disk is full: .*scores.npy needs up to 1,204,096 bytes, and .* are free"):
+        scorer.matrix(lambda: pytest.fail("it computed"), disk / "scores.npy")
+    assert [path.name for path in disk.iterdir()] == ["thesis.tex"]
+    mount("-o", "remount,size=4m", disk)
+
+    def solve():
+        return solve_all(index.members, [queries], options)
+
+    np.testing.assert_array_equal(scorer.matrix(solve, disk / "scores.npy"), scorer.matrix(solve))
+    before = (disk / "scores.npy").read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        scorer.matrix(lambda: (_ for _ in ()).throw(KeyboardInterrupt), disk / "other.npy")
+    assert sorted(path.name for path in disk.iterdir()) == ["scores.npy", "thesis.tex"]
+    assert (disk / "scores.npy").read_bytes() == before
+
+
+def test_a_report_is_whole_or_not_there(tmp_path, disk):
+    pytest.importorskip("matplotlib")
+    mount("-t", "tmpfs", "-o", "size=16k", "tmpfs", disk)
+    shown = Attribution(Example(0, text="text " * 3000), 1.0, [Hit(Example(1, text="text"), 1.0)], [])
+    with pytest.raises(OSError, match=r"The disk is full: .*report\.(png|html) was not written"):
+        save_report([shown], disk / "report", title="Attributions")
+    assert list((disk / "report").iterdir()) == []
+
+
+def test_a_result_that_is_a_folder_or_in_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "hits.jsonl").mkdir()
+    for path, told in ((tmp_path / "hits.jsonl", "is a folder"), (tmp_path / "file" / "hits.jsonl", "file")):
+        with pytest.raises((ValueError, OSError), match=told), output_file(path, n_bytes=10):
+            pytest.fail("it went on")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "hits.jsonl"]
 
 
 # Names that several processes write at once

@@ -377,6 +377,18 @@ def test_hits_show_themselves_without_the_training_set(model, tmp_path):
     assert "contains training data (`text`, `label`, `picture`)" in (index.folder / "README.md").read_text()
 
 
+def test_a_hit_that_a_search_index_did_not_find_shows_nothing(model, tmp_path):
+    rows = picture_rows()
+    index = build(tmp_path / "index", model, rows, keep_columns=["text", "label", "picture"], shard_rows=5)
+    hits = Dataset.from_dict({"proponents": [[7, -1], [11, 0]], "opponents": [[-1, -1], [3, 3]]})
+    shown = index.kept_rows.beside(hits)
+    assert shown["proponent_text"][:] == [[rows[7]["text"], None], [rows[11]["text"], rows[0]["text"]]]
+    assert shown["opponent_label"][:] == [[None, None], [rows[3]["label"]] * 2]
+    assert shown[0]["opponent_picture"] == [None, None]
+    with pytest.raises(IndexError, match="rows 0 to 11, but row 12 was asked for"):
+        index.kept_rows[12]
+
+
 def test_an_index_with_kept_columns_continues_to_the_same_bytes(model, tmp_path, monkeypatch):
     rows = picture_rows()
     options = {"keep_columns": ["picture", "text"], "shard_rows": 4}

@@ -18,7 +18,7 @@ from hf_trak import AttributionArguments, AttributionIndex, AttributionTrainer, 
 from hf_trak.cli.examples import Example, ExampleReader
 from hf_trak.cli.language_rows import LanguageRows
 from hf_trak.cli.main import main
-from hf_trak.config import CONFIG_NAME
+from hf_trak.config import CONFIG_NAME, FORMAT_VERSION
 
 # Trainer's loader asks for pinned memory where there is none.
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
@@ -75,7 +75,7 @@ def test_rows_are_trained_on_featurized_and_attributed_as_they_are(model: str, k
 
 def test_a_training_batch_is_what_is_featurized_and_its_loss_that_of_the_scored_tokens(tmp_path: Path):
     rows = rows_of("messages", 3)
-    args = AttributionArguments(str(tmp_path), proj_dim=PROJ_DIM, use_cpu=True, report_to="none")
+    args = AttributionArguments(str(tmp_path), proj_dim=PROJ_DIM, loss_on="assistant", use_cpu=True, report_to="none")
     trainer = AttributionTrainer(
         model=make_model("gpt2 lm").eval(), args=args, train_dataset=rows, processing_class=word_tokenizer()
     )
@@ -154,7 +154,7 @@ def test_an_exact_index_has_the_losses_gradients_and_scores_them_with_plain_quer
     )
 
 
-def test_an_index_written_before_later_fields_existed_still_loads_and_is_not_written_again(tmp_path: Path):
+def test_settings_that_say_nothing_are_not_written(tmp_path: Path):
     train, queries = rows_of("tokens", N_TRAIN), rows_of("tokens", N_QUERIES, seed=1)
     model = make_model("t5")
     index = AttributionIndex.build(tmp_path, models=model, dataset=train, config=TrakConfig(proj_dim=PROJ_DIM), progress=False)
@@ -162,9 +162,11 @@ def test_an_index_written_before_later_fields_existed_still_loads_and_is_not_wri
     old = {
         "task": "seq2seq", "proj_dim": PROJ_DIM, "seed": 0, "projector": "block_count_sketch", "fold": 4, "gradients": "layerwise",
         "compute_dtype": "float32", "damping": "auto", "dtype": "float32", "parameters": None, "text_columns": None,
-        "image_column": None, "label_column": None, "max_length": None, "format_version": 3,
+        "image_column": None, "label_column": None, "max_length": None, "format_version": FORMAT_VERSION,
     }  # fmt: skip
-    assert json.loads((tmp_path / CONFIG_NAME).read_text()) == old
+    written = json.loads((tmp_path / CONFIG_NAME).read_text())
+    assert written.pop("columns_read") == {"tokens": ["input_ids"], "label": "labels"}
+    assert written == old
     member = json.loads((tmp_path / "member_0" / "member.json").read_text())
     assert set(member["identity"]["config"]) == set(old) - {"task", "damping"}
     loaded = AttributionIndex.from_pretrained(tmp_path, models=model)

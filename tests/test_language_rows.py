@@ -20,7 +20,10 @@ from hf_trak import AttributionIndex
 from hf_trak.config import TrakConfig
 from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.tasks import AutoTask, TaskCollator
-from hf_trak.tasks.packing import check_documents
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:There is a performance drop because we have not yet implemented the batching rule"
+)
 
 PAD = 0
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -52,7 +55,7 @@ def bart_like(name: str, **options: Any) -> nn.Module:
     import transformers
 
     config = getattr(transformers, f"{name}Config")(**{**BART, **options})
-    return getattr(transformers, f"{name}ForConditionalGeneration")(config)
+    return getattr(transformers, "MarianMTModel" if name == "Marian" else f"{name}ForConditionalGeneration")(config)
 
 
 SEQ2SEQ: dict[str, Callable[[], nn.Module]] = {
@@ -60,6 +63,7 @@ SEQ2SEQ: dict[str, Callable[[], nn.Module]] = {
     "plbart": lambda: bart_like("PLBart"),
     "bart": lambda: bart_like("Bart", decoder_start_token_id=2),
     "m2m100": lambda: bart_like("M2M100", decoder_start_token_id=2),
+    "marian": lambda: bart_like("Marian", decoder_start_token_id=1),
     "blenderbot": lambda: bart_like("Blenderbot", decoder_start_token_id=2),
     "t5": lambda: LANGUAGE_MODELS["t5"](vocab_size=100),
     "t5gemma": t5gemma,
@@ -78,14 +82,15 @@ def test_a_decoder_reads_what_the_models_own_loss_makes_it_read(name: str):
     assert all(torch.equal(batch[key], longer[key]) for key in batch)
     assert pickle.loads(pickle.dumps(task)).collate({"input_ids": inputs, "labels": labels}, None).keys() == batch.keys()
     assert len(pickle.dumps(task)) < 50_000
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]  # Marian's positions are not
     for i, (ids, targets) in enumerate(zip(inputs, labels, strict=True)):
         one = {key: value[i : i + 1] for key, value in batch.items()}
         output, out_to_loss = task.output_function(model, one)
-        found = torch.autograd.grad(output.sum(), list(model.parameters()), allow_unused=True)
+        found = torch.autograd.grad(output.sum(), trained, allow_unused=True)
         loss = model(input_ids=torch.tensor([ids]), labels=torch.tensor([targets])).loss * sum(
             label != -100 for label in targets
         )
-        expected = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+        expected = torch.autograd.grad(loss, trained, allow_unused=True)
         assert out_to_loss.tolist() == [1.0]
         assert_opposite(found, expected, 1e-6)
 
@@ -132,13 +137,13 @@ def longformer() -> nn.Module:
     return LongformerForTokenClassification(config)
 
 
-def xlm() -> nn.Module:
-    from transformers import XLMConfig, XLMForTokenClassification
+def xlm(kind: str = "ForTokenClassification") -> nn.Module:
+    import transformers
 
-    config = XLMConfig(
+    config = transformers.XLMConfig(
         vocab_size=60, emb_dim=16, n_layers=2, n_heads=2, n_langs=3, pad_index=PAD, num_labels=3, max_position_embeddings=20
     )
-    return XLMForTokenClassification(config)
+    return getattr(transformers, f"XLM{kind}")(config)
 
 
 def roberta_lm() -> nn.Module:
@@ -153,6 +158,7 @@ FURTHER: dict[str, tuple[Callable[[], nn.Module], list[list[Any]]]] = {
     "bbox mlm": (lambda: layoutlm("MaskedLM"), [[[i, 2, i + 3, i + 4] for i in range(len(ids))] for ids in IDS]),
     "global_attention_mask": (longformer, [[1, 0, 0, 1, 0], [1, 0, 0]]),
     "langs": (xlm, [[2, 2, 1, 1, 1], [1, 1, 2]]),
+    "langs of a language model": (lambda: xlm("WithLMHeadModel"), [[2, 2, 1, 1, 1], [1, 1, 2]]),
     "position_ids": (roberta_lm, [[3, 4, 5, 6, 7], [4, 5, 6]]),
     "token_type_ids": (LANGUAGE_MODELS["bert mlm"], [[0, 0, 1, 1, 1], [0, 1, 1]]),
 }
@@ -299,7 +305,20 @@ def test_a_model_that_lets_documents_see_one_another_is_refused(name: str):
     batch = featurizer.collate({"input_ids": PACKED_IDS, "seq_lengths": LENGTHS})
     with pytest.raises(ValueError, match=f"{type(model).__name__} does not keep them apart.* packing=False"):
         featurizer.compute(batch)
-    check_documents(model, featurizer.collate({"input_ids": PACKED_IDS}))  # rows of one document each
+    single = {"input_ids": PACKED_IDS, "seq_lengths": [[6], [4]]}
+    assert featurizer.compute(featurizer.collate(single)).features.abs().sum() > 0  # rows of one document each
+    with pytest.raises(ValueError, match="does not keep them apart"):  # and packed ones that come later
+        featurizer.compute(batch)
+
+
+def test_packed_rows_share_a_batch_with_rows_of_one_document():
+    task = AutoTask.from_model(LANGUAGE_MODELS["llama lm"]())
+    rows = {"input_ids": PACKED_IDS, "position_ids": [[0, 1, 2, 3, 4, 5], POSITIONS[1]]}
+    task.check(datasets.Dataset.from_dict(rows), None)
+    batch = task.collate(rows, None)
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5], [*POSITIONS[1], 0, 1]]
+    assert "attention_mask" not in batch
+    assert "attention_mask" in task.collate({key: values[:1] for key, values in rows.items()}, None)
 
 
 @pytest.mark.parametrize(
@@ -308,6 +327,7 @@ def test_a_model_that_lets_documents_see_one_another_is_refused(name: str):
         ("llama lm", {"seq_lengths": [[2, 3], [1, 3]]}, {}, "Row 0 cannot serve: its documents have 5 tokens by 'seq_lengths', but it has 6"),
         ("llama lm", {"seq_lengths": LENGTHS, "position_ids": [[0, 1, 2, 0, 1, 2], POSITIONS[1]]}, {}, "different documents are packed"),
         ("llama lm", {"position_ids": [[0, 1, 5, 6, 7, 8], POSITIONS[1]]}, {}, "go from 1 to 5 at token 2"),
+        ("llama lm", {"position_ids": [[*row, 0] for row in POSITIONS]}, {}, r"'position_ids' of shape \(7,\)"),
         ("llama lm", {"seq_lengths": LENGTHS}, {"gradients": "functional"}, "use gradients='layerwise'"),
         ("bert mlm", {"position_ids": POSITIONS, "labels": PACKED_IDS}, {}, "2 of 2 rows cannot serve.*several packed documents"),
         ("t5", {"seq_lengths": LENGTHS, "labels": PACKED_IDS}, {}, "several packed documents"),
@@ -319,6 +339,19 @@ def test_packed_rows_that_cannot_be_served_are_refused(
     task = AutoTask.from_model(LANGUAGE_MODELS[name](), TrakConfig(**options))
     with pytest.raises(ValueError, match=message):
         task.check(datasets.Dataset.from_dict({"input_ids": PACKED_IDS, **columns}), None)
+
+
+def test_the_batch_of_a_flattening_collator_is_no_row():
+    from transformers import DataCollatorWithFlattening
+
+    flat = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)([{"input_ids": ids} for ids in IDS])
+    rows = {key: [value.tolist()] for key, value in flat.items() if isinstance(value, Tensor) and value.ndim == 2}
+    task = AutoTask.from_model(LANGUAGE_MODELS["llama lm"]())
+    with pytest.raises(ValueError, match=r"its 'input_ids' have the shape \(1, 8\)"):
+        task.check(datasets.Dataset.from_dict(rows), None)
+    rows = {key: value[0] for key, value in rows.items()}
+    task.check(datasets.Dataset.from_dict(rows), None)
+    assert task.collate(rows, None)["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2]]
 
 
 def test_a_recurrent_model_that_takes_no_positions_refuses_packed_rows():
@@ -366,7 +399,7 @@ def test_skipped_rows_stay_in_place_with_zeros_and_leave_the_others_as_they_are(
     common = {"models": model, "config": TrakConfig(**{**config.to_dict(), "skip_unscored": True}), "progress": False}
     with caplog.at_level(logging.WARNING):
         index = AttributionIndex.build(tmp_path / "all", dataset=train, **common)
-    assert "3 of 5 rows have no scored token; their features and scores are zero." in caplog.text
+    assert "3 of 5 rows have no scored token and so features and scores of zero." in caplog.text
     columns = index.features()
     zero = [1, 2, 4]
     for name in ("trak_features", "trak_output", "trak_out_to_loss"):
@@ -473,9 +506,20 @@ def test_a_text_column_is_taken_before_others():
     assert task.columns_read(rows.features) == {"text": ["text"]}
 
 
+def test_identifiers_are_no_texts():
+    task = AutoTask.from_model(LANGUAGE_MODELS["gpt2 lm"]())
+    rows = datasets.Dataset.from_dict({"id": ["b"], "body": ["c d"], "url": ["e"]})
+    task.check(rows, word_tokenizer())
+    assert task.columns_read(rows.features) == {"text": ["body"]}
+    assert task.collate(rows[:], word_tokenizer())["input_ids"].tolist() == [[9, 10, 1]]
+    with pytest.raises(ValueError, match="or one text column, but the dataset has id"):
+        task.check(rows.select_columns("id"), word_tokenizer())
+
+
 @pytest.mark.parametrize(
     ("model", "rows", "column"),
     [
+        ("gpt2 lm", {"body": ["a b", None, "c d", None]}, "body"),
         ("gpt2 lm", {"text": ["a b", None, "c d", None]}, "text"),
         ("gpt2 lm", {"prompt": ["a b", None, "c d", None], "completion": [" a"] * 4}, "prompt"),
         ("gpt2 lm", {"messages": [CHATS[0], None, CHATS[0], None]}, "messages"),
@@ -526,6 +570,20 @@ def test_a_text_is_cut_at_the_positions_that_a_model_can_use():
             task.check(rows, None)
 
 
+def test_language_models_that_do_not_shift_labels_are_masked_ones():
+    from transformers import XLNetConfig, XLNetLMHeadModel
+
+    model = XLNetLMHeadModel(XLNetConfig(vocab_size=60, d_model=16, n_layer=1, n_head=2, d_inner=24)).double().eval()
+    task = AutoTask.from_model(model, TrakConfig(reduction="sum", token_out_to_loss="exact"))
+    rows = {"input_ids": IDS[:1], "labels": [[1, -100, 2, 0, 1]]}
+    output, _ = task.output_function(model, task.collate(rows, None))
+    loss = model(**{key: torch.tensor(values) for key, values in rows.items()}).loss * 4
+    trained = list(model.parameters())
+    found, expected = (torch.autograd.grad(value.sum(), trained, allow_unused=True) for value in (output, loss))
+    assert task.name == "masked-lm"
+    assert_opposite(found, expected, 1e-6)
+
+
 def test_a_model_without_a_limit_has_none():
     from transformers import XLNetConfig, XLNetForTokenClassification
 
@@ -543,6 +601,7 @@ def test_a_model_without_a_limit_has_none():
     [
         ("gpt2 lm", ("id", "input_ids", "attention_mask", "labels"), {}, {"tokens": ["input_ids", "attention_mask"], "label": "labels"}),
         ("gpt2 lm", ("input_ids", "completion_mask"), {}, {"tokens": ["input_ids"], "label": "completion_mask"}),
+        ("gpt2 lm", ("input_ids", "labels", "seq_lengths"), {}, {"tokens": ["input_ids", "seq_lengths"], "label": "labels"}),
         ("gpt2 lm", ("messages", "tools"), {}, {"messages": "messages", "tools": "tools"}),
         ("gpt2 lm", ("prompt", "completion", "id"), {}, {"prompt": "prompt", "completion": "completion"}),
         ("gpt2 lm", ("body", "id"), {"text_columns": ("body",)}, {"text": ["body"]}),

@@ -12,6 +12,8 @@ from datasets_for_tests import save_model, token_rows
 from stored_for_tests import draw, store_index
 
 from hf_trak import AttributionIndex, TrakConfig
+from hf_trak.cli.main import main
+from hf_trak.hub.copies import is_in_hub_cache
 from hf_trak.storage.files import write_json
 from hf_trak.storage.member_writer import MemberWriter
 from hf_trak.storage.object_store import ObjectPath
@@ -225,8 +227,8 @@ def test_a_copy_killed_at_any_moment_leaves_the_old_index_or_the_new_one(stored,
         assert not (target / STAGING).exists()
         assert untouched(placed)
         old.save_pretrained(target, overwrite=True)
-        step += 1
-    assert step > 10
+        step += 5
+    assert step > 50
     assert seen == {True, False}, "kills before and after the exchange were tried"
 
 
@@ -237,6 +239,8 @@ def test_a_fresh_copy_killed_at_any_moment_is_made_by_the_next_call(stored, tmp_
         if not {"trak_config.json", ".replacement/replaces.json"} & names_in(target):
             new.save_pretrained(target)  # it was not whole
         assert is_index(target, new)
+        assert not [name for name in names_in(target) if name.startswith(STAGING)]
+        new.save_pretrained(target, overwrite=True)
         assert not (target / STAGING).exists()
         shutil.rmtree(target)
         step += 3
@@ -376,3 +380,83 @@ def test_an_exchange_that_was_stopped_is_ended_by_who_opens_the_index(stored, tm
     assert (tmp_path / "index" / STAGING / "replaces.json").exists()
     assert is_index(tmp_path / "index", new)
     assert not (tmp_path / "index" / STAGING).exists()
+
+
+# Links
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "trak_config.json", "member_0/kernel.safetensors", "member_0/member.json", "member_1"]
+)
+def test_a_link_in_an_index_is_not_sent(stored, tmp_path, name):
+    stored[1].save_pretrained(tmp_path / "index")
+    path, private = tmp_path / "index" / name, tmp_path / "private"
+    shutil.move(path, private)
+    path.symlink_to(private)
+    index = AttributionIndex.from_pretrained(tmp_path / "index")
+    with pytest.raises(ValueError, match=f"{name} is a link to .*private.* Nothing was sent"):
+        index.push_to_hub("me/index", license="mit")
+
+
+def test_a_card_that_is_a_link_is_neither_read_nor_replaced_nor_copied(stored, tmp_path):
+    stored[1].save_pretrained(tmp_path / "index")
+    card, private = tmp_path / "index" / "README.md", tmp_path / "private.md"
+    private.write_text("---\nlicense: mit\n---\nmy private notes")
+    card.unlink()
+    card.symlink_to(private)
+    index = AttributionIndex.from_pretrained(tmp_path / "index")
+    index._complete()
+    index.save_pretrained(tmp_path / "copy")
+    assert "private notes" not in (tmp_path / "copy" / "README.md").read_text()
+    assert card.is_symlink()
+    with pytest.raises(ValueError, match=r"README.md was not written by an index"):
+        stored[0].save_pretrained(tmp_path / "index", overwrite=True)
+    assert private.read_text().endswith("my private notes")
+
+
+def test_links_of_the_hubs_cache_are_files_of_its_repository(tmp_path):
+    snapshot, blobs = tmp_path / "snapshots" / "abc", tmp_path / "blobs"
+    (snapshot / "member_0").mkdir(parents=True)
+    blobs.mkdir()
+    for place in (blobs / "1", tmp_path / "private"):
+        place.write_text("")
+    (snapshot / "member_0" / "kernel.safetensors").symlink_to("../../../blobs/1")
+    (snapshot / "README.md").symlink_to(tmp_path / "private")
+    assert is_in_hub_cache(snapshot / "member_0" / "kernel.safetensors")
+    assert not is_in_hub_cache(snapshot / "README.md")
+
+
+# Commands
+
+
+def test_commands_that_overwrite_leave_a_thesis_in_and_around_what_they_replace(model, tmp_path, capsys):
+    token_rows(10).to_parquet(tmp_path / "train.parquet")
+    token_rows(3, seed=1).to_parquet(tmp_path / "queries.parquet")
+    index, report = tmp_path / "index", tmp_path / "report"
+    featurize = ["featurize", "--model", model, "--dataset", tmp_path / "train.parquet", "--output", index]
+    attribute = ["attribute", "--index", index, "--queries", tmp_path / "queries.parquet", "--output", tmp_path / "hits.jsonl"]
+    commands = [
+        ([*featurize, "--proj_dim", 16], index),
+        ([*attribute, "--report", report], report),
+        (["card", index, "--output", tmp_path / "cards" / "README.md"], tmp_path / "cards"),
+    ]
+    for command, _ in commands:
+        assert main([str(word) for word in [*command[:1], *command[1:]]]) == 0, capsys.readouterr().err
+    placed = plant(tmp_path)
+    private = tmp_path / "queries.parquet", tmp_path / "train.parquet"
+    placed.update({path: path.read_bytes() for path in private})
+    for command, _ in commands:
+        changed = [8 if word == 16 else word for word in command]
+        assert main([str(word) for word in [*changed, "--overwrite"]]) == 0, capsys.readouterr().err
+        assert untouched(placed), command[0]
+    assert AttributionIndex.from_pretrained(index).config.proj_dim == 8
+    for command in (["verify", index], ["card", index]):
+        assert main([str(word) for word in command]) == 0
+        assert untouched(placed)
+    for command, folder in commands[:1]:
+        shutil.rmtree(folder)
+        (folder / "mine").mkdir(parents=True)
+        mine = plant(folder)
+        assert main([str(word) for word in [*command, "--overwrite"]]) == 1
+        assert "What is there is never replaced" in capsys.readouterr().err
+        assert untouched(mine)

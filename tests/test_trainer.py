@@ -44,6 +44,16 @@ def trained(tmp_path_factory):
     return trainer
 
 
+def test_columns_that_the_arguments_name_are_kept_with_the_features(tmp_path):
+    trainer = make_trainer(tmp_path / "run", max_steps=1, keep_columns=["text,label"])
+    texts = [f"text {i}" for i in range(len(TRAIN))]
+    trainer.train_dataset = TRAIN.add_column("text", texts)
+    trainer.train()
+    hits = trainer.attribute(top_k=2)
+    assert hits[0]["proponent_text"] == [texts[row] for row in hits[0]["proponents"]]
+    assert hits[0]["opponent_label"] == [TRAIN[row]["label"] for row in hits[0]["opponents"]]
+
+
 @pytest.mark.parametrize("members", ["final", "epoch:2", "steps:[4,7]"])
 def test_training_is_bit_identical_to_a_stock_trainer(tmp_path, members):
     ours = make_trainer(tmp_path / "ours", members=members)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -79,7 +80,8 @@ def begin_index(folder: Path, config: TrakConfig, n_members: int, *, overwrite: 
         return
     staging = staging_folder(folder)
     if not shared and not (holds_index(staging) and (not overwrite or read_json(staging / CONFIG_NAME) == config.to_dict())):
-        drop_replacement(folder)  # of another index, or of none
+        with suppress(OSError):  # it does no harm on a disk that may only be read
+            drop_replacement(folder)  # of another index, or of none
     if not shared and read_json(folder / CONFIG_NAME) != config.to_dict():
         write_json(folder / CONFIG_NAME, config.to_dict())
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from hf_trak.evaluation.curves import PLOTS, Axis, Curve, Plot, ceiling_of, curves_of, label, limits, places, read_rows
 from hf_trak.evaluation.plot_page import render_page
+from hf_trak.storage.files import write_atomically
 
 _MARKERS = "osD^vP*X"
 _LINES = ("-", "--", ":", "-.")
@@ -42,7 +43,8 @@ def save_plots(results: Iterable[str | Path], folder: str | Path, *, title: str 
     for name, path in zip(names, paths, strict=True):
         save_png(rows, path, PLOTS[name], title=f"{title}: {PLOTS[name].title}")
     page = folder / "plots.html"
-    page.write_text(render_page(rows, [PLOTS[name] for name in names], title=title), encoding="utf-8")
+    text = render_page(rows, [PLOTS[name] for name in names], title=title)
+    write_atomically(page, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return [*paths, page]
 
 

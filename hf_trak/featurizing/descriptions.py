@@ -88,11 +88,10 @@ def _describe_processing(featurizer: Featurizer, columns: Mapping[str, Any]) -> 
         tokenizer=reads_texts or (bool(columns) and featurizer.config.score_tokens != "all"),
         pixels=reads_files,
         padded=getattr(inputs, "fixed_length", None) is not None,
-        chats=reads_texts and featurizer.task.name == "causal-lm",
+        chats=bool({"messages", "completion"} & set(columns)),
     )
     texts: Any = getattr(inputs, "texts", inputs)  # those of a contrastive task's texts are inputs of their own
     cut = texts._limit(tokenizer_of(featurizer.processing_class)) if "tokenizer" in found and reads_texts else _WITHOUT_LIMIT
-    cut = cut.get("max_length", _WITHOUT_LIMIT) if isinstance(cut, dict) else cut
     length = {"max_length": int(cut)} if cut < _WITHOUT_LIMIT else {}
     return {**({"processing": found} if found else {}), **length}
 

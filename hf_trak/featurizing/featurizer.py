@@ -383,9 +383,7 @@ class Featurizer:
     def _features(self, batch: Mapping[str, Any], projector: Projector) -> BatchFeatures:
         n_rows = count_rows(batch)
         if not self._documents_checked and isinstance(self.task.inputs, TokenInputs):
-            first = {key: value[:_CHECKED_ROWS] if isinstance(value, Tensor) else value for key, value in batch.items()}
-            check_documents(self.model, to_device(first, self.device))
-            self._documents_checked = True
+            self._documents_checked = check_documents(self.model, to_device(batch, self.device))
         if self._engine is None:
             self._decide(batch, _longest_first(batch, n_rows))
         elif self._engine.name == "layerwise" and self._plan is None and n_rows > 1:

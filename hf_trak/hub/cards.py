@@ -13,6 +13,7 @@ from hf_trak.config import TrakConfig
 from hf_trak.hashing import hash_json
 from hf_trak.plain_text import markdown, markdown_code, visible
 from hf_trak.scoring.damping import DampingChoice
+from hf_trak.storage.files import write_atomically
 from hf_trak.storage.layout import CURVE_NAME
 
 if TYPE_CHECKING:
@@ -255,5 +256,8 @@ def draw_damping_curve(choice: DampingChoice, folder: Path) -> bool:
     axes.set_xlabel("damping (multiples of the mean eigenvalue)")
     axes.set_ylabel("rank correlation with held-out outputs")
     # Without dates or versions, so that the same choice is the same file.
-    figure.savefig(folder / CURVE_NAME, dpi=120, metadata={"Software": None})
+    write_atomically(
+        folder / CURVE_NAME,
+        lambda temporary: figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None}),
+    )
     return True

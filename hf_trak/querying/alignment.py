@@ -31,8 +31,13 @@ def align_rows(train: Dataset, member: MemberReader, *, index: Path) -> Dataset:
         index (`Path`): For messages.
 
     Raises:
-        ValueError: If `train` lacks a column that rows are compared by, or some of the index's rows; the message names them.
+        ValueError: If `train` is no Dataset, or lacks a column that rows are compared by, or some of the index's rows; the message names them.
     """
+    if not hasattr(train, "select") or not hasattr(train, "features"):
+        raise ValueError(
+            f"The training rows of {index} are looked for in a `datasets.Dataset`, but {type(train).__name__} was given. Of a DatasetDict, "
+            "choose a split; of a streaming dataset, load it without streaming=True."
+        )
     described = member.identity["dataset"]
     digested = described.get("digested")
     if digested is None:

@@ -92,10 +92,12 @@ class KeptRows:
         features: dict[str, Any] = {}
         for kind in ("proponent", "opponent"):
             rows = hits.with_format("arrow")[:][f"{kind}s"].combine_chunks()
-            found = self.take(rows.flatten().to_numpy(zero_copy_only=False))
+            flat = rows.flatten().to_numpy(zero_copy_only=False)
+            found = self.take(np.maximum(flat, 0))
+            places = pa.array(np.arange(len(flat)), mask=flat < 0)  # a row of −1 is none found, by a search index
             offsets = np.concatenate([[0], np.cumsum(rows.value_lengths().to_numpy(zero_copy_only=False))]).astype(np.int32)
             for name in self.column_names:
-                values = found.data.column(name).combine_chunks()
+                values = found.data.column(name).combine_chunks().take(places)
                 arrays[f"{kind}_{name}"] = pa.ListArray.from_arrays(offsets, values)
                 features[f"{kind}_{name}"] = List(found.features[name])
         table = pa.table(arrays).cast(Features(features).arrow_schema)

@@ -271,9 +271,9 @@ class Questions:
     ) -> tuple[list[Float[Tensor, "n_query proj_dim"]], Float[np.ndarray, " n_query"]]:
         """Return the queries' features under every member, and their mean output."""
         features, outputs = [], []
+        self._queries.check(queries)
         # A singular kernel is refused before queries cost anything.
         damped(self.members[0].kernel(), n_rows=self.n_rows, damping=options.damping)
-        self._queries.check(queries)
         for number, plan in enumerate(self.passes):
             description = f"Queries {number + 1}/{len(self.passes)}"
             columns = self._queries.featurize(

@@ -84,6 +84,21 @@ def check_example_ids(path: Path, example_id: Int64[Tensor, " rows"], first_row:
         )
 
 
+def check_place(path: Path, origin: Origin) -> None:
+    """Refuse a shard that belongs elsewhere, or of which a row does, without reading its features.
+
+    Raises:
+        ValueError: Saying what it is.
+    """
+    try:
+        table = pq.read_table(path, columns=["example_id"])
+        refuse_other_origin(path, read_origin(table.schema.metadata), origin)
+        example_id = _tensor(table, "example_id")
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise ValueError(f"{path} is damaged: {error}. Restore it from a copy, or featurize again.") from error
+    check_example_ids(path, example_id, origin.first_row)
+
+
 def read_shard(path: Path, origin: Origin | None = None) -> Shard:
     """Read one Parquet shard, checking the checksum of every page.
 

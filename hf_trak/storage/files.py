@@ -245,9 +245,6 @@ def remove_leftovers(folder: Path, is_ours: Callable[[str], bool], *, shared: bo
         is_ours (`Callable`): Given the name that the whole file would have had, whether such a file is written here. Other temporary
             files are left alone.
         shared (`bool`): Other processes may be writing here: what may be theirs is left alone.
-
-    Raises:
-        OSError: With advice, if a file cannot be removed.
     """
     if isinstance(folder, ObjectPath):
         return  # what is not whole has no name there
@@ -257,7 +254,8 @@ def remove_leftovers(folder: Path, is_ours: Callable[[str], bool], *, shared: bo
             continue
         is_written = is_running(int(found["process"])) if found["host"] == _host() else shared
         if not is_written:
-            remove_file(temporary)
+            with suppress(OSError):  # it does no harm on a disk that may only be read
+                temporary.unlink(missing_ok=True)
 
 
 def remove_file(path: Path) -> None:

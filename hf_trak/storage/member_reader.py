@@ -21,6 +21,7 @@ from hf_trak.storage.member_info import read_member_info
 from hf_trak.storage.origins import Origin, origin_of, read_origin, refuse_other_origin
 from hf_trak.storage.verified import is_as_written
 
+_CHANGED = f"has changed since it was written: its SHA-256 differs from the one in {MEMBER_NAME}"
 _MEND = "Restore it from a copy, or run the command that made the index again: only files that are missing or damaged are made again."
 
 
@@ -66,7 +67,7 @@ class MemberReader:
         size = file_size(path)
         if size != expected:
             state = "is missing" if size is None else f"has {size:,} bytes"
-            raise ValueError(f"{path} {state}, where {expected:,} bytes were written. {_MEND}")
+            raise ValueError(self._what_it_is(path, f"{state}, where {expected:,} bytes were written"))
 
     def path(self, name: str) -> Path:
         """Return where a file lies: one that is elsewhere is fetched, and all are used only if they are what was written.
@@ -81,7 +82,7 @@ class MemberReader:
             self._fetch(name)
         if not is_as_written(path, self.records[name]):
             if self._fetch is None:
-                raise ValueError(self._what_it_is(path))
+                raise ValueError(self._what_it_is(path, _CHANGED))
             for damaged in (path.resolve(), path):  # in a cache, a link and what it leads to
                 damaged.unlink(missing_ok=True)
             raise ValueError(
@@ -91,8 +92,8 @@ class MemberReader:
         self._verified.add(name)
         return path
 
-    def _what_it_is(self, path: Path) -> str:
-        """Say of a file that is not what was written what it is, as far as it tells."""
+    def _what_it_is(self, path: Path, problem: str) -> str:
+        """Say of a file that is not what was written what it is, as far as it tells; otherwise, what the problem is."""
         names = [name for name, record in self.records.items() if "rows" in record]
         if path.name in names:
             try:
@@ -102,7 +103,7 @@ class MemberReader:
                 pass  # it is damaged, which the hash says
             except ValueError as error:
                 return str(error)
-        return f"{path} has changed since it was written: its SHA-256 differs from the one in {MEMBER_NAME}. {_MEND}"
+        return f"{path} {problem}. {_MEND}"
 
     def origin(self, shard: int) -> Origin:
         """Return where a shard belongs, as the shard itself says."""
@@ -149,7 +150,7 @@ class MemberReader:
         """
         for name, record in self.records.items():
             if hash_file(self.path(name)) != record["sha256"]:
-                raise ValueError(self._what_it_is(self.folder / name))
+                raise ValueError(self._what_it_is(self.folder / name, _CHANGED))
 
 
 class _ShardPaths(Sequence[Path]):

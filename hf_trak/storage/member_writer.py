@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from hf_trak.hashing import hash_file
-from hf_trak.storage.columns import Shard, join_columns, read_shard, to_table
+from hf_trak.storage.columns import Shard, check_place, join_columns, read_shard, to_table
 from hf_trak.storage.differences import list_differences
 from hf_trak.storage.files import (
     field_of,
@@ -101,7 +101,8 @@ class MemberWriter:
         if found is not None and found != self.identity:
             raise self._other_features(found)
         if self.is_finished and not shared:
-            forget_progress(self.folder)  # killed just after `member.json` was written
+            with suppress(OSError):  # killed just after `member.json` was written; it does no harm
+                forget_progress(self.folder)
             self._reopen_if_damaged()
         if not self.is_finished:
             self._begin(shared)
@@ -147,8 +148,8 @@ class MemberWriter:
         else:
             begin_replacement(folder, config)
             names = [
-                f"train-{shard:05d}-of-{math.ceil(n_rows / shard_rows):05d}.parquet"
-                for shard in range(n_rows // shard_rows + 1)
+                f"train-{shard:05d}-of-{math.ceil(n_rows / max(1, shard_rows)):05d}.parquet"
+                for shard in range(n_rows // max(1, shard_rows) + 1)
             ]
             new = [f"{home.name}/{name}" for name in (*names, KERNEL_NAME, MASK_NAME, BANK_NAME, MEMBER_NAME)]
             refuse_foreign(folder, new, written_files(folder))
@@ -202,11 +203,7 @@ class MemberWriter:
     def _reopen_if_damaged(self) -> None:
         """Make a finished member whose files are damaged or missing an unfinished one, which lacks these alone."""
         info = read_member_info(self.folder)
-        if isinstance(self.folder, ObjectPath):
-            sizes = file_sizes(self.folder)
-            damaged = {entry["file"] for entry in info["files"] if sizes.get(entry["file"]) != entry["bytes"]}
-        else:
-            damaged = {entry["file"] for entry in info["files"] if not is_as_written(self.folder / entry["file"], entry)}
+        damaged = self._damaged(info["files"])
         if not damaged:
             return
         write_folder(self.progress)
@@ -215,11 +212,25 @@ class MemberWriter:
         for entry in info["files"]:
             if "rows" in entry and entry["file"] in names and entry["file"] not in damaged:
                 write_json(self._record(names.index(entry["file"])), entry)
-        if (
-            BANK_NAME in damaged
-        ):  # it is read before it is written; other damaged files are replaced once the new ones are whole
+        # Other damaged files are replaced once the new ones are whole; a bank is read before it is written.
+        if BANK_NAME in damaged:
             remove_files(self.folder, [BANK_NAME])
         (self.folder / MEMBER_NAME).unlink()
+
+    def _damaged(self, files: Sequence[Mapping[str, Any]]) -> set[str]:
+        """Return the files of a finished member that are not what was written, or belong elsewhere."""
+        if isinstance(self.folder, ObjectPath):
+            sizes = file_sizes(self.folder)
+            return {entry["file"] for entry in files if sizes.get(entry["file"]) != entry["bytes"]}
+        damaged = {entry["file"] for entry in files if not is_as_written(self.folder / entry["file"], entry)}
+        for shard in range(self.n_shards):
+            path = self.path(shard)
+            if path.name not in damaged:
+                try:
+                    check_place(path, self._origin(shard))
+                except ValueError:
+                    damaged.add(path.name)
+        return damaged
 
     @property
     def is_finished(self) -> bool:
@@ -276,8 +287,13 @@ class MemberWriter:
         return origin_of(self.folder, self.identity, shard, n_shards=self.n_shards)
 
     def read(self, shard: int) -> Shard:
+        """Read a shard of an unfinished member; one that is damaged or belongs elsewhere is made again by the next run."""
         with self._local(shard) as file:
-            return read_shard(file, self._origin(shard))
+            try:
+                return read_shard(file, self._origin(shard))
+            except ValueError:
+                self._record(shard).unlink(missing_ok=True)
+                raise
 
     @contextmanager
     def _local(self, shard: int) -> Iterator[Path]:

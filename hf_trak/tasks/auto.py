@@ -93,8 +93,11 @@ TASKS: dict[str, Callable[[PreTrainedModel, TrakConfig], Task]] = {
 }
 
 
-# By the end of a class's name.
+# By the end of a class's name, the first that fits. The language models of XLM, Flaubert and XLNet do not shift their labels.
 _LANGUAGE_MODELS = {
+    "WithLMHeadModel": "masked-lm",
+    "XLNetLMHeadModel": "masked-lm",
+    "MarianMTModel": "seq2seq",
     "ForCausalLM": "causal-lm",
     "LMHeadModel": "causal-lm",
     "ForMaskedLM": "masked-lm",

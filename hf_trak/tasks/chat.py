@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 Messages = Sequence[Mapping[str, Any]]
@@ -137,7 +138,7 @@ def find_turns(messages: Messages, render: Callable[..., str]) -> list[tuple[int
         start = _begin(messages, i, text, lower, place[0], render)
         stop = _end(messages, i, text, place[1], render)
         turns.append((start, place[1], max(start, stop)))
-    if any(second[0] < first[2] for first, second in zip(turns, turns[1:], strict=False)):
+    if any(second[0] < first[2] for first, second in pairwise(turns)):
         raise ValueError(_NOT_FOUND.format("the assistant's messages overlap"))
     return turns
 

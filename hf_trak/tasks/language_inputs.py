@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_trak.tasks.chat import ChatTemplate
+from hf_trak.tasks.columns import is_set_aside
 from hf_trak.tasks.decoder_inputs import DecoderInputs
 from hf_trak.tasks.formats import refuse_pairs, refuse_unserved
 from hf_trak.tasks.packing import is_packed, refuse_packed
@@ -109,6 +110,7 @@ class CausalInputs(TokenInputs):
         if _TEXT in strings:
             return _TEXT
         refuse_pairs(columns, strings)
+        strings = [name for name in strings if not is_set_aside(name)]
         if len(strings) != 1:
             raise ValueError(
                 "Expected tokenized rows ('input_ids'), 'messages', 'prompt' and 'completion', or one text column, but the dataset has "
@@ -146,7 +148,9 @@ class CausalInputs(TokenInputs):
             return self._cut(*self._conversation(row, processing_class), processing_class)
         if kind == "completion":
             return self._cut(*self._completion(row, processing_class), processing_class)
-        strings = [name for name, value in row.items() if isinstance(value, str) or name == _TEXT]
+        strings = [name for name, value in row.items() if isinstance(value, str) or name == _TEXT] or [
+            name for name, value in row.items() if value is None
+        ]
         text = _with_eos(text_of(row, self._text_column(row, strings)), processing_class)
         found = list(processing_class(text)["input_ids"])
         return self._cut(found, [True] * len(found), processing_class)
@@ -196,9 +200,9 @@ class CausalInputs(TokenInputs):
         elif self.loss_on == "assistant":
             raise ValueError("loss_on='assistant' needs conversations, but its 'prompt' is a text; use 'completion' or 'all'")
         else:
-            prompt, completion = text_of(row, "prompt"), text_of(row, "completion")
-            before = list(tokenizer(prompt)["input_ids"])
-            ids = list(tokenizer(prompt + _with_eos(completion, tokenizer))["input_ids"])
+            text = text_of(row, "prompt")
+            before = list(tokenizer(text)["input_ids"])
+            ids = list(tokenizer(text + _with_eos(text_of(row, "completion"), tokenizer))["input_ids"])
             mask = [True] * len(ids)
         if self.loss_on == "all":
             return ids, mask
@@ -318,8 +322,9 @@ class Seq2SeqInputs(TokenInputs):
                 return self._with_decoder(row, example, labels)
             padded_left = len(kept) > 0 and not kept[0]
         else:
-            # None counts as a text here, so that the row is named by its column.
-            strings = [key for key, value in row.items() if isinstance(value, str) or value is None]
+            # None counts as a text in columns that would hold one, so that the error names the column.
+            texts = {*_SOURCES, *_TARGETS, *(self.text_columns or ()), self.label_column}
+            strings = [key for key, value in row.items() if isinstance(value, str) or (value is None and key in texts)]
             source, target = self._texts(row, strings)
             found, cut = self._tokenize(processing_class, text_of(row, source))
             answer, cut_off = self._tokenize(processing_class, text_target=text_of(row, target))

@@ -56,7 +56,7 @@ def packed_positions(row: Mapping[str, Any], n_tokens: int) -> np.ndarray | None
                     "a document begins; remove the column, or make a task with `Task.custom`"
                 )
             found["position_ids"] = positions
-        elif found and positions[0] == 0:
+        elif found:
             found["position_ids"] = positions
     if not found:
         return None
@@ -97,14 +97,14 @@ def pad_positions(rows: list[np.ndarray], width: int) -> Tensor:
 
 
 @torch.no_grad()
-def check_documents(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
-    """Run a document behind another one, and alone, if a batch is packed; both must be the same.
+def check_documents(model: nn.Module, batch: Mapping[str, Tensor]) -> bool:
+    """Run a document behind another one, and alone, if a batch is packed; both must be the same. Return whether it is.
 
     Raises:
         ValueError: If a document sees the one before it.
     """
     if "position_ids" not in batch or "attention_mask" in batch:
-        return
+        return False
     second = batch["input_ids"][:1, :_TOKENS_CHECKED]
     first = second.flip(1).roll(1, 1)
     positions = torch.arange(second.shape[1], device=second.device).unsqueeze(0)
@@ -122,3 +122,4 @@ def check_documents(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
             f"The rows hold packed documents, and {type(model).__name__} does not keep them apart: a document's logits change by "
             f"{difference:.1%} when another one stands before it. {_UNPACK}."
         )
+    return True

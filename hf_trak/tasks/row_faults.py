@@ -61,16 +61,18 @@ class Faults:
             yield f"{len(self._cut)} of {self.n_rows} rows are cut at {limit}, the first of them row {self._cut[0]}."
         if skip and self._unscored:
             count = sum(map(len, self._unscored.values()))
-            yield f"{count} of {self.n_rows} rows have no scored token; their features and scores are zero. {_list(self._unscored)}."
+            have = "have" if count > 1 else "has"
+            reasons = _list(self._unscored, "")
+            yield f"{count} of {self.n_rows} rows {have} no scored token and so features and scores of zero. {reasons}."
 
 
 _Groups = dict[str, list[tuple[int, str]]]
 
 
-def _list(groups: _Groups) -> str:
+def _list(groups: _Groups, verdict: str = " cannot serve") -> str:
     """Return the rows of each reason, with the reason of the first."""
     return ". ".join(
-        f"{_rows([row for row, _ in group])} cannot serve: {group[0][1]}"
+        f"{_rows([row for row, _ in group])}{verdict}: {group[0][1]}"
         + (f" (row {group[0][0]}; {len(group)} rows in all)" if len(group) > 1 else "")
         for group in groups.values()
     )

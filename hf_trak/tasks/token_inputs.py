@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import inspect
+import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,15 +13,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_trak.config import TrakConfig
 from hf_trak.errors import MissingProcessor
 from hf_trak.tasks.decoder_inputs import DecoderInputs
 from hf_trak.tasks.formats import refuse_unserved
+from hf_trak.tasks.further_inputs import as_numbers, further_inputs, is_along, pad_inputs
 from hf_trak.tasks.inputs import Rows
 from hf_trak.tasks.packing import PACKING_COLUMNS, is_packed, packed_positions, pad_positions, refuse_packed
-from hf_trak.tasks.padding import as_numbers, further_inputs, pad_inputs
+from hf_trak.tasks.padding import position_limit
 from hf_trak.tasks.row_faults import Faults
 from hf_trak.tasks.token_outputs import IGNORED
 
@@ -104,11 +106,11 @@ class TokenInputs(abc.ABC):
             accepted=frozenset(inspect.signature(model.forward).parameters),
             pad_token_id=getattr(text, "pad_token_id", None) or 0,
             n_labels=cls._count_labels(model),
-            positions=count_positions(model),
+            positions=position_limit(model),
             score_tokens=config.score_tokens,
             loss_on=config.loss_on,
             skip_unscored=config.skip_unscored,
-            chat_template_kwargs=config.chat_template_kwargs,
+            chat_template_kwargs=json.loads(config.chat_template_kwargs) if config.chat_template_kwargs else None,
             decoder=cls._decoder(model),
             vmapped=config.gradients == "functional",
         )
@@ -158,7 +160,8 @@ class TokenInputs(abc.ABC):
     def _reads(self, name: str) -> bool:
         """Whether a column of tokenized rows is an input."""
         labels = ("labels", "start_positions", "end_positions", self.label_column)
-        return (name in self.accepted and name not in labels) or name in ("input_ids", "attention_mask")
+        others = ("input_ids", "attention_mask", "seq_lengths", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+        return (name in self.accepted and name not in labels) or name in others
 
     def _label_of_tokens(self, features: Features) -> Any:
         label = self.label_column or "labels"
@@ -199,7 +202,9 @@ class TokenInputs(abc.ABC):
             ValueError: Naming all rows that cannot serve, with the reasons, or all that have no scored token.
         """
         faults = Faults(len(dataset))
-        shapes: dict[str, set[Any]] = {}
+        further: dict[
+            str, tuple[set[Any], set[Any]]
+        ] = {}  # of each column, what follows the tokens (False: not along them); whole shapes
         for start in range(0, len(dataset), _ROWS_CHECKED_AT_ONCE):
             rows = dataset[start : min(start + _ROWS_CHECKED_AT_ONCE, len(dataset))]
             for place, row in enumerate(_each(rows)):
@@ -213,15 +218,16 @@ class TokenInputs(abc.ABC):
                 if (reason := self._unscored(example)) is not None:
                     faults.no_scored_token(start + place, reason)
                 for name, array in (example.further or {}).items():
-                    along = array.ndim > 0 and len(array) == len(example.ids)
-                    shapes.setdefault(name, set()).add(("tokens", *array.shape[1:]) if along else array.shape)
+                    along, shapes = further.setdefault(name, (set(), set()))
+                    along.add(is_along(array, len(example.ids)) and array.shape[1:])
+                    shapes.add(array.shape)
         faults.raise_for_rows()
-        for name, found in shapes.items():
-            if len(found) > 1:
-                first, second, *_ = sorted(map(str, found))
+        for name, (along, shapes) in further.items():
+            if len(shapes) > 1 and (len(along) > 1 or False in along):
+                first, second, *_ = sorted(shapes)
                 raise ValueError(
                     f"The column {name!r}, which the model's `forward` takes, has neither one entry per token in every row nor one shape, but "
-                    f"{first} in some rows and {second} in others. Bring it to one shape in the dataset, or remove the column."
+                    f"for example {first} in one row and {second} in another. Bring it to one shape in the dataset, or remove the column."
                 )
         faults.raise_for_unscored(skip=self.skip_unscored)
         for line in faults.notes(self._describe_limit(processing_class), skip=self.skip_unscored):
@@ -326,18 +332,21 @@ class TokenInputs(abc.ABC):
     def _pad(self, examples: list[Example]) -> dict[str, Tensor]:
         batch = {"input_ids": _stack([example.ids for example in examples], self.pad_token_id)}
         lengths, width = [len(example.ids) for example in examples], batch["input_ids"].shape[1]
+        further = [example.further or {} for example in examples]
         if any(example.positions is not None for example in examples):
-            positions = [
-                np.arange(length) if example.positions is None else example.positions
-                for example, length in zip(examples, lengths, strict=True)
-            ]
+            positions = [_positions(example) for example in examples]
             batch["position_ids"] = pad_positions(positions, width)
+            further = [{name: values for name, values in row.items() if name != "position_ids"} for row in further]
         elif "attention_mask" in self.accepted:
             batch["attention_mask"] = (torch.arange(width) < torch.tensor(lengths).unsqueeze(1)).long()
-        batch.update(pad_inputs([example.further or {} for example in examples], lengths, width))
+        batch.update(pad_inputs(further, lengths, width))
         decoder_ids = [example.decoder_ids for example in examples if example.decoder_ids is not None]
         if decoder_ids:
             batch["decoder_input_ids"] = _stack(decoder_ids, self.pad_token_id)
+            if "decoder_attention_mask" in self.accepted and any((ids[1:] == self.pad_token_id).any() for ids in decoder_ids):
+                # In training, a decoder attends to the padding tokens that it reads for labels of -100. Without a cache of keys and
+                # values, some models (T5Gemma) would leave them out by default.
+                batch["decoder_attention_mask"] = _stack([np.ones_like(ids) for ids in decoder_ids], 0)
         batch["labels"] = _stack([example.labels for example in examples], IGNORED)
         return batch
 
@@ -353,7 +362,7 @@ class TokenInputs(abc.ABC):
         return Example(ids, ids, further_inputs(row, self.accepted, kept, skipped), positions=positions), kept
 
     def _documents(self, row: Mapping[str, Any], kept: np.ndarray) -> np.ndarray | None:
-        """Return the positions of a packed row's tokens in their documents; None if nothing says that it is packed."""
+        """Return the positions of a packed row's tokens in their documents; None for a row of one document."""
         columns = {name: row[name] for name in PACKING_COLUMNS if row.get(name) is not None}
         if row.get("position_ids") is not None:
             given = as_numbers("position_ids", row["position_ids"])
@@ -361,12 +370,9 @@ class TokenInputs(abc.ABC):
         if not columns or len(kept) == 0:
             return None
         positions = packed_positions(columns, int(kept.sum()))
-        if positions is None:
+        if not is_packed(positions):
             return None
-        if is_packed(positions):
-            self._check_packed()
-        elif "position_ids" not in self.accepted:
-            return None
+        self._check_packed()
         return positions
 
     def _check_packed(self) -> None:
@@ -419,29 +425,15 @@ def text_of(row: Mapping[str, Any], column: str) -> str:
     return row[column]
 
 
-def count_positions(model: nn.Module) -> int | None:
-    """Return how many tokens a model has positions for; None where its configuration knows no limit.
-
-    RoBERTa and its kin count positions from the padding token's on, so that their table serves fewer tokens than it has rows.
-    """
-    text = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    limit = getattr(text, "max_position_embeddings", None)
-    if not isinstance(limit, int) or limit <= 0:
-        return None
-    for name, module in model.named_modules():
-        padding = getattr(module, "padding_idx", None)
-        if isinstance(module, nn.Embedding) and name.endswith("position_embeddings") and padding is not None:
-            limit = min(limit, module.num_embeddings - padding - 1)
-    return limit
-
-
 def without_padding(row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """Return a tokenized row's ids without padding, and which tokens were kept."""
     if row["input_ids"] is None:
         raise ValueError("its 'input_ids' are None; filter it out")
     ids = np.asarray(row["input_ids"], dtype=np.int64)
     if ids.ndim != 1:
-        raise ValueError(f"its 'input_ids' have the shape {ids.shape}; a row is one list of tokens")
+        raise ValueError(
+            f"its 'input_ids' have the shape {ids.shape}; a row is one list of tokens, without the batch axis of a collator"
+        )
     mask = row.get("attention_mask")
     kept = np.ones(len(ids), dtype=bool) if mask is None else np.asarray(mask).astype(bool)
     if kept.shape != ids.shape:
@@ -461,6 +453,13 @@ def labels_like(row: Mapping[str, Any], column: str, kept: np.ndarray) -> np.nda
             f"it has {len(kept)} tokens in 'input_ids' and {labels.size} labels in {column!r}; there must be one each"
         )
     return labels[kept]
+
+
+def _positions(example: Example) -> np.ndarray:
+    """Return the positions of a row's tokens: in their documents, those that it gives, or from 0 on."""
+    if example.positions is not None:
+        return example.positions
+    return (example.further or {}).get("position_ids", np.arange(len(example.ids)))
 
 
 def _each(rows: Rows) -> Iterator[dict[str, Any]]:
