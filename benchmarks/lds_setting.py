@@ -23,7 +23,7 @@ from hf_trak.linalg import default_damping
 from hf_trak.scoring.damping import choose_damping
 from hf_trak.scoring.ensemble import ScoreOptions, default_power, solve_queries, stream_scores
 
-POWER = default_power("text-classification")
+POWER = default_power("one_minus_p")
 
 
 def parquet(path: Path) -> Dataset:

@@ -65,6 +65,7 @@ def write_features(options: argparse.Namespace) -> None:
     config.save_pretrained(options.folder)
     identity = {
         "task": config.task,
+        "out_to_loss_kind": "one_minus_p",
         "seed": 0,
         "dropout_seed": None,
         "dataset": {"fingerprint": "synthetic"},

@@ -17,13 +17,14 @@ _CHOICES = {
     "dtype": ("float32", "float16"),
     "gradients": ("layerwise", "functional"),
     "compute_dtype": ("float32", "bfloat16"),
+    "label_mapping": ("auto", "by_id", "by_name"),
     "reduction": ("mean", "sum"),
     "score_tokens": ("all", "content"),
     "token_out_to_loss": ("mean", "exact"),
 }
 # Fields that came after the first indexes of this format version: written only where they say something, so that an index of before
 # and one of now that mean the same have the same files.
-_LATER = ("reduction", "score_tokens", "token_out_to_loss", "bank_size", "bank_seed")
+_LATER = ("label_mapping", "reduction", "score_tokens", "token_out_to_loss", "bank_size", "bank_seed")
 
 
 def _option(default: Any, help: str) -> Any:
@@ -39,8 +40,8 @@ class TrakConfig:
 
     task: str = _option(
         "auto",
-        "Model output to attribute: text-classification, image-classification, text-regression, image-regression, causal-lm, "
-        "masked-lm, seq2seq, question-answering, token-classification, contrastive, or auto (from the model).",
+        "Model output to attribute: text-classification, image-classification, text-multi-label, image-multi-label, text-regression, "
+        "image-regression, causal-lm, masked-lm, seq2seq, question-answering, token-classification, contrastive, or auto (from the model).",
     )
     proj_dim: int = _option(
         4096, "Numbers kept per example. More is better and costs disk, not compute; 1,024 to 16,384 is usual."
@@ -75,6 +76,11 @@ class TrakConfig:
     image_column: str | None = _option(None, "The image column; found by default.")
     label_column: str | None = _option(
         None, "The label column, or a sequence-to-sequence model's target text; found by default."
+    )
+    label_mapping: Literal["auto", "by_id", "by_name"] = _option(
+        "auto",
+        "How a dataset's class numbers become the model's: auto (as they are; refused if the dataset's and the model's label names "
+        "contradict each other), by_id (as they are, whatever the names), by_name (translated by the names).",
     )
     max_length: int | None = _option(None, "Tokens kept of a text; the model's own limit by default.")
     reduction: Literal["mean", "sum"] = _option(

@@ -56,6 +56,13 @@ class FeatureArguments:
     label_column: str | None = field(
         default=None, metadata={"help": "The label column, or a sequence-to-sequence model's target text; found by default."}
     )
+    label_mapping: str = field(
+        default="auto",
+        metadata={
+            "help": "How a dataset's class numbers become the model's: auto (as they are; refused where label names contradict each "
+            "other), by_id (as they are), or by_name (translated by the names)."
+        },
+    )
     max_length: int | None = field(default=None, metadata={"help": "Tokens kept of a text; the model's own limit by default."})
     token_reduction: str = field(
         default="mean", metadata={"help": "How a language model's outputs of a row's tokens become one: mean or sum."}
@@ -93,9 +100,10 @@ class FeatureArguments:
             damping=self.damping,  # type: ignore[arg-type]
             dtype=self.features_dtype,  # type: ignore[arg-type]
             parameters=tuple(self.attribution_parameters) if self.attribution_parameters else None,
-            text_columns=tuple(self.text_columns) if self.text_columns else None,
+            text_columns=tuple(name for value in self.text_columns for name in value.split(",")) if self.text_columns else None,
             image_column=self.image_column,
             label_column=self.label_column,
+            label_mapping=self.label_mapping,  # type: ignore[arg-type]
             max_length=self.max_length,
             reduction=self.token_reduction,  # type: ignore[arg-type]
             score_tokens=self.score_tokens,  # type: ignore[arg-type]

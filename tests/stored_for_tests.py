@@ -31,6 +31,7 @@ def store_index(
     for number, (features, out_to_loss) in enumerate(members):
         identity = {
             "task": config.task,
+            "out_to_loss_kind": "one_minus_p",
             "seed": number,
             "dropout_seed": None,
             "dataset": {"fingerprint": "drawn"},

@@ -22,6 +22,7 @@ FULL: dict[str, Any] = {
     "text_columns": ("question", "sentence"),
     "image_column": "image",
     "label_column": "label",
+    "label_mapping": "by_name",
     "max_length": 64,
     "reduction": "sum",
     "score_tokens": "content",

@@ -312,7 +312,7 @@ def test_a_missing_image_names_its_rows(checkpoints: list[Path], tmp_path: Path)
     rows = pair_rows(5).to_dict()
     rows["image"] = [None if row in (1, 4) else image for row, image in enumerate(rows["image"])]
     dataset = Dataset.from_dict(rows, features=pair_rows(5).features)
-    with pytest.raises(ValueError, match="2 rows have no image in 'image': row 1, 4"):
+    with pytest.raises(ValueError, match="2 rows have no image in 'image': rows 1, 4"):
         build(tmp_path / "index", checkpoints[:1], dataset)
     picture(0).save(tmp_path / "there.png")
     paths = [str(tmp_path / "there.png"), str(tmp_path / "gone.png")]

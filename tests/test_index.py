@@ -105,8 +105,8 @@ def test_scores_weigh_by_the_root_of_out_to_loss_unless_told(built):
 
 
 def test_out_to_loss_that_is_no_probability_keeps_its_power():
-    assert default_power("text-classification") == default_power("causal-lm") == 0.5
-    assert default_power("text-regression") == default_power("custom:loss") == 1.0
+    assert default_power("one_minus_p") == default_power("mean_one_minus_p") == 0.5
+    assert default_power("residual") == default_power("one") == default_power("other") == 1.0
 
 
 def test_several_processes_are_refused_rather_than_left_to_race(tmp_path, checkpoints, monkeypatch):

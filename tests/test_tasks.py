@@ -232,11 +232,12 @@ def test_texts_and_their_tokens_give_the_same_batch(tokenizer):
 def test_two_texts_are_a_pair_in_the_order_asked_for(tokenizer):
     rows = {"sentence": ["that one"], "question": ["which model"]}
     dataset = datasets.Dataset.from_dict(rows)
-    found, asked = text_inputs(), text_inputs(text_columns=("question", "sentence"))
+    found, asked = text_inputs(), text_inputs(text_columns=("sentence", "question"))
     for inputs in (found, asked):
         inputs.check(dataset.features, tokenizer)
-    assert found.collate(rows, tokenizer)["input_ids"].tolist() == [[10, 11, 2, 6]]
-    assert asked.collate(rows, tokenizer)["input_ids"].tolist() == [[2, 6, 10, 11]]
+    # QNLI's order, whatever the order of the columns.
+    assert found.collate(rows, tokenizer)["input_ids"].tolist() == [[2, 6, 10, 11]]
+    assert asked.collate(rows, tokenizer)["input_ids"].tolist() == [[10, 11, 2, 6]]
 
 
 def test_text_columns_asked_for_win_over_tokens(tokenizer):
@@ -257,7 +258,7 @@ def test_lengths_grow_with_the_cost_of_a_row():
     for padding in ("left", "right"):
         assert inputs.lengths(datasets.Dataset.from_dict(padded_rows(padding, 9))) == [4, 1, 3]
     assert inputs.lengths(datasets.Dataset.from_dict({"input_ids": [[5, 6], [7]]})) == [2, 1]
-    assert inputs.lengths(datasets.Dataset.from_dict({"a": ["xx", "y"], "b": ["zzz", ""]})) == [5, 1]
+    assert inputs.lengths(datasets.Dataset.from_dict({"sentence1": ["xx", "y"], "sentence2": ["zzz", ""]})) == [5, 1]
     assert ImageInputs(None, "RGB").lengths(datasets.Dataset.from_dict({"pixel_values": [[1.0]]})) is None
 
 
@@ -268,7 +269,7 @@ def test_lengths_grow_with_the_cost_of_a_row():
             {"a": ["x"], "b": ["x"], "c": ["x"]},
             {},
             True,
-            r"one or two text columns, but the dataset has a, b, c\. Set `text_columns`",
+            r"ambiguous: 'a', 'b', 'c' may.*--text_columns a b",
         ),
         ({"a": [1]}, {}, True, r"tokenized rows \('input_ids'\) or one or two text columns, but the dataset has a"),
         ({"a": ["x"]}, {}, False, "Text columns need a tokenizer: pass it as `processing_class`"),
@@ -431,11 +432,6 @@ def test_a_task_that_does_not_fit_the_model_is_refused(model, task: str, message
         AutoTask.from_model(model(), TrakConfig(task=task))
 
 
-def test_several_labels_per_example_are_refused():
-    with pytest.raises(ValueError, match="several labels per example, which no task serves yet"):
-        AutoTask.from_model(bert(problem_type="multi_label_classification"))
-
-
 def test_a_regression_on_several_numbers_is_not_taken_for_a_classification():
     with pytest.raises(ValueError, match="regression"):
         AutoTask.from_model(bert(problem_type="regression", num_labels=2))
@@ -482,11 +478,11 @@ def test_numbers_to_predict_become_float32():
             [0, 1],
             r"text-classification needs a label column, 'labels' or 'label', but the dataset has input_ids, target",
         ),
-        ("label", [0, 1, 3, 5], r"lie in 0 to 2, the model's 3 classes, but 2 of 4 do not: 3 at row 2\. Filter"),
-        ("label", [0, -1], r"1 of 2 do not: -1 at row 1 \(-1 marks an unlabelled test split\)\. Filter these rows"),
-        ("label", [0.5, 1.0], r"one class index per example, but the first label is 0\.5.*num_labels=1"),
+        ("label", [0, 1, 3, 5], r"lie in 0 to 2, the model's 3 classes, but 2 of 4 do not: 3 in rows 2, 3\. Filter"),
+        ("label", [0, -1], r"1 of 2 do not: -1 in row 1 \(-1 marks an unlabelled test split\)\. Filter these rows"),
+        ("label", [0.5, 1.0], r"one class index per example, but 1 of 2 labels are not whole: 0\.5 in row 0.*num_labels=1"),
         ("label", [[0, 1], [1, 0]], r"one class index per example, but the first label is \[0, 1\]"),
-        ("label", ["yes", "no"], r"Labels must be numbers, but the first is 'yes' \(str\)\. Try `class_encode_column`"),
+        ("label", ["yes", "no"], r"Labels are strings, such as 'yes', and the model has no names.*`model\.config\.label2id`"),
     ],
 )
 def test_labels_that_cannot_serve_are_refused(column: str, values: list[Any], message: str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -22,12 +23,16 @@ from hf_trak.processes.group import Processes
 from hf_trak.storage.files import TEMPORARY, discard, write_folder, write_json, write_json_once
 from hf_trak.storage.layout import member_folders
 from hf_trak.tasks import draw_rows, needs_bank
+from hf_trak.tasks.rows import as_stored, features_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel
 
     from hf_trak.tasks import Task
+
+
+logger = logging.getLogger(__name__)
 
 
 def begin_index(folder: Path, config: TrakConfig, n_members: int, *, overwrite: bool, shared: bool = False) -> None:
@@ -89,6 +94,7 @@ def build_members(
         raise ValueError("`models` is empty: give at least one checkpoint.")
     if len(dataset) == 0:
         raise ValueError("The dataset is empty: there is nothing to featurize.")
+    dataset = as_stored(dataset)
     _check_masks(masks, n_checkpoints=len(checkpoints), n_rows=len(dataset))
     passes = lay_out_passes(
         len(checkpoints),
@@ -109,13 +115,16 @@ def build_members(
             device=processes.device,
         )
         check_whole(featurizer.model)
+        featurizer.read_from(dataset)
         featurizer.task.check(dataset, featurizer.processing_class)
         if number == 0:
+            if processes.is_first:
+                logger.info("Columns read: %s.", describe_columns(featurizer.task, dataset))
             if needs_bank(featurizer.task):
                 draw_rows(
                     len(dataset), config.bank_size, config.bank_seed
                 )  # a bank that cannot be is refused before a file is written
-            config = replace(config, task=featurizer.task.name)
+            config = replace(featurizer.config, task=featurizer.task.name)  # with the columns that were found
             n_members = passes[-1].members[-1] + 1
             if part is not None:
                 begin_index(folder, config, n_members, overwrite=False, shared=True)
@@ -133,6 +142,14 @@ def build_members(
         build(folder, plan, featurizer, dataset, mask=mask, description=description, **options)
     if part is None and processes.is_first:
         forget_parts(folder)
+
+
+def describe_columns(task: Task, dataset: Dataset) -> str:
+    """Return which columns of a dataset a task reads, and as what, in words."""
+    features: Any = features_of(dataset)
+    found = task.columns_read(features)
+    parts = [f"{kind} = {', '.join(names) if isinstance(names, list) else names}" for kind, names in found.items()]
+    return "; ".join(parts) or "what the task's own collator reads"
 
 
 def _check_masks(masks: Bool[Tensor, "n_checkpoints n_train"] | None, *, n_checkpoints: int, n_rows: int) -> None:

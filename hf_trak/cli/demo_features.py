@@ -91,7 +91,7 @@ def _collator(data: DemoData, config: TrakConfig) -> Callable[[list[dict[str, An
     """Return the collator to train with: rows become the very batches that are featurized later."""
     from hf_trak.tasks import AutoTask
 
-    task = AutoTask.from_model(data.model, config)
+    task = AutoTask.from_model(data.model, config).reading(data.train)
     task.check(data.train, data.processing_class)
     task.check(data.queries, data.processing_class)
 

@@ -77,11 +77,12 @@ def run(args: FeaturizeArguments, features: FeatureArguments, given: Sequence[st
     with uncollected(for_good=True):
         import hf_trak.models  # noqa: F401  what loading a model needs, whatever the model
         from hf_trak.cli.data import load_rows
-        from hf_trak.cli.quiet import hush
+        from hf_trak.cli.quiet import hush, say_which_columns
         from hf_trak.index import AttributionIndex
         from hf_trak.processes.launchers import current_processes, warn_of_lone_process
 
         hush()
+        say_which_columns()
     if args.shard_index is None and (warning := warn_of_lone_process()):
         print(f"hf-trak: warning: {warning}", file=sys.stderr)
     is_first = args.shard_index is not None or current_processes().is_first

@@ -93,6 +93,7 @@ class RowsInMemory:
     @classmethod
     def of(cls, dataset: Dataset, task: Task, processing_class: Any = None, *, device: str = "cpu") -> RowsInMemory:
         """Collate `dataset`, after checking its columns and labels."""
+        task = task.reading(dataset)
         task.check(dataset, processing_class)
         return cls({key: values.to(device) for key, values in task.collate(dataset[:], processing_class).items()})
 
@@ -106,8 +107,11 @@ class RowsInMemory:
         for rows in order:
             batch = {key: values[list(rows)] for key, values in self.tensors.items()}
             if "attention_mask" in batch:
-                width = int(batch["attention_mask"].sum(1).max())
-                batch = {key: values[:, :width] if values.ndim == 2 else values for key, values in batch.items()}
+                whole, width = batch["attention_mask"].shape[1], int(batch["attention_mask"].sum(1).max())
+                batch = {
+                    key: values[:, :width] if values.ndim > 1 and values.shape[1] == whole else values
+                    for key, values in batch.items()
+                }
             yield batch
 
 
@@ -129,7 +133,7 @@ class RowsOnDemand:
         device: str = "cpu",
     ) -> None:
         self.dataset = dataset
-        self.task = task
+        self.task = task.reading(dataset)
         self.processing_class = processing_class
         self.transform = transform
         self.n_workers = n_workers

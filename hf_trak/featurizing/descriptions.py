@@ -16,6 +16,7 @@ from hf_trak.sources.processing import describe_processing
 from hf_trak.sources.training_sets import describe_source
 from hf_trak.storage.member_reader import MemberReader
 from hf_trak.storage.object_store import seen_from
+from hf_trak.tasks.rows import column_names
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -32,7 +33,7 @@ def describe_member(folder: Path, plan: Pass, featurizer: Featurizer, dataset: D
         "checkpoint": _describe_checkpoint(folder, featurizer),
         "checkpoint_number": plan.checkpoint,
         **describe_source(dataset),
-        **describe_processing(featurizer.processing_class, dataset.column_names),
+        **describe_processing(featurizer.processing_class, column_names(dataset)),
         "coverage": featurizer.selection.coverage,
         "grad_dim": featurizer.selection.grad_dim,
         "versions": library_versions(),
@@ -50,6 +51,7 @@ def describe_featurizer(featurizer: Featurizer) -> dict[str, Any]:
     """What a feature means beyond the configuration, and what a query must share with it."""
     return {
         "task": featurizer.task.name,
+        "out_to_loss_kind": featurizer.task.out_to_loss_kind,
         "seed": featurizer.seed,
         # Members without dropout say nothing of it, as those made before there was any.
         **({"dropout_seed": featurizer.dropout_seed} if featurizer.dropout_seed is not None else {}),

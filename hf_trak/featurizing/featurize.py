@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+_ROWS_NAMED = 256
+
+
 class RowFeaturizer(Protocol):
     """What the loop needs of a [`Featurizer`]: its steps, each for the thread that takes it."""
 
@@ -68,13 +71,13 @@ def featurize_ranges(
             # Lengths of a whole dataset would keep the first row waiting.
             shard = ShardBatches(rows, featurizer.lengths(dataset.select(rows)), size)
             for chosen in shard.batches():
-                yield shard, chosen, featurizer.collate(read_rows(dataset, chosen))
+                yield shard, chosen, _collate(featurizer, dataset, chosen)
 
     with one_thread("reader") as reader, closing(ahead(read(), reader)) as batches:
 
         def collate(rows: list[int]) -> Any:
             # By the thread that reads, too: a tokenizer serves one thread at a time.
-            return reader.submit(lambda: featurizer.collate(dataset[rows])).result()
+            return reader.submit(_collate, featurizer, dataset, rows).result()
 
         whole: BatchFeatures | None = None
         done = 0
@@ -88,6 +91,18 @@ def featurize_ranges(
             if whole is not None and done == len(shard.rows):
                 yield whole
                 whole, done = None, 0
+
+
+def _collate(featurizer: RowFeaturizer, dataset: Dataset, rows: list[int]) -> Any:
+    """Read and collate some rows; an error says which rows of the dataset they are."""
+    columns = read_rows(dataset, rows)
+    try:
+        return featurizer.collate(columns)
+    except ValueError as error:
+        some = ", ".join(map(str, rows[:_ROWS_NAMED]))
+        raise ValueError(
+            f"{error} Rows 0 to {len(rows) - 1} of this batch are the dataset's rows {some}{', ...' if len(rows) > _ROWS_NAMED else ''}."
+        ) from error
 
 
 def _compute(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,6 +140,11 @@ class Featurizer:
             if isinstance(first := _first_of(projector), FastJL):
                 first.tied_to(self.device)
             self.model.to(self.device)
+            task = task.with_columns(
+                text_columns=self.config.text_columns,
+                image_column=self.config.image_column,
+                label_column=self.config.label_column,
+            )
             if self._bank is not None:
                 task = with_bank(task, self._bank.to(self.device))
             self._ready = task, selection, projector, processing_class
@@ -202,6 +208,18 @@ class Featurizer:
     def use_task(self, task: Task) -> None:
         """Go on with another task of the same inputs."""
         self._ready = (task, *self.prepare()[1:])
+
+    def read_from(self, dataset: Dataset) -> None:
+        """Decide, once for all batches, which columns of a dataset are read, and hold its label names against the model's.
+
+        Columns that the configuration names, or that were decided on before, stay; the others become part of the configuration.
+
+        Raises:
+            ValueError: If no column can serve, several may be meant, or the label names contradict the model's.
+        """
+        task = self.task.reading(dataset)
+        self.use_task(task)
+        self.config = replace(self.config, **task.columns())
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.compute_dtype == "bfloat16")

@@ -226,7 +226,7 @@ class Questions:
 
     @property
     def _default_power(self) -> float:
-        return default_power(self.members[0].identity["task"])
+        return default_power(self.members[0].identity["out_to_loss_kind"])
 
     def _options(
         self,

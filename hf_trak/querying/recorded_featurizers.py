@@ -19,6 +19,7 @@ from hf_trak.storage.differences import list_differences
 from hf_trak.storage.member_reader import MemberReader
 from hf_trak.storage.passes import encode_pass
 from hf_trak.tasks import Bank, Task, in_direction
+from hf_trak.tasks.rows import as_stored
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -115,6 +116,8 @@ def featurize_queries(
     """Return the trak_* columns of queries, in float32; those of several sketches as [`encode_pass`] names them."""
     if len(queries) == 0:
         raise ValueError("There are no queries: the dataset is empty.")
+    queries = as_stored(queries)
+    featurizer.read_from(queries)
     featurizer.task.check(queries, featurizer.processing_class)
     with tqdm(total=len(queries), unit="rows", desc=description, disable=not progress) as bar:
         found = featurize_rows(featurizer, queries, range(len(queries)), batch_size=batch_size, on_batch=bar.update)

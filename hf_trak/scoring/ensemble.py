@@ -41,14 +41,17 @@ class ScoreOptions:
     out_to_loss_power: float = 1.0
 
 
-def default_power(task: str) -> float:
-    """Return what Q is raised to where nobody says: 1/2 where it is 1 − p, and 1 where it is something else.
+def default_power(out_to_loss_kind: str) -> float:
+    """Return the default power of Q: 1/2 where it is 1 − p or a mean of such, and 1 where it is something else.
+
+    Args:
+        out_to_loss_kind (`str`): As a [`Task`] states it and a member records it; the task's name has no part in it.
 
     A model believes what it was trained on: the 1 − p that it has of a training example is smaller than without that example, and
     the more so the better the example was learned. The root counters that.
     """
     # Differs from the paper, which has Q itself: docs/decisions.md has the LDS of both.
-    return 1.0 if task.endswith("-regression") or task.startswith("custom:") else 0.5
+    return 0.5 if out_to_loss_kind in ("one_minus_p", "mean_one_minus_p") else 1.0
 
 
 class SolvedQueries(NamedTuple):
@@ -64,10 +67,11 @@ def check_residuals(member: MemberReader) -> None:
     Raises:
         ValueError: Naming the task.
     """
-    task = member.identity["task"]
-    if not task.endswith("-classification") or task == "token-classification":  # the latter has a mean over tokens
+    task, kind = member.identity["task"], member.identity["out_to_loss_kind"]
+    if kind != "one_minus_p":
         raise ValueError(
-            f"residual_weighting needs the probability of a class label, but these are features of {task}. Leave it out."
+            f"residual_weighting needs the probability of one label, but these are features of {task}, whose out_to_loss is of the kind "
+            f"{kind!r}. Leave it out."
         )
 
 

@@ -10,8 +10,9 @@ from hf_trak.tasks.annotation_inputs import SpanInputs, TokenLabelInputs
 from hf_trak.tasks.base import Task
 from hf_trak.tasks.contrastive import DUAL_ENCODERS, contrastive_task, is_dual_encoder
 from hf_trak.tasks.inputs import ImageInputs, TextInputs
+from hf_trak.tasks.labels import labels_of_model
 from hf_trak.tasks.language_inputs import CausalInputs, MaskedInputs, Seq2SeqInputs
-from hf_trak.tasks.outputs import classification_margin, regression_prediction
+from hf_trak.tasks.outputs import classification_margin, regression_prediction, sum_of_log_odds
 from hf_trak.tasks.token_inputs import TokenInputs
 from hf_trak.tasks.token_outputs import SpanOutput, TokenOutput
 
@@ -29,14 +30,38 @@ def _image(model: PreTrainedModel, config: TrakConfig) -> ImageInputs:
 
 def _classification(name: str, inputs: Callable[..., TextInputs | ImageInputs]) -> Callable[..., Task]:
     def make(model: PreTrainedModel, config: TrakConfig) -> Task:
-        return Task(name, inputs(model, config), classification_margin, model.config.num_labels, config.label_column)
+        return Task(
+            name,
+            inputs(model, config),
+            classification_margin,
+            model.config.num_labels,
+            config.label_column,
+            out_to_loss_kind="one_minus_p",
+            label2id=labels_of_model(model),
+            label_mapping=config.label_mapping,
+        )
+
+    return make
+
+
+def _multi_label(name: str, inputs: Callable[..., TextInputs | ImageInputs]) -> Callable[..., Task]:
+    def make(model: PreTrainedModel, config: TrakConfig) -> Task:
+        return Task(
+            name,
+            inputs(model, config),
+            sum_of_log_odds,
+            model.config.num_labels,
+            config.label_column,
+            out_to_loss_kind="mean_one_minus_p",
+            several_labels=True,
+        )
 
     return make
 
 
 def _regression(name: str, inputs: Callable[..., TextInputs | ImageInputs]) -> Callable[..., Task]:
     def make(model: PreTrainedModel, config: TrakConfig) -> Task:
-        return Task(name, inputs(model, config), regression_prediction, None, config.label_column)
+        return Task(name, inputs(model, config), regression_prediction, None, config.label_column, out_to_loss_kind="residual")
 
     return make
 
@@ -46,15 +71,18 @@ def _tokens(
 ) -> Callable[..., Task]:
     def make(model: PreTrainedModel, config: TrakConfig) -> Task:
         function = output(config.reduction, exact=config.token_out_to_loss == "exact", **options)
-        return Task(name, inputs.for_model(model, config), function, needs_labels=False)
+        kind = "one" if config.token_out_to_loss == "exact" else "mean_one_minus_p"
+        return Task(name, inputs.for_model(model, config), function, needs_labels=False, out_to_loss_kind=kind)
 
     return make
 
 
 TASKS: dict[str, Callable[[PreTrainedModel, TrakConfig], Task]] = {
     "text-classification": _classification("text-classification", _text),
+    "text-multi-label": _multi_label("text-multi-label", _text),
     "text-regression": _regression("text-regression", _text),
     "image-classification": _classification("image-classification", _image),
+    "image-multi-label": _multi_label("image-multi-label", _image),
     "image-regression": _regression("image-regression", _image),
     "causal-lm": _tokens("causal-lm", CausalInputs, TokenOutput, shifted=True, decodes=True),
     "masked-lm": _tokens("masked-lm", MaskedInputs, TokenOutput),
@@ -112,7 +140,7 @@ class AutoTask:
             if architecture.endswith(suffix):
                 problem = getattr(model.config, "problem_type", None)
                 if problem == "multi_label_classification":
-                    raise ValueError(f"{architecture} is configured for several labels per example, which no task serves yet.")
+                    return f"{kind}-multi-label"
                 if problem == "regression" and model.config.num_labels > 1:
                     raise ValueError(
                         f"{architecture} is configured for a regression on {model.config.num_labels} numbers per example, which no "

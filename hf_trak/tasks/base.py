@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from hf_trak.tasks.inputs import CustomInputs, Inputs, Rows
-from hf_trak.tasks.token_inputs import TokenInputs
+from hf_trak.tasks.inputs import CustomInputs, ImageInputs, Inputs, Rows, TextInputs
+from hf_trak.tasks.labels import Labels
+from hf_trak.tasks.pairs import PairInputs
+from hf_trak.tasks.rows import check_repeatable, features_of, is_transformed
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
 _LABEL_COLUMNS = ("labels", "label")
+BUILT_IN_TASKS = (
+    "text-classification", "text-multi-label", "text-regression", "image-classification", "image-multi-label", "image-regression",
+    "causal-lm", "masked-lm", "seq2seq", "question-answering", "token-classification", "contrastive",
+)  # fmt: skip
+OUT_TO_LOSS_KINDS = ("one_minus_p", "mean_one_minus_p", "residual", "one", "other")
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,12 @@ class Task:
         output_function (`Callable`): `(model, batch) -> (output, out_to_loss)`, each of shape (batch,).
         n_classes (`int`, *optional*): For class labels; None for labels that are numbers.
         needs_labels (`bool`): False if labels, if any, are the collator's business.
-        check_rows (`Callable`, *optional*): Checks what the cells of a dataset hold, before anything is computed.
+        out_to_loss_kind (`str`): What `out_to_loss` is. "one_minus_p": 1 − p of one label, whose log-odds the output is.
+            "mean_one_minus_p": a mean of several. "residual": label − prediction. "one": the output is the loss, or minus it. "other": any
+            other. Scores are weighed by its root where it is 1 − p, and by itself elsewhere.
+        several_labels (`bool`): Whether a row's label is a list of zeros and ones, one for each class.
+        label2id (`tuple`): The model's names of its classes with their ids.
+        label_mapping (`str`): How the numbers of a dataset become ids of the model; see [`TrakConfig`].
     """
 
     name: str
@@ -36,7 +48,11 @@ class Task:
     n_classes: int | None = None
     label_column: str | None = None
     needs_labels: bool = True
-    check_rows: Callable[[Dataset], None] | None = None
+    out_to_loss_kind: str = "other"
+    several_labels: bool = False
+    label2id: tuple[tuple[str, int], ...] = ()
+    label_mapping: str = "auto"
+    translation: tuple[int, ...] | None = None
 
     @classmethod
     def custom(
@@ -45,6 +61,7 @@ class Task:
         *,
         collator: Callable[[list[dict[str, Any]]], dict[str, Tensor]],
         out_to_loss: Callable[[Callable[..., Any], Mapping[str, Any]], Tensor] | str = "one",
+        out_to_loss_kind: str | None = None,
         name: str | None = None,
     ) -> Task:
         """Make a task of your own.
@@ -53,13 +70,24 @@ class Task:
             output (`Callable`): `(model, batch) -> (batch,)`; row i may depend on example i alone.
             collator (`Callable`): A list of rows, as dictionaries, to a batch of tensors.
             out_to_loss (`Callable` or `"one"`): `(model, batch) -> (batch,)`; `"one"` where the output is the loss itself.
-            name (`str`, *optional*): Recorded in the index; by default the function's.
+            out_to_loss_kind (`str`, *optional*): "one_minus_p", "mean_one_minus_p", "residual", "one" or "other"; see [`Task`]. By default
+                "one" for `out_to_loss="one"`, and "other" for a callable, whose values then weigh scores as they are.
+            name (`str`, *optional*): Recorded in the index, and of no other effect; by default the function's.
 
         Raises:
-            ValueError: If `out_to_loss` is a string other than "one".
+            ValueError: If `out_to_loss` is a string other than "one", its kind is unknown, or the name is that of another task.
         """
         if isinstance(out_to_loss, str) and out_to_loss != "one":
             raise ValueError(f"`out_to_loss` must be a callable or 'one', but is {out_to_loss!r}.")
+        kind = out_to_loss_kind or ("one" if isinstance(out_to_loss, str) else "other")
+        if kind not in OUT_TO_LOSS_KINDS:
+            raise ValueError(f"`out_to_loss_kind` must be one of {', '.join(OUT_TO_LOSS_KINDS)}, but is {kind!r}.")
+        if isinstance(out_to_loss, str) and kind != "one":
+            raise ValueError(f"`out_to_loss='one'` is of the kind 'one', but `out_to_loss_kind` is {kind!r}. Leave it out.")
+        if name in BUILT_IN_TASKS:
+            raise ValueError(
+                f"{name!r} is the name of a task of this library, whose rows are read and shown in its own way. Choose another."
+            )
 
         def output_function(model: Callable[..., Any], batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
             values = output(model, batch)
@@ -68,12 +96,59 @@ class Task:
             with torch.no_grad():
                 return values, out_to_loss(model, batch)
 
-        return cls(name or f"custom:{output.__qualname__}", CustomInputs(collator), output_function, needs_labels=False)
+        named = name or f"custom:{getattr(output, '__qualname__', type(output).__name__)}"
+        return cls(named, CustomInputs(collator), output_function, needs_labels=False, out_to_loss_kind=kind)
 
     def for_queries(self) -> Task:
         """Return the task of queries: this one, but where a training example's gradient is not that of its output alone."""
         make = getattr(self.output_function, "for_queries", None)
         return self if make is None else replace(self, output_function=make())
+
+    def reading(self, dataset: Dataset) -> Task:
+        """Return this task with the columns of a dataset decided on, and its labels' names compared with the model's.
+
+        Columns that are already decided on stay. Labels are those of `dataset`: call it again for another one.
+
+        Raises:
+            ValueError: If no column can serve, several may be meant, or the label names contradict the model's.
+        """
+        features = features_of(dataset)
+        label = self._find_label(dataset, features) if self.needs_labels else self.label_column
+        inputs = self.inputs.reading(features, dataset, label)
+        if not self.needs_labels:
+            return replace(self, inputs=inputs)
+        assert label is not None
+        translation = self._labels().of(features[label], label).translation
+        return replace(self, inputs=inputs, label_column=label, translation=translation)
+
+    def with_columns(self, *, text_columns: tuple[str, ...] | None, image_column: str | None, label_column: str | None) -> Task:
+        """Return this task reading the columns given, where it has decided on none."""
+        inputs = self.inputs
+        if isinstance(inputs, PairInputs):
+            texts, images = inputs.texts, inputs.images
+            inputs = replace(
+                inputs,
+                texts=replace(texts, text_columns=texts.text_columns or text_columns),
+                images=replace(images, image_column=images.image_column or image_column),
+            )
+        elif isinstance(inputs, TextInputs):
+            inputs = replace(inputs, text_columns=inputs.text_columns or text_columns)
+        elif isinstance(inputs, ImageInputs):
+            inputs = replace(inputs, image_column=inputs.image_column or image_column)
+        return replace(
+            self, inputs=inputs, label_column=(self.label_column or label_column) if self.needs_labels else self.label_column
+        )
+
+    def columns(self) -> dict[str, Any]:
+        """Return the columns decided on, as fields of a [`TrakConfig`]; nothing of what is not."""
+        texts = getattr(self.inputs, "texts", self.inputs)
+        images = getattr(self.inputs, "images", self.inputs)
+        found = {
+            "text_columns": getattr(texts, "text_columns", None),
+            "image_column": getattr(images, "image_column", None),
+            "label_column": self.label_column,
+        }
+        return {name: value for name, value in found.items() if value is not None}
 
     def check(self, dataset: Dataset, processing_class: Any) -> None:
         """Check columns and every label before anything is computed.
@@ -81,13 +156,23 @@ class Task:
         Raises:
             ValueError: Naming the column or the rows that cannot serve.
         """
-        self.inputs.check(dataset.features, processing_class)
-        if isinstance(self.inputs, TokenInputs):
-            self.inputs.check_rows(dataset, processing_class)
-        if self.check_rows is not None:
-            self.check_rows(dataset)
-        if self.needs_labels:
-            self._labels(dataset[self._find_label(dataset.column_names)][:])
+        task = self.reading(dataset)
+        features: Any = features_of(dataset)
+        task.inputs.check(features, processing_class)
+        if is_transformed(dataset) or isinstance(task.inputs, CustomInputs):
+            check_repeatable(dataset, lambda rows: task.inputs.collate(rows, processing_class))
+        task.inputs.check_rows(dataset, processing_class)
+        if task.needs_labels:
+            task._check_labels(dataset)
+
+    def _check_labels(self, dataset: Dataset) -> None:
+        """Check every label; of a dataset with a transform, those of its first, middle and last row, and the others when they are read."""
+        assert self.label_column is not None
+        if is_transformed(dataset):
+            for row in sorted({0, len(dataset) // 2, len(dataset) - 1} if len(dataset) else set()):
+                self._labels().read(dataset[[row]][self.label_column], first=row)
+            return
+        self._labels().read(dataset.select_columns([self.label_column])[:][self.label_column])
 
     def columns_read(self, features: Features) -> dict[str, Any]:
         """Return which columns of a dataset are read and as what: `{"text": ["premise", "hypothesis"], "label": "label"}`.
@@ -98,55 +183,34 @@ class Task:
             ValueError: If no column can serve.
         """
         found = self.inputs.columns_read(features)
-        return {**found, "label": self._find_label(list(features))} if self.needs_labels else found
+        return {**found, "label": self._find_label(None, features)} if self.needs_labels else found
 
     def collate(self, rows: Rows, processing_class: Any) -> dict[str, Tensor]:
         """Return a batch: the model's inputs, and `labels` if the task has them."""
         batch = self.inputs.collate(rows, processing_class)
         if self.needs_labels:
-            batch["labels"] = self._labels(rows[self._find_label(list(rows))])
+            batch["labels"] = self._labels().read(rows[self._find_label(None, rows)])
         return batch
 
-    def _find_label(self, columns: Sequence[str]) -> str:
+    def _find_label(self, dataset: Dataset | None, columns: Mapping[str, Any]) -> str:
         candidates = (self.label_column,) if self.label_column else _LABEL_COLUMNS
-        for column in candidates:
-            if column in columns:
-                return column
-        raise ValueError(
-            f"{self.name} needs a label column, {' or '.join(map(repr, candidates))}, but the dataset has "
-            f"{', '.join(columns)}. Set `label_column`."
-        )
+        found = [column for column in candidates if column in columns]
+        if not found:
+            raise ValueError(
+                f"{self.name} needs a label column, {' or '.join(map(repr, candidates))}, but the dataset has "
+                f"{', '.join(columns)}. Set `label_column` (--label_column)."
+            )
+        if len(found) > 1 and dataset is not None and not is_transformed(dataset):
+            both = dataset.select_columns(found).with_format(None)[:]
+            if both[found[0]] != both[found[1]]:
+                raise ValueError(
+                    f"The dataset has the label columns {' and '.join(map(repr, found))}, which differ. Set `label_column` (--label_column) to "
+                    "the one that the model was trained on."
+                )
+        return found[0]
 
-    def _labels(self, values: Sequence[Any]) -> Tensor:
-        if len(values) == 0:
-            return torch.zeros(0, dtype=torch.int64)
-        try:
-            labels = torch.as_tensor(list(values))
-        except (TypeError, ValueError, RuntimeError):
-            kind = type(values[0]).__name__
-            raise ValueError(
-                f"Labels must be numbers, but the first is {values[0]!r} ({kind}). Try `class_encode_column`."
-            ) from None
-        if self.n_classes is None:
-            if labels.ndim != 1:
-                raise ValueError(f"{self.name} needs one number per example, but the first label is {values[0]!r}.")
-            wrong = (~labels.isfinite()).nonzero().flatten().tolist()
-            if wrong:
-                raise ValueError(f"{len(wrong)} of {len(labels)} labels are not finite, the first at row {wrong[0]}.")
-            return labels.to(torch.float32)
-        if labels.is_floating_point() or labels.ndim != 1:
-            raise ValueError(
-                f"{self.name} needs one class index per example, but the first label is {values[0]!r}. For numbers to predict, "
-                "use a model with num_labels=1."
-            )
-        wrong = ((labels < 0) | (labels >= self.n_classes)).nonzero().flatten().tolist()
-        if wrong:
-            raise ValueError(
-                f"Labels must lie in 0 to {self.n_classes - 1}, the model's {self.n_classes} classes, but {len(wrong)} of "
-                f"{len(labels)} do not: {labels[wrong[0]].item()} at row {wrong[0]}"
-                f"{' (-1 marks an unlabelled test split)' if labels[wrong[0]] == -1 else ''}. Filter these rows."
-            )
-        return labels.long()
+    def _labels(self) -> Labels:
+        return Labels(self.name, self.n_classes, self.several_labels, self.label2id, self.label_mapping, self.translation)
 
 
 @dataclass

@@ -194,7 +194,7 @@ def contrastive_task(model: PreTrainedModel, config: TrakConfig) -> Task:
     inputs = PairInputs.for_model(base, config, fixed_length=loss == "sigmoid")
     names = {name.rpartition(".")[2]: name for name, _ in model.named_parameters()}  # an adapter's model puts more before it
     output = ContrastiveOutput(loss, names["logit_scale"], names.get("logit_bias"), inputs.image_names, inputs.text_names)
-    return Task("contrastive", inputs, output, needs_labels=False, check_rows=inputs.check_rows)
+    return Task("contrastive", inputs, output, needs_labels=False, out_to_loss_kind="mean_one_minus_p")
 
 
 def needs_bank(task: Task) -> bool:

@@ -34,3 +34,16 @@ def regression_prediction(model: Callable[..., Any], batch: Mapping[str, Any]) -
     logits = model(**inputs).logits
     output = logits.to(torch.promote_types(logits.dtype, torch.float32)).squeeze(-1)
     return output, batch["labels"].to(output.dtype) - output.detach()
+
+
+def sum_of_log_odds(model: Callable[..., Any], batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    r"""The sum over labels of the log-odds of each being as the row has it, and the mean of their 1 − p; for several labels per example.
+
+    With $y_j$ of 0 or 1, $f = \sum_j (2 y_j - 1)\,\text{logit}_j$. A label that does not apply counts as one that does: its log-odds are
+    those of its absence. The training loss is $\sum_j \log(1 + e^{-f_j})$, or its mean.
+    """
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    logits = model(**inputs).logits
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    each = (2 * batch["labels"].to(logits.dtype) - 1) * logits
+    return each.sum(-1), torch.sigmoid(-each.detach()).mean(-1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from hf_trak.tasks.bank import pair_keys
 from hf_trak.tasks.inputs import ImageInputs, Rows, TextInputs
-from hf_trak.tasks.pictures import check_pictures, to_rgb
+from hf_trak.tasks.pictures import check_pictures, open_pictures
+from hf_trak.tasks.rows import is_transformed, name_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from hf_trak.config import TrakConfig
 
 _CAPTION_COLUMNS = ("caption", "captions", "text", "texts")
-_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class PairInputs:
         pad_token_id = getattr(text, "pad_token_id", None) or 0
         return cls(
             ImageInputs(config.image_column, "RGB"),
-            TextInputs(config.text_columns, config.max_length or limit, accepted, pad_token_id),
+            TextInputs(config.text_columns, config.max_length, accepted, pad_token_id, limit),
             tuple(name for name in _arguments(model.get_image_features) if name != "interpolate_pos_encoding"),
             tuple(sorted(accepted)),
             limit if fixed_length else None,
@@ -74,12 +74,22 @@ class PairInputs:
             self.caption_column(features)
             _needed(processing_class, "tokenizer")
 
-    def check_rows(self, dataset: Dataset) -> None:
+    def reading(self, features: Mapping[str, Any], dataset: Dataset | None, label_column: str | None) -> PairInputs:
+        images, texts = self.images, self.texts
+        if not self._has_pixels(features):
+            images = replace(images, image_column=images._column(features))
+        if not self._has_ids(features):
+            texts = replace(texts, text_columns=(self.caption_column(features),))  # type: ignore[arg-type]
+        return replace(self, images=images, texts=texts)
+
+    def check_rows(self, dataset: Dataset, processing_class: Any = None) -> None:
         """Check that every row has an image and at least one caption.
 
         Raises:
             ValueError: Naming the rows that do not.
         """
+        if is_transformed(dataset):
+            return
         if not self._has_pixels(dataset.features):
             check_pictures(dataset, self.images._column(dataset.features))
         if not self._has_ids(dataset.features):
@@ -87,8 +97,7 @@ class PairInputs:
             bad = [row for row, captions in enumerate(dataset[column]) if not _all_words(captions)]
             if bad:
                 raise ValueError(
-                    f"{len(bad)} rows have no caption in {column!r}, or an empty one: row {', '.join(map(str, bad[:_SHOWN]))}"
-                    f"{', ...' if len(bad) > _SHOWN else ''}. Filter these rows."
+                    f"{len(bad)} rows have no caption in {column!r}, or an empty one: {name_rows(bad)}. Filter these rows."
                 )
 
     def columns_read(self, features: Features) -> dict[str, Any]:
@@ -137,8 +146,8 @@ class PairInputs:
         if self._has_pixels(rows):
             found = {name: torch.stack(list(map(torch.as_tensor, rows[name]))) for name in self.image_names if name in rows}
             return {name: value.float() if name == "pixel_values" else value for name, value in found.items()}
-        column = self.images.image_column or next(key for key, values in rows.items() if hasattr(values[0], "convert"))
-        pictures = [to_rgb(image) for image in rows[column]]
+        column = self.images._column_of(rows)
+        pictures = open_pictures(rows[column], "RGB", column)
         encoded = _needed(processing_class, "image_processor")(pictures, return_tensors="pt")
         return {name: encoded[name] for name in self.image_names if name in encoded}
 
@@ -173,7 +182,9 @@ class PairInputs:
     def _captions_of(self, rows: Rows) -> str:
         if self.texts.text_columns is not None:
             return self.texts.text_columns[0]
-        strings = [key for key, values in rows.items() if isinstance(values[0], str) or _is_list_of_words(values[0])]
+        strings = [
+            key for key, values in rows.items() if any(isinstance(value, str) or _is_list_of_words(value) for value in values)
+        ]
         return next((name for name in _CAPTION_COLUMNS if name in strings), strings[0])
 
     def lengths(self, dataset: Dataset, processing_class: Any = None) -> list[int] | None:

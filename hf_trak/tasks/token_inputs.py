@@ -91,6 +91,10 @@ class TokenInputs(abc.ABC):
     def _encode(self, row: Mapping[str, Any], processing_class: Any) -> Example:
         """Return one row's tokens; raise a ValueError that says what is wrong with it."""
 
+    def reading(self, features: Mapping[str, Any], dataset: Dataset | None, label_column: str | None) -> TokenInputs:
+        """Return these inputs: which columns they read is decided by names alone."""
+        return self
+
     def columns_read(self, features: Features) -> dict[str, Any]:
         """Return which columns are read and as what, JSON-able; by default tokens, or the columns of strings."""
         if self._is_tokenized(features):

@@ -64,6 +64,7 @@ class ArnoldiInfluence:
         generator = np.random.default_rng(self.seed)
         n_rows = min(self.n_hessian_rows or len(train), len(train))
         rows = np.sort(generator.permutation(len(train))[:n_rows]).tolist()
+        featurizer.read_from(train)
         featurizer.task.check(train, featurizer.processing_class)
         batches = list(self.checkpoints.batches(featurizer, train, rows))
         first = next(iter(featurizer.selection.parameters.values()))

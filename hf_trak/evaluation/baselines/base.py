@@ -171,6 +171,7 @@ def _hold_against(featurizer: Featurizer, train: Dataset | None, of: GradientOf)
 def _check(featurizer: Featurizer, dataset: Dataset) -> None:
     if len(dataset) == 0:
         raise ValueError("There is nothing to score: a dataset is empty.")
+    featurizer.read_from(dataset)
     featurizer.task.check(dataset, featurizer.processing_class)
 
 

@@ -1,0 +1,246 @@
+"""Which columns of a dataset are texts: decided by their usual names, then by what some rows hold, or refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_ROWS_LOOKED_AT = 1000
+
+# Names are compared in lower case and without what separates words: `Sentence_1` is `sentence1`.
+_PAIRS = (
+    ("premise", "hypothesis"), ("question", "sentence"), ("question", "context"), ("question", "passage"), ("question", "paragraph"),
+    ("question", "document"), ("question", "answer"), ("query", "passage"), ("query", "document"), ("query", "text"),
+    ("claim", "evidence"), ("prompt", "response"), ("prompt", "completion"), ("context", "response"), ("title", "content"),
+    ("title", "text"), ("title", "body"), ("title", "abstract"), ("title", "description"), ("title", "review"), ("headline", "body"),
+    ("reviewtitle", "reviewbody"), ("reviewtitle", "reviewtext"),
+)  # fmt: skip
+# One of these is a whole example. Other columns of unusual names say something about it.
+_WHOLE = (
+    "text", "texts", "sentence", "sentences", "review", "reviewtext", "reviewbody", "content", "tweet", "tweettext", "comment",
+    "commenttext", "commentbody", "document", "caption", "utterance", "utt", "message", "post", "sms", "article", "body", "abstract",
+    "sequence", "smiles",
+)  # fmt: skip
+# One of these may be a half of an example.
+_PART = (
+    "question", "query", "premise", "hypothesis", "context", "passage", "paragraph", "claim", "evidence", "prompt", "response",
+    "completion", "answer", "title", "headline", "reviewtitle", "description", "summary", "input", "source", "statement",
+)  # fmt: skip
+_STEMS = (
+    *_WHOLE, *_PART, "sent", "s", "string", "str", "textstring", "q", "phrase", "doc", "argument", "input", "clause", "span", "passage",
+)  # fmt: skip
+_ENDS = (("1", "2"), ("a", "b"), ("0", "1"), ("one", "two"), ("first", "second"), ("left", "right"))
+_SET_ASIDE = frozenset(
+    [
+        "author",
+        "category",
+        "categories",
+        "class",
+        "classname",
+        "cls",
+        "country",
+        "date",
+        "domain",
+        "email",
+        "file",
+        "filename",
+        "filepath",
+        "fold",
+        "gold",
+        "hash",
+        "href",
+        "image",
+        "img",
+        "lang",
+        "language",
+        "license",
+        "link",
+        "locale",
+        "md5",
+        "partition",
+        "path",
+        "sha",
+        "sha1",
+        "sha256",
+        "split",
+        "subset",
+        "target",
+        "time",
+        "timestamp",
+        "tag",
+        "tags",
+        "topic",
+        "type",
+        "url",
+        "uri",
+        "user",
+        "username",
+        "y",
+    ]
+)
+_IDENTIFIERS = frozenset(
+    [
+        "id",
+        "ids",
+        "idx",
+        "index",
+        "guid",
+        "uuid",
+        "uid",
+        "pid",
+        "qid",
+        "rowid",
+        "docid",
+        "url",
+        "uri",
+        "link",
+        "href",
+        "key",
+        "hash",
+    ]
+)
+_STRINGS = ("string", "large_string")
+
+
+def is_string(kind: Any) -> bool:
+    """Return whether a column's type is a plain string."""
+    return getattr(kind, "dtype", None) in _STRINGS
+
+
+def is_set_aside(name: str) -> bool:
+    """Return whether a name is that of an identifier, a label or a note about an example, such as `idx`, `label_text` or `url`."""
+    words = [word for word in re.split(r"[\W_]+", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()) if word]
+    if not words:
+        return True
+    return (
+        "".join(words) in _SET_ASIDE
+        or words[-1] in _IDENTIFIERS
+        or words[0] in ("id", "ids", "idx", "unnamed")
+        or any(word.startswith("label") for word in words)
+        or name.startswith("__index_level_")
+    )
+
+
+def find_text_columns(
+    features: Mapping[str, Any], *, label_column: str | None = None, dataset: Dataset | None = None
+) -> tuple[str, ...]:
+    """Return the one column of texts that a classifier reads, or the two.
+
+    Args:
+        features (`Mapping`): The type of each column.
+        label_column (`str`, *optional*): Never taken for a text.
+        dataset (`Dataset`, *optional*): Some of its rows tell texts from codes and categories where names do not. Without it, names decide.
+
+    Raises:
+        ValueError: If there is none, or several may be meant; the message lists the candidates.
+    """
+    strings = [name for name, kind in features.items() if is_string(kind)]
+    candidates = [name for name in strings if name != label_column and not is_set_aside(name)]
+    if not candidates:
+        found = (
+            f"; {_listed(strings)} {'look' if len(strings) > 1 else 'looks'} like an identifier or a label" if strings else ""
+        )
+        raise ValueError(
+            "Expected tokenized rows ('input_ids') or one or two text columns, but the dataset has "
+            f"{', '.join(features)}{found}. Set `text_columns` (--text_columns)."
+        )
+    texts = candidates
+    if dataset is not None and len(candidates) > 1:
+        rows, labels = _some_rows(dataset, candidates, label_column)
+        candidates = [name for name in candidates if not says_the_label(rows[name], labels)] or candidates
+        texts = [name for name in candidates if reads_like_text(rows[name])] or candidates
+    chosen = _by_name(candidates)
+    if chosen == ():  # names contradict one another: what holds no texts has no say
+        chosen = _by_name(texts)
+    if chosen is None:
+        chosen = (texts[0],) if len(texts) == 1 else ()
+    if not chosen:
+        raise _ambiguous(texts, features)
+    return chosen
+
+
+def _by_name(candidates: Sequence[str]) -> tuple[str, ...] | None:
+    """Return the columns of usual names; an empty tuple where they contradict one another, None where names do not decide."""
+    plain = {_plain(name): name for name in candidates}
+    if len(plain) < len(candidates):  # two spellings of one name
+        return ()
+    pairs = list(dict.fromkeys(_pairs_among(plain)))
+    usual = {name for name in plain if name in _WHOLE or name in _PART}
+    if pairs:
+        beside = (usual | _numbered(plain)) - set(pairs[0])
+        return () if len(pairs) > 1 or beside else (plain[pairs[0][0]], plain[pairs[0][1]])
+    if len(usual) == 1 and (whole := usual & set(_WHOLE)):
+        return (plain[whole.pop()],)
+    return () if len(usual) > 1 else None
+
+
+def _pairs_among(plain: Iterable[str]) -> Iterable[tuple[str, str]]:
+    names = set(plain)
+    yield from (pair for pair in _PAIRS if set(pair) <= names)
+    for stem in _STEMS:
+        for ends in _ENDS:
+            for pair in ((stem + ends[0], stem + ends[1]), (ends[0] + stem, ends[1] + stem)):
+                if set(pair) <= names:
+                    yield pair
+
+
+def _numbered(plain: Iterable[str]) -> set[str]:
+    """Return the names of a usual stem and a number: a third of a series contradicts a pair."""
+    return {name for name in plain if name.rstrip("0123456789") in _STEMS and name[-1].isdigit()}
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\W_]+", "", name).lower()
+
+
+def _some_rows(
+    dataset: Dataset, candidates: Sequence[str], label_column: str | None
+) -> tuple[Mapping[str, Sequence[Any]], Sequence[Any] | None]:
+    """Return the candidates' values of some rows, and their labels, if there are any. Rows are often sorted: these are spread."""
+    has_labels = label_column is not None and label_column in dataset.column_names
+    names = [*candidates, *([label_column] if has_labels and label_column is not None else [])]
+    chosen = np.unique(np.linspace(0, len(dataset) - 1, min(_ROWS_LOOKED_AT, len(dataset))).astype(int)) if len(dataset) else []
+    rows = dataset.with_format(None).select_columns(names)[list(chosen)]
+    return rows, rows[label_column] if has_labels else None
+
+
+def says_the_label(values: Sequence[str | None], labels: Sequence[Any] | None) -> bool:
+    """Return whether a column has one value for each label, and so says the same."""
+    distinct = len(set(values))
+    if labels is None or distinct == len(values):
+        return False
+    keys = [str(label) for label in labels]
+    return distinct <= len(set(keys)) == len(set(zip(values, keys, strict=True)))
+
+
+def reads_like_text(values: Sequence[str | None]) -> bool:
+    """Return whether a column of strings holds texts, and not categories, codes or addresses."""
+    given = [value for value in values if value]
+    if not given:
+        return False
+    words = np.array([len(value.split()) for value in given])
+    if len(given) >= 20 and len(set(given)) <= max(2, len(given) // 20) and words.mean() < 5:
+        return False  # categories
+    if np.mean([bool(re.match(r"(https?://|www\.|/|[A-Za-z]:\\)\S+$", value)) for value in given]) > 0.5:
+        return False  # addresses and paths
+    is_code = [len(value) <= 64 and value.isascii() and not re.search(r"\s", value) for value in given]
+    return not np.mean(is_code) > 0.9
+
+
+def _ambiguous(candidates: Sequence[str], features: Mapping[str, Any]) -> ValueError:
+    first, second = candidates[0], candidates[1] if len(candidates) > 1 else candidates[0]
+    return ValueError(
+        f"Which columns hold the text is ambiguous: {_listed(candidates)} may, and a text classifier reads one column or a pair. The "
+        f"dataset has {', '.join(features)}. State what the model was trained on, in its order: text_columns=({first!r},) "
+        f"(--text_columns {first}), or text_columns=({first!r}, {second!r}) (--text_columns {first} {second})."
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names))

@@ -1,0 +1,144 @@
+"""What the rows of a dataset really give: through a transform, the same every time, and with nothing missing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_SHOWN = 10
+_ROWS_READ_AGAIN = 16
+_READS = 4
+
+
+def name_rows(rows: Sequence[int] | np.ndarray) -> str:
+    """Return `row 3` or `rows 3, 8, ...`: the first few of some rows."""
+    some = ", ".join(map(str, list(rows[:_SHOWN])))
+    return f"row{'s' * (len(rows) > 1)} {some}{', ...' if len(rows) > _SHOWN else ''}"
+
+
+def is_transformed(dataset: Dataset) -> bool:
+    """Return whether rows pass through a function when they are read: `with_transform` or `set_transform`."""
+    return dataset.format["type"] == "custom"
+
+
+def as_stored(dataset: Dataset) -> Dataset:
+    """Return a dataset whose rows are Python objects: without the format of `with_format`, but with a transform, which makes the rows.
+
+    Of a format that shows some columns alone, the others are dropped.
+    """
+    if dataset.format["type"] in (None, "custom"):
+        return dataset
+    shown = set(dataset.format["columns"])
+    plain = dataset.with_format(None)
+    columns = [name for name in plain.column_names if name in shown]
+    return plain if columns == plain.column_names else plain.select_columns(columns)
+
+
+def features_of(dataset: Dataset) -> dict[str, Any]:
+    """Return the type of each column that rows really have.
+
+    Of a dataset with a transform, that is told by its first row: a column keeps its declared type where the transform leaves its first
+    value as it is, and has the type of the value otherwise.
+    """
+    if not is_transformed(dataset) or len(dataset) == 0:
+        return dict(dataset.features)
+    from datasets import Image, List, Value
+
+    first = dataset[[0]]
+    stored = dataset.with_format(None)[0]
+    found: dict[str, Any] = {}
+    for name, values in first.items():
+        value = values[0]
+        if name in dataset.features and name in stored and _same(value, stored[name]):
+            found[name] = dataset.features[name]
+        elif hasattr(value, "convert"):
+            found[name] = Image()
+        elif isinstance(value, str):
+            found[name] = Value("string")
+        elif isinstance(value, (list, tuple, np.ndarray, Tensor)) and np.ndim(value) > 0:
+            found[name] = List(Value("string" if len(value) and isinstance(value[0], str) else "float64"))
+        else:
+            found[name] = Value("int64" if isinstance(value, (int, np.integer)) else "float64")
+    return found
+
+
+def column_names(dataset: Dataset) -> list[str]:
+    """Return the names of the columns that rows really have."""
+    return list(features_of(dataset))
+
+
+def values_of(dataset: Dataset, column: str) -> list[Any]:
+    """Return all values of a column as rows give them. With a transform, every row passes through it."""
+    return list(dataset[:][column]) if is_transformed(dataset) else dataset.select_columns([column])[:][column]
+
+
+def missing_rows(dataset: Dataset, column: str) -> np.ndarray:
+    """Return the rows of a stored column that hold nothing."""
+    table = dataset.select_columns([column]).with_format("arrow")[:]
+    return np.flatnonzero(table[column].is_null().to_numpy(zero_copy_only=False))
+
+
+def check_repeatable(dataset: Dataset, collate: Callable[[Mapping[str, Sequence[Any]]], Mapping[str, Any]]) -> None:
+    """Read some rows several times, in different company, and check that each gives the same batch.
+
+    A feature is the gradient of one fixed input. Rows that a random transform draws anew have none: two builds of an index would differ,
+    and so would a row and its query. Sixteen rows are read four times, so that a flip of one image in ten is missed once in a thousand.
+
+    Args:
+        collate (`Callable`): Columns of rows to a batch.
+
+    Raises:
+        ValueError: Naming the rows and what of them changed.
+    """
+    chosen = sorted(set(np.linspace(0, len(dataset) - 1, min(_ROWS_READ_AGAIN, len(dataset))).astype(int).tolist()))
+    first: dict[int, Mapping[str, Any]] = {}
+    changed: dict[int, str] = {}
+    for read in range(_READS):
+        order = chosen if read % 2 == 0 else chosen[::-1]
+        rows = dataset[order]
+        for place, row in enumerate(order):
+            batch = collate({name: values[place : place + 1] for name, values in rows.items()})
+            name = _first_difference(first.setdefault(row, batch), batch)
+            if name is not None:
+                changed.setdefault(row, name)
+    if changed:
+        row, name = min(changed.items())
+        raise ValueError(
+            f"Rows of this dataset are not the same twice: of {len(chosen)} rows that were read {_READS} times, {len(changed)} changed, "
+            f"such as row {row} in {name!r}. A random transform (augmentation, masking) makes a new input at each reading, and features of it "
+            "mean nothing. Give the dataset without it: `dataset.with_transform(evaluation_transform)`, `dataset.with_format(None)`, or draw "
+            "once and keep the result with `dataset.map`."
+        )
+
+
+def _first_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> str | None:
+    for name in {**first, **second}:
+        if name not in first or name not in second or not _same(first[name], second[name], tolerance=1e-3):
+            return name
+    return None
+
+
+def _same(one: Any, other: Any, tolerance: float = 0.0) -> bool:
+    """Return whether two values are equal; floating ones up to a share of the greatest, the round-off of a batched transform."""
+    if isinstance(one, (Tensor, np.ndarray)) or isinstance(other, (Tensor, np.ndarray)):
+        a, b = torch.as_tensor(one), torch.as_tensor(other)
+        if a.shape != b.shape:
+            return False
+        if not (a.is_floating_point() or b.is_floating_point()):
+            return bool(torch.equal(a, b))
+        a, b = a.double(), b.double()
+        return bool(
+            torch.allclose(a, b, rtol=0.0, atol=tolerance * max(1e-6, float(a.abs().nan_to_num().max())), equal_nan=True)
+        )
+    if type(one) is not type(other):
+        return False
+    if hasattr(one, "convert"):
+        return one.mode == other.mode and one.size == other.size and one.tobytes() == other.tobytes()
+    return bool(one == other)
