@@ -9,10 +9,12 @@ from typing import Any, Literal
 
 CONFIG_NAME = "trak_config.json"
 CARD_NAME = "README.md"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 # Fields that decide scores after the fact; two indices that differ in them still speak the same language.
-_CHOSEN_AFTER = ("damping", "dtype")
+_CHOSEN_AFTER = ("damping", "dtype", "skip_unscored")
+# The task may be "auto", and columns and labels are those of a training set.
+_NOT_OF_ROWS = ("task", "damping", "columns_read", "label_names")
 _CHOICES = {
     "dtype": ("float32", "float16"),
     "gradients": ("layerwise", "functional"),
@@ -21,10 +23,14 @@ _CHOICES = {
     "reduction": ("mean", "sum"),
     "score_tokens": ("all", "content"),
     "token_out_to_loss": ("mean", "exact"),
+    "loss_on": ("auto", "assistant", "completion", "all"),
 }
 # Fields that came after the first indexes of this format version: written only where they say something, so that an index of before
 # and one of now that mean the same have the same files.
-_LATER = ("label_mapping", "reduction", "score_tokens", "token_out_to_loss", "bank_size", "bank_seed")
+_LATER = (
+    "label_mapping", "reduction", "score_tokens", "token_out_to_loss", "loss_on", "skip_unscored", "chat_template_kwargs", "bank_size",
+    "bank_seed", "columns_read", "label_names",
+)  # fmt: skip
 
 
 def _option(default: Any, help: str) -> Any:
@@ -96,17 +102,43 @@ class TrakConfig:
         "How 1 - p of an example's tokens enters its scores: by its mean, or exactly, each token's gradient times its own 1 - p, "
         "which needs reduction sum. For language models.",
     )
+    loss_on: Literal["auto", "assistant", "completion", "all"] = _option(
+        "auto",
+        "Tokens of a causal language model's row that are scored: assistant (TRL's assistant_only_loss), completion (its "
+        "completion_only_loss), all, or auto: the completion of a prompt, all of a conversation or a text, as TRL trains by default.",
+    )
+    skip_unscored: bool = _option(
+        False,
+        "Keep rows without any scored token in place, with features, output and out_to_loss of zero, instead of refusing them. For "
+        "language models.",
+    )
+    chat_template_kwargs: dict[str, Any] | None = _option(
+        None, "Arguments of the chat template for every row, such as tools or enable_thinking; a dict or its JSON text."
+    )
     bank_size: int | None = _option(
         None, "Contrastive: pairs of the training set that each example is held against; 512, or all if fewer, by default."
     )
     bank_seed: int = _option(0, "Contrastive: decides which pairs those are, for all members alike.")
+    columns_read: dict[str, Any] | None = field(
+        default=None,
+        hash=False,
+        metadata={"help": "Columns that the task read of the training set, and as what; recorded by `build`."},
+    )
+    label_names: tuple[str, ...] | None = _option(None, "Names of the training set's classes; recorded by `build`.")
     format_version: int = _option(FORMAT_VERSION, "Version of the files an index is made of.")
 
     def __post_init__(self) -> None:
-        for name in ("parameters", "text_columns"):  # lists after JSON, YAML or a command line
+        for name in ("parameters", "text_columns", "label_names"):  # lists after JSON, YAML or a command line
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        if isinstance(self.chat_template_kwargs, str):
+            try:
+                object.__setattr__(self, "chat_template_kwargs", json.loads(self.chat_template_kwargs))
+            except ValueError as error:
+                raise ValueError(f"`chat_template_kwargs` is no JSON: {error}. Give a dict, or its JSON text.") from None
+        if self.chat_template_kwargs is not None and not isinstance(self.chat_template_kwargs, dict):
+            raise ValueError(f"`chat_template_kwargs` must be a dict, or its JSON text, but is {self.chat_template_kwargs!r}.")
         if isinstance(self.damping, str) and self.damping != "auto":
             try:
                 object.__setattr__(self, "damping", float(self.damping))
@@ -148,8 +180,8 @@ class TrakConfig:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides the rows of an index: not the task's name, which may be "auto", nor the damping."""
-        return {key: value for key, value in self.to_dict().items() if key not in ("task", "damping")}
+        """Return what decides the rows of an index, but for what `build` finds out and records elsewhere, and the damping."""
+        return {key: value for key, value in self.to_dict().items() if key not in _NOT_OF_ROWS}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrakConfig:
@@ -182,12 +214,20 @@ class TrakConfig:
         if not path.is_file():
             raise FileNotFoundError(f"{folder} holds no {CONFIG_NAME}, so it is not an attribution index.")
         try:
-            values = json.loads(path.read_text())
+            values = json.loads(path.read_bytes())
             if not isinstance(values, dict):
-                raise ValueError(f"it holds {values!r}")
+                raise ValueError(f"it holds {str(values)[:60]}")
+        except (ValueError, RecursionError) as error:
+            reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+            raise ValueError(f"{path} is damaged: {reason}. Restore it, or featurize again.") from error
+        try:
+            return cls.from_dict(values)
+        except TypeError as error:
+            raise ValueError(
+                f"{path} is damaged: a field has the wrong type ({error}). Restore it, or featurize again."
+            ) from error
         except ValueError as error:
-            raise ValueError(f"{path} is damaged: {error}. Restore it, or featurize again.") from error
-        return cls.from_dict(values)
+            raise ValueError(f"{path}: {error}") from error
 
     def differences(self, other: TrakConfig) -> list[str]:
         """Return one line per field that makes features of `other` incomparable with features of this configuration."""

@@ -77,6 +77,23 @@ class FeatureArguments:
             "help": "How 1 - p of a row's tokens enters its scores: mean, or exact (each token by its own; needs --token_reduction sum)."
         },
     )
+    loss_on: str = field(
+        default="auto",
+        metadata={
+            "help": "Tokens of a causal language model's row that are scored: assistant, completion, all, or auto: the completion of a "
+            "prompt, all of a conversation or a text, as TRL's SFTTrainer trains by default."
+        },
+    )
+    skip_unscored: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep rows without any scored token in place, with features and scores of zero, instead of refusing them."
+        },
+    )
+    chat_template_kwargs: str | None = field(
+        default=None,
+        metadata={"help": "Arguments of the chat template for every row, such as tools or enable_thinking, as JSON."},
+    )
     bank_size: int | None = field(
         default=None,
         metadata={"help": "For image-caption pairs: how many of them each is held against; 512, or all if fewer, by default."},
@@ -87,6 +104,17 @@ class FeatureArguments:
         metadata={"help": "Rows featurized at a time; 'auto' takes more of short rows, and fewer where memory runs out."},
     )
     shard_rows: int = field(default=1024, metadata={"help": "Rows per file of features."})
+    keep_columns: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Columns of the training set to store with the features, such as text,label,url: hits then show their rows without "
+            "the training set. Check that its licence allows it before you share them."
+        },
+    )
+
+    def kept_columns(self) -> tuple[str, ...]:
+        """Return the columns of the training set to be stored, which may be given with commas between them."""
+        return tuple(name for given in self.keep_columns or () for name in given.split(",") if name)
 
     def trak_config(self) -> TrakConfig:
         """Return what features mean."""
@@ -108,6 +136,9 @@ class FeatureArguments:
             reduction=self.token_reduction,  # type: ignore[arg-type]
             score_tokens=self.score_tokens,  # type: ignore[arg-type]
             token_out_to_loss=self.token_out_to_loss,  # type: ignore[arg-type]
+            loss_on=self.loss_on,  # type: ignore[arg-type]
+            skip_unscored=self.skip_unscored,
+            chat_template_kwargs=self.chat_template_kwargs,  # type: ignore[arg-type]
             bank_size=self.bank_size,
             bank_seed=self.bank_seed,
         )

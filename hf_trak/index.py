@@ -24,13 +24,17 @@ from hf_trak.hub.object_index import ObjectIndex
 from hf_trak.processes.group import Processes
 from hf_trak.processes.launchers import current_processes, launched_processes
 from hf_trak.processes.stopping import terminable
+from hf_trak.querying.alignment import align_rows
+from hf_trak.querying.kept_rows import KeptRows
 from hf_trak.querying.questions import Questions
-from hf_trak.querying.recorded_featurizers import QuerySide, featurize_queries
+from hf_trak.querying.recorded_featurizers import QuerySide
 from hf_trak.scoring.damping import DAMPING_NAME, DampingChoice
 from hf_trak.storage.differences import list_differences
-from hf_trak.storage.layout import member_folders
+from hf_trak.storage.files import remove_file
+from hf_trak.storage.layout import member_folders, member_numbers
 from hf_trak.storage.member_reader import MemberReader
 from hf_trak.storage.object_store import ObjectPath, place
+from hf_trak.storage.replacing import finish_replacement
 from hf_trak.tasks import Task
 
 if TYPE_CHECKING:
@@ -69,6 +73,8 @@ class AttributionIndex(Questions, HubMixin):
         self.home = place(folder)
         if isinstance(self.home, ObjectPath):
             repository = ObjectIndex.open(self.home)
+        elif repository is None:
+            finish_replacement(self.home)
         self._repository = repository
         self.folder = repository.folder if isinstance(repository, ObjectIndex) else self.home
         self.config = TrakConfig.from_pretrained(self.folder)
@@ -78,6 +84,11 @@ class AttributionIndex(Questions, HubMixin):
         ]
         if not self.members:
             raise FileNotFoundError(f"{self.folder} holds no finished member; featurize a training set first.")
+        if missing := sorted(set(range(len(self.members))) ^ set(member_numbers(self.folder))):
+            raise ValueError(
+                f"{self.folder} holds member_{missing[-1]} but not all members below it. Restore the missing ones from a copy, or run the "
+                "command that made the index again."
+            )
         self._check_members()
         self.passes = recorded_passes(self.members)
         self.n_checkpoints = len({plan.checkpoint for plan in self.passes})
@@ -89,7 +100,7 @@ class AttributionIndex(Questions, HubMixin):
         """All members must be of the same rows and the same configuration, or their mean means nothing."""
         expected = {"config": identity_of(self.config), **self._shared(self.members[0])}
         for number, member in enumerate(self.members):
-            lines = list_differences({"config": member.identity["config"], **self._shared(member)}, expected)
+            lines = list_differences({"config": member.identity.get("config"), **self._shared(member)}, expected)
             if lines:
                 raise ValueError(
                     f"member_{number} of {self.folder} does not belong to this index:\n"
@@ -98,7 +109,7 @@ class AttributionIndex(Questions, HubMixin):
 
     @staticmethod
     def _shared(member: MemberReader) -> dict[str, Any]:
-        return {key: member.identity[key] for key in ("task", "n_rows", "shard_rows", "dataset")}
+        return {key: member.identity.get(key) for key in ("task", "n_rows", "shard_rows", "dataset")}
 
     @classmethod
     def build(
@@ -117,6 +128,7 @@ class AttributionIndex(Questions, HubMixin):
         masks: Bool[Tensor, "n_checkpoints n_train"] | None = None,
         batch_size: int | str = "auto",
         shard_rows: int = DEFAULT_SHARD_ROWS,
+        keep_columns: Sequence[str] = (),
         overwrite: bool = False,
         progress: bool = True,
     ) -> AttributionIndex:
@@ -140,7 +152,11 @@ class AttributionIndex(Questions, HubMixin):
                 recorded, and `damping="auto"` is chosen by them.
             batch_size (`int` or `"auto"`): Rows at a time; `"auto"` halves when memory runs out.
             shard_rows (`int`): Rows per file, and what a killed process loses at most.
-            overwrite (`bool`): Replace another index in `folder`.
+            keep_columns (`Sequence[str]`): Columns of `dataset` that are stored with the features of the first member, typed as they are, so
+                that [`AttributionIndex.attribute`] shows the rows it names without the training set, from the Hub too. Images are
+                stored as their files.
+            overwrite (`bool`): Replace another index in `folder` once this one is whole. Files that no index wrote stay, and a folder
+                that holds no index is refused.
 
         Raises:
             ValueError: If `folder` holds another index, or the data or model cannot be featurized; nothing is overwritten.
@@ -165,6 +181,7 @@ class AttributionIndex(Questions, HubMixin):
                 masks=masks,
                 batch_size=batch_size,
                 shard_rows=shard_rows,
+                keep_columns=keep_columns,
                 overwrite=overwrite,
                 progress=progress,
             )
@@ -194,6 +211,7 @@ class AttributionIndex(Questions, HubMixin):
         masks: Bool[Tensor, "n_checkpoints n_train"] | None = None,
         batch_size: int | str = "auto",
         shard_rows: int = DEFAULT_SHARD_ROWS,
+        keep_columns: Sequence[str] = (),
         progress: bool = True,
         command: Sequence[str] | None = None,
     ) -> None:
@@ -234,6 +252,7 @@ class AttributionIndex(Questions, HubMixin):
                 masks=masks,
                 batch_size=batch_size,
                 shard_rows=shard_rows,
+                keep_columns=keep_columns,
                 overwrite=False,
                 progress=progress,
             )
@@ -270,8 +289,9 @@ class AttributionIndex(Questions, HubMixin):
         stored = self.folder / DAMPING_NAME
         choice = self.damping_choice() if self.config.damping == "auto" else None
         if choice is None:
-            stored.unlink(missing_ok=True)
-            (self.folder / CURVE_NAME).unlink(missing_ok=True)
+            for path in (stored, self.folder / CURVE_NAME):
+                if path.exists():
+                    remove_file(path)
         elif DampingChoice.load(self.folder, self.members) is None:
             choice.save(self.folder)
             draw_damping_curve(choice, self.folder)
@@ -295,5 +315,22 @@ class AttributionIndex(Questions, HubMixin):
         self, queries: Dataset, member: int = 0, *, batch_size: int | str = "auto", progress: bool = True
     ) -> dict[str, np.ndarray]:
         """Return the trak_* columns of queries under one member, in float32."""
+        self._queries.check(queries)
         description = f"Queries {member + 1}/{len(self.members)}"
-        return featurize_queries(self.featurizer(member), queries, batch_size, progress, description)
+        return self._queries.featurize(self.featurizer(member), queries, batch_size, progress, description)
+
+    def align(self, train: Dataset) -> Dataset:
+        """Return the training rows of this index, in its order, from a dataset that has them: row i of the result is row i of the index.
+
+        Rows are found by the content of the columns that were read, so that `train` may be another file, in another order, or have more
+        rows. Of rows with the same content any may stand for any.
+
+        Raises:
+            ValueError: If `train` lacks some of the rows, or a column that they are compared by; the message says which.
+        """
+        return align_rows(train, self.members[0], index=self.folder)
+
+    @property
+    def kept_rows(self) -> KeptRows:
+        """The columns of the training set that were stored with the features (`keep_columns`), by row."""
+        return KeptRows(self.members[0])

@@ -25,6 +25,7 @@ from hf_trak.config import TrakConfig
 from hf_trak.hub.cards import render_model_section
 from hf_trak.index import AttributionIndex
 from hf_trak.storage.files import TEMPORARY, write_folder
+from hf_trak.storage.snapshots import is_snapshot
 from hf_trak.tasks import AutoTask, PairCollator, TaskCollator, is_dual_encoder, is_language_model
 from hf_trak.training.callback import AttributionCallback, check_writable
 from hf_trak.training.checkpoints import find_damage, last_checkpoint
@@ -43,15 +44,7 @@ from hf_trak.training.more_runs import MoreRuns
 from hf_trak.training.random_state import random_state_kept
 from hf_trak.training.run_identity import describe_run
 from hf_trak.training.runs import RunRecord, load_masks
-from hf_trak.training.snapshots import (
-    check_can_save,
-    check_loaded,
-    is_plain,
-    is_snapshot,
-    load_copy,
-    loads_by_name,
-    save_snapshot,
-)
+from hf_trak.training.snapshots import check_can_save, check_loaded, is_plain, load_copy, loads_by_name, save_snapshot
 from hf_trak.training_args import AttributionArguments
 
 if TYPE_CHECKING:
@@ -315,6 +308,7 @@ class AttributionTrainer(Trainer):
             masks=load_masks(self._members_folder)[: self.members.count] if with_masks else None,
             batch_size=self.args.rows_at_a_time(),
             shard_rows=self.args.shard_rows,
+            keep_columns=self.args.kept_columns(),
             overwrite=overwrite,
             progress=not self.args.disable_tqdm,
         )

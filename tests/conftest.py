@@ -1,7 +1,10 @@
 """Shapes and dtypes of every numeric function are checked in every test; nothing is downloaded."""
 
 import os
+import tempfile
 
+_CACHE = tempfile.TemporaryDirectory(prefix="hf_trak-tests-")  # of this session alone
+os.environ.setdefault("HF_TRAK_CACHE", _CACHE.name)
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 from pathlib import Path

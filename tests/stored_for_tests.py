@@ -34,7 +34,10 @@ def store_index(
             "out_to_loss_kind": "one_minus_p",
             "seed": number,
             "dropout_seed": None,
-            "dataset": {"fingerprint": "drawn"},
+            "model_class": "Model",
+            "parameters": {},
+            "model_sha256": str(number),
+            "dataset": {"sha256": "drawn", "columns": {}, "label_names": None},
             "config": config.identity(),
         }
         writer = MemberWriter(folder / f"member_{number}", identity=identity, n_rows=n_rows, shard_rows=shard_rows)
@@ -43,5 +46,13 @@ def store_index(
             phi, q = torch.from_numpy(features[rows]), torch.from_numpy(out_to_loss[rows])
             writer.write(shard, encode_columns(phi, torch.zeros_like(q), q, dtype=dtype))
         kernel = accumulate_kernel(torch.zeros(proj_dim, proj_dim, dtype=torch.float64), torch.from_numpy(features).double())
-        writer.finish(kernel, {"checkpoint": {"path": None, "repo": None, "revision": None}, "checkpoint_number": number})
+        description = {
+            "checkpoint": {"path": None, "repository": None, "revision": None},
+            "checkpoint_number": number,
+            "coverage": 1.0,
+            "grad_dim": proj_dim,
+            "versions": {"hf_trak": "0", "torch": "0", "transformers": "0", "datasets": "0", "python": "3"},
+            "hardware": "x86_64",
+        }
+        writer.finish(kernel, description)
     return AttributionIndex.from_pretrained(folder)

@@ -30,16 +30,15 @@ def member(seed, **changes):
             "model_class": "BertForSequenceClassification",
             "model_sha256": "0123456789abcdef" * 4,
             "dataset": {
-                "fingerprint": "feedfacecafebeef",
-                "name": "sst2",
-                "config": "default",
-                "split": "train",
-                "columns": ["sentence", "label"],
+                "sha256": "feedfacecafebeef" * 4,
+                "columns": {"text": ["sentence"], "label": "label"},
+                "label_names": ["negative", "positive"],
             },
             "n_rows": 67349,
             **changes.pop("identity", {}),
         },
         "checkpoint": {"path": "../bert", "repository": None, "revision": None},
+        "training_set": {"name": "sst2", "config": "default", "split": "train", "columns": ["sentence", "label"]},
         "coverage": 1.0,
         "grad_dim": 109483778,
         "versions": {"hf_trak": "0.1.0", "torch": "2.13.0"},
@@ -54,7 +53,13 @@ def everything():
     place = {"path": None, "repository": "me/bert-sst2", "revision": "c" * 40}
     source = {"repository": "stanfordnlp/sst2", "revision": "d" * 40}
     members = [
-        member(seed, identity={"dropout_seed": seed}, checkpoint=place, source=source, checkpoint_number=seed // 2)
+        member(
+            seed,
+            identity={"dropout_seed": seed, "kept": {"columns": ["sentence", "label"]}},
+            checkpoint=place,
+            source=source,
+            checkpoint_number=seed // 2,
+        )
         for seed in range(4)
     ]
     results = [

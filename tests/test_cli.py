@@ -11,8 +11,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, Image, concatenate_datasets, load_dataset
 from datasets_for_tests import save_model, token_rows
+from test_row_digests import png
 
 from hf_trak import AttributionIndex, TrakConfig, __version__
 from hf_trak.cli.attribute import AttributeArguments
@@ -114,10 +115,53 @@ def test_report_is_written_and_not_overwritten(files: SimpleNamespace, tmp_path:
     assert len(json.loads((tmp_path / "hits.jsonl").read_text().splitlines()[0])["proponents"]) == 1
 
 
-def test_training_set_of_other_length_is_noticed(files: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_training_set_that_is_not_the_indexs_is_refused(
+    files: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     assert main([*attribute_arguments(files, tmp_path / "h.jsonl"), "--train", str(files.folder / "queries.parquet")]) == 1
-    assert "--train has 5 rows, but the index was made of 24" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "queries.parquet: This is not the training set of" in error
+    assert "24 of the index's 24 rows are not among the 5 of this dataset, the first of them rows 0, 1, 2, 3, 4, ..." in error
     assert not (tmp_path / "h.jsonl").exists()
+
+
+def test_a_larger_training_set_in_another_order_shows_the_right_rows(
+    files: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    larger = concatenate_datasets([token_rows(9, seed=7), files.train.shuffle(seed=3), token_rows(4, seed=8)])
+    larger.to_parquet(tmp_path / "all.parquet")
+    printed = []
+    for train in (files.folder / "train.parquet", tmp_path / "all.parquet"):
+        assert main([*attribute_arguments(files, tmp_path / f"{train.stem}.jsonl"), "--train", str(train)]) == 0
+        printed.append(capsys.readouterr().out.split("\n\nHits of")[0])
+    assert printed[0] == printed[1]
+    assert "tokens" in printed[0]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_kept_columns_are_shown_and_written_without_the_training_set(
+    files: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture, kind: str
+) -> None:
+    pytest.importorskip("matplotlib")
+    texts = [f"text number {i}" for i in range(N_TRAIN)]
+    pictures = [{"bytes": png(i), "path": None} for i in range(N_TRAIN)]
+    rows = files.train.add_column("text", texts).add_column("picture", pictures).cast_column("picture", Image())
+    rows.to_parquet(tmp_path / "train.parquet")
+    arguments = ["featurize", "--model", str(files.models[0]), "--dataset", str(tmp_path / "train.parquet")]
+    arguments += ["--output", str(tmp_path / "index"), "--proj_dim", str(PROJ_DIM), "--keep_columns", "text,label", "picture"]
+    assert main(arguments) == 0
+    capsys.readouterr()
+    output = tmp_path / f"hits.{kind}"
+    arguments = attribute_arguments(files, output)
+    arguments[2] = str(tmp_path / "index")
+    assert main([*arguments, "--report", str(tmp_path / "report")]) == 0
+    hits = load_dataset("json" if kind == "jsonl" else "parquet", data_files=str(output), split="train")
+    first = hits[0]["proponents"]
+    assert hits[0]["proponent_text"] == [texts[row] for row in first]
+    assert hits[0]["proponent_label"] == [files.train[row]["label"] for row in first]
+    assert ("proponent_picture" in hits.column_names) == (kind == "parquet")
+    assert f"row {first[0]:>6}  [{files.train[first[0]]['label']}]  {texts[first[0]]}" in capsys.readouterr().out
+    assert texts[first[0]] in (tmp_path / "report" / "report.html").read_text()
 
 
 # Configuration files

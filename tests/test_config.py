@@ -29,6 +29,9 @@ FULL: dict[str, Any] = {
     "token_out_to_loss": "exact",
     "bank_size": 300,
     "bank_seed": 4,
+    "label_mapping": "by_name",
+    "columns_read": {"text": ["sentence"], "label": "label"},
+    "label_names": ("negative", "positive"),
     "format_version": FORMAT_VERSION,
 }
 

@@ -110,15 +110,18 @@ def test_arguments_that_make_no_sense_are_refused(
 def test_folders_of_demos_are_told_apart(tmp_path: Path) -> None:
     digits_args = DemoArguments(output=str(tmp_path / "digits"))
     folder = _begin_folder(digits_args)
-    (folder / "half").write_text("")
-    assert list(_begin_folder(digits_args).iterdir()) == [folder / ".hf_trak_demo.json"]  # unfinished: begun again
+    (folder / "report.html").write_text("of the demo")
+    (folder / "thesis.tex").write_text("years of work")
+    assert {path.name for path in _begin_folder(digits_args).iterdir()} == {".hf_trak_demo.json", "thesis.tex"}  # begun again
     own_args = DemoArguments(output=str(tmp_path / "own"), model="m", dataset="d")
     folder = _begin_folder(own_args)
-    (folder / "half").write_text("")
-    assert (_begin_folder(own_args) / "half").exists()  # unfinished: gone on with
+    (folder / "report.html").write_text("of the demo")
+    (folder / "thesis.tex").write_text("years of work")
+    assert (_begin_folder(own_args) / "report.html").exists()  # unfinished: gone on with
     with pytest.raises(ValueError, match="holds an earlier demo"):
         _begin_folder(replace(own_args, proj_dim=7))
-    assert not (_begin_folder(replace(own_args, proj_dim=7, overwrite=True)) / "half").exists()
+    again = _begin_folder(replace(own_args, proj_dim=7, overwrite=True))
+    assert {path.name for path in again.iterdir()} == {".hf_trak_demo.json", "thesis.tex"}
 
 
 # Flipping

@@ -171,7 +171,8 @@ def test_temporary_files_of_running_processes_are_left_alone(tmp_path, monkeypat
         "gone": f".a.parquet.here.{gone.pid}.tmp",
         "own": f".a.parquet.here.{os.getpid()}.tmp",
         "elsewhere": f".a.parquet.there.{gone.pid}.tmp",
-        "old": ".a.parquet.123.tmp",
+        "somebody's": ".notes.here.1.tmp",
+        "without a process": ".a.parquet.tmp",
     }
     for name in names.values():
         (tmp_path / name).write_text("half")
@@ -179,7 +180,8 @@ def test_temporary_files_of_running_processes_are_left_alone(tmp_path, monkeypat
     def left():
         return {key for key, name in names.items() if (tmp_path / name).exists()}
 
-    remove_leftovers(tmp_path, shared=True)
-    assert left() == {"running", "elsewhere", "old"}
-    remove_leftovers(tmp_path, shared=False)
-    assert left() == {"running"}
+    always = {"running", "somebody's", "without a process"}
+    remove_leftovers(tmp_path, lambda name: name == "a.parquet", shared=True)
+    assert left() == {*always, "elsewhere"}
+    remove_leftovers(tmp_path, lambda name: name == "a.parquet", shared=False)
+    assert left() == always

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import ClassLabel
 from datasets_for_tests import save_model, token_rows
 from hub_for_tests import (
     QUERIES,
@@ -140,6 +141,32 @@ def test_an_index_stays_at_its_commit_whatever_is_pushed_meanwhile(client, repo,
     first = build(tmp_path / "index", checkpoint, config=new_config())
     client(push, first.folder, repo)
     assert np.array_equal(client(load_while_another_is_pushed, repo, small.folder, checkpoint), scores_of(first))
+
+
+def ask_for_kept(repo, models, rows):
+    """Return hits with what they show, the types that plain datasets finds, and the rows that a larger dataset aligns to."""
+    from datasets import concatenate_datasets, load_dataset
+
+    index = AttributionIndex.from_pretrained(repo, models=models)
+    hits = index.attribute(QUERIES, 3, progress=False)[:]
+    plain = load_dataset(repo, "member_0", split="train")
+    aligned = index.align(concatenate_datasets([token_rows(5, seed=9), rows.shuffle(seed=0)]))
+    return hits, plain.features["mood"].names, plain["text"][:], aligned["input_ids"][:]
+
+
+def test_kept_columns_and_row_digests_travel(client, repo, checkpoint, tmp_path):
+    rows = token_rows(20).add_column("text", [f"text {i}" for i in range(20)]).add_column("mood", [i % 2 for i in range(20)])
+    rows = rows.cast_column("mood", ClassLabel(names=["glad", "sad"]))
+    index = build(
+        tmp_path / "index", checkpoint, dataset=rows, config=new_config(), keep_columns=["text", "mood"], shard_rows=6
+    )
+    client(push, index.folder, repo)
+    hits, names, texts, aligned = client(ask_for_kept, repo, [checkpoint], token_rows(20))
+    assert hits == index.attribute(QUERIES, 3, progress=False)[:]
+    assert hits["opponent_text"][0] == [f"text {row}" for row in hits["opponents"][0]]
+    assert names == ["glad", "sad"]
+    assert texts == rows["text"][:]
+    assert aligned == rows["input_ids"][:]
 
 
 PLAIN = """

@@ -264,7 +264,7 @@ def test_another_configuration_in_the_same_folder_is_refused_and_nothing_is_touc
 
 def test_another_training_set_in_the_same_folder_is_refused(index, checkpoints):
     before = files_of(index.folder)
-    with pytest.raises(ValueError, match=r"(?s)holds other features.*dataset\.fingerprint"):
+    with pytest.raises(ValueError, match=r"(?s)holds other features.*dataset\.sha256"):
         build(index.folder, checkpoints, dataset=token_rows(50, seed=9))
     assert files_of(index.folder) == before
 
@@ -291,7 +291,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path, checkpoints):
 
 def test_a_run_killed_before_its_configuration_was_written_goes_on(tmp_path, checkpoints):
     (tmp_path / "index").mkdir()
-    (tmp_path / "index" / ".trak_config.json.1.tmp").write_text('{"task":')
+    (tmp_path / "index" / ".trak_config.json.elsewhere.1.tmp").write_text('{"task":')
     assert build(tmp_path / "index", checkpoints[0]).n_rows == 50
 
 

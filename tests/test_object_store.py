@@ -55,6 +55,14 @@ class FaultyStore(MemoryFileSystem):
             self._fail("rm")
             super().rm(one, **options)
 
+    def cp_file(self, *args, **options):
+        self._fail("cp_file")
+        return super().cp_file(*args, **options)
+
+    def rm_file(self, path):
+        self._fail("rm_file")
+        return super().rm_file(path)
+
     def get_file(self, path, target, **options):
         self.fetched.append(path)
         return super().get_file(path, target, **options)
@@ -204,21 +212,25 @@ def test_nothing_is_overwritten_unless_asked(url, model, expected):
     assert objects(url) == before
     AttributionIndex.build(url, **options_of(model), overwrite=True)
     assert without_places(objects(url), model) == expected
-    with pytest.raises(ValueError, match=r"(?s)holds other features.*dataset\.fingerprint"):
+    with pytest.raises(ValueError, match=r"(?s)holds other features.*dataset\.sha256"):
         AttributionIndex.build(url, **options_of(model, dataset=token_rows(N_TRAIN, seed=3)))
 
 
+@pytest.mark.parametrize("method", ["cp_file", "rm_file"])
 @pytest.mark.parametrize("calls", [0, 1, 3, 5])
-def test_a_run_killed_while_it_discards_leaves_nothing_that_is_taken_for_whole(url, model, expected, calls):
+def test_a_run_killed_while_it_replaces_an_index_leaves_the_old_or_the_new_one(url, model, expected, calls, method):
     other = options_of(model, config=TrakConfig(proj_dim=8))
     AttributionIndex.build(url, **other)
-    FaultyStore.faults["rm"] = (calls, KeyboardInterrupt())
+    store, key = fsspec.core.url_to_fs(url)
+    store.pipe_file(f"{key}/member_0/thesis.tex", b"years of work")
+    FaultyStore.faults[method] = (calls, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         AttributionIndex.build(url, **options_of(model), overwrite=True)
     FaultyStore.faults.clear()
-    with pytest.raises(FileNotFoundError, match="unfinished"):
-        AttributionIndex.from_pretrained(url)
+    assert AttributionIndex.from_pretrained(url).config.proj_dim in (8, 16)
     AttributionIndex.build(url, **options_of(model), overwrite=True)
+    assert store.cat_file(f"{key}/member_0/thesis.tex") == b"years of work"
+    store.rm_file(f"{key}/member_0/thesis.tex")
     assert without_places(objects(url), model) == expected
 
 

@@ -378,7 +378,7 @@ def test_parts_made_in_any_order_by_any_number_of_jobs_merge_to_the_bytes_of_one
         b"of a job that was killed on another machine"
     )
     with monkeypatch.context() as patch:
-        patch.setattr("hf_trak.storage.member_writer.remove_folder", killed)
+        patch.setattr("hf_trak.storage.member_writer.forget_progress", killed)
         with pytest.raises(KeyboardInterrupt):
             AttributionIndex.merge(folder)
     assert main(["merge", str(folder)]) == 0
@@ -452,7 +452,7 @@ def test_merging_refuses_a_shard_that_has_changed(models, tmp_path):
 def test_a_job_of_another_run_is_refused(models, tmp_path):
     options = {**build_options(models[:1]), "sketch_seeds_per_checkpoint": 1}
     AttributionIndex.build_part(tmp_path, shard_index=0, num_shards=2, **options)
-    with pytest.raises(ValueError, match=r"(?s)holds other features.*dataset\.fingerprint"):
+    with pytest.raises(ValueError, match=r"(?s)holds other features.*dataset\.sha256"):
         AttributionIndex.build_part(
             tmp_path, shard_index=1, num_shards=2, **{**options, "dataset": token_rows(N_TRAIN, seed=3)}
         )

@@ -33,7 +33,7 @@ def test_a_description_does_not_depend_on_what_was_tokenized_before():
 
 def test_image_processors_are_told_apart_by_size_and_normalization():
     usual = describe_processing(ViTImageProcessor(size={"height": 16, "width": 16}))
-    assert usual["processing"]["pixels"] == [3, 16, 16]
+    assert usual["images"]["pixels"] == [3, 16, 16]
     others = [
         ViTImageProcessor(size={"height": 8, "width": 8}),
         ViTImageProcessor(size={"height": 16, "width": 16}, image_mean=[0.2] * 3),
@@ -58,7 +58,9 @@ def test_an_index_is_not_asked_through_another_tokenizer(tmp_path):
     same = AttributionIndex.from_pretrained(tmp_path / "index", processing_class=word_tokenizer())
     assert np.array_equal(same.score(rows, progress=False), expected)
     other = AttributionIndex.from_pretrained(tmp_path / "index", processing_class=other_tokenizer())
-    with pytest.raises(ValueError, match=r"(?s)not what member_0 .*processing\.tokens: .* there, .* here.*processing_class"):
+    with pytest.raises(
+        ValueError, match=r"(?s)not what member_0 .*processing\.tokenizer\.tokens: .* there, .* here.*processing_class"
+    ):
         other.score(rows, progress=False)
 
 
@@ -67,7 +69,7 @@ def test_an_index_that_says_nothing_of_it_is_asked_as_before(tmp_path):
     model = save_model(tmp_path / "bert")
     config = TrakConfig(proj_dim=16)
     index = AttributionIndex.build(tmp_path / "index", models=model, dataset=token_rows(12), config=config, progress=False)
-    assert "processing" not in index.members[0].info
+    assert "processing" not in index.members[0].identity
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with_one = AttributionIndex.from_pretrained(tmp_path / "index", processing_class=word_tokenizer())

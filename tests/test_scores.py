@@ -47,7 +47,7 @@ def matrix(index, output_file=None, **options):
     settings = {"damping": 3.0, "out_to_loss_power": 0.5}
     options = ScoreOptions(**{**settings, **options})
     solved = solve_all(index.members, [torch.from_numpy(q) for q in QUERIES], options)
-    return Scorer(index.members, options, N_QUERY, progress=False).matrix(solved, output_file)
+    return Scorer(index.members, options, N_QUERY, progress=False).matrix(lambda: solved, output_file)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -100,7 +100,7 @@ def test_a_shard_that_was_cut_off_is_computed_again(tmp_path):
 
 def test_leftovers_of_a_killed_process_are_removed_and_never_mistaken_for_a_shard(tmp_path):
     MemberWriter(tmp_path / "m", identity={}, n_rows=4, shard_rows=4)
-    leftover = tmp_path / "m" / ".train-00000-of-00001.parquet.123.tmp"
+    leftover = tmp_path / "m" / ".train-00000-of-00001.parquet.elsewhere.123.tmp"
     leftover.write_bytes(b"half")
     assert MemberWriter(tmp_path / "m", identity={}, n_rows=4, shard_rows=4).missing() == [0]
     assert not leftover.exists()
@@ -119,22 +119,16 @@ def test_another_members_folder_is_refused_with_the_differences_and_left_alone(t
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
-def test_overwrite_discards_another_members_rows(tmp_path):
-    write_member(tmp_path / "m", identity={"seed": 0})
-    writer = MemberWriter(tmp_path / "m", identity={"seed": 1}, n_rows=10, shard_rows=4, overwrite=True)
-    assert writer.missing() == [0, 1, 2]
-
-
-def test_a_folder_of_other_things_is_refused_even_with_overwrite(tmp_path):
+def test_a_folder_of_other_things_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match="not empty and holds no features"):
-        MemberWriter(tmp_path, identity={}, n_rows=4, shard_rows=4, overwrite=True)
+        MemberWriter(tmp_path, identity={}, n_rows=4, shard_rows=4)
     assert (tmp_path / "thesis.tex").exists()
 
 
 def test_a_member_killed_before_its_identity_was_written_goes_on(tmp_path):
     (tmp_path / "m" / ".progress").mkdir(parents=True)
-    (tmp_path / "m" / ".progress" / ".identity.json.1.tmp").write_text("{")
+    (tmp_path / "m" / ".progress" / ".identity.json.elsewhere.1.tmp").write_text("{")
     assert MemberWriter(tmp_path / "m", identity={}, n_rows=10, shard_rows=4).missing() == [0, 1, 2]
     assert not list(tmp_path.rglob("*.tmp"))
 
@@ -144,19 +138,6 @@ def test_a_member_killed_just_after_it_was_finished_is_finished(tmp_path):
     (tmp_path / "m" / ".progress").mkdir()
     assert MemberWriter(tmp_path / "m", identity={"seed": 0}, n_rows=10, shard_rows=4).missing() == []
     assert not (tmp_path / "m" / ".progress").exists()
-
-
-def test_overwriting_killed_halfway_leaves_the_old_member_or_none(tmp_path, monkeypatch):
-    write_member(tmp_path / "m", identity={"seed": 0})
-
-    def killed(*_, **__):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(files.shutil, "rmtree", lambda path, ignore_errors=False: None if ignore_errors else killed())
-        with pytest.raises(KeyboardInterrupt):
-            MemberWriter(tmp_path / "m", identity={"seed": 1}, n_rows=10, shard_rows=4, overwrite=True)
-    assert MemberWriter(tmp_path / "m", identity={"seed": 1}, n_rows=10, shard_rows=4).missing() == [0, 1, 2]
 
 
 def test_an_empty_dataset_is_refused(tmp_path):
@@ -194,7 +175,7 @@ def test_a_flipped_bit_is_found_on_reading(tmp_path):
     content[bytes(content).index(features) + 5] ^= 1
     path.write_bytes(content)
     reader = MemberReader(tmp_path / "m")
-    with pytest.raises(ValueError, match="train-00000-of-00003.parquet is damaged"):
+    with pytest.raises(ValueError, match="train-00000-of-00003.parquet has changed since it was written"):
         list(reader.shards())
     with pytest.raises(ValueError, match="train-00000-of-00003.parquet has changed"):
         reader.verify()

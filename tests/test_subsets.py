@@ -134,7 +134,7 @@ def test_torchs_own_generator_is_left_as_it_was(tmp_path):
 
 def test_what_a_killed_process_left_beside_a_checkpoint_is_removed(tmp_path):
     job = make_job(tmp_path / "job", masks=MASKS[:1], n_seeds=1, keep_epochs=1)
-    leftover = job.checkpoint(job.runs[0]).parent / ".epoch-0002.123.tmp"
+    leftover = job.checkpoint(job.runs[0]).parent / f".epoch-0002.here.{2**22 + 1}.tmp"
     leftover.mkdir(parents=True)
     work(job)
     assert [path.name for path in leftover.parent.iterdir()] == ["epoch-0002"]
@@ -229,7 +229,12 @@ def test_another_job_in_the_folder_is_refused_with_what_differs(tmp_path):
         make_job(tmp_path / "job", masks=MASKS[:1], n_seeds=1, recipe=Recipe(**{**vars(RECIPE), "epochs": 3}))
     with pytest.raises(ValueError, match="data: 'random' there, 'other' here"):
         make_job(tmp_path / "job", masks=MASKS[:1], n_seeds=1, identity={"data": "other"})
+    before = {path.name: path.read_bytes() for path in (tmp_path / "job" / "runs").iterdir()}
+    (tmp_path / "job" / "thesis.tex").write_text("years of work")
     assert make_job(tmp_path / "job", overwrite=True).missing() == make_job(tmp_path / "job").runs
+    aside = tmp_path / "job" / "replaced-1"
+    assert {path.name: path.read_bytes() for path in (aside / "runs").iterdir()} == before
+    assert (tmp_path / "job" / "thesis.tex").read_text() == "years of work"
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):

@@ -247,18 +247,19 @@ CHAT = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c"
 
 def test_the_assistants_messages_are_scored_with_and_without_marks_in_the_template(tokenizer):
     expected = ([4, 6, 7, 8, 1, 5, 6, 9, 1], [-100] * 7 + [9, 1])
-    assert labels_of("gpt2 lm", {"messages": CHAT}, tokenizer) == expected
+    assert labels_of("gpt2 lm", {"messages": CHAT}, tokenizer, loss_on="assistant") == expected
     assert labels_of("gpt2 lm", {"prompt": CHAT[:1], "completion": CHAT[1:]}, tokenizer) == expected
+    assert labels_of("gpt2 lm", {"messages": CHAT}, tokenizer) == (expected[0], expected[0])
     before = tokenizer.chat_template
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.role }} : {% if m.role == 'assistant' %}{% generation %}{{ m.content }} </s> {% endgeneration %}"
         "{% else %}{{ m.content }} </s> {% endif %}{% endfor %}"
     )
     try:
-        assert labels_of("gpt2 lm", {"messages": CHAT}, tokenizer) == expected
+        assert labels_of("gpt2 lm", {"messages": CHAT}, tokenizer, loss_on="assistant") == expected
         tokenizer.chat_template = "{{ messages[-1].content }} {% for m in messages %}{{ m.role }} {% endfor %}"
-        with pytest.raises(ValueError, match=r"Row 0 cannot serve: the chat template writes earlier messages otherwise"):
-            labels_of("gpt2 lm", {"messages": CHAT}, tokenizer)
+        with pytest.raises(ValueError, match=r"Row 0 cannot serve: the chat template does not show which tokens"):
+            labels_of("gpt2 lm", {"messages": CHAT}, tokenizer, loss_on="assistant")
     finally:
         tokenizer.chat_template = before
 
@@ -268,7 +269,7 @@ def test_a_completion_is_scored_with_its_end_and_a_text_whole(tokenizer):
         [7, 8, 9, 10, 1],
         [-100, -100, 9, 10, 1],
     )
-    assert labels_of("gpt2 lm", {"text": "a b c"}, tokenizer) == ([7, 8, 9], [7, 8, 9])
+    assert labels_of("gpt2 lm", {"text": "a b c"}, tokenizer) == ([7, 8, 9, 1], [7, 8, 9, 1])
     assert labels_of("gpt2 lm", {"input_ids": [7, 8, 9]}, None) == ([7, 8, 9], [7, 8, 9])
     assert labels_of("gpt2 lm", {"input_ids": [7, 8, 9], "completion_mask": [0, 0, 1]}, None)[1] == [-100, -100, 9]
 
@@ -322,7 +323,7 @@ def test_squads_columns_become_the_answers_tokens(tokenizer):
 @pytest.mark.parametrize(
     ("name", "rows", "options", "message"),
     [
-        ("t5", {"input_ids": [[5], [6]], "labels": [[7], [-100]]}, {}, "Row 1 cannot serve: no token of it is scored: .*filter it out"),
+        ("t5", {"input_ids": [[5], [6]], "labels": [[7], [-100]]}, {}, "1 of 2 rows has no scored token. Row 1 cannot serve: no token of it is scored: .*filter it out"),
         ("gpt2 lm", {"input_ids": [[5, 6], [7]]}, {}, "Row 1 cannot serve: no token of it is scored"),
         ("t5", {"input_ids": [[5]], "labels": [[3, 1]]}, {"score_tokens": "content"}, 'left out by score_tokens="content"'),
         ("t5", {"input_ids": [[5]], "labels": [[60]]}, {}, "lie in 0 to 59, what the model can predict, but one is 60"),
@@ -352,7 +353,7 @@ def test_rows_that_cannot_serve_are_named(name: str, rows: dict[str, Any], optio
 
 
 def test_a_configuration_that_says_nothing_of_tokens_is_written_as_before():
-    assert not {"reduction", "score_tokens", "token_out_to_loss"} & set(TrakConfig().to_dict())
+    assert not {"reduction", "score_tokens", "token_out_to_loss", "loss_on", "skip_unscored", "chat_template_kwargs"} & set(TrakConfig().to_dict())
     assert TrakConfig(reduction="sum").differences(TrakConfig()) == ["reduction: 'sum' here, 'mean' there"]
 
 

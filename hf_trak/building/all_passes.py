@@ -15,13 +15,24 @@ from torch import Tensor
 
 from hf_trak.building.one_pass import build_part_of_pass, build_pass
 from hf_trak.building.parts import Part, forget_parts, remember_parts
+from hf_trak.building.training_rows import TrainingRows
 from hf_trak.config import CONFIG_NAME, TrakConfig
 from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.featurizing.placement import check_whole
 from hf_trak.members import lay_out_passes
 from hf_trak.processes.group import Processes
-from hf_trak.storage.files import TEMPORARY, discard, write_folder, write_json, write_json_once
-from hf_trak.storage.layout import member_folders
+from hf_trak.storage.differences import list_differences
+from hf_trak.storage.files import read_json, remove_leftovers, write_folder, write_json, write_json_once
+from hf_trak.storage.layout import is_index_name, member_folders
+from hf_trak.storage.member_writer import replace_members
+from hf_trak.storage.replacing import (
+    begin_replacement,
+    drop_replacement,
+    finish_replacement,
+    foreign_names,
+    holds_index,
+    staging_folder,
+)
 from hf_trak.tasks import draw_rows, needs_bank
 from hf_trak.tasks.rows import as_stored, features_of
 
@@ -39,17 +50,21 @@ def begin_index(folder: Path, config: TrakConfig, n_members: int, *, overwrite: 
     """Make sure `folder` is new, or holds this very index, perhaps unfinished.
 
     Args:
+        overwrite (`bool`): If it holds another index, begin this one apart; [`replace_members`] puts it in its place.
         shared (`bool`): Other processes may be beginning it at this moment. Nothing is ever replaced then.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, where an index needs a folder; choose another name.")
     write_folder(folder)
-    is_new = all(path.name.endswith(TEMPORARY) for path in folder.iterdir())
-    if is_new and write_json_once(folder / CONFIG_NAME, config.to_dict()):
+    finish_replacement(folder)
+    remove_leftovers(folder, is_index_name, shared=shared)
+    if not foreign_names(folder) and write_json_once(folder / CONFIG_NAME, config.to_dict()):
         return
-    if not (folder / CONFIG_NAME).exists():
-        raise ValueError(f"{folder} is not empty and holds no {CONFIG_NAME}; choose another folder.")
-    lines = config.differences(TrakConfig.from_pretrained(folder))
+    if not holds_index(folder):
+        raise ValueError(
+            f"{folder} is not empty and holds no {CONFIG_NAME} of an index; choose another folder. What is there is never replaced."
+        )
+    lines = _differences(config, folder)
     found = len(member_folders(folder))
     if found > n_members:
         lines.append(f"members: {n_members} here, {found} there")
@@ -60,10 +75,22 @@ def begin_index(folder: Path, config: TrakConfig, n_members: int, *, overwrite: 
             + "\nChoose another folder, or pass overwrite=True (--overwrite) to replace it."
         )
     if lines:
-        for member in member_folders(folder):
-            discard(member)
-    if not shared:
+        begin_replacement(folder, config.to_dict())
+        return
+    staging = staging_folder(folder)
+    if not shared and not (holds_index(staging) and (not overwrite or read_json(staging / CONFIG_NAME) == config.to_dict())):
+        drop_replacement(folder)  # of another index, or of none
+    if not shared and read_json(folder / CONFIG_NAME) != config.to_dict():
         write_json(folder / CONFIG_NAME, config.to_dict())
+
+
+def _differences(config: TrakConfig, folder: Path) -> list[str]:
+    """Return how the configuration in `folder` differs from this one; that of another format version differs in that alone."""
+    found = read_json(folder / CONFIG_NAME).get("format_version")
+    if found != config.format_version:
+        return [f"format_version: {config.format_version} here, {found} there"]
+    other = TrakConfig.from_pretrained(folder)
+    return config.differences(other) or list_differences(other.identity(), config.identity())
 
 
 def build_members(
@@ -81,6 +108,7 @@ def build_members(
     dropout_seeds: int,
     masks: Bool[Tensor, "n_checkpoints n_train"] | None,
     overwrite: bool,
+    keep_columns: Sequence[str] = (),
     trust_remote_code: bool = False,
     **options: Any,
 ) -> None:
@@ -118,13 +146,14 @@ def build_members(
         featurizer.read_from(dataset)
         featurizer.task.check(dataset, featurizer.processing_class)
         if number == 0:
+            rows = TrainingRows.of(dataset, featurizer.task, keep_columns)
             if processes.is_first:
                 logger.info("Columns read: %s.", describe_columns(featurizer.task, dataset))
             if needs_bank(featurizer.task):
                 draw_rows(
                     len(dataset), config.bank_size, config.bank_seed
                 )  # a bank that cannot be is refused before a file is written
-            config = replace(featurizer.config, task=featurizer.task.name)  # with the columns that were found
+            config = rows.recorded_in(replace(featurizer.config, task=featurizer.task.name))  # with the columns that were found
             n_members = passes[-1].members[-1] + 1
             if part is not None:
                 begin_index(folder, config, n_members, overwrite=False, shared=True)
@@ -139,9 +168,12 @@ def build_members(
         )
         mask = None if masks is None else masks[plan.checkpoint]
         description = f"Featurizing {number + 1}/{len(passes)}"
-        build(folder, plan, featurizer, dataset, mask=mask, description=description, **options)
+        build(folder, plan, featurizer, rows, mask=mask, description=description, **options)
     if part is None and processes.is_first:
+        if overwrite:
+            replace_members(folder, n_members)
         forget_parts(folder)
+    processes.wait()  # no process loads the index before it is in its place
 
 
 def describe_columns(task: Task, dataset: Dataset) -> str:

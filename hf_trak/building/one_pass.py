@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +12,21 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from hf_trak.building.parts import Part
-from hf_trak.featurizing.descriptions import describe_dataset, describe_featurizer, describe_member, identity_of
+from hf_trak.building.training_rows import TrainingRows
+from hf_trak.featurizing.descriptions import (
+    describe_featurizer,
+    describe_member,
+    identity_of,
+    library_minors,
+    warn_of_libraries,
+)
 from hf_trak.featurizing.featurize import featurize
 from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.members import Pass
 from hf_trak.processes.group import Processes
+from hf_trak.storage.files import read_json
 from hf_trak.storage.kernel_sums import keep_stretch, kernel_of, stretches
+from hf_trak.storage.layout import MEMBER_NAME
 from hf_trak.storage.member_writer import MemberWriter
 from hf_trak.storage.passes import PassWriter
 from hf_trak.tasks import Bank
@@ -29,7 +39,7 @@ def build_pass(
     folder: Path,
     plan: Pass,
     featurizer: Featurizer,
-    dataset: Dataset,
+    rows: TrainingRows,
     *,
     processes: Processes,
     mask: Bool[Tensor, " rows"] | None = None,
@@ -50,12 +60,12 @@ def build_pass(
     """
     proj_dim = featurizer.config.proj_dim
     if processes.is_first:
-        writers = _open(folder, plan, featurizer, dataset, shard_rows, overwrite=overwrite)
-        _share_bank(writers, featurizer, dataset)
+        writers = _open(folder, plan, featurizer, rows, shard_rows, overwrite=overwrite)
+        _share_bank(writers, featurizer, rows.dataset)
     processes.wait()
     if not processes.is_first:
-        writers = _open(folder, plan, featurizer, dataset, shard_rows, shared=True)
-        _share_bank(writers, featurizer, dataset)
+        writers = _open(folder, plan, featurizer, rows, shard_rows, overwrite=overwrite, shared=True)
+        _share_bank(writers, featurizer, rows.dataset)
     whole = PassWriter(writers, plan.seeds)
     # The first process's view: a network file system may show the others an older one.
     open_members, missing = processes.tell([_unfinished(writers), whole.missing()] if processes.is_first else None)
@@ -64,7 +74,7 @@ def build_pass(
     unfinished = [writers[number] for number in open_members]
     featurize(
         featurizer,
-        dataset,
+        rows.dataset,
         whole,
         shards=processes.share(missing) if processes.count > 1 else None,
         batch_size=batch_size,
@@ -82,7 +92,7 @@ def build_pass(
         processes.wait()
     if processes.is_first:
         for writer in unfinished:
-            writer.finish(kernel_of(writer, proj_dim=proj_dim), describe_member(folder, plan, featurizer, dataset), mask)
+            writer.finish(kernel_of(writer, proj_dim=proj_dim), describe_member(folder, plan, featurizer, rows.dataset), mask)
     processes.wait()
 
 
@@ -111,7 +121,7 @@ def build_part_of_pass(
     folder: Path,
     plan: Pass,
     featurizer: Featurizer,
-    dataset: Dataset,
+    rows: TrainingRows,
     *,
     part: Part,
     mask: Bool[Tensor, " rows"] | None = None,
@@ -124,16 +134,16 @@ def build_part_of_pass(
 
     What only this job knows and [`merge_members`] will need is left there, too.
     """
-    writers = _open(folder, plan, featurizer, dataset, shard_rows, shared=True)
+    writers = _open(folder, plan, featurizer, rows, shard_rows, shared=True)
     unfinished = [writer for writer in writers if not writer.is_finished]
     if not unfinished:
         return
-    _share_bank(writers, featurizer, dataset)
+    _share_bank(writers, featurizer, rows.dataset)
     for writer in unfinished:
-        writer.describe(describe_member(folder, plan, featurizer, dataset), mask)
+        writer.describe(describe_member(folder, plan, featurizer, rows.dataset), mask)
     featurize(
         featurizer,
-        dataset,
+        rows.dataset,
         PassWriter(writers, plan.seeds),
         shards=part.share(range(writers[0].n_shards)),
         batch_size=batch_size,
@@ -148,20 +158,44 @@ def build_part_of_pass(
 
 
 def _open(
-    folder: Path, plan: Pass, featurizer: Featurizer, dataset: Dataset, shard_rows: int, **options: Any
+    folder: Path, plan: Pass, featurizer: Featurizer, rows: TrainingRows, shard_rows: int, **options: Any
 ) -> list[MemberWriter]:
-    shared = {"config": identity_of(featurizer.config), "dataset": describe_dataset(dataset)}
-    found = describe_featurizer(featurizer)
-    return [
-        MemberWriter(
-            folder / f"member_{number}",
-            identity={**found, "seed": seed, **shared},
-            n_rows=len(dataset),
-            shard_rows=shard_rows,
-            **options,
+    found = describe_featurizer(featurizer, rows.columns)
+    shared = {"config": identity_of(featurizer.config), "dataset": rows.identity(), "libraries": library_minors()}
+    config = rows.recorded_in(replace(featurizer.config, task=featurizer.task.name))
+    writers = []
+    for number, seed in zip(plan.members, plan.seeds, strict=True):
+        is_first = number == 0
+        identity = {**found, "seed": seed, **shared, **(rows.kept_identity() if is_first else {})}
+        writers.append(
+            MemberWriter.of_index(
+                folder,
+                number,
+                config.to_dict(),
+                identity=_with_recorded_libraries(folder / f"member_{number}", identity),
+                n_rows=len(rows.dataset),
+                shard_rows=shard_rows,
+                beside=rows.all_columns if is_first else rows.digest_column,
+                **options,
+            )
         )
-        for number, seed in zip(plan.members, plan.seeds, strict=True)
-    ]
+    return writers
+
+
+def _with_recorded_libraries(member: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """Return an identity with the libraries that a finished member was made with, so that another version of one does not refuse it.
+
+    An unfinished one is refused, since its rows would be made by two versions.
+    """
+    if not (member / MEMBER_NAME).exists():
+        return identity
+    recorded = read_json(member / MEMBER_NAME).get("identity", {})
+    if not isinstance(recorded, dict) or any(
+        recorded.get(key) != value for key, value in identity.items() if key != "libraries"
+    ):
+        return identity  # another member, which is refused or replaced
+    warn_of_libraries(member, recorded.get("libraries"))
+    return {**identity, "libraries": recorded.get("libraries")}
 
 
 def _share_bank(writers: Sequence[MemberWriter], featurizer: Featurizer, dataset: Dataset) -> None:

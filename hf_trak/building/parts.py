@@ -13,14 +13,12 @@ from typing import Any, TypeVar
 
 from hf_trak.config import TrakConfig
 from hf_trak.processes.group import share
-from hf_trak.storage.files import read_json, remove_folder, write_json_once
+from hf_trak.storage.files import field_of, read_json, remove_leftovers, write_json_once
 from hf_trak.storage.kernel_sums import kernel_of
-from hf_trak.storage.layout import MEMBER_NAME, PROGRESS, member_folders
-from hf_trak.storage.member_writer import MemberWriter
+from hf_trak.storage.layout import MEMBER_NAME, PARTS_NAME, is_index_name, member_folders
+from hf_trak.storage.member_writer import MemberWriter, forget_progress
 
 T = TypeVar("T")
-
-_PARTS = ".parts.json"
 
 
 @dataclass(frozen=True)
@@ -55,17 +53,18 @@ def remember_parts(folder: Path, part: Part, n_members: int) -> None:
     """Leave word in an index's folder of what jobs are making, unless another job has."""
     if any(not (folder / f"member_{number}" / MEMBER_NAME).exists() for number in range(n_members)):
         command = None if part.command is None else list(part.command)
-        write_json_once(folder / _PARTS, {"n_members": n_members, "num_shards": part.count, "command": command})
+        write_json_once(folder / PARTS_NAME, {"n_members": n_members, "num_shards": part.count, "command": command})
 
 
 def forget_parts(folder: Path) -> None:
     """Remove the word that [`remember_parts`] left: the index is finished."""
-    (folder / _PARTS).unlink(missing_ok=True)
+    if (folder / PARTS_NAME).exists():
+        (folder / PARTS_NAME).unlink(missing_ok=True)
 
 
 def is_in_parts(folder: Path) -> bool:
     """Return whether jobs are making the index, or have made it and it is not put together yet."""
-    return (folder / _PARTS).exists()
+    return (folder / PARTS_NAME).exists()
 
 
 def merge_members(folder: Path) -> None:
@@ -78,8 +77,9 @@ def merge_members(folder: Path) -> None:
     proj_dim = TrakConfig.from_pretrained(folder).proj_dim
     if not is_in_parts(folder):
         raise FileNotFoundError(f"{folder} is not made of parts: no job with --shard-index and --num-shards has begun there.")
-    record = read_json(folder / _PARTS)
-    members = [folder / f"member_{number}" for number in range(record["n_members"])]
+    remove_leftovers(folder, is_index_name, shared=False)
+    record = read_json(folder / PARTS_NAME)
+    members = [folder / f"member_{number}" for number in range(field_of(folder / PARTS_NAME, record, "n_members", int))]
     begun = {
         member: MemberWriter.begun(member)
         for member in member_folders(folder)
@@ -87,7 +87,7 @@ def merge_members(folder: Path) -> None:
     }
     for member in members:
         if (member / MEMBER_NAME).exists():
-            remove_folder(member / PROGRESS)  # a merge was killed just after it wrote `member.json`
+            forget_progress(member)  # a merge was killed just after it wrote `member.json`
     missing = {member: writer.missing() for member, writer in begun.items()}
     absent = [member for member in members if not member.exists()]
     if absent or any(missing.values()):

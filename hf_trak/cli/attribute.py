@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +17,7 @@ if TYPE_CHECKING:
     from hf_trak.index import AttributionIndex
 
 _SHOWN_QUERIES = 3
+_WRITTEN_QUERIES = 1000  # at a time
 _REPORTED_QUERIES = 20
 _SHOWN_HITS = 5
 _USAGE = "--index INDEX --queries DATASET --output FILE [options]"
@@ -64,7 +63,10 @@ class AttributeArguments:
         metadata={"help": "Memory for solving and scoring, such as 2GB, beside the model; by default 2 GB or what it takes."},
     )
     train: str | None = field(
-        default=None, metadata={"help": "The training set, to show its examples and not their rows alone."}
+        default=None,
+        metadata={
+            "help": "The training set, to show its examples, in any order and among other rows. An index with kept columns needs none."
+        },
     )
     train_config: str | None = field(default=None, metadata={"help": "Configuration of the training set."})
     train_split: str = field(default="train", metadata={"help": "Split of the training set."})
@@ -91,6 +93,7 @@ def run(args: AttributeArguments) -> None:
     from hf_trak.processes.gathering import rank_and_size
     from hf_trak.processes.launchers import current_processes
     from hf_trak.scoring.memory import parse_memory
+    from hf_trak.storage.outputs import naming, output_file
 
     hush()
     parse_memory(args.max_memory)
@@ -104,17 +107,19 @@ def run(args: AttributeArguments) -> None:
     batch_size = int(args.batch_size) if args.batch_size.isdigit() else args.batch_size
     damping = None if args.damping is None else replace(index.config, damping=args.damping).damping  # type: ignore[arg-type]
     options: dict[str, Any] = {"damping": damping, "direction": args.direction, "batch_size": batch_size}
-    hits = index.attribute(queries, args.top_k, **options, max_memory=args.max_memory, progress=first)
+    options.update(max_memory=args.max_memory, progress=first)
     if not first:  # processes share the ranking; one writes
+        index.attribute(queries, args.top_k, **options)
         return
-    write_hits(hits, output)
+    n_bytes = most_bytes(len(queries), min(args.top_k, index.n_rows), index.n_rows)
+    with output_file(output, n_bytes=n_bytes) as unfinished:
+        hits = index.attribute(queries, args.top_k, **options)
+        with naming(output):
+            write_hits(hits, unfinished, is_parquet=output.suffix == ".parquet")
 
     columns: dict[str, Any] = {name: getattr(index.config, name) for name in ("text_columns", "image_column", "label_column")}
     shown_as: dict[str, Any] = {"language": _language_rows(args, index), "captions": index.config.task == "contrastive"}
-    readers = (
-        ExampleReader(queries, **columns, **shown_as),
-        ExampleReader(train, **(columns if train is not None else {}), **shown_as),
-    )
+    readers = ExampleReader(queries, **columns, **shown_as), _train_reader(index, train, columns, shown_as)
     shown = read_attributions(hits, *readers, rows=list(range(min(_SHOWN_QUERIES, len(hits)))), top_k=_SHOWN_HITS)
     print(f"\n{table(shown)}\n\nHits of {len(hits):,} queries: {output}")
     if args.report is not None:
@@ -123,16 +128,34 @@ def run(args: AttributeArguments) -> None:
             print(f"Report: {path}")
 
 
-def write_hits(hits: Dataset, path: Path) -> None:
-    """Write one line per query; every score keeps all its digits."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    if path.suffix == ".parquet":
-        hits.to_parquet(str(temporary))
-    else:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(hit) + "\n" for hit in hits)
-    os.replace(temporary, path)
+def most_bytes(n_query: int, top_k: int, n_rows: int) -> int:
+    """Return how large a file of hits is at most: a number has 24 characters and a separator, a row as many as `n_rows`."""
+    return n_query * (256 + 2 * top_k * (26 + len(str(n_rows)) + 2)) + (1 << 16)
+
+
+def write_hits(hits: Dataset, path: Path, *, is_parquet: bool) -> None:
+    """Write one line per query into a file that is there; every score keeps all its digits.
+
+    JSON Lines have no images or other bytes; of columns of these, Parquet alone has the content.
+    """
+    with path.open("r+b") as file:
+        if is_parquet:
+            hits.to_parquet(file)
+        else:
+            hits = hits.remove_columns([name for name, kind in hits.features.items() if not _is_plain(kind)])
+            for first in range(0, len(hits), _WRITTEN_QUERIES):
+                some = hits.select(range(first, min(first + _WRITTEN_QUERIES, len(hits))))
+                file.writelines(f"{json.dumps(hit, default=str)}\n".encode() for hit in some)
+        file.truncate()
+
+
+def _is_plain(kind: Any) -> bool:
+    """Return whether values of a type are text, numbers, or made of these."""
+    if isinstance(kind, dict):
+        return all(map(_is_plain, kind.values()))
+    if hasattr(kind, "feature"):
+        return _is_plain(kind.feature)
+    return hasattr(kind, "dtype") and "binary" not in kind.dtype and not hasattr(kind, "decode_example")
 
 
 def _check_targets(args: AttributeArguments, output: Path) -> None:
@@ -167,13 +190,24 @@ def _load_train(args: AttributeArguments, index: AttributionIndex) -> Dataset | 
     from hf_trak.cli.data import load_rows
 
     train = load_rows(args.train, split=args.train_split, config=args.train_config)
-    if len(train) < index.n_rows:
-        raise ValueError(
-            f"--train has {len(train):,} rows, but the index was made of {index.n_rows:,}: it is not the training set."
-        )
-    if len(train) > index.n_rows:
-        print(
-            f"hf-trak: --train has {len(train):,} rows; the index was made of {index.n_rows:,}, taken to be the first.",
-            file=sys.stderr,
-        )
-    return train
+    try:
+        return index.align(train)
+    except ValueError as error:
+        raise ValueError(f"--train {args.train}: {error}") from error
+
+
+def _train_reader(
+    index: AttributionIndex, train: Dataset | None, columns: dict[str, Any], shown_as: dict[str, Any]
+) -> ExampleReader:
+    """Return what shows training rows: from the training set, or else from the columns that the index kept of it."""
+    from hf_trak.cli.examples import ExampleReader
+    from hf_trak.sources.read_columns import names_read
+
+    if train is not None:
+        return ExampleReader(train, **columns, **shown_as)
+    kept = index.kept_rows
+    if not kept.column_names:
+        return ExampleReader(None, **shown_as)
+    if set(names_read(index.config.columns_read or {})) <= set(kept.column_names):
+        return ExampleReader(kept, **columns, **shown_as)
+    return ExampleReader(kept)  # whatever there is

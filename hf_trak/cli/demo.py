@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,6 +10,8 @@ from typing import Any
 
 from hf_trak.cli.demo_arguments import DemoArguments
 from hf_trak.cli.parsing import make_parser, parse
+from hf_trak.storage.files import read_json, remove_file, write_json
+from hf_trak.storage.snapshots import remove_snapshot
 
 _MARKER = ".hf_trak_demo.json"
 _USAGE = "[--output FOLDER] [options]"
@@ -75,7 +75,7 @@ def run(args: DemoArguments) -> dict[str, Any]:
     show(args, data, hits, rankings["self-influence"], notes, output)
     results = results_of(args, data, index, rankings, flipped)
     results["seconds"] = round(time.perf_counter() - begin, 1)
-    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_json(output / "results.json", results)
     print(found_table(results) + f"\n{how_to_load(index.folder)}\n")
     print(f"Report: {output / 'report.html'} and {output / 'report.png'}\nNumbers: {output / 'results.json'}")
     print(f"It took {results['seconds']:.0f} s.")
@@ -108,12 +108,21 @@ def _begin_folder(args: DemoArguments) -> Path:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         if not marker.is_file():
             raise ValueError(f"{output} holds something else than a demo; choose another --output.")
-        earlier = json.loads(marker.read_text())
-        stopped_early = earlier["model"] is None and not (output / "results.json").exists()
+        earlier = read_json(marker)
+        stopped_early = earlier.get("model") is None and not (output / "results.json").exists()
         if args.overwrite or stopped_early:
-            shutil.rmtree(output)
+            _remove_earlier(output)
         elif _trains(args) or earlier != settings:
             raise ValueError(f"{output} holds an earlier demo; choose another --output, or pass --overwrite.")
     output.mkdir(parents=True, exist_ok=True)
-    marker.write_text(json.dumps(settings) + "\n")
+    write_json(marker, settings)
     return output
+
+
+def _remove_earlier(output: Path) -> None:
+    """Remove what an earlier demo wrote, but for its index, which the new one replaces, and for files of somebody else's."""
+    members = output / "run" / "members"
+    for path in (*(output / name for name in ("report.html", "report.png", "results.json")), members / "run.json"):
+        remove_file(path)
+    for snapshot in members.glob("*"):
+        remove_snapshot(snapshot)

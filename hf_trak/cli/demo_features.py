@@ -43,7 +43,9 @@ def featurize(args: DemoArguments, data: DemoData, folder: Path) -> AttributionI
     from hf_trak.index import AttributionIndex
 
     config = FeatureArguments(**_features(args)).trak_config()
-    return AttributionIndex.build(folder / "index", models=args.model, dataset=data.train, config=config)
+    return AttributionIndex.build(
+        folder / "index", models=args.model, dataset=data.train, config=config, overwrite=args.overwrite
+    )
 
 
 def train_and_featurize(args: DemoArguments, data: DemoData, folder: Path) -> AttributionIndex:
@@ -84,7 +86,7 @@ def train_and_featurize(args: DemoArguments, data: DemoData, folder: Path) -> At
     trainer.add_callback(Bar)
     print("Training:")
     trainer.train()
-    return trainer.featurize()
+    return trainer.featurize(overwrite=True)  # an index here is of an earlier demo
 
 
 def _collator(data: DemoData, config: TrakConfig) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:

@@ -140,6 +140,8 @@ def load_inputs(args: LDSArguments, truth: GroundTruth) -> Inputs:
         _check_rows("--queries", len(queries), n_query, "queries")
     if train is not None:
         _check_rows("--train", len(train), n_train, "training rows")
+        if index is not None:
+            train = index.align(train)
     return Inputs(args, truth, index, queries, train)
 
 

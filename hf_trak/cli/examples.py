@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from PIL.Image import Image
 
+    from hf_trak.querying.kept_rows import KeptRows
+
 _LABEL_COLUMNS = ("labels", "label")
 
 
@@ -49,7 +51,7 @@ class ExampleReader:
     """Reads examples from a dataset.
 
     Args:
-        dataset (`Dataset`, *optional*): Without it, an example is its row number alone.
+        dataset (`Dataset` or `KeptRows`, *optional*): Without it, an example is its row number alone.
         text_columns, image_column, label_column (*optional*): Found by type and name otherwise.
         notes (`Mapping[int, str]`, *optional*): By row.
         language (`LanguageRows`, *optional*): Makes the text of a language model's rows, label included.
@@ -58,7 +60,7 @@ class ExampleReader:
 
     def __init__(
         self,
-        dataset: Dataset | None,
+        dataset: Dataset | KeptRows | None,
         *,
         text_columns: tuple[str, ...] | None = None,
         image_column: str | None = None,

@@ -23,6 +23,7 @@ training. Stopped at any moment, the same command goes on where it stopped. Unde
 
 examples:
   hf-trak featurize --model my-bert --dataset train.parquet --output my-index
+  hf-trak featurize --model my-bert --dataset train.parquet --output my-index --keep_columns text,label
   hf-trak featurize --model run/members/epoch-0002 run/members/epoch-0003 --dataset stanfordnlp/sst2 --output my-index
   accelerate launch --multi_gpu scripts/featurize.py --model my-bert --dataset train.parquet --output my-index
   hf-trak featurize ... --shard-index 0 --num-shards 8      (the first of eight jobs; then: hf-trak merge my-index)
@@ -99,6 +100,7 @@ def run(args: FeaturizeArguments, features: FeatureArguments, given: Sequence[st
         **counts,
         "batch_size": features.rows_at_a_time(),
         "shard_rows": features.shard_rows,
+        "keep_columns": features.kept_columns(),
     }
     if args.shard_index is not None and args.num_shards is not None:
         AttributionIndex.build_part(

@@ -57,7 +57,7 @@ class LanguageRows:
         return _join(*(str(row[name]) for name in (source, target) if name is not None))
 
     def _of_tokens(self, row: Mapping[str, Any]) -> str:
-        ids, kept, _ = without_padding(row)
+        ids, kept = without_padding(row)
         if self.task == "question-answering":
             first, last = (np.asarray(row[name]).item() for name in ("start_positions", "end_positions"))
             return _join(self._read(ids), self._read(np.asarray(row["input_ids"])[first : last + 1]))

@@ -19,6 +19,7 @@ COMMANDS = {
     "attribute": "ask an index which training examples raised and lowered the model's output on your queries",
     "evaluate": "measure how good attributions are, against what is known",
     "push": "upload an index to a dataset repository of the Hub",
+    "verify": "check that every file of an index is what was written, and say how to mend those that are not",
     "card": "write the card of an index, with what was measured of it",
 }
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_trak.cli.examples import Attribution, Example, Hit
+from hf_trak.storage.files import remove_leftovers, write_atomically, write_folder
 from hf_trak.tasks.pictures import to_rgb
 
 if TYPE_CHECKING:
@@ -177,7 +178,7 @@ def save_png(attributions: Sequence[Attribution], path: str | Path, *, title: st
     _head(figure, title, {"query": (0, "black"), "proponents": (1, _GREEN), "opponents": (1 + n_pro, _RED)}, n_columns)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a script the font lacks shows as boxes; the page has it whole
-        figure.savefig(path)
+        figure.savefig(path, format="png")
 
 
 def _head(figure: Any, title: str, columns: dict[str, tuple[int, str]], n_columns: int) -> None:
@@ -233,8 +234,10 @@ def save_report(
 ) -> list[Path]:
     """Save `report.png` (of the first queries) and `report.html` into a folder and return their paths."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    write_folder(folder)
+    remove_leftovers(folder, lambda name: name in ("report.html", "report.png"), shared=False)
     page, picture = folder / "report.html", folder / "report.png"
-    page.write_text(html_page(attributions, title=title, intro=intro, suspects=suspects), encoding="utf-8")
-    save_png(attributions[:_PNG_QUERIES], picture, title=title)
+    text = html_page(attributions, title=title, intro=intro, suspects=suspects)
+    write_atomically(picture, lambda temporary: save_png(attributions[:_PNG_QUERIES], temporary, title=title))
+    write_atomically(page, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return [picture, page]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from hf_trak.storage.files import remove_leftovers, write_atomically, write_folder
 
 
 def results_of(
@@ -35,10 +36,10 @@ def results_of(
 
 def write_results(results: Mapping[str, Any], path: Path) -> None:
     """Write a results file so that it is either whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    text = json.dumps(results, indent=2, allow_nan=False) + "\n"
+    write_folder(path.parent)
+    remove_leftovers(path.parent, lambda name: name == path.name, shared=False)
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def commit() -> str | None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -32,7 +31,7 @@ from hf_trak.evaluation.training import Recipe, Rows, outputs_on, save_checkpoin
 from hf_trak.hashing import hash_json, random_bits, stream_key
 from hf_trak.storage.columns import to_table
 from hf_trak.storage.differences import list_differences
-from hf_trak.storage.files import TEMPORARY, discard, read_json, write_atomically, write_json
+from hf_trak.storage.files import read_json, write_atomically, write_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -85,7 +84,7 @@ class SubsetJob:
         recipe (`Recipe`): How a run trains.
         identity (`dict`): What else decides the outputs (model, data), as JSON; compared when a folder is gone on with.
         keep_epochs (`int`): Save the weights at the end of the last so many epochs of each run; 0 saves none.
-        overwrite (`bool`): Discard what the folder holds if it is another job.
+        overwrite (`bool`): Set another job that the folder holds aside, in `replaced-1`, `replaced-2`, ...; nothing is deleted.
 
     Raises:
         ValueError: If the folder was begun as another job; the message lists what differs.
@@ -131,13 +130,25 @@ class SubsetJob:
                     f"{self.folder} holds another job than this:\n{differences}\nChoose another folder, or pass overwrite=True "
                     "(--overwrite) to replace it."
                 )
-            discard(self.folder)
+            self._set_aside()
         elif not path.exists() and self.folder.exists() and any(not name.startswith(".") for name in os.listdir(self.folder)):
             raise ValueError(f"{self.folder} is not empty and holds no job; choose another folder.")
         self.folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             write_json(path, self.identity)  # first of all: another process may be looking at this folder now
         (self.folder / "runs").mkdir(exist_ok=True)
+
+    def _set_aside(self) -> None:
+        """Move the files of the job that the folder holds to `replaced-1`, or the next number; its record last, so that a call that was
+        stopped meanwhile is repeated."""
+        number = 1
+        while (self.folder / f"replaced-{number}" / JOB_NAME).exists():
+            number += 1
+        aside = self.folder / f"replaced-{number}"
+        aside.mkdir(exist_ok=True)
+        for name in ("runs", "checkpoints", "log.jsonl", JOB_NAME):
+            if (self.folder / name).exists():
+                os.rename(self.folder / name, aside / name)
 
     @property
     def runs(self) -> list[Run]:
@@ -199,8 +210,6 @@ class SubsetJob:
         device: str,
         processing_class: Any,
     ) -> Float[np.ndarray, " n_query"]:
-        for leftover in self.checkpoint(run).parent.glob(f".*{TEMPORARY}"):  # of a process that was killed while saving
-            shutil.rmtree(leftover, ignore_errors=True)
         # A subset's runs are as unlike as runs of different subsets: nothing but the subset is common to its seeds.
         seed = stream_key("run", run.subset, run.seed) % 2**63
         with torch.random.fork_rng():

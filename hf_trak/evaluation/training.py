@@ -5,8 +5,6 @@ Thousands of short runs are compared, so that what a run costs besides its steps
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -21,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from hf_trak.hashing import hash_tensors
-from hf_trak.storage.files import TEMPORARY
+from hf_trak.storage.snapshots import write_snapshot
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -255,10 +253,10 @@ def outputs_on(model: PreTrainedModel, rows: Rows, task: Task, *, batch_size: in
 
 def save_checkpoint(folder: Path, model: PreTrainedModel, processing_class: Any = None) -> None:
     """Save a model so that the folder is either whole or not there."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}{TEMPORARY}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    if processing_class is not None:
-        processing_class.save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+
+    def save(temporary: Path) -> None:
+        model.save_pretrained(temporary)
+        if processing_class is not None:
+            processing_class.save_pretrained(temporary)
+
+    write_snapshot(folder, save)

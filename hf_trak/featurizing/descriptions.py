@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +13,19 @@ import torch
 from hf_trak.config import TrakConfig
 from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.members import Pass
-from hf_trak.sources.processing import describe_processing
+from hf_trak.sources.model_configs import describe_model_config
+from hf_trak.sources.processing import describe_processing, tokenizer_of
 from hf_trak.sources.training_sets import describe_source
+from hf_trak.storage.differences import list_differences
 from hf_trak.storage.member_reader import MemberReader
 from hf_trak.storage.object_store import seen_from
-from hf_trak.tasks.rows import column_names
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+_WITHOUT_LIMIT = 10**9
 
 
 def identity_of(config: TrakConfig) -> dict[str, Any]:
@@ -33,7 +39,7 @@ def describe_member(folder: Path, plan: Pass, featurizer: Featurizer, dataset: D
         "checkpoint": _describe_checkpoint(folder, featurizer),
         "checkpoint_number": plan.checkpoint,
         **describe_source(dataset),
-        **describe_processing(featurizer.processing_class, column_names(dataset)),
+        "training_set": describe_dataset(dataset),
         "coverage": featurizer.selection.coverage,
         "grad_dim": featurizer.selection.grad_dim,
         "versions": library_versions(),
@@ -47,8 +53,13 @@ def _describe_bank(featurizer: Featurizer) -> dict[str, Any]:
     return {} if bank is None else {"bank": {"seed": config.bank_seed, "size": len(bank.rows), "sha256": bank.sha256}}
 
 
-def describe_featurizer(featurizer: Featurizer) -> dict[str, Any]:
-    """What a feature means beyond the configuration, and what a query must share with it."""
+def describe_featurizer(featurizer: Featurizer, columns: Mapping[str, Any]) -> dict[str, Any]:
+    """What a feature means beyond the configuration, and what a query must share with it.
+
+    Args:
+        columns (`Mapping`): Which columns are read and as what, from [`Task.columns_read`]: tokens and pixels that are there already pass
+            through no tokenizer or processor.
+    """
     return {
         "task": featurizer.task.name,
         "out_to_loss_kind": featurizer.task.out_to_loss_kind,
@@ -58,8 +69,29 @@ def describe_featurizer(featurizer: Featurizer) -> dict[str, Any]:
         "model_class": type(featurizer.model).__name__,
         "parameters": featurizer.selection.shapes,
         "model_sha256": featurizer.model_hash(),
+        "model_config": describe_model_config(featurizer.model),
+        **_describe_processing(featurizer, columns),
         **({"gpu_model": featurizer.gpu_model} if featurizer.gpu_model is not None else {}),
     }
+
+
+def _describe_processing(featurizer: Featurizer, columns: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a tokenizer or processor decides the rows, and the length at which texts are cut."""
+    inputs = featurizer.task.inputs
+    reads_texts = bool(columns) and "tokens" not in columns
+    reads_files = (isinstance(columns.get("image"), str) and columns["image"] != "pixel_values") or "audio" in columns
+    found = describe_processing(
+        featurizer.processing_class,
+        tokenizer=reads_texts or (bool(columns) and featurizer.config.score_tokens != "all"),
+        pixels=reads_files,
+        padded=getattr(inputs, "fixed_length", None) is not None,
+        chats=reads_texts and featurizer.task.name == "causal-lm",
+    )
+    texts: Any = getattr(inputs, "texts", inputs)  # those of a contrastive task's texts are inputs of their own
+    cut = texts._limit(tokenizer_of(featurizer.processing_class)) if "tokenizer" in found and reads_texts else _WITHOUT_LIMIT
+    cut = cut.get("max_length", _WITHOUT_LIMIT) if isinstance(cut, dict) else cut
+    length = {"max_length": int(cut)} if cut < _WITHOUT_LIMIT else {}
+    return {**({"processing": found} if found else {}), **length}
 
 
 def recorded_passes(members: Sequence[MemberReader]) -> list[Pass]:
@@ -79,10 +111,9 @@ def recorded_passes(members: Sequence[MemberReader]) -> list[Pass]:
 
 
 def describe_dataset(dataset: Dataset) -> dict[str, Any]:
-    """What tells a training set from another: its fingerprint, and where it came from."""
+    """What a training set is called, which does not tell whether it is the same."""
     info = dataset.info
     return {
-        "fingerprint": dataset._fingerprint,
         "name": info.dataset_name,
         "config": info.config_name,
         "split": str(dataset.split) if dataset.split is not None else None,
@@ -110,6 +141,25 @@ def recorded_checkpoint(folder: Path, checkpoint: dict[str, Any]) -> str:
     if checkpoint["repository"] is None:
         raise ValueError(f"{folder} was made from a model in memory; give that model, or a folder it is saved in, as `models`.")
     return checkpoint["repository"]
+
+
+def library_minors() -> dict[str, str]:
+    """Return the versions that features may depend on, as far as their minor number: what computes them, and what reads rows."""
+    import tokenizers
+    import transformers
+
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "tokenizers": tokenizers.__version__}
+    return {name: ".".join(version.split(".")[:2]) for name, version in versions.items()}
+
+
+def warn_of_libraries(member: Path, recorded: Mapping[str, str] | None) -> None:
+    """Say it where a finished member was made with other versions of libraries than those here."""
+    if lines := list_differences(recorded or {}, library_minors()):
+        logger.warning(
+            "%s was made with other versions of libraries (%s). Its rows are kept; features of queries made here may differ slightly.",
+            member,
+            "; ".join(lines),
+        )
 
 
 def library_versions() -> dict[str, str]:

@@ -33,6 +33,7 @@ from hf_trak.sources.processing import hash_processing_class
 from hf_trak.sources.revisions import pinned_revision
 from hf_trak.storage.passes import encode_pass
 from hf_trak.tasks import AutoTask, Bank, Task, bank_of, draw_rows, embed_bank, needs_bank, vmappable_attention, with_bank
+from hf_trak.tasks.packing import check_documents
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -275,6 +276,7 @@ class Featurizer:
         if not self._checked:
             first = {key: value[:_CHECKED_ROWS] if isinstance(value, Tensor) else value for key, value in batch.items()}
             # Not under autocast, whose round-off would hide what is looked for.
+            check_documents(self.model, first)
             check_gradients(self.model, first, output_function=task.output_function, **arguments)
             self._checked = True
         return engine(self.model, batch, output_function=output_function, **arguments)

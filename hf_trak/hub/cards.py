@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from hf_trak.config import TrakConfig
 from hf_trak.hashing import hash_json
 from hf_trak.scoring.damping import DampingChoice
+from hf_trak.storage.layout import CURVE_NAME
 
 if TYPE_CHECKING:
     from huggingface_hub import DatasetCardData
 
-CURVE_NAME = "damping.png"
 TEMPLATES = Path(__file__).parent / "templates"
 
 # What is written between these is written anew whenever the card is; the rest of a card is its owner's.
@@ -29,6 +29,7 @@ _NOT_MEASURED = "Not measured"
 _TAGS = ["trak", "data-attribution"]
 _SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B", "10B<n<100B")
 _LISTED_MEMBERS = 20
+_LISTED_NAMES = 30
 _SHOWN_UNITS = ("s", "CPU s", "GB", "cosine", "output")
 _QUALITY = ("lds", "lds_ceiling", "mrr", "recall_at_10", "hit_at_10", "flipped_found_share", "counterfactual_delta")
 
@@ -74,6 +75,7 @@ def render_index_card(
         members=[_describe_member(number, member) for number, member in enumerate(members[:_LISTED_MEMBERS])],
         more_members=max(0, len(members) - _LISTED_MEMBERS),
         has_dropout=any("dropout_seed" in member["identity"] for member in members),
+        kept=first["identity"].get("kept", {}).get("columns", []),
         versions=", ".join(f"{library} {version}" for library, version in first["versions"].items()),
         hardware=first["hardware"],
         choice=choice,
@@ -190,18 +192,27 @@ def _listed(value: Any) -> list[Any]:
 
 def _describe_training_set(member: Mapping[str, Any]) -> str:
     """Say which rows these are of what, as far as that is known."""
-    source, dataset = member.get("source", {}), member["identity"]["dataset"]
+    source, called, dataset = member.get("source", {}), member["training_set"], member["identity"]["dataset"]
     if "repository" in source:
         what = (
             f"[{source['repository']}](https://huggingface.co/datasets/{source['repository']}) at commit `{source['revision']}`"
         )
     else:
-        what = f"a dataset that was not loaded from the Hub{', ' + dataset['name'] if dataset['name'] else ''}"
-    parts = [f"{key} `{dataset[key]}`" for key in ("config", "split") if dataset[key] is not None]
+        what = f"a dataset that was not loaded from the Hub{', ' + called['name'] if called['name'] else ''}"
+    parts = [f"{key} `{called[key]}`" for key in ("config", "split") if called[key] is not None]
+    read = [f"{key} {_quote(value)}" for key, value in dataset["columns"].items()]
     return (
-        f"The training set is {what}{', ' if parts else ''}{', '.join(parts)}; its columns were "
-        f"{', '.join(f'`{column}`' for column in dataset['columns'])}, and its fingerprint `{dataset['fingerprint']}`. Row order is its own."
+        f"The training set is {what}{', ' if parts else ''}{', '.join(parts)}, with the columns {_quote(called['columns'])}. "
+        + (f"Columns read: {'; '.join(read)}. " if read else "A custom task read them. ")
+        + (f"Labels: {_quote(dataset['label_names'])}. " if dataset["label_names"] else "")
+        + f"Row order is the training set's. SHA-256 of the rows' content: `{dataset['sha256']}`."
     )
+
+
+def _quote(names: str | Sequence[str]) -> str:
+    """Return names as code, however many there are; of a long list, the first."""
+    listed = [names] if isinstance(names, str) else list(names)
+    return ", ".join(f"`{name}`" for name in listed[:_LISTED_NAMES]) + (", ..." if len(listed) > _LISTED_NAMES else "")
 
 
 def _describe_member(number: int, member: Mapping[str, Any]) -> dict[str, Any]:

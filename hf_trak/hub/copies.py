@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -13,38 +14,81 @@ from hf_trak.hub.cards import CURVE_NAME, merge_card, render_index_card
 from hf_trak.hub.upload import Upload, repository_exists
 from hf_trak.scoring.damping import DAMPING_NAME, DampingChoice
 from hf_trak.sources.training_sets import licence_in, licence_of_source
-from hf_trak.storage.files import remove_folder, write_atomically, write_folder, write_json
-from hf_trak.storage.layout import MEMBER_NAME
+from hf_trak.storage.files import write_atomically, write_folder, write_json
+from hf_trak.storage.layout import MEMBER_NAME, member_number
 from hf_trak.storage.member_reader import MemberReader
 from hf_trak.storage.object_store import ObjectPath, seen_from
+from hf_trak.storage.replacing import (
+    begin_replacement,
+    commit_replacement,
+    drop_replacement,
+    finish_replacement,
+    foreign_names,
+    holds_index,
+    refuse_foreign,
+    refuse_overlap,
+    written_files,
+)
 
 
-def copy_index(folder: Path, target: Path, config: TrakConfig, members: Sequence[MemberReader], *, overwrite: bool) -> None:
-    """Copy the index in `folder` to `target`; files appear under their names only when whole.
+def copy_index(
+    folder: Path,
+    target: Path,
+    config: TrakConfig,
+    members: Sequence[MemberReader],
+    *,
+    overwrite: bool,
+    home: Path | None = None,
+) -> None:
+    """Copy the index in `folder` to `target`: it appears there at once when the copy is whole.
+
+    Args:
+        overwrite (`bool`): Replace the index in `target`. Files there that no index wrote stay.
+        home (`Path`, *optional*): Where the index lies, if `folder` is a cache of it.
 
     Raises:
-        ValueError: If `target` is not empty and `overwrite` is not set.
+        ValueError: If `target` lies in the index, is it or holds it; is not empty and `overwrite` is not set; or holds no index.
     """
-    if not isinstance(target, ObjectPath) and target.resolve() == folder.resolve():
-        return
-    if target.exists() and any(target.iterdir()):
+    for source in {folder, home or folder}:
+        refuse_overlap(source, target)
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target} is a file, where an index needs a folder; choose another name.")
+    finish_replacement(target)
+    if taken := foreign_names(target):
         if not overwrite:
-            raise ValueError(f"{target} is not empty; choose another folder, or pass overwrite=True.")
-        remove_folder(target)
-    write_folder(target)
+            raise ValueError(f"{target} is not empty; choose another folder, or pass overwrite=True to replace an index there.")
+        if not holds_index(target):
+            raise ValueError(
+                f"{target} holds {', '.join(taken[:3])}{', ...' if len(taken) > 3 else ''} and no index. Only an index is replaced: choose "
+                "another folder. Nothing was changed."
+            )
+    names = [CONFIG_NAME, *_extras(folder)]
+    names += [f"{member.folder.name}/{name}" for member in members for name in (MEMBER_NAME, *member.records)]
+    old = written_files(target)
+    refuse_foreign(target, names, old)
+    drop_replacement(target)
+    copy = begin_replacement(target, config.to_dict())
     for name in _extras(folder):
-        _copy(folder / name, target / name)
-    write_card(target, card_for(folder, config, members, name=target.name))
+        _copy(folder / name, copy / name)
+    card = card_for(folder, config, members, name=target.name)
+    write_card(copy, merge_card(card, _own_card(target)) if _own_card(target) else card)
     for member in members:
         for name in member.records:
-            _copy(member.path(name), target / member.folder.name / name)
-        write_json(target / member.folder.name / MEMBER_NAME, _moved(member, folder, target))
-    _copy(folder / CONFIG_NAME, target / CONFIG_NAME)  # last: without it, nobody takes a part of the members for all
+            _copy(member.path(name), copy / member.folder.name / name)
+        write_json(copy / member.folder.name / MEMBER_NAME, _moved(member, folder, target))
+    commit_replacement(target, old)
 
 
 def _copy(source: Path, copy: Path) -> None:
     write_folder(copy.parent)
     write_atomically(copy, partial(shutil.copyfile, source))
+
+
+def _own_card(folder: Path) -> str:
+    """Return the card in a folder; none if it is not there, or is a link, which leads to a file of somebody's."""
+    path = folder / CARD_NAME
+    is_link = not isinstance(path, ObjectPath) and path.is_symlink() and not is_in_hub_cache(path)
+    return path.read_text(encoding="utf-8") if path.is_file() and not is_link else ""
 
 
 def _moved(member: MemberReader, folder: Path, target: Path) -> dict[str, Any]:
@@ -80,13 +124,14 @@ def push_index(
     known = {"license": license} if license else find_licence(folder, members, None)
     if not known and not repository_exists(repo_id):
         raise _no_licence(repo_id)
+    _refuse_links(folder, members)
     upload = Upload.begin(repo_id, private=private, revision=revision, create_pr=create_pr)
-    files = {name: partial(_in, folder, name) for name in (CONFIG_NAME, *_extras(folder))}
+    files = {name: partial(_regular, folder / name) for name in (CONFIG_NAME, *_extras(folder))}
     hashes = {}
     for member in members:
-        files[f"{member.folder.name}/{MEMBER_NAME}"] = partial(_in, member.folder, MEMBER_NAME)
+        files[f"{member.folder.name}/{MEMBER_NAME}"] = partial(_regular, member.folder / MEMBER_NAME)
         for name, record in member.records.items():
-            files[f"{member.folder.name}/{name}"] = partial(member.path, name)
+            files[f"{member.folder.name}/{name}"] = partial(_file_of, member, name)
             hashes[f"{member.folder.name}/{name}"] = record["sha256"]
 
     def card(existing: str | None) -> str:
@@ -107,14 +152,50 @@ def _no_licence(repo_id: str) -> ValueError:
     )
 
 
-def _in(folder: Path, name: str) -> Path:
-    return folder / name
+def _file_of(member: MemberReader, name: str) -> Path:
+    return _regular(member.path(name))
+
+
+def _refuse_links(folder: Path, members: Sequence[MemberReader]) -> None:
+    """Refuse to send an index of which a file is a link, before anything is sent."""
+    if (folder / CARD_NAME).is_symlink():
+        _regular(folder / CARD_NAME)
+    for name in (CONFIG_NAME, *_extras(folder)):
+        _regular(folder / name)
+    for member in members:
+        for name in (MEMBER_NAME, *member.records):
+            if (member.folder / name).is_symlink() or member.folder.is_symlink():
+                _regular(member.folder / name)
+
+
+def _regular(path: Path) -> Path:
+    """Return a path of an index if it is a file, and neither it nor its folder is a link.
+
+    Raises:
+        ValueError: If it leads elsewhere.
+    """
+    link = next((one for one in (path, path.parent) if one.is_symlink()), None)
+    is_member = member_number(path.parent) is not None  # the folder of the whole index may be a link
+    if link is None or (link == path.parent and not is_member) or is_in_hub_cache(path):
+        return path
+    raise ValueError(
+        f"{link} is a link to {os.path.realpath(link)}, and links are not followed when an index is sent: that file may not be meant to "
+        "be published. Put a copy of it in the link's place, or remove the link. Nothing was sent."
+    )
+
+
+def is_in_hub_cache(path: Path) -> bool:
+    """Return whether a file is one of the Hub's cache, where each is a link to a blob of the same repository."""
+    for folder in path.parents:
+        if folder.parent.name == "snapshots":
+            blobs = folder.parent.parent / "blobs"
+            return path.is_symlink() and path.resolve().parent == blobs.resolve() and not path.parent.is_symlink()
+    return False
 
 
 def find_licence(folder: Path, members: Sequence[MemberReader], existing: str | None) -> dict[str, Any]:
     """Return the licence stated in the card in `folder`, in the `existing` card of a repository, or for the training set, in that order."""
-    own = (folder / CARD_NAME).read_text(encoding="utf-8") if (folder / CARD_NAME).exists() else ""
-    return licence_in(own) or licence_in(existing or "") or licence_of_source(members[0].info.get("source", {}))
+    return licence_in(_own_card(folder)) or licence_in(existing or "") or licence_of_source(members[0].info.get("source", {}))
 
 
 def card_for(
@@ -129,9 +210,8 @@ def card_for(
     """Return the card for a copy called `name`. What somebody wrote of their own into the card in `folder`, or else into the
     `existing` card of the copy, stays."""
     card = render_card(folder, config, members, name=name, license=license)
-    readme = folder / CARD_NAME
-    if readme.exists():
-        mine, written = render_card(folder, config, members, name=folder.name), readme.read_text(encoding="utf-8")
+    if written := _own_card(folder):
+        mine = render_card(folder, config, members, name=folder.name)
         if merge_card(mine, written).strip() != mine.strip():
             return merge_card(card, written)
     return card if existing is None else merge_card(card, existing)
@@ -161,5 +241,9 @@ def render_card(
 def write_card(folder: Path, card: str) -> None:
     """Write the card of the index in `folder`; what its owner wrote into the one that is there stays."""
     path = folder / CARD_NAME
-    text = merge_card(card, path.read_text(encoding="utf-8")) if path.exists() else card
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    if not isinstance(path, ObjectPath) and path.is_symlink():
+        return  # it leads to a file of its owner's
+    existing = _own_card(folder)
+    text = merge_card(card, existing) if existing else card
+    if text != existing:
+        write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

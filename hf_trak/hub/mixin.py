@@ -69,12 +69,20 @@ class HubMixin:
         )
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
-        """Copy the index to another folder, or to an object store; files of the copy appear under their names only when whole.
+        """Copy the index to another folder, or to an object store. The copy appears there when it is whole; killed before, the call
+        leaves what was there. Under a launcher, the first process copies.
+
+        Args:
+            overwrite (`bool`): Replace an index that is in `folder`. Files there that no index wrote stay.
 
         Raises:
-            ValueError: If `folder` is not empty and `overwrite` is not set.
+            ValueError: If `folder` is this index, lies in it or holds it; is not empty and `overwrite` is not set; or is not empty and
+                holds no index.
         """
-        copy_index(self.folder, place(folder), self.config, self.members, overwrite=overwrite)
+        if is_main_process():
+            copy_index(
+                self.folder, place(folder), self.config, self.members, overwrite=overwrite, home=getattr(self, "home", None)
+            )
 
     def push_to_hub(
         self,

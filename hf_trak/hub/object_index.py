@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -14,11 +13,13 @@ from hf_trak.config import CARD_NAME, CONFIG_NAME
 from hf_trak.hashing import hash_file, hash_json
 from hf_trak.hub.cards import CURVE_NAME
 from hf_trak.scoring.damping import DAMPING_NAME
-from hf_trak.storage.files import read_json, write_atomically, write_folder
+from hf_trak.storage.files import write_atomically, write_folder
 from hf_trak.storage.layout import MEMBER_NAME, PROGRESS, member_folders
+from hf_trak.storage.member_info import read_member_info
 from hf_trak.storage.object_store import ObjectPath
+from hf_trak.storage.replacing import finish_replacement
+from hf_trak.storage.verified import cache_folder
 
-_CACHE = "HF_TRAK_CACHE"
 _EXTRAS = (CARD_NAME, DAMPING_NAME, CURVE_NAME)
 
 
@@ -45,6 +46,7 @@ class ObjectIndex:
         Raises:
             FileNotFoundError: If there is no index, or it is unfinished.
         """
+        finish_replacement(home)
         config = home.read_all([CONFIG_NAME]).get(CONFIG_NAME)
         if config is None:
             raise FileNotFoundError(f"{home} holds no {CONFIG_NAME}, so it is not an attribution index.")
@@ -54,9 +56,9 @@ class ObjectIndex:
             if name not in found:
                 raise FileNotFoundError(_not_finished(home / name.split("/")[0]))
         identity = hash_json({name: hashlib.sha256(content).hexdigest() for name, content in found.items()})
-        index = cls(home, _cache() / identity[:24] / home.name, {})
+        index = cls(home, cache_folder() / identity[:24] / home.name, {})
         index._keep(found)
-        infos = {name: read_json(index.folder / name) for name in names}
+        infos = {name: read_member_info((index.folder / name).parent) for name in names}
         records = {f"{Path(name).parent}/{one['file']}": one for name, info in infos.items() for one in info["files"]}
         index._keep(extras := home.read_all(_EXTRAS))
         for name in _EXTRAS:  # may come, change and go after the members are finished
@@ -121,11 +123,3 @@ def _not_finished(member: Path) -> str:
 
 def _write_bytes(content: bytes, temporary: Path) -> None:
     temporary.write_bytes(content)
-
-
-def _cache() -> Path:
-    if _CACHE in os.environ:
-        return Path(os.environ[_CACHE])
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HOME) / "hf_trak"

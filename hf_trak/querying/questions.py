@@ -16,7 +16,8 @@ from hf_trak.config import TrakConfig
 from hf_trak.linalg import damped, default_damping
 from hf_trak.members import Pass
 from hf_trak.querying.given_features import mean_output, read_query_features
-from hf_trak.querying.recorded_featurizers import QuerySide, featurize_queries
+from hf_trak.querying.kept_rows import KeptRows
+from hf_trak.querying.recorded_featurizers import QuerySide
 from hf_trak.scoring.damping import DampingChoice, choose_damping
 from hf_trak.scoring.ensemble import ScoreOptions, SolvedQueries, check_residuals, default_power, self_influence, solve_all
 from hf_trak.scoring.scorer import Scorer, check_top_k, to_hits
@@ -78,7 +79,8 @@ class Questions:
             direction (`str`): For image-caption pairs, what of a query is attributed: "pair"; "image", how the image tells its caption
                 from those of the bank; or "caption", how the caption tells its image.
             reference_rescale (`bool`): Only to reproduce MadryLab/trak's numbers, with `damping=0, out_to_loss_power=1`.
-            output_file (`str` or `Path`, *optional*): A `.npy` file to memory-map the result to. Without it, results above 1 GiB, or
+            output_file (`str` or `Path`, *optional*): A `.npy` file to memory-map the result to. Room for it is reserved before work
+                begins, and it appears under its name when it is whole. Without it, results above 1 GiB, or
                 above what `max_memory` leaves, are mapped to a temporary file that vanishes with the array. Several processes fill
                 one file together; without a file, each computes all.
             max_memory (`int` or `str`, *optional*): Bytes that solving and scoring may take, such as "2GB", beside the model and
@@ -86,8 +88,12 @@ class Questions:
         """
         options = self._options(damping, residual_weighting, leverage, out_to_loss_power, reference_rescale)
         scorer = Scorer(self.members, options, len(queries), 0, soft_threshold, max_memory, progress)
-        features, _ = self._featurize(queries, options, batch_size, progress, direction)
-        return scorer.matrix(solve_all(self.members, features, options), output_file)
+
+        def solve() -> Sequence[SolvedQueries]:
+            features, _ = self._featurize(queries, options, batch_size, progress, direction)
+            return solve_all(self.members, features, options)
+
+        return scorer.matrix(solve, output_file)
 
     def attribute(
         self,
@@ -118,13 +124,14 @@ class Questions:
 
         Returns:
             `Dataset`: One row per query: `query_id`, `query_output`, `proponents` and `opponents` (rows of the training set, the
-            strongest first), `proponent_scores` and `opponent_scores`.
+            strongest first), `proponent_scores` and `opponent_scores`; where columns were kept (`keep_columns`), also
+            `proponent_<column>` and `opponent_<column>`, lists in the same order.
         """
         options = self._options(damping, residual_weighting, leverage, out_to_loss_power)
         scorer = Scorer(self.members, options, len(queries), check_top_k(top_k), soft_threshold, max_memory, progress)
         rank = self._ranker(scorer, exact)
         features, output = self._featurize(queries, options, batch_size, progress, direction)
-        return to_hits(rank(solve_all(self.members, features, options)), output)
+        return self._with_kept(to_hits(rank(solve_all(self.members, features, options)), output))
 
     def attribute_features(
         self,
@@ -156,7 +163,10 @@ class Questions:
         found = self._read_features(features)
         scorer = Scorer(self.members, options, len(found[0]), check_top_k(top_k), soft_threshold, max_memory, progress)
         rank = self._ranker(scorer, exact)
-        return to_hits(rank(solve_all(self.members, found, options)), mean_output(features))
+        return self._with_kept(to_hits(rank(solve_all(self.members, found, options)), mean_output(features)))
+
+    def _with_kept(self, hits: Dataset) -> Dataset:
+        return KeptRows(self.members[0]).beside(hits)
 
     def add_search_index(
         self,
@@ -263,9 +273,10 @@ class Questions:
         features, outputs = [], []
         # A singular kernel is refused before queries cost anything.
         damped(self.members[0].kernel(), n_rows=self.n_rows, damping=options.damping)
+        self._queries.check(queries)
         for number, plan in enumerate(self.passes):
             description = f"Queries {number + 1}/{len(self.passes)}"
-            columns = featurize_queries(
+            columns = self._queries.featurize(
                 self._queries.featurizer(plan, direction=direction), queries, batch_size, progress, description
             )
             for seed in plan.seeds:

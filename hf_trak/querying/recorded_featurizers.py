@@ -10,16 +10,16 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from hf_trak.config import TrakConfig
-from hf_trak.featurizing.descriptions import describe_featurizer, recorded_checkpoint
+from hf_trak.featurizing.descriptions import describe_featurizer, library_minors, recorded_checkpoint, warn_of_libraries
 from hf_trak.featurizing.featurize import featurize_rows
 from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.members import Pass
-from hf_trak.sources.processing import describe_processing
+from hf_trak.sources.read_columns import describe_columns, in_order, label_names, names_read
 from hf_trak.storage.differences import list_differences
 from hf_trak.storage.member_reader import MemberReader
 from hf_trak.storage.passes import encode_pass
 from hf_trak.tasks import Bank, Task, in_direction
-from hf_trak.tasks.rows import as_stored
+from hf_trak.tasks.rows import as_stored, features_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -83,10 +83,7 @@ class QuerySide:
             revision=place["revision"] if given is None else None,
             trust_remote_code=self.trust_remote_code,
         )
-        recorded, found = self.members[first].identity, describe_featurizer(featurizer)
-        lines = list_differences({key: recorded.get(key) for key in found}, found)
-        lines += self._processing_differences(first, featurizer)
-        if lines:
+        if lines := self._differences(first, featurizer):
             raise ValueError(
                 f"This is not what member_{first} of {self.folder} was featurized with:\n"
                 + "\n".join(f"  {line}" for line in lines)
@@ -98,10 +95,78 @@ class QuerySide:
         featurizer.use_task(in_direction(featurizer.task.for_queries(), direction))
         return featurizer
 
-    def _processing_differences(self, member: int, featurizer: Featurizer) -> list[str]:
-        """Return what sets the tokenizer or image processor apart from the recorded one, where there are both."""
-        recorded, found = self.members[member].info.get("processing"), describe_processing(featurizer.processing_class)
-        return list_differences({"processing": recorded}, found) if recorded and found else []
+    def check(self, queries: Dataset) -> None:
+        """Check, before a model is loaded, that queries have the columns that were read of the training set, and its label names.
+
+        Raises:
+            ValueError: Naming what is missing or different.
+        """
+        read, names = self._recorded["columns"], self._recorded["label_names"]
+        found: Any = features_of(queries)
+        if missing := [name for name in names_read(read) if name not in found]:
+            raise ValueError(
+                f"The queries lack {', '.join(map(repr, missing))}, which {self.folder} reads ({describe_columns(read)}); they have "
+                f"{', '.join(found)}. Rename a column with `queries.rename_column`, or add what is missing."
+            )
+        given = label_names(found, read)
+        by_id = self.config.label_mapping != "by_name"  # which goes by the names and the model
+        if by_id and names is not None and given is not None and given != names:
+            raise ValueError(
+                f"The labels of the queries mean something else than those of the training set of {self.folder}:\n  training set: "
+                f"{', '.join(names)}\n  queries: {', '.join(given)}\nBring them to the training set's with `queries.cast_column("
+                f"{read['label']!r}, ClassLabel(names=[...]))` after mapping each label by its name."
+            )
+
+    def check_read(self, featurizer: Featurizer, queries: Dataset) -> None:
+        """Check that the task reads of queries what it read of the training set.
+
+        Raises:
+            ValueError: If it takes other columns, or takes them for something else.
+        """
+        read = self._recorded["columns"]
+        features: Any = features_of(queries)
+        found = in_order(featurizer.task.columns_read(features)) if read else read
+        if found != read:
+            raise ValueError(
+                f"Of the queries other columns would be read than {self.folder} was made of:\n  training set: {describe_columns(read)}\n"
+                f"  queries: {describe_columns(found)}\nGive the queries the columns of the training set, and no others that may be "
+                "taken for them (`queries.select_columns`)."
+            )
+
+    def featurize(
+        self, featurizer: Featurizer, queries: Dataset, batch_size: int | str, progress: bool, description: str
+    ) -> dict[str, np.ndarray]:
+        """Return the trak_* columns of queries, checked to be read as the training set was; see [`featurize_queries`]."""
+        if len(queries):
+            self.check_read(featurizer, queries)
+        return featurize_queries(featurizer, queries, batch_size, progress, description)
+
+    @property
+    def _recorded(self) -> dict[str, Any]:
+        """What was read of the training set."""
+        return {"columns": {}, "label_names": None, **self.members[0].identity["dataset"]}
+
+    def _differences(self, member: int, featurizer: Featurizer) -> list[str]:
+        """Return what sets a featurizer apart from what a member was featurized with."""
+        recorded = self.members[member].identity
+        found = describe_featurizer(featurizer, self._recorded["columns"])
+        is_same_library = recorded.get("libraries") == library_minors()
+        wanted: dict[str, Any] = {key: recorded.get(key) for key in found}
+        # Another version of transformers may name more settings, or fewer.
+        for key in ("model_config", "processing"):
+            if key in found and wanted[key] is not None and not is_same_library:
+                wanted[key], found[key] = _common(wanted[key], found[key])
+        if "processing" in recorded and "processing" in found:
+            wanted["max_length"], found["max_length"] = recorded.get("max_length"), found.get("max_length")
+        else:  # rows that were tokens or pixels before, or queries without a tokenizer, which are refused when they are read
+            for description in (wanted, found):
+                for key in ("processing", "max_length"):
+                    description.pop(key, None)
+        if not is_same_library:
+            warn_of_libraries(self.members[member].folder, recorded.get("libraries"))
+            for description in (wanted, found):  # a tokenizer's content is written differently by another version
+                description.get("processing", {}).get("tokenizer", {}).pop("sha256", None)
+        return list_differences(wanted, found)
 
     def _model(self, plan: Pass) -> PreTrainedModel | str | Path | None:
         """Return the model given for a pass, if any."""
@@ -122,3 +187,15 @@ def featurize_queries(
     with tqdm(total=len(queries), unit="rows", desc=description, disable=not progress) as bar:
         found = featurize_rows(featurizer, queries, range(len(queries)), batch_size=batch_size, on_batch=bar.update)
     return encode_pass(found.features, found.output, found.out_to_loss, seeds=featurizer.seeds, dtype="float32")
+
+
+def _common(first: dict[str, Any], second: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return two nested dictionaries with the keys that both have."""
+    pairs = {
+        key: _common(first[key], second[key])
+        if isinstance(first[key], dict) and isinstance(second[key], dict)
+        else (first[key], second[key])
+        for key in first
+        if key in second
+    }
+    return {key: pair[0] for key, pair in pairs.items()}, {key: pair[1] for key, pair in pairs.items()}

@@ -9,23 +9,37 @@ import numpy as np
 import torch
 
 from hf_trak.scoring.thresholds import soft_threshold
+from hf_trak.storage.outputs import reserve
 
 _IN_MEMORY_BYTES = 1 << 30  # larger matrices are memory-mapped
 
 
-def allocate(shape: tuple[int, int], output_file: str | Path | None, *, at_most: int = _IN_MEMORY_BYTES) -> np.ndarray:
-    """Return a float32 matrix to be filled.
+def allocate(shape: tuple[int, int], *, at_most: int = _IN_MEMORY_BYTES) -> np.ndarray:
+    """Return a float32 matrix to be filled; above 1 GiB, or above `at_most` bytes, one that is mapped to a temporary file, which
+    vanishes with the array.
 
-    Args:
-        output_file (`str` or `Path`, *optional*): A `.npy` file to map it to. Without it, what is above 1 GiB, or above `at_most`
-            bytes, is mapped to a temporary file that vanishes with the array.
+    Raises:
+        OSError: If the disk of temporary files has no room.
     """
-    if output_file is not None:
-        return np.lib.format.open_memmap(output_file, mode="w+", dtype=np.float32, shape=shape)
-    if 4 * shape[0] * shape[1] <= min(at_most, _IN_MEMORY_BYTES):
+    n_bytes = 4 * shape[0] * shape[1]
+    if n_bytes <= min(at_most, _IN_MEMORY_BYTES):
         return np.empty(shape, dtype=np.float32)
     with tempfile.TemporaryFile() as file:
-        return np.memmap(file, dtype=np.float32, mode="w+", shape=shape)
+        reserve(file.fileno(), n_bytes, Path(tempfile.gettempdir()) / "scores")  # a map of a full disk ends the process
+        return np.memmap(file, dtype=np.float32, mode="r+", shape=shape)
+
+
+def npy_bytes(shape: tuple[int, int]) -> int:
+    """Return how large a `.npy` file of a float32 matrix is at most."""
+    return 4 * shape[0] * shape[1] + 4096
+
+
+def map_npy(file: Path, shape: tuple[int, int]) -> np.ndarray:
+    """Make an existing file the `.npy` file of a float32 matrix, and map it; the room it has stays reserved."""
+    with open(file, "r+b") as opened:
+        np.lib.format.write_array_header_1_0(opened, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        opened.truncate(opened.tell() + 4 * shape[0] * shape[1])
+    return np.load(file, mmap_mode="r+")
 
 
 def check_keep(keep: int | None) -> None:

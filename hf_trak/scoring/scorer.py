@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,11 +17,13 @@ from tqdm.auto import tqdm
 
 from hf_trak.processes.gathering import gather, rank_and_size, share_of, wait_for_all
 from hf_trak.scoring.ensemble import ScoreOptions, SolvedQueries, stream_scores
-from hf_trak.scoring.matrix import allocate, check_keep, soft_threshold_in_place
+from hf_trak.scoring.matrix import allocate, check_keep, map_npy, npy_bytes, soft_threshold_in_place
 from hf_trak.scoring.memory import ScoringMemory, parse_memory
 from hf_trak.scoring.thresholds import soft_threshold_top_k
 from hf_trak.scoring.top_k import TopK, merge_top_k, top_k
+from hf_trak.storage.files import TEMPORARY
 from hf_trak.storage.member_reader import MemberReader
+from hf_trak.storage.outputs import output_file
 from hf_trak.storage.shard_blocks import block_size
 
 if TYPE_CHECKING:
@@ -88,41 +92,61 @@ class Scorer:
         return self._memory.fit(parse_memory(self.max_memory))
 
     def matrix(
-        self, solved: Sequence[SolvedQueries], output_file: str | Path | None = None
+        self, solve: Callable[[], Sequence[SolvedQueries]], path: str | Path | None = None
     ) -> Float32[np.ndarray, "n_train n_query"]:
-        """Return all scores; with `output_file`, several processes fill it together."""
-        free = self._given - self._memory.queries - self._memory.streaming
-        scores, shards = self._allocate(output_file, free)
+        """Return all scores; with `path`, several processes fill it together.
+
+        Args:
+            solve (`Callable`): Returns the queries; called when there is room for the scores.
+
+        Raises:
+            OSError: If there is no room, or `path` may not be written.
+        """
+        shape, free = (self.n_rows, self.n_query), self._given - self._memory.queries - self._memory.streaming
+        everything = range(len(self.members[0].shard_paths))
+        if path is None:
+            scores = allocate(shape, at_most=free)
+            self._fill(scores, solve(), everything)
+            if self.soft_threshold is not None:
+                soft_threshold_in_place(scores, self.soft_threshold, at_most=free)
+            return scores
+        target, is_first = Path(path), rank_and_size()[0] == 0
+        with self._file(target, shape) as file:
+            if is_first:
+                map_npy(file, shape)
+            wait_for_all()
+            scores = np.load(file, mmap_mode="r+")
+            self._fill(scores, solve(), share_of(len(everything)))
+            wait_for_all()
+            if is_first and self.soft_threshold is not None:
+                soft_threshold_in_place(scores, self.soft_threshold, at_most=free)
+            if isinstance(scores, np.memmap):
+                scores.flush()
+        wait_for_all()
+        return np.load(target, mmap_mode="r+")
+
+    @contextmanager
+    def _file(self, target: Path, shape: tuple[int, int]) -> Iterator[Path]:
+        """Give the file that becomes `target` when it is whole: the same to all processes, made by the first."""
+        rank, size = rank_and_size()
+        unfinished = None
+        if size > 1:
+            first = int(gather(torch.tensor([os.getpid()]))[0])
+            unfinished = target.with_name(f".{target.name}.shared.{first}{TEMPORARY}")
+        if rank == 0:
+            with output_file(target, n_bytes=npy_bytes(shape), unfinished=unfinished) as file:
+                yield file
+        else:
+            assert unfinished is not None
+            yield unfinished
+
+    def _fill(self, scores: np.ndarray, solved: Sequence[SolvedQueries], shards: range) -> None:
         row = shards.start * self.members[0].identity["shard_rows"]
         for block in self._blocks(solved, shards):
             scores[row : row + len(block)] = block.numpy()
             row += len(block)
         if isinstance(scores, np.memmap):
             scores.flush()
-        if output_file is not None:
-            wait_for_all()
-        if self.soft_threshold is not None:
-            self._shrink(scores, output_file, free)
-        return scores
-
-    def _allocate(self, output_file: str | Path | None, free: int) -> tuple[np.ndarray, range]:
-        """Return where scores go, and whose shards this process fills in."""
-        shape, everything = (self.n_rows, self.n_query), range(len(self.members[0].shard_paths))
-        if output_file is None or rank_and_size()[1] == 1:
-            return allocate(shape, output_file, at_most=free), everything
-        if rank_and_size()[0] == 0:
-            allocate(shape, output_file)
-        wait_for_all()
-        return np.load(output_file, mmap_mode="r+"), share_of(len(everything))
-
-    def _shrink(self, scores: np.ndarray, output_file: str | Path | None, free: int) -> None:
-        assert self.soft_threshold is not None
-        if output_file is None or rank_and_size()[0] == 0:
-            soft_threshold_in_place(scores, self.soft_threshold, at_most=free)
-        if isinstance(scores, np.memmap):
-            scores.flush()
-        if output_file is not None:
-            wait_for_all()
 
     def best(self, solved: Sequence[SolvedQueries]) -> tuple[TopK, TopK]:
         """Return each query's `top_k` proponents and opponents; several processes rank a part of the rows each, and all return all."""

@@ -13,6 +13,11 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from hf_trak.storage.origins import Origin, read_origin, refuse_other_origin, write_origin
+
+ROW_DIGEST = "trak_row_digest"
+_READ = ("example_id", "trak_features", "trak_scale", "trak_out_to_loss", "trak_output")
+
 
 class Shard(NamedTuple):
     """Rows of one shard, in the training set's order."""
@@ -48,31 +53,64 @@ def encode_columns(
     return columns
 
 
-def to_table(columns: Mapping[str, np.ndarray]) -> pa.Table:
-    """Return an Arrow table; a matrix becomes a column of lists of fixed length."""
+def to_table(columns: Mapping[str, np.ndarray], origin: Origin | None = None) -> pa.Table:
+    """Return an Arrow table; a matrix becomes a column of lists of fixed length. The `origin` of a shard goes into its metadata."""
     arrays = {}
     for name, values in columns.items():
         flat = pa.array(np.ascontiguousarray(values).reshape(-1))
         arrays[name] = flat if values.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
-    return pa.table(arrays)
+    return pa.table(arrays, metadata=None if origin is None else write_origin(origin))
 
 
-def read_shard(path: Path) -> Shard:
-    """Read one Parquet shard, checking the checksum of every page.
+def join_columns(table: pa.Table, others: pa.Table) -> pa.Table:
+    """Return a table with the columns of another after its own, and the metadata of both."""
+    for field, column in zip(others.schema, others.columns, strict=True):
+        table = table.append_column(field, column)
+    return table.replace_schema_metadata({**(table.schema.metadata or {}), **(others.schema.metadata or {})} or None)
+
+
+def check_example_ids(path: Path, example_id: Int64[Tensor, " rows"], first_row: int) -> None:
+    """Refuse rows that are not those of their place in the training set.
 
     Raises:
-        ValueError: If the file is damaged.
+        ValueError: Naming the first.
+    """
+    wrong = (example_id != torch.arange(first_row, first_row + len(example_id))).nonzero()
+    if len(wrong):
+        place = int(wrong[0])
+        raise ValueError(
+            f"{path} is damaged: its example_id is {int(example_id[place])} where row {first_row + place} belongs. Restore it from a copy, "
+            "or delete it and run the command that made the index again: only missing files are made again."
+        )
+
+
+def read_shard(path: Path, origin: Origin | None = None) -> Shard:
+    """Read one Parquet shard, checking the checksum of every page.
+
+    Args:
+        origin ([`Origin`], *optional*): Where the shard belongs; a file that says something else is refused.
+
+    Raises:
+        ValueError: If the file is damaged, or belongs elsewhere.
     """
     try:
-        table = pq.read_table(path, page_checksum_verification=True)
+        if origin is not None:
+            refuse_other_origin(path, read_origin(pq.read_schema(path).metadata), origin)
+        stored = pq.read_schema(path).names
+        # Not the columns that were kept of the training set, which may be images.
+        names = [name for name in _READ if name in stored]
+        table = pq.read_table(path, columns=names, page_checksum_verification=True)
         length = table.schema.field("trak_features").type.list_size
         flat = table.column("trak_features").combine_chunks()
         features = torch.from_numpy(np.array(flat.flatten().to_numpy(zero_copy_only=False))).reshape(-1, length)
         if "trak_scale" in table.column_names:
             features = features.float() * _tensor(table, "trak_scale").unsqueeze(1)
-        return Shard(_tensor(table, "example_id"), features, _tensor(table, "trak_out_to_loss"), _tensor(table, "trak_output"))
-    except (pa.ArrowException, OSError, KeyError) as error:
+        shard = Shard(_tensor(table, "example_id"), features, _tensor(table, "trak_out_to_loss"), _tensor(table, "trak_output"))
+    except (pa.ArrowException, OSError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {error}. Restore it from a copy, or featurize again.") from error
+    if origin is not None:
+        check_example_ids(path, shard.example_id, origin.first_row)
+    return shard
 
 
 def _tensor(table: pa.Table, name: str) -> Tensor:

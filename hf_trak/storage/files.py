@@ -5,33 +5,63 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
+import re
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from hf_trak.storage.layout import IDENTITY_NAME, MEMBER_NAME, PROGRESS
 from hf_trak.storage.object_store import ObjectPath
 
 TEMPORARY = ".tmp"  # ends the names of files that are not whole
 
+_LARGEST_JSON = 64 << 20
+_KINDS: dict[type, str] = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+_TEMPORARY_NAME = re.compile(rf"\.(?P<name>.+)\.(?P<host>[^.]+)\.(?P<process>\d+){re.escape(TEMPORARY)}")
+
+T = TypeVar("T")
+
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file.
+    """Read a JSON file that holds an object.
 
     Raises:
-        ValueError: If it is damaged.
+        ValueError: If it is damaged, is too large or too deeply nested, or holds something else.
     """
-    return _parse_json(path, path.read_text())
+    size = file_size(path)
+    if size is not None and size > _LARGEST_JSON:
+        raise _damaged_json(path, f"it has {size:,} bytes, where at most {_LARGEST_JSON:,} are expected")
+    return _parse_json(path, path.read_bytes())
 
 
-def _parse_json(path: Path, text: str | bytes) -> dict[str, Any]:
+def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
     try:
-        return json.loads(text)
+        value = json.loads(text)
+    except RecursionError:
+        raise _damaged_json(path, "it is nested too deeply") from None
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}. Delete it, or restore it from a copy.") from error
+        raise _damaged_json(path, str(error)) from error
+    if not isinstance(value, dict):
+        raise _damaged_json(path, f"it holds {_KINDS.get(type(value), 'a number')}, where an object {{...}} is expected")
+    return value
+
+
+def _damaged_json(path: Path, reason: str) -> ValueError:
+    return ValueError(f"{path} is damaged: {reason}. Restore it from a copy, or delete it and run again what wrote it.")
+
+
+def field_of(path: Path, values: dict[str, Any], name: str, kind: type[T]) -> T:
+    """Return a field of an object read from a JSON file.
+
+    Raises:
+        ValueError: If it is missing, or of another type.
+    """
+    value = values.get(name)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        what = "is missing" if name not in values else f"holds {_KINDS.get(type(value), 'a number')}"
+        raise _damaged_json(path, f"{name!r} {what}, where {_KINDS.get(kind, 'a number')} is expected")
+    return value
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -60,9 +90,12 @@ def file_sizes(folder: Path) -> dict[str, int]:
     """Return the bytes of each file in a folder; of none if it is not there."""
     if isinstance(folder, ObjectPath):
         return folder.sizes()
+    sizes = {}
     with suppress(FileNotFoundError), os.scandir(folder) as entries:
-        return {entry.name: entry.stat().st_size for entry in entries}
-    return {}
+        for entry in entries:
+            with suppress(FileNotFoundError):  # a link that leads nowhere, or a file that another process removes now
+                sizes[entry.name] = entry.stat().st_size
+    return sizes
 
 
 def file_size(path: Path) -> int | None:
@@ -83,7 +116,7 @@ def write_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        advice = _advice(error, path)
+        advice = advise(error, path)
         if advice is None:
             raise
         raise OSError(error.errno, advice) from error
@@ -118,7 +151,7 @@ def write_once(path: Path, write: Callable[[Path], Any]) -> bool:
 
 
 def _write(path: Path, write: Callable[[Path], Any], name: Callable[[Path, Path], Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{_host()}.{os.getpid()}{TEMPORARY}")
+    temporary = temporary_name(path)
     try:
         write(temporary)
         with open(temporary, "rb") as file:
@@ -132,13 +165,24 @@ def _write(path: Path, write: Callable[[Path], Any], name: Callable[[Path, Path]
     except FileExistsError:
         raise
     except OSError as error:
-        advice = _advice(error, path)
+        advice = advise(error, path)
         if advice is None:
             raise
         raise OSError(error.errno, advice) from error
     finally:
         with suppress(OSError):  # what is wrong has been said above
             temporary.unlink(missing_ok=True)
+
+
+def temporary_name(path: Path) -> Path:
+    """Return the name that this process gives to a file until it is whole."""
+    return path.with_name(f".{path.name}.{_host()}.{os.getpid()}{TEMPORARY}")
+
+
+def name_of_temporary(name: str) -> str | None:
+    """Return the name that a temporary file of [`write_atomically`] would have had when whole; None for any other file."""
+    found = _TEMPORARY_NAME.fullmatch(name)
+    return None if found is None else found["name"]
 
 
 def _host() -> str:
@@ -184,7 +228,8 @@ _ADVICE = {
 }
 
 
-def _advice(error: OSError, path: Path) -> str | None:
+def advise(error: OSError, path: Path) -> str | None:
+    """Return what to tell of an error of the disk while `path` was written; None for an error of something else."""
     if error.errno == errno.ENOENT and path.parent.is_dir():
         return None  # it is something else that is not there
     for codes, text in _ADVICE.items():
@@ -193,48 +238,43 @@ def _advice(error: OSError, path: Path) -> str | None:
     return None
 
 
-def discard(folder: Path) -> None:
-    """Delete a member in such a way that it is never taken for whole when it is not, even if this process is killed."""
-    if isinstance(folder, ObjectPath):
-        _discard_objects(folder)
-        return
-    condemned = folder.with_name(f".{folder.name}{TEMPORARY}")
-    shutil.rmtree(condemned, ignore_errors=True)
-    folder.rename(condemned)
-    shutil.rmtree(condemned)
-
-
-def _discard_objects(folder: ObjectPath) -> None:
-    """Make a member an unfinished one of the same identity first, which lacks one shard after another, and then none."""
-    identity = folder / PROGRESS / IDENTITY_NAME
-    if (folder / MEMBER_NAME).exists():
-        write_json(identity, read_json(folder / MEMBER_NAME)["identity"])
-        (folder / MEMBER_NAME).unlink()
-    folder.remove_below(but=identity)
-    identity.unlink(missing_ok=True)
-
-
-def remove_folder(folder: Path) -> None:
-    """Delete a folder of which nothing is needed any more, if it is there; killed meanwhile, some of it may be left."""
-    if isinstance(folder, ObjectPath):
-        folder.remove_below()
-    elif folder.exists():
-        shutil.rmtree(folder)
-
-
-def remove_leftovers(folder: Path, *, shared: bool) -> None:
-    """Remove temporary files of processes that were killed while writing.
+def remove_leftovers(folder: Path, is_ours: Callable[[str], bool], *, shared: bool) -> None:
+    """Remove the temporary files of processes that were killed while writing.
 
     Args:
+        is_ours (`Callable`): Given the name that the whole file would have had, whether such a file is written here. Other temporary
+            files are left alone.
         shared (`bool`): Other processes may be writing here: what may be theirs is left alone.
+
+    Raises:
+        OSError: With advice, if a file cannot be removed.
     """
     if isinstance(folder, ObjectPath):
         return  # what is not whole has no name there
     for temporary in folder.glob(f".*{TEMPORARY}"):
-        _, host, process, _ = ("", "", "", *temporary.name.rsplit(".", 3))[-4:]
-        is_written = is_running(int(process)) if host == _host() and process.isdecimal() else shared
-        if temporary.is_file() and not is_written:
-            temporary.unlink(missing_ok=True)
+        found = _TEMPORARY_NAME.fullmatch(temporary.name)
+        if found is None or not is_ours(found["name"]) or not temporary.is_file():
+            continue
+        is_written = is_running(int(found["process"])) if found["host"] == _host() else shared
+        if not is_written:
+            remove_file(temporary)
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file, if it is there; of a link, the link alone.
+
+    Raises:
+        OSError: With advice, if it cannot be removed.
+    """
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        if isinstance(path, ObjectPath):
+            raise
+        raise OSError(
+            error.errno,
+            f"{path} may not be removed: {os.strerror(error.errno or 0)}. Make {path.parent} writable, and run again.",
+        ) from error
 
 
 def is_running(process: int) -> bool:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from jaxtyping import Bool, Float64
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -13,8 +15,13 @@ from torch import Tensor
 
 from hf_trak.hashing import hash_file
 from hf_trak.storage.columns import Shard, read_shard
-from hf_trak.storage.files import file_size, read_json
+from hf_trak.storage.files import file_size
 from hf_trak.storage.layout import BANK_NAME, KERNEL_NAME, MASK_NAME, MEMBER_NAME, PROGRESS
+from hf_trak.storage.member_info import read_member_info
+from hf_trak.storage.origins import Origin, origin_of, read_origin, refuse_other_origin
+from hf_trak.storage.verified import is_as_written
+
+_MEND = "Restore it from a copy, or run the command that made the index again: only files that are missing or damaged are made again."
 
 
 class MemberReader:
@@ -22,12 +29,14 @@ class MemberReader:
 
     Args:
         folder (`Path`): The member's folder.
-        fetch (*optional*): Called with the name of a file before its first use, to bring it into `folder`. Files that come this way
-            are hashed before they are used. By default, all files are there already.
+        fetch (*optional*): Called with the name of a file before its first use, to bring it into `folder`. By default, all files are
+            there already.
+
+    Files are hashed before they are used: those that are fetched and shards on their first use, the others here.
 
     Raises:
         FileNotFoundError: If the folder is not a finished member.
-        ValueError: If a file is missing, or is not as long as `member.json` says; of files to be fetched, this is found on their use.
+        ValueError: If a file is missing, or is not what was written; of shards that are there, a wrong length is found here.
     """
 
     def __init__(self, folder: Path, fetch: Callable[[str], Any] | None = None) -> None:
@@ -39,49 +48,65 @@ class MemberReader:
                 if begun
                 else f"{folder} holds no {MEMBER_NAME}, so it is not a member of an attribution index."
             )
-        self.info = read_json(folder / MEMBER_NAME)
+        self.info = read_member_info(folder)
         self.identity: dict[str, Any] = self.info["identity"]
         self.records: dict[str, dict[str, Any]] = {entry["file"]: entry for entry in self.info["files"]}
-        if stray := [name for name in self.records if Path(name).name != name]:
-            raise ValueError(
-                f"{folder / MEMBER_NAME} lists {stray[0]!r}, which does not lie in its folder: it is no member of hf_trak's."
-            )
         self._fetch = fetch
-        self._fetched: set[str] = set()
+        self._verified: set[str] = set()
         self.shard_paths: Sequence[Path] = _ShardPaths(self)
         if fetch is None:
             for name in self.records:
                 self._check_size(name)
+            for name, record in self.records.items():
+                if "rows" not in record:
+                    self.path(name)
 
     def _check_size(self, name: str) -> None:
         path, expected = self.folder / name, self.records[name]["bytes"]
         size = file_size(path)
         if size != expected:
             state = "is missing" if size is None else f"has {size:,} bytes"
-            raise ValueError(
-                f"{path} {state}, where {expected:,} bytes were written. Restore it from a copy, or delete {self.folder} "
-                "and featurize again."
-            )
+            raise ValueError(f"{path} {state}, where {expected:,} bytes were written. {_MEND}")
 
     def path(self, name: str) -> Path:
-        """Return where a file lies; one that is elsewhere is fetched, and used only if it is what was written.
+        """Return where a file lies: one that is elsewhere is fetched, and all are used only if they are what was written.
 
         Raises:
-            ValueError: If what came is something else; it is dropped.
+            ValueError: If it is something else; a fetched file is dropped then.
         """
         path = self.folder / name
-        if self._fetch is None or name in self._fetched:
+        if name in self._verified:
             return path
-        self._fetch(name)
-        if path.stat().st_size != self.records[name]["bytes"] or hash_file(path) != self.records[name]["sha256"]:
+        if self._fetch is not None:
+            self._fetch(name)
+        if not is_as_written(path, self.records[name]):
+            if self._fetch is None:
+                raise ValueError(self._what_it_is(path))
             for damaged in (path.resolve(), path):  # in a cache, a link and what it leads to
                 damaged.unlink(missing_ok=True)
             raise ValueError(
                 f"{path} is not what was written: its SHA-256 differs from the one in {MEMBER_NAME}. It was dropped, so that the next "
                 "call fetches it anew. If it comes the same again, it is damaged where it comes from: ask for it to be pushed again."
             )
-        self._fetched.add(name)
+        self._verified.add(name)
         return path
+
+    def _what_it_is(self, path: Path) -> str:
+        """Say of a file that is not what was written what it is, as far as it tells."""
+        names = [name for name, record in self.records.items() if "rows" in record]
+        if path.name in names:
+            try:
+                found = read_origin(pq.read_schema(path).metadata)
+                refuse_other_origin(path, found, self.origin(names.index(path.name)))
+            except (pa.ArrowException, OSError):
+                pass  # it is damaged, which the hash says
+            except ValueError as error:
+                return str(error)
+        return f"{path} has changed since it was written: its SHA-256 differs from the one in {MEMBER_NAME}. {_MEND}"
+
+    def origin(self, shard: int) -> Origin:
+        """Return where a shard belongs, as the shard itself says."""
+        return origin_of(self.folder, self.identity, shard, n_shards=len(self.shard_paths))
 
     @property
     def n_rows(self) -> int:
@@ -89,8 +114,8 @@ class MemberReader:
 
     def shards(self) -> Iterator[Shard]:
         """Yield the shards in order, one in memory at a time."""
-        for path in self.shard_paths:
-            yield read_shard(path)
+        for number, path in enumerate(self.shard_paths):
+            yield read_shard(path, self.origin(number))
 
     def kernel(self) -> Float64[Tensor, "proj_dim proj_dim"]:
         return self._read_tensor(KERNEL_NAME)
@@ -107,27 +132,24 @@ class MemberReader:
         """
         if BANK_NAME not in self.records:
             return None
-        path = self.path(BANK_NAME)
-        if hash_file(path) != self.records[BANK_NAME]["sha256"]:
-            raise ValueError(f"{path} has changed since it was written. Restore it from a copy, or featurize again.")
-        return load_file(path)
+        return load_file(self.path(BANK_NAME))
 
     def _read_tensor(self, name: str) -> Tensor:
         path = self.path(name)
         try:
             return load_file(path)[name.split(".")[0]]
         except (SafetensorError, KeyError) as error:
-            raise ValueError(f"{path} is damaged: {error}. Delete {self.folder} and featurize again.") from error
+            raise ValueError(f"{path} is damaged: {error}. {_MEND}") from error
 
     def verify(self) -> None:
-        """Hash every file.
+        """Hash every file, whatever is remembered of it.
 
         Raises:
             ValueError: Naming the first file whose content is not what was written.
         """
         for name, record in self.records.items():
             if hash_file(self.path(name)) != record["sha256"]:
-                raise ValueError(f"{self.folder / name} has changed since it was written. Restore it from a copy.")
+                raise ValueError(self._what_it_is(self.folder / name))
 
 
 class _ShardPaths(Sequence[Path]):

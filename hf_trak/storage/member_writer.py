@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Bool, Float64
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from hf_trak.hashing import hash_file
-from hf_trak.storage.columns import Shard, read_shard, to_table
+from hf_trak.storage.columns import Shard, join_columns, read_shard, to_table
 from hf_trak.storage.differences import list_differences
 from hf_trak.storage.files import (
-    TEMPORARY,
-    discard,
+    field_of,
     file_size,
     file_sizes,
+    name_of_temporary,
     read_json,
     read_jsons,
-    remove_folder,
     remove_leftovers,
     write_atomically,
     write_folder,
@@ -32,11 +32,33 @@ from hf_trak.storage.files import (
     write_json_once,
     write_once,
 )
-from hf_trak.storage.layout import BANK_NAME, IDENTITY_NAME, KERNEL_NAME, MASK_NAME, MEMBER_NAME, PROGRESS
-from hf_trak.storage.object_store import local_copy
+from hf_trak.storage.layout import (
+    BANK_NAME,
+    DESCRIPTION_NAME,
+    IDENTITY_NAME,
+    KERNEL_NAME,
+    MASK_NAME,
+    MEMBER_NAME,
+    PROGRESS,
+    is_member_name,
+    member_number,
+)
+from hf_trak.storage.member_info import read_member_info
+from hf_trak.storage.object_store import ObjectPath, local_copy
+from hf_trak.storage.origins import Origin, origin_of
+from hf_trak.storage.replacing import (
+    begin_replacement,
+    commit_replacement,
+    holds_index,
+    is_member_file,
+    refuse_foreign,
+    remove_files,
+    staging_folder,
+    written_files,
+)
+from hf_trak.storage.verified import is_as_written
 
 _ROW_GROUP_BYTES = 12 << 20
-_DESCRIPTION = "description.json"
 
 
 class MemberWriter:
@@ -46,8 +68,8 @@ class MemberWriter:
         folder (`Path`): The member's folder.
         identity (`dict`): Everything that decides the rows; a folder begun with another identity is refused.
         shard_rows (`int`): Rows per shard. The grid does not depend on who computes a shard, or when.
-        overwrite (`bool`): Discard what the folder holds if it is another member's.
         shared (`bool`): Other processes may be writing to the folder, or beginning it, at this moment.
+        beside (`Callable`, *optional*): Given a range of rows, returns what else is stored of them; its schema's metadata is kept.
 
     Raises:
         ValueError: If the folder holds, or was begun as, something else; the message lists the differences.
@@ -60,8 +82,8 @@ class MemberWriter:
         identity: dict[str, Any],
         n_rows: int,
         shard_rows: int,
-        overwrite: bool = False,
         shared: bool = False,
+        beside: Callable[[range], pa.Table] | None = None,
     ) -> None:
         if n_rows < 1:
             raise ValueError("The dataset is empty: there is nothing to featurize.")
@@ -73,15 +95,65 @@ class MemberWriter:
         self.shard_rows = shard_rows
         self.n_shards = math.ceil(n_rows / shard_rows)
         self.progress = folder / PROGRESS
+        self._beside = beside
         found = self._found_identity()
         if found is not None and found != self.identity:
-            if not overwrite:
-                raise self._other_features(found)
-            discard(folder)
+            raise self._other_features(found)
+        if self.is_finished and not shared:
+            forget_progress(self.folder)  # killed just after `member.json` was written
+            self._reopen_if_damaged()
         if not self.is_finished:
             self._begin(shared)
-        elif not shared:
-            remove_folder(self.progress)  # killed just after `member.json` was written
+
+    @classmethod
+    def of_index(
+        cls,
+        folder: Path,
+        number: int,
+        config: dict[str, Any],
+        *,
+        identity: dict[str, Any],
+        n_rows: int,
+        shard_rows: int,
+        overwrite: bool = False,
+        shared: bool = False,
+        beside: Callable[[range], pa.Table] | None = None,
+    ) -> MemberWriter:
+        """Return the writer of a member of the index in `folder`.
+
+        Args:
+            config (`dict`): Of the index, as its file has it.
+            overwrite (`bool`): Write another member than the one that is there; it lies apart until
+                [`replace_members`] puts it in its place.
+
+        Raises:
+            ValueError: As [`MemberWriter`].
+        """
+        options: dict[str, Any] = {
+            "identity": identity,
+            "n_rows": n_rows,
+            "shard_rows": shard_rows,
+            "shared": shared,
+            "beside": beside,
+        }
+        home, staged = folder / f"member_{number}", staging_folder(folder) / f"member_{number}"
+        if not overwrite:
+            return cls(home, **options)
+        wanted = {**identity, "n_rows": n_rows, "shard_rows": shard_rows}
+        found, is_apart = _identity_in(home), True
+        if found == wanted or (found is None and not holds_index(staging_folder(folder))):
+            is_apart = False
+        else:
+            begin_replacement(folder, config)
+            names = [
+                f"train-{shard:05d}-of-{math.ceil(n_rows / shard_rows):05d}.parquet"
+                for shard in range(n_rows // shard_rows + 1)
+            ]
+            new = [f"{home.name}/{name}" for name in (*names, KERNEL_NAME, MASK_NAME, BANK_NAME, MEMBER_NAME)]
+            refuse_foreign(folder, new, written_files(folder))
+        if not shared and _identity_in(staged) not in ((wanted, None) if is_apart else (None,)):
+            remove_files(staged, _names_of(staged))  # of another run that was to replace this index
+        return cls(staged if is_apart else home, **options)
 
     @classmethod
     def begun(cls, folder: Path) -> MemberWriter:
@@ -94,17 +166,21 @@ class MemberWriter:
         if not path.exists():
             raise FileNotFoundError(f"{folder} holds no unfinished member: {path} is not there.")
         identity = read_json(path)
-        grid = {name: identity.pop(name) for name in ("n_rows", "shard_rows")}
+        grid: dict[str, Any] = {name: field_of(path, identity, name, int) for name in ("n_rows", "shard_rows")}
+        identity = {key: value for key, value in identity.items() if key not in grid}
         return cls(folder, identity=identity, **grid, shared=True)
 
     def _begin(self, shared: bool) -> None:
         write_folder(self.progress)
-        for folder in (self.folder, self.progress):
-            remove_leftovers(folder, shared=shared)
+        self._remove_leftovers(shared)
         if not write_json_once(self.progress / IDENTITY_NAME, self.identity):
             found = read_json(self.progress / IDENTITY_NAME)
             if found != self.identity:
                 raise self._other_features(found)
+
+    def _remove_leftovers(self, shared: bool) -> None:
+        remove_leftovers(self.folder, is_member_name, shared=shared)
+        remove_leftovers(self.progress, lambda name: is_member_name(f"{PROGRESS}/{name}"), shared=shared)
 
     def _other_features(self, found: dict[str, Any]) -> ValueError:
         return ValueError(
@@ -114,16 +190,35 @@ class MemberWriter:
         )
 
     def _found_identity(self) -> dict[str, Any] | None:
-        for path, key in ((self.folder / MEMBER_NAME, "identity"), (self.progress / IDENTITY_NAME, None)):
-            if path.exists():
-                content = read_json(path)
-                return content[key] if key else content
+        found = _identity_in(self.folder)
         # Killed before its identity was written, a member's folder holds an empty `.progress` and temporary files at most.
-        if self.folder.exists() and any(
-            path.name != PROGRESS and not path.name.endswith(TEMPORARY) for path in self.folder.iterdir()
+        if found is None and any(
+            name != PROGRESS and not is_member_name(name_of_temporary(name) or "") for name in file_sizes(self.folder)
         ):
             raise ValueError(f"{self.folder} is not empty and holds no features of hf_trak; choose another folder.")
-        return None
+        return found
+
+    def _reopen_if_damaged(self) -> None:
+        """Make a finished member whose files are damaged or missing an unfinished one, which lacks these alone."""
+        info = read_member_info(self.folder)
+        if isinstance(self.folder, ObjectPath):
+            sizes = file_sizes(self.folder)
+            damaged = {entry["file"] for entry in info["files"] if sizes.get(entry["file"]) != entry["bytes"]}
+        else:
+            damaged = {entry["file"] for entry in info["files"] if not is_as_written(self.folder / entry["file"], entry)}
+        if not damaged:
+            return
+        write_folder(self.progress)
+        write_json(self.progress / IDENTITY_NAME, self.identity)
+        names = [self.path(shard).name for shard in range(self.n_shards)]
+        for entry in info["files"]:
+            if "rows" in entry and entry["file"] in names and entry["file"] not in damaged:
+                write_json(self._record(names.index(entry["file"])), entry)
+        if (
+            BANK_NAME in damaged
+        ):  # it is read before it is written; other damaged files are replaced once the new ones are whole
+            remove_files(self.folder, [BANK_NAME])
+        (self.folder / MEMBER_NAME).unlink()
 
     @property
     def is_finished(self) -> bool:
@@ -151,16 +246,19 @@ class MemberWriter:
     def lacks(self, shard: int) -> bool:
         """Return whether a shard is not whole yet."""
         record, size = self._record(shard), file_size(self.path(shard))
-        is_whole = size is not None and record.exists() and read_json(record)["bytes"] == size
+        is_whole = size is not None and record.exists() and _check_record(record, read_json(record))["bytes"] == size
         return not (is_whole or self.is_finished)
 
     def _records(self) -> dict[str, dict[str, Any]]:
         """Return what was recorded of the shards that are whole, in their order."""
-        return read_jsons(self.progress, [self._record(shard).name for shard in range(self.n_shards)])
+        found = read_jsons(self.progress, [self._record(shard).name for shard in range(self.n_shards)])
+        return {name: _check_record(self.progress / name, record) for name, record in found.items()}
 
     def write(self, shard: int, columns: Mapping[str, np.ndarray]) -> None:
         """Write one whole shard, then record it."""
-        table = to_table({"example_id": np.asarray(self.rows(shard), dtype=np.int64), **columns})
+        table = to_table({"example_id": np.asarray(self.rows(shard), dtype=np.int64), **columns}, self._origin(shard))
+        if self._beside is not None:
+            table = join_columns(table, self._beside(self.rows(shard)))
         group_rows = max(1, _ROW_GROUP_BYTES // max(1, table.nbytes // table.num_rows))
         path, record = self.path(shard), {"file": self.path(shard).name, "rows": table.num_rows}
 
@@ -173,9 +271,12 @@ class MemberWriter:
         write_atomically(path, write)
         write_json(self._record(shard), record)
 
+    def _origin(self, shard: int) -> Origin:
+        return origin_of(self.folder, self.identity, shard, n_shards=self.n_shards)
+
     def read(self, shard: int) -> Shard:
         with self._local(shard) as file:
-            return read_shard(file)
+            return read_shard(file, self._origin(shard))
 
     @contextmanager
     def _local(self, shard: int) -> Iterator[Path]:
@@ -196,7 +297,7 @@ class MemberWriter:
             self._check(shard, file)
 
     def _check(self, shard: int, file: Path) -> None:
-        if hash_file(file) != read_json(self._record(shard))["sha256"]:
+        if hash_file(file) != _check_record(self._record(shard), read_json(self._record(shard)))["sha256"]:
             raise ValueError(
                 f"{self.path(shard)} has changed since it was written. Restore it from a copy, or delete it and make it again."
             )
@@ -215,14 +316,14 @@ class MemberWriter:
             return load_file(file)
 
     def describe(self, description: dict[str, Any], mask: Bool[Tensor, " rows"] | None = None) -> None:
-        """Keep what [`~MemberWriter.finish`] is to be given, for a process that does not know it; the first to do so is believed."""
+        """Keep what [`~MemberWriter.finish`] is to be given, for a process that does not know it; the first write wins."""
         if mask is not None:
             self._write_tensor(MASK_NAME, mask)
-        write_json_once(self.progress / _DESCRIPTION, description)
+        write_json_once(self.progress / DESCRIPTION_NAME, description)
 
     def described(self) -> dict[str, Any]:
         """Return what [`~MemberWriter.describe`] kept."""
-        return read_json(self.progress / _DESCRIPTION)
+        return read_json(self.progress / DESCRIPTION_NAME)
 
     def mask(self) -> Bool[Tensor, " rows"] | None:
         """Return the mask that [`~MemberWriter.describe`] kept, if there was one."""
@@ -252,9 +353,9 @@ class MemberWriter:
         if (self.folder / BANK_NAME).exists():
             with local_copy(self.folder / BANK_NAME) as file:
                 files.append(_describe_file(BANK_NAME, file))
-        remove_leftovers(self.folder, shared=False)
+        self._remove_leftovers(shared=False)
         write_json(self.folder / MEMBER_NAME, {"identity": self.identity, **description, "files": files})
-        remove_folder(self.progress)
+        forget_progress(self.folder)
 
     def _write_tensor(self, name: str, tensor: Tensor) -> dict[str, Any]:
         record: dict[str, Any] = {}
@@ -266,6 +367,48 @@ class MemberWriter:
 
         write_atomically(self.folder / name, write)
         return record
+
+
+def forget_progress(folder: Path) -> None:
+    """Remove the records of a member that is finished."""
+    names = [f"{PROGRESS}/{name}" for name in file_sizes(folder / PROGRESS)]
+    remove_files(folder, [name for name in names if is_member_file(name)])
+    if not isinstance(folder, ObjectPath):
+        with suppress(OSError):  # it is not there, or holds something else
+            (folder / PROGRESS).rmdir()
+
+
+def replace_members(folder: Path, n_members: int) -> None:
+    """Put the members that [`MemberWriter.of_index`] wrote apart in the place of those that they replace, all at once."""
+    staging = staging_folder(folder)
+    if not holds_index(staging):
+        return
+    new = {number for name in file_sizes(staging) if (number := member_number(staging / name)) is not None}
+    for number in [one for one in new if one >= n_members]:  # of another run that was to replace this index
+        remove_files(staging / f"member_{number}", _names_of(staging / f"member_{number}"))
+        new.remove(number)
+    assert all((staging / f"member_{number}" / MEMBER_NAME).exists() for number in new), "a member is not finished"
+    commit_replacement(folder, written_files(folder, lambda number: number in new or number >= n_members))
+
+
+def _identity_in(folder: Path) -> dict[str, Any] | None:
+    """Return what the member in a folder is of, finished or not; None if there is none."""
+    if (folder / MEMBER_NAME).exists():
+        return field_of(folder / MEMBER_NAME, read_json(folder / MEMBER_NAME), "identity", dict)
+    path = folder / PROGRESS / IDENTITY_NAME
+    return read_json(path) if path.exists() else None
+
+
+def _names_of(folder: Path) -> list[str]:
+    names = [*file_sizes(folder), *(f"{PROGRESS}/{name}" for name in file_sizes(folder / PROGRESS))]
+    return [name for name in names if is_member_file(name)]
+
+
+def _check_record(path: Path, record: dict[str, Any]) -> dict[str, Any]:
+    field_of(path, record, "file", str)
+    field_of(path, record, "bytes", int)
+    field_of(path, record, "sha256", str)
+    return record
 
 
 def _key(name: str) -> str:

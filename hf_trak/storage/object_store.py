@@ -154,12 +154,16 @@ class ObjectPath(_Base):
         with self._store() as (store, key):
             store.get_file(key, str(file))
 
-    def remove_below(self, *, but: ObjectPath | None = None) -> None:
-        """Remove all objects below this name, or all but one, in no order that anything may rely on."""
-        with self._store() as (store, key):
-            kept = None if but is None else store._strip_protocol(but.url)
-            if keys := [found for found in store.find(key) if found != kept]:
-                store.rm(keys)
+    def move_to(self, target: Path) -> None:
+        """Give the object another name in the same store, in place of what is there; killed meanwhile, it may have both."""
+        with self._store(writing=True) as (store, key):
+            try:
+                store.cp_file(key, store._strip_protocol(str(target)))
+            except FileNotFoundError:
+                if not target.is_file():  # unless another process moved it
+                    raise
+                return
+            store.rm_file(key)
 
     def _kind(self) -> str | None:
         with self._store() as (store, key):

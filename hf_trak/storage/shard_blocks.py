@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from hf_trak.storage.columns import Shard
+from hf_trak.storage.columns import Shard, check_example_ids
 from hf_trak.storage.member_reader import MemberReader
+from hf_trak.storage.origins import Origin, read_origin, refuse_other_origin
 
 _COLUMNS = ("example_id", "trak_features", "trak_scale", "trak_out_to_loss", "trak_output")
 
@@ -38,7 +39,7 @@ def block_size(member: MemberReader) -> BlockSize:
 def member_blocks(member: MemberReader, shards: range | None = None) -> Iterator[Shard]:
     """Yield the row groups of some shards, or of all, in order, one in memory at a time; features are float32."""
     for number in range(len(member.shard_paths)) if shards is None else shards:
-        yield from read_blocks(member.shard_paths[number])
+        yield from read_blocks(member.shard_paths[number], member.origin(number))
 
 
 def aligned_blocks(members: Sequence[MemberReader], shards: range | None = None) -> Iterator[tuple[Shard, ...]]:
@@ -46,18 +47,28 @@ def aligned_blocks(members: Sequence[MemberReader], shards: range | None = None)
     return zip(*(member_blocks(member, shards) for member in members), strict=True)
 
 
-def read_blocks(path: Path) -> Iterator[Shard]:
-    """Yield the row groups of one Parquet shard, checking the checksum of every page.
+def read_blocks(path: Path, origin: Origin | None = None) -> Iterator[Shard]:
+    """Yield the row groups of one Parquet shard, checking the checksum of every page, and that each row is that of its place.
+
+    Args:
+        origin ([`Origin`], *optional*): Where the shard belongs; a file that says something else is refused.
 
     Raises:
-        ValueError: If the file is damaged.
+        ValueError: If the file is damaged, or belongs elsewhere.
     """
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            if origin is not None:
+                refuse_other_origin(path, read_origin(file.schema_arrow.metadata), origin)
             columns = [name for name in _COLUMNS if name in file.schema_arrow.names]
+            row = 0 if origin is None else origin.first_row
             for group in range(file.num_row_groups):
-                yield _decode(file.read_row_group(group, columns=columns, use_threads=False))
-    except (pa.ArrowException, OSError, KeyError) as error:
+                block = _decode(file.read_row_group(group, columns=columns, use_threads=False))
+                if origin is not None:
+                    check_example_ids(path, block.example_id, row)
+                row += len(block.example_id)
+                yield block
+    except (pa.ArrowException, OSError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {error}. Restore it from a copy, or featurize again.") from error
 
 

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from hf_trak.tasks.token_inputs import Example, TokenInputs, labels_like, without_padding
+from hf_trak.tasks.token_inputs import Example, TokenInputs, labels_like, text_of
 from hf_trak.tasks.token_outputs import IGNORED
 
 if TYPE_CHECKING:
     from datasets import Features
     from transformers import PreTrainedModel
 
+_NOWHERE = np.asarray([IGNORED, IGNORED], dtype=np.int64)
 _TAGS = ("labels", "ner_tags", "pos_tags", "chunk_tags", "tags")
 
 
@@ -27,11 +27,16 @@ class TokenLabelInputs(TokenInputs):
     The first token of a word has the word's label and the others -100, as in transformers' examples.
     """
 
+    task_name = "token-classification"
+
     @staticmethod
     def _count_labels(model: PreTrainedModel) -> int:
         return model.config.num_labels
 
-    def check(self, features: Features, processing_class: Any) -> None:
+    def _texts_read(self, features: Features) -> dict[str, Any]:
+        return {"text": [self._words()], "label": self._tags(features)}
+
+    def _check_columns(self, features: Features, processing_class: Any) -> None:
         if self._is_tokenized(features):
             self._need(features, ["input_ids", self.label_column or "labels"], "Tokenized rows of token-classification")
             return
@@ -47,16 +52,21 @@ class TokenLabelInputs(TokenInputs):
 
     def _encode(self, row: Mapping[str, Any], processing_class: Any) -> Example:
         if self._is_tokenized(row):
-            ids, kept, types = without_padding(row)
-            return Example(ids, labels_like(row, self.label_column or "labels", kept), types)
+            example, kept = self._tokens_of(row)
+            return example._replace(labels=labels_like(row, self.label_column or "labels", kept))
+        for column in (self._words(), self._tags(row)):
+            if row[column] is None:
+                raise ValueError(f"its {column!r} are None; filter it out")
         words, tags = list(row[self._words()]), list(row[self._tags(row)])
+        if None in words:
+            raise ValueError(f"a word of its {self._words()!r} is None; filter it out")
         if len(words) != len(tags):
             raise ValueError(f"it has {len(words)} words and {len(tags)} labels; there must be one each")
-        found = processing_class(words, is_split_into_words=True, **self._limit(processing_class))
+        found, n_cut = self._tokenize(processing_class, words, is_split_into_words=True)
         places = found.word_ids()
         labels = [IGNORED if word is None or (i and places[i - 1] == word) else tags[word] for i, word in enumerate(places)]
-        types = np.asarray(found["token_type_ids"]) if "token_type_ids" in found else None
-        return Example(np.asarray(found["input_ids"]), np.asarray(labels, dtype=np.int64), types)
+        ids = np.asarray(found["input_ids"], dtype=np.int64)
+        return Example(ids, np.asarray(labels, dtype=np.int64), self._further_of(found), n_cut=n_cut)
 
 
 @dataclass(frozen=True)
@@ -64,14 +74,16 @@ class SpanInputs(TokenInputs):
     """Rows of an extractive question answerer: `input_ids`, `start_positions` and `end_positions`; or SQuAD's columns.
 
     `question`, `context` and `answers` become one sequence, cut in the context. A question without an answer points to the first
-    token, as in transformers' examples; one whose answer is cut off is refused.
+    token, as in transformers' examples; one whose answer is cut off, or lies outside the tokens, has no scored token.
     """
+
+    task_name = "question-answering"
 
     @staticmethod
     def _count_labels(model: PreTrainedModel) -> int:
-        return 10**9  # positions, which `_check_scored` looks at
+        return 10**9  # positions, which `_check_labels` looks at
 
-    def check(self, features: Features, processing_class: Any) -> None:
+    def _check_columns(self, features: Features, processing_class: Any) -> None:
         if self._is_tokenized(features):
             self._need(features, ["input_ids", "start_positions", "end_positions"], "Tokenized rows of question-answering")
             return
@@ -79,47 +91,59 @@ class SpanInputs(TokenInputs):
         if not getattr(processing_class, "is_fast", False):
             raise ValueError("Answers need a fast tokenizer, which knows where tokens lie: pass it as `processing_class`.")
 
+    def _texts_read(self, features: Features) -> dict[str, Any]:
+        return {"text": list(self._texts()), "label": self.label_column or "answers"}
+
+    def _label_of_tokens(self, features: Features) -> Any:
+        return [name for name in ("start_positions", "end_positions") if name in features]
+
     def _texts(self) -> tuple[str, ...]:
         return self.text_columns or ("question", "context")
 
     def _encode(self, row: Mapping[str, Any], processing_class: Any) -> Example:
         if self._is_tokenized(row):
-            ids, kept, types = without_padding(row)
+            example, kept = self._tokens_of(row)
             places = np.asarray([row["start_positions"], row["end_positions"]], dtype=np.int64).reshape(-1)
             if len(places) != 2 or (places < 0).any() or (places >= len(kept)).any() or not kept[places].all():
-                raise ValueError(
-                    f"its answer, tokens {places.tolist()}, does not lie on its {len(ids)} tokens (transformers leaves such rows out of "
-                    "its loss); filter it out"
+                why = (
+                    f"its answer, tokens {places.tolist()}, does not lie on its {len(example.ids)} tokens (transformers leaves such rows out of "
+                    "its loss)"
                 )
-            return Example(ids, np.cumsum(kept)[places] - 1, types)
+                return example._replace(labels=_NOWHERE, unscored=why)
+            return example._replace(labels=np.cumsum(kept)[places] - 1)
         return self._encode_texts(row, processing_class)
 
     def _encode_texts(self, row: Mapping[str, Any], processing_class: Any) -> Example:
-        question, context = (row[column] for column in self._texts())
-        options = self._limit(processing_class)
-        if options:
-            options["truncation"] = "only_second"
-        found = processing_class(question, context, return_offsets_mapping=True, **options)
+        question, context = (text_of(row, column) for column in self._texts())
+        found, n_cut = self._tokenize(
+            processing_class, question, context, return_offsets_mapping=True, truncation="only_second"
+        )
         answers = row[self.label_column or "answers"]
-        labels = np.zeros(2, dtype=np.int64)
-        if answers["text"]:
-            first, text = answers["answer_start"][0], answers["text"][0]
-            inside = [
-                i
-                for i, (part, (start, stop)) in enumerate(zip(found.sequence_ids(), found["offset_mapping"], strict=True))
-                if part == 1 and start < first + len(text) and stop > first
-            ]
-            if context[first : first + len(text)] != text:
-                raise ValueError(f"its answer {text!r} is not in the context at character {first}")
-            if not inside or found["offset_mapping"][inside[-1]][1] < first + len(text.rstrip()):
-                raise ValueError(f"its answer {text!r} is cut off at {len(found['input_ids'])} tokens; filter it out")
-            labels[:] = inside[0], inside[-1]
-        types = np.asarray(found["token_type_ids"]) if "token_type_ids" in found else None
-        return Example(np.asarray(found["input_ids"]), labels, types)
+        if answers is None:
+            raise ValueError(
+                f"its {self.label_column or 'answers'!r} is None; give an empty list for a question without an answer"
+            )
+        example = Example(
+            np.asarray(found["input_ids"], dtype=np.int64), np.zeros(2, dtype=np.int64), self._further_of(found), n_cut=n_cut
+        )
+        if not answers["text"]:
+            return example
+        first, text = answers["answer_start"][0], answers["text"][0]
+        if context[first : first + len(text)] != text:
+            raise ValueError(f"its answer {text!r} is not in the context at character {first}")
+        inside = [
+            i
+            for i, (part, (start, stop)) in enumerate(zip(found.sequence_ids(), found["offset_mapping"], strict=True))
+            if part == 1 and start < first + len(text) and stop > first
+        ]
+        if not inside or found["offset_mapping"][inside[-1]][1] < first + len(text.rstrip()):
+            why = f"its answer {text!r} is cut off at {len(example.ids)} tokens ({self._describe_limit(processing_class)})"
+            return example._replace(labels=_NOWHERE, unscored=why)
+        return example._replace(labels=np.asarray([inside[0], inside[-1]], dtype=np.int64))
 
-    def _check_scored(self, example: Example) -> None:
-        if example.labels[0] > example.labels[1]:
-            raise ValueError(f"its answer begins at token {example.labels[0]} and ends before, at {example.labels[1]}")
+    def _check_labels(self, example: Example) -> None:
+        if example.labels[0] > example.labels[-1]:
+            raise ValueError(f"its answer begins at token {example.labels[0]} and ends before, at {example.labels[-1]}")
 
     def _score(self, labels: np.ndarray, processing_class: Any) -> np.ndarray:
         return labels
@@ -127,4 +151,4 @@ class SpanInputs(TokenInputs):
     def _pad(self, examples: list[Example]) -> dict[str, Tensor]:
         batch = super()._pad(examples)
         labels: Tensor = batch.pop("labels")
-        return {**batch, "start_positions": labels[:, 0], "end_positions": torch.clone(labels[:, 1])}
+        return {**batch, "start_positions": labels[:, 0].clone(), "end_positions": labels[:, -1].clone()}

@@ -231,11 +231,14 @@ class TextInputs:
         }
         return self._columns(kinds)
 
-    def _tokenize(self, texts: list[list[str]], processing_class: Any) -> Mapping[str, list[list[int]]]:
-        limits = (self.max_length or self.positions, getattr(processing_class, "model_max_length", None))
+    def _limit(self, tokenizer: Any) -> int:
+        """Return how many tokens of a text are kept."""
+        limits = (self.max_length or self.positions, getattr(tokenizer, "model_max_length", None))
         limit = min((value for value in limits if value), default=10**9)
-        if self.strict and self.positions is not None:
-            limit = min(limit, self.positions)
+        return min(limit, self.positions) if self.strict and self.positions is not None else limit
+
+    def _tokenize(self, texts: list[list[str]], processing_class: Any) -> Mapping[str, list[list[int]]]:
+        limit = self._limit(processing_class)
         options = {"truncation": True, "max_length": limit} if limit < 10**9 else {}
         return processing_class(*texts, **options)
 

@@ -7,16 +7,26 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_trak.tasks.chat import encode_chat
-from hf_trak.tasks.token_inputs import Example, TokenInputs, labels_like, without_padding
+from hf_trak.tasks.chat import ChatTemplate
+from hf_trak.tasks.decoder_inputs import DecoderInputs
+from hf_trak.tasks.formats import refuse_pairs, refuse_unserved
+from hf_trak.tasks.packing import is_packed, refuse_packed
+from hf_trak.tasks.token_inputs import Example, TokenInputs, labels_like, text_of
 from hf_trak.tasks.token_outputs import IGNORED
 
 if TYPE_CHECKING:
     from datasets import Features
+    from transformers import PreTrainedModel
 
 _SOURCES = ("inputs", "input", "inputs_pretokenized", "source", "prompt", "question", "document", "text")
 _TARGETS = ("targets", "target", "targets_pretokenized", "labels", "label", "completion", "output", "answer", "summary")
-_SCORED_BY = ("assistant_masks", "completion_mask")
+_TEXT = "text"  # the column that SFTTrainer reads by default
+_MASKS = {
+    "assistant": ("assistant_masks",),
+    "completion": ("completion_mask",),
+    "auto": ("assistant_masks", "completion_mask"),
+    "all": (),
+}
 
 
 def find_texts(
@@ -34,40 +44,123 @@ class CausalInputs(TokenInputs):
 
     They hold, as TRL's and transformers' users have them, the first of these that is found:
 
-    - `input_ids`, with `labels` (or TRL's `assistant_masks` or `completion_mask`); without, every token is scored;
-    - `messages`: a conversation, of which the assistant's messages are scored;
-    - `prompt` and `completion`, both texts or both conversations: the completion is scored, and the EOS token after a text;
-    - one text column: every token is scored. The first token of a row is never scored, since nothing predicts it.
+    - `input_ids`, with `labels` (or TRL's `assistant_masks` and `completion_mask`); without, every token is scored;
+    - `prompt` and `completion`, both texts or both conversations;
+    - `messages`: a conversation;
+    - `text`, or the one text column.
+
+    What is scored is what TRL's `SFTTrainer` trains on with the same settings: by default the completion, all of a conversation, all of
+    a text; the EOS token, which is appended to texts and completions, is scored too. `loss_on="assistant"` is its
+    `assistant_only_loss=True`, `"completion"` its `completion_only_loss=True`, `"all"` its `completion_only_loss=False`. Rows longer
+    than `max_length` are cut at their end. The first token of a row is never scored, since nothing predicts it. Columns `tools` and
+    `chat_template_kwargs` are options of the chat template. Packed rows (`seq_lengths`, or `position_ids` that begin again) keep their
+    documents apart.
     """
 
-    def check(self, features: Features, processing_class: Any) -> None:
-        if self._is_tokenized(features):
-            return
-        if self.text_columns is None and ("messages" in features or {"prompt", "completion"} <= set(features)):
+    task_name = "causal-lm"
+
+    def _refuse_formats(self, features: Features) -> None:
+        if self.text_columns is None and _TEXT not in features:
+            refuse_unserved(features, self.task_name)
+
+    def _check_columns(self, features: Features, processing_class: Any) -> None:
+        kind = self._kind(features)
+        if (
+            self.loss_on == "assistant"
+            and kind in ("text", "tokens")
+            and "assistant_masks" not in features
+            and "labels" not in features
+        ):
+            raise ValueError(
+                f"loss_on='assistant' needs conversations ('messages', or 'prompt' and 'completion') or tokens with 'assistant_masks', but the "
+                f"dataset has {', '.join(features)}. Leave out `loss_on`, or set it to 'all' (--loss_on all)."
+            )
+        if (
+            self.loss_on == "completion"
+            and kind != "completion"
+            and not (kind == "tokens" and {"completion_mask", "labels"} & set(features))
+        ):
+            raise ValueError(
+                "loss_on='completion' needs the columns 'prompt' and 'completion', or tokens with a 'completion_mask', but the dataset has "
+                f"{', '.join(features)}. For conversations, set loss_on='assistant' or 'all' (--loss_on)."
+            )
+        if kind != "tokens":
+            if kind == "text":
+                self._text_column(features, self._string_columns(features))
             self._need_tokenizer(processing_class)
-            return
-        columns = self.text_columns or self._string_columns(features)
-        if len(columns) != 1:
+
+    def _kind(self, columns: Any) -> str:
+        """Return what rows with some columns hold: tokens, completion, messages or text."""
+        if self._is_tokenized(columns):
+            return "tokens"
+        if self.text_columns is None:
+            if "prompt" in columns and "completion" in columns:
+                return "completion"
+            if "messages" in columns:
+                return "messages"
+        return "text"
+
+    def _text_column(self, columns: Any, strings: Sequence[str]) -> str:
+        if self.text_columns is not None:
+            self._need(columns, self.text_columns, "The text")
+            if len(self.text_columns) != 1:
+                raise ValueError(f"causal-lm reads one text column, but `text_columns` names {', '.join(self.text_columns)}.")
+            return self.text_columns[0]
+        if _TEXT in strings:
+            return _TEXT
+        refuse_pairs(columns, strings)
+        if len(strings) != 1:
             raise ValueError(
                 "Expected tokenized rows ('input_ids'), 'messages', 'prompt' and 'completion', or one text column, but the dataset has "
-                f"{', '.join(features)}. Set `text_columns`."
+                f"{', '.join(columns)}. Set `text_columns` to the column that holds the whole training text."
             )
-        self._need(features, columns, "The text")
-        self._need_tokenizer(processing_class)
+        return strings[0]
+
+    def _texts_read(self, features: Features) -> dict[str, Any]:
+        kind = self._kind(features)
+        if kind == "text":
+            return {"text": [self._text_column(features, self._string_columns(features))]}
+        options = {name: name for name in ("tools", "chat_template_kwargs") if name in features}
+        return (
+            {"prompt": "prompt", "completion": "completion", **options}
+            if kind == "completion"
+            else {"messages": "messages", **options}
+        )
+
+    def _label_of_tokens(self, features: Features) -> Any:
+        label = super()._label_of_tokens(features)
+        masks = [name for name in _MASKS[self.loss_on] if name in features]
+        return label or ((masks if len(masks) > 1 else masks[0]) if masks else None)
+
+    def _check_packed(self) -> None:
+        if "position_ids" not in self.accepted:
+            raise refuse_packed("this model, which takes no position_ids, cannot keep apart")
+        if self.vmapped:
+            raise refuse_packed("gradients='functional' cannot keep apart; use gradients='layerwise'")
 
     def _encode(self, row: Mapping[str, Any], processing_class: Any) -> Example:
-        if self._is_tokenized(row):
-            ids, kept, types = without_padding(row)
-            return Example(ids, self._labels(row, ids, kept), types)
-        if self.text_columns is None and "messages" in row:
-            return self._cut(*encode_chat(row["messages"], processing_class), processing_class)
-        if self.text_columns is None and "completion" in row:
-            return self._cut(*self._completion(row["prompt"], row["completion"], processing_class), processing_class)
-        column = (
-            self.text_columns[0] if self.text_columns else next(key for key, value in row.items() if isinstance(value, str))
-        )
-        found = list(processing_class(row[column])["input_ids"])
+        kind = self._kind(row)
+        if kind == "tokens":
+            return self._encode_tokens(row)
+        if kind == "messages":
+            return self._cut(*self._conversation(row, processing_class), processing_class)
+        if kind == "completion":
+            return self._cut(*self._completion(row, processing_class), processing_class)
+        strings = [name for name, value in row.items() if isinstance(value, str) or name == _TEXT]
+        text = _with_eos(text_of(row, self._text_column(row, strings)), processing_class)
+        found = list(processing_class(text)["input_ids"])
         return self._cut(found, [True] * len(found), processing_class)
+
+    def _encode_tokens(self, row: Mapping[str, Any]) -> Example:
+        example, kept = self._tokens_of(row)
+        labels = self._labels(row, example.ids, kept)
+        if example.positions is not None:  # nothing in a document predicts its first token
+            labels = np.where(example.positions == 0, IGNORED, labels)
+        if is_packed(example.positions) or len(labels) == 0 or (labels[1:] != IGNORED).any() or labels[0] == IGNORED:
+            return example._replace(labels=labels)
+        return example._replace(
+            labels=labels, unscored="no token of it is scored: only its first could be, which nothing predicts"
+        )
 
     def _labels(self, row: Mapping[str, Any], ids: np.ndarray, kept: np.ndarray) -> np.ndarray:
         column = self.label_column or "labels"
@@ -75,35 +168,82 @@ class CausalInputs(TokenInputs):
             return labels_like(row, column, kept)
         if self.label_column is not None:
             raise ValueError(f"it has no column {column!r}")
-        for mask in _SCORED_BY:
+        scored = np.ones(len(ids), dtype=bool)
+        for mask in _MASKS[self.loss_on]:
             if mask in row:
-                return np.where(labels_like(row, mask, kept).astype(bool), ids, IGNORED)
-        return ids
+                scored &= labels_like(row, mask, kept).astype(bool)
+        return np.where(scored, ids, IGNORED)
 
-    @staticmethod
-    def _completion(prompt: Any, completion: Any, tokenizer: Any) -> tuple[list[int], list[bool]]:
-        if not isinstance(prompt, str):
-            return encode_chat([*prompt, *completion], tokenizer, prompt=len(prompt))
-        before = list(tokenizer(prompt)["input_ids"])
-        ids = list(tokenizer(prompt + completion)["input_ids"])
-        if tokenizer.eos_token_id is not None:
-            if before and before[-1] == tokenizer.eos_token_id:  # tokenizers that add it themselves
-                before = before[:-1]
-            if ids[-1:] != [tokenizer.eos_token_id]:
-                ids.append(tokenizer.eos_token_id)
-        # A token across the border belongs to the completion.
+    def _conversation(self, row: Mapping[str, Any], tokenizer: Any) -> tuple[list[int], list[bool]]:
+        messages = _messages(row, "messages")
+        template = ChatTemplate.for_row(row, tokenizer, self.chat_template_kwargs)
+        if self.loss_on == "assistant":
+            return template.assistant_mask(messages)
+        ids = template.ids(messages)
+        return ids, [True] * len(ids)
+
+    def _completion(self, row: Mapping[str, Any], tokenizer: Any) -> tuple[list[int], list[bool]]:
+        conversation = not isinstance(row["prompt"], str) and row["prompt"] is not None
+        if conversation:
+            prompt, completion = _messages(row, "prompt"), _messages(row, "completion")
+            template = ChatTemplate.for_row(row, tokenizer, self.chat_template_kwargs)
+            before = template.ids(prompt, add_generation_prompt=True)
+            if self.loss_on == "assistant":
+                ids, mask = template.assistant_mask([*prompt, *completion])
+            else:
+                ids = template.ids([*prompt, *completion])
+                mask = [True] * len(ids)
+        elif self.loss_on == "assistant":
+            raise ValueError("loss_on='assistant' needs conversations, but its 'prompt' is a text; use 'completion' or 'all'")
+        else:
+            prompt, completion = text_of(row, "prompt"), text_of(row, "completion")
+            before = list(tokenizer(prompt)["input_ids"])
+            ids = list(tokenizer(prompt + _with_eos(completion, tokenizer))["input_ids"])
+            mask = [True] * len(ids)
+        if self.loss_on == "all":
+            return ids, mask
+        # A token across the border, and what the template writes otherwise behind a prompt alone, belong to the completion.
         shared = next(
             (i for i, pair in enumerate(zip(before, ids, strict=False)) if pair[0] != pair[1]), min(len(before), len(ids))
         )
-        return ids, [i >= shared for i in range(len(ids))]
+        return ids, [scored and i >= shared for i, scored in enumerate(mask)]
 
     def _cut(self, ids: Sequence[int], mask: Sequence[bool], tokenizer: Any) -> Example:
-        limit = self._limit(tokenizer).get("max_length")
-        tokens = np.asarray(ids[:limit], dtype=np.int64)
-        return Example(tokens, np.where(np.asarray(mask[:limit], dtype=bool), tokens, IGNORED))
+        limit = self._limit(tokenizer)
+        whole = np.asarray(ids, dtype=np.int64)
+        labels = np.where(np.asarray(mask, dtype=bool), whole, IGNORED)
+        tokens, n_cut, unscored = whole[:limit], max(0, len(whole) - limit), None
+        if len(whole) and not (labels[1:limit] != IGNORED).any():
+            if (labels[1:] != IGNORED).any():
+                unscored = f"all its scored tokens are cut away by {self._describe_limit(tokenizer)}"
+            elif not any(mask):
+                unscored = (
+                    "no token of it is scored: it has no turn of the assistant"
+                    if self.loss_on == "assistant"
+                    else "its completion is empty"
+                )
+            else:
+                unscored = "no token of it is scored: only its first could be, which nothing predicts"
+        return Example(tokens, labels[:limit], n_cut=n_cut, unscored=unscored)
 
-    def _check_scored(self, example: Example) -> None:
-        super()._check_scored(example._replace(labels=example.labels[1:]))
+    def _scores(self, example: Example) -> bool:
+        return bool((example.labels[1:] != IGNORED).any())
+
+
+def _with_eos(text: str, tokenizer: Any) -> str:
+    """Return a text that ends with the EOS token, as TRL makes it."""
+    eos = getattr(tokenizer, "eos_token", None)
+    return text if eos is None or text.endswith(eos) else text + eos
+
+
+def _messages(row: Mapping[str, Any], column: str) -> list[Mapping[str, Any]]:
+    """Return a conversation; raise a ValueError if it is none."""
+    messages = row[column]
+    if not isinstance(messages, (list, tuple)) or not all(isinstance(turn, Mapping) and "role" in turn for turn in messages):
+        raise ValueError(
+            f"its {column!r} must be a list of messages with 'role' and 'content', but is {str(messages)[:60]}; mend it, or filter it out"
+        )
+    return list(messages)
 
 
 class MaskedInputs(TokenInputs):
@@ -113,7 +253,9 @@ class MaskedInputs(TokenInputs):
     `DataCollatorForLanguageModeling(..., seed=0)`, and keep the result as the dataset.
     """
 
-    def check(self, features: Features, processing_class: Any) -> None:
+    task_name = "masked-lm"
+
+    def _check_columns(self, features: Features, processing_class: Any) -> None:
         column = self.label_column or "labels"
         if not (self._is_tokenized(features) and column in features):
             raise ValueError(
@@ -122,24 +264,38 @@ class MaskedInputs(TokenInputs):
                 "and keep what it returns: which tokens are masked must be the same whenever a row is featurized."
             )
 
+    def _texts_read(self, features: Features) -> dict[str, Any]:
+        raise ValueError("masked-lm reads tokenized rows alone.")
+
     def _encode(self, row: Mapping[str, Any], processing_class: Any) -> Example:
-        ids, kept, types = without_padding(row)
-        return Example(ids, labels_like(row, self.label_column or "labels", kept), types)
+        example, kept = self._tokens_of(row)
+        return example._replace(labels=labels_like(row, self.label_column or "labels", kept))
 
 
 class Seq2SeqInputs(TokenInputs):
     """Rows of an encoder and a decoder: `input_ids` and `labels`, or a text and a target text.
 
-    Labels of -100 at either end are padding and are taken off. The decoder reads the labels, one to the right, as transformers
-    shifts them, -100 inside becoming padding; or `decoder_input_ids`, where a tokenized row has them.
+    Labels of -100 at the end are padding and are taken off, and so are those at the beginning of a row that is padded on the left. The
+    decoder reads what the model makes of the labels, as in training (`prepare_decoder_input_ids_from_labels`); or `decoder_input_ids`,
+    where a tokenized row has them.
     """
 
-    def check(self, features: Features, processing_class: Any) -> None:
+    task_name = "seq2seq"
+
+    @staticmethod
+    def _decoder(model: PreTrainedModel) -> DecoderInputs | None:
+        return DecoderInputs.for_model(model)
+
+    def _check_columns(self, features: Features, processing_class: Any) -> None:
         if self._is_tokenized(features):
             self._need(features, ["input_ids", self.label_column or "labels"], "Tokenized rows of seq2seq")
             return
         self._texts(features, self._string_columns(features))
         self._need_tokenizer(processing_class)
+
+    def _texts_read(self, features: Features) -> dict[str, Any]:
+        source, target = self._texts(features, self._string_columns(features))
+        return {"text": [source], "label": target}
 
     def _texts(self, columns: Any, strings: Sequence[str]) -> tuple[str, str]:
         """Return the names of the text and of its target."""
@@ -153,24 +309,32 @@ class Seq2SeqInputs(TokenInputs):
 
     def _encode(self, row: Mapping[str, Any], processing_class: Any) -> Example:
         if self._is_tokenized(row):
-            ids, _, types = without_padding(row)
-            labels = np.asarray(row[self.label_column or "labels"], dtype=np.int64)
+            example, kept = self._tokens_of(row)
+            column = self.label_column or "labels"
+            if row[column] is None:
+                raise ValueError(f"its {column!r} are None; filter it out")
+            labels = np.asarray(row[column], dtype=np.int64)
             if row.get("decoder_input_ids") is not None:
-                return self._with_decoder(row, ids, labels)
+                return self._with_decoder(row, example, labels)
+            padded_left = len(kept) > 0 and not kept[0]
         else:
-            source, target = self._texts(row, [key for key, value in row.items() if isinstance(value, str)])
-            options = self._limit(processing_class)
-            types = None
-            ids = np.asarray(processing_class(row[source], **options)["input_ids"], dtype=np.int64)
-            labels = np.asarray(processing_class(text_target=row[target], **options)["input_ids"], dtype=np.int64)
+            # None counts as a text here, so that the row is named by its column.
+            strings = [key for key, value in row.items() if isinstance(value, str) or value is None]
+            source, target = self._texts(row, strings)
+            found, cut = self._tokenize(processing_class, text_of(row, source))
+            answer, cut_off = self._tokenize(processing_class, text_target=text_of(row, target))
+            example = Example(
+                np.asarray(found["input_ids"], dtype=np.int64), np.zeros(0), self._further_of(found), n_cut=max(cut, cut_off)
+            )
+            labels = np.asarray(answer["input_ids"], dtype=np.int64)
+            padded_left = False
         ends = (labels != IGNORED).nonzero()[0]
-        labels = labels[ends[0] : ends[-1] + 1] if len(ends) else labels[:0]
-        before = np.where(labels[:-1] == IGNORED, self.pad_token_id, labels[:-1])
-        start = self.pad_token_id if self.decoder_start is None else self.decoder_start
-        return Example(ids, labels, types, np.concatenate([[start], before]).astype(np.int64)[: len(labels)])
+        labels = labels[ends[0] if padded_left else 0 : ends[-1] + 1] if len(ends) else labels[:0]
+        assert self.decoder is not None
+        return example._replace(labels=labels, decoder_ids=self.decoder(labels))
 
     @staticmethod
-    def _with_decoder(row: Mapping[str, Any], ids: np.ndarray, labels: np.ndarray) -> Example:
+    def _with_decoder(row: Mapping[str, Any], example: Example, labels: np.ndarray) -> Example:
         mask = row.get("decoder_attention_mask")
         kept = np.ones(len(labels), dtype=bool) if mask is None else np.asarray(mask).astype(bool)
         decoder_ids = np.asarray(row["decoder_input_ids"], dtype=np.int64)
@@ -178,4 +342,4 @@ class Seq2SeqInputs(TokenInputs):
             raise ValueError(
                 f"it has {len(decoder_ids)} tokens in 'decoder_input_ids' and {len(labels)} labels; there must be one each"
             )
-        return Example(ids, labels[kept], None, decoder_ids[kept])
+        return example._replace(labels=labels[kept], decoder_ids=decoder_ids[kept])

@@ -4,26 +4,39 @@ from __future__ import annotations
 
 import abc
 import inspect
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_trak.config import TrakConfig
+from hf_trak.tasks.decoder_inputs import DecoderInputs
+from hf_trak.tasks.formats import refuse_unserved
 from hf_trak.tasks.inputs import Rows
+from hf_trak.tasks.packing import PACKING_COLUMNS, is_packed, packed_positions, pad_positions, refuse_packed
+from hf_trak.tasks.padding import as_numbers, further_inputs, pad_inputs
+from hf_trak.tasks.row_faults import Faults
 from hf_trak.tasks.token_outputs import IGNORED
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
     from transformers import PreTrainedModel
 
+logger = logging.getLogger(__name__)
+
 _ROWS_CHECKED_AT_ONCE = 1000
 _SENTINEL = re.compile(r"<extra_id_\d+>")
 _LOGITS_OF_A_TOKEN = 1 << 15  # a larger vocabulary's tokens count for several, so that a batch's logits stay within memory
+_NO_LIMIT = 10**9
+# What `_tokens_of` and the subclasses read themselves, and so no further inputs.
+_HANDLED = frozenset(
+    ("input_ids", "attention_mask", "labels", "decoder_input_ids", "decoder_attention_mask", "start_positions", "end_positions")
+)
 
 
 class Example(NamedTuple):
@@ -32,8 +45,15 @@ class Example(NamedTuple):
     ids: np.ndarray
     labels: np.ndarray
     """Of the tokens, -100 where none is scored; of a decoder's, if there is one; for a span, its first and last token."""
-    types: np.ndarray | None = None
+    further: Mapping[str, np.ndarray] | None = None
+    """The model's other inputs: along the tokens, or of one shape in every row."""
     decoder_ids: np.ndarray | None = None
+    positions: np.ndarray | None = None
+    """Of a packed row's tokens, each in its document."""
+    n_cut: int = 0
+    """Tokens cut off by the limit on length."""
+    unscored: str | None = None
+    """Why no token is scored, where it is not that all labels are -100."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +61,7 @@ class TokenInputs(abc.ABC):
     """What language models' inputs have in common.
 
     Padding is taken off and put back on the right, no wider than a batch needs: features depend on neither its side nor its width.
+    Every column of a tokenized row that the model's `forward` takes reaches the model.
 
     Args:
         accepted (`frozenset[str]`): Names the model's `forward` takes.
@@ -48,8 +69,14 @@ class TokenInputs(abc.ABC):
         n_labels (`int`): Of the vocabulary, or of the classes of a token.
         positions (`int`, *optional*): Tokens the model has positions for.
         score_tokens (`str`): "all", or "content": neither special tokens, such as EOS, nor sentinels, such as `<extra_id_0>`.
-        decoder_start (`int`, *optional*): What a decoder reads first.
+        loss_on (`str`): "auto", "assistant", "completion" or "all": which tokens of a causal language model's row are scored.
+        skip_unscored (`bool`): Keep rows without any scored token, with a gradient of zero.
+        chat_template_kwargs (`dict`, *optional*): Of the chat template.
+        decoder (`DecoderInputs`, *optional*): What a decoder reads.
+        vmapped (`bool`): Whether gradients are taken under `vmap`, where packed rows cannot be served.
     """
+
+    task_name: ClassVar[str]
 
     text_columns: tuple[str, ...] | None
     label_column: str | None
@@ -59,7 +86,11 @@ class TokenInputs(abc.ABC):
     n_labels: int
     positions: int | None = None
     score_tokens: str = "all"
-    decoder_start: int | None = None
+    loss_on: str = "auto"
+    skip_unscored: bool = False
+    chat_template_kwargs: Mapping[str, Any] | None = field(default=None, compare=False)
+    decoder: DecoderInputs | None = field(default=None, compare=False)
+    vmapped: bool = False
 
     @classmethod
     def for_model(cls, model: PreTrainedModel, config: TrakConfig) -> TokenInputs:
@@ -72,19 +103,39 @@ class TokenInputs(abc.ABC):
             accepted=frozenset(inspect.signature(model.forward).parameters),
             pad_token_id=getattr(text, "pad_token_id", None) or 0,
             n_labels=cls._count_labels(model),
-            positions=getattr(text, "max_position_embeddings", None),
+            positions=count_positions(model),
             score_tokens=config.score_tokens,
-            decoder_start=getattr(text, "decoder_start_token_id", None),
+            loss_on=config.loss_on,
+            skip_unscored=config.skip_unscored,
+            chat_template_kwargs=config.chat_template_kwargs,
+            decoder=cls._decoder(model),
+            vmapped=config.gradients == "functional",
         )
 
     @staticmethod
     def _count_labels(model: PreTrainedModel) -> int:
         return model.config.get_text_config().vocab_size
 
+    @staticmethod
+    def _decoder(model: PreTrainedModel) -> DecoderInputs | None:
+        return None
+
     # A dataset's columns.
 
-    @abc.abstractmethod
     def check(self, features: Features, processing_class: Any) -> None:
+        """Raise a ValueError that names the columns if a dataset cannot serve."""
+        if not self._is_tokenized(features):
+            self._refuse_formats(features)
+            for name, kind in features.items():
+                if name in self.accepted and name not in _HANDLED and name != self.label_column and _holds_numbers(kind):
+                    raise ValueError(
+                        f"The model's `forward` takes {name!r}, which the dataset has, but its rows are texts, so that {name!r} cannot be laid "
+                        "along their tokens. Tokenize the dataset first (a column 'input_ids', and the others along it), or remove the column."
+                    )
+        self._check_columns(features, processing_class)
+
+    @abc.abstractmethod
+    def _check_columns(self, features: Features, processing_class: Any) -> None:
         """Raise a ValueError that names the columns if a dataset cannot serve."""
 
     @abc.abstractmethod
@@ -96,13 +147,29 @@ class TokenInputs(abc.ABC):
         return self
 
     def columns_read(self, features: Features) -> dict[str, Any]:
-        """Return which columns are read and as what, JSON-able; by default tokens, or the columns of strings."""
+        """Return which columns are read and as what, JSON-able: `{"tokens": [...], "label": ...}`, or `{"text": [...]}` and others."""
         if self._is_tokenized(features):
-            found: dict[str, Any] = {"tokens": [name for name in features if name in self.accepted and name != "labels"]}
-            label = self.label_column or "labels"
-            return {**found, "label": label} if label in features else found
-        found = {"text": list(self.text_columns or self._string_columns(features))}
-        return {**found, "label": self.label_column} if self.label_column is not None else found
+            tokens = [name for name in features if self._reads(name)]
+            label = self._label_of_tokens(features)
+            return {"tokens": tokens, "label": label} if label else {"tokens": tokens}
+        return self._texts_read(features)
+
+    def _reads(self, name: str) -> bool:
+        """Whether a column of tokenized rows is an input."""
+        labels = ("labels", "start_positions", "end_positions", self.label_column)
+        return (name in self.accepted and name not in labels) or name in ("input_ids", "attention_mask")
+
+    def _label_of_tokens(self, features: Features) -> Any:
+        label = self.label_column or "labels"
+        return label if label in features else None
+
+    @abc.abstractmethod
+    def _texts_read(self, features: Features) -> dict[str, Any]:
+        """Return which columns are read of rows that are not tokenized."""
+
+    def _refuse_formats(self, features: Features) -> None:
+        if self.text_columns is None:
+            refuse_unserved(features, self.task_name)
 
     def _need(self, features: Features, columns: Sequence[str], purpose: str) -> None:
         missing = [column for column in columns if column not in features]
@@ -123,15 +190,39 @@ class TokenInputs(abc.ABC):
     # Rows.
 
     def check_rows(self, dataset: Dataset, processing_class: Any) -> None:
-        """Encode every row once, before anything is computed.
+        """Encode every row once, before anything is computed, and say how many rows are cut or have no scored token.
 
         Raises:
-            ValueError: Naming the first row that cannot serve.
+            ValueError: Naming all rows that cannot serve, with the reasons, or all that have no scored token.
         """
+        faults = Faults(len(dataset))
+        shapes: dict[str, set[Any]] = {}
         for start in range(0, len(dataset), _ROWS_CHECKED_AT_ONCE):
-            stop = min(start + _ROWS_CHECKED_AT_ONCE, len(dataset))
-            for _ in self._examples(dataset[start:stop], processing_class, first=start):
-                pass
+            rows = dataset[start : min(start + _ROWS_CHECKED_AT_ONCE, len(dataset))]
+            for place, row in enumerate(_each(rows)):
+                try:
+                    example = self._example(row, processing_class)
+                except ValueError as error:
+                    faults.cannot_serve(start + place, str(error))
+                    continue
+                if example.n_cut:
+                    faults.cut(start + place)
+                if (reason := self._unscored(example)) is not None:
+                    faults.no_scored_token(start + place, reason)
+                for name, array in (example.further or {}).items():
+                    along = array.ndim > 0 and len(array) == len(example.ids)
+                    shapes.setdefault(name, set()).add(("tokens", *array.shape[1:]) if along else array.shape)
+        faults.raise_for_rows()
+        for name, found in shapes.items():
+            if len(found) > 1:
+                first, second, *_ = sorted(map(str, found))
+                raise ValueError(
+                    f"The column {name!r}, which the model's `forward` takes, has neither one entry per token in every row nor one shape, but "
+                    f"{first} in some rows and {second} in others. Bring it to one shape in the dataset, or remove the column."
+                )
+        faults.raise_for_unscored(skip=self.skip_unscored)
+        for line in faults.notes(self._describe_limit(processing_class), skip=self.skip_unscored):
+            logger.warning(line)
 
     def collate(self, rows: Rows, processing_class: Any) -> dict[str, Tensor]:
         """Return a batch."""
@@ -145,16 +236,35 @@ class TokenInputs(abc.ABC):
             for example in self._examples(dataset[:], processing_class)
         ]
 
-    def _examples(self, rows: Rows, processing_class: Any, *, first: int = 0) -> Iterator[Example]:
-        names = list(rows)
-        for place, values in enumerate(zip(*rows.values(), strict=True)):
+    def _examples(self, rows: Rows, processing_class: Any) -> Iterator[Example]:
+        for place, row in enumerate(_each(rows)):
             try:
-                example = self._encode(dict(zip(names, values, strict=True)), processing_class)
-                example = example._replace(labels=self._score(example.labels, processing_class))
-                self._check(example)
+                example = self._example(row, processing_class)
+                if (reason := self._unscored(example)) is not None and not self.skip_unscored:
+                    raise ValueError(f"{reason}; filter it out, or set skip_unscored=True (--skip_unscored)")
             except ValueError as error:
-                raise ValueError(f"Row {first + place} cannot serve: {error}.") from error
+                raise ValueError(f"Row {place} cannot serve: {error}.") from error
             yield example
+
+    def _example(self, row: Mapping[str, Any], processing_class: Any) -> Example:
+        """Return one row's tokens, scored as configured and checked."""
+        example = self._encode(row, processing_class)
+        if example.unscored is None:
+            example = example._replace(labels=self._score(example.labels, processing_class))
+        if len(example.ids) == 0:  # without any token it is one of padding, so that it can be part of a batch
+            example = Example(
+                np.asarray([self.pad_token_id]),
+                np.asarray([IGNORED]),
+                None
+                if example.further is None
+                else {name: np.zeros((1, *v.shape[1:]), v.dtype) for name, v in example.further.items()},
+                example.decoder_ids,
+                unscored=example.unscored or "it has no token",
+            )
+        if example.decoder_ids is not None and len(example.decoder_ids) == 0:
+            example = example._replace(labels=np.asarray([IGNORED]), decoder_ids=np.asarray([self.pad_token_id]))
+        self._check(example)
+        return example
 
     def _score(self, labels: np.ndarray, processing_class: Any) -> np.ndarray:
         """Leave out what `score_tokens` does not count."""
@@ -175,10 +285,8 @@ class TokenInputs(abc.ABC):
         return np.where(kept, labels, IGNORED)
 
     def _check(self, example: Example) -> None:
-        if len(example.ids) == 0:
-            raise ValueError("it has no token")
         for name, values in (("inputs", example.ids), ("labels", example.labels)):
-            if self.positions is not None and len(values) > self.positions:
+            if self.positions is not None and len(values) > self.positions and not is_packed(example.positions):
                 raise ValueError(
                     f"its {name} are {len(values)} tokens, more than the model's {self.positions} positions; tokenize again with "
                     "`truncation=True`"
@@ -188,62 +296,181 @@ class TokenInputs(abc.ABC):
                     f"its {name} are {len(values)} tokens, more than max_length={self.max_length}; tokenize again with "
                     "`truncation=True`, or leave out `max_length`"
                 )
+        if is_packed(example.positions) and self.positions is not None and example.positions.max() >= self.positions:  # type: ignore[union-attr]
+            raise ValueError(f"one of its documents is longer than the model's {self.positions} positions; pack shorter ones")
+        self._check_labels(example)
+
+    def _check_labels(self, example: Example) -> None:
         labels = example.labels
         wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= self.n_labels))]
         if len(wrong):
             raise ValueError(
                 f"its labels must be -100 or lie in 0 to {self.n_labels - 1}, what the model can predict, but one is {wrong[0]}"
             )
-        self._check_scored(example)
 
-    def _check_scored(self, example: Example) -> None:
-        if not (example.labels != IGNORED).any():
-            raise ValueError(
-                "no token of it is scored: all its labels are -100"
-                + (' or left out by score_tokens="content"' if self.score_tokens != "all" else "")
-                + "; filter it out"
-            )
+    def _unscored(self, example: Example) -> str | None:
+        """Return why an example has no scored token; None if it has one."""
+        if self._scores(example):
+            return None
+        return example.unscored or (
+            "no token of it is scored: all its labels are -100"
+            + (' or left out by score_tokens="content"' if self.score_tokens != "all" else "")
+        )
+
+    def _scores(self, example: Example) -> bool:
+        return bool((example.labels != IGNORED).any())
 
     def _pad(self, examples: list[Example]) -> dict[str, Tensor]:
         batch = {"input_ids": _stack([example.ids for example in examples], self.pad_token_id)}
-        lengths = torch.tensor([len(example.ids) for example in examples])
-        if "attention_mask" in self.accepted:
-            batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths.unsqueeze(1)).long()
-        types = [example.types for example in examples if example.types is not None]
-        if types and "token_type_ids" in self.accepted:
-            batch["token_type_ids"] = _stack(types, 0)
+        lengths, width = [len(example.ids) for example in examples], batch["input_ids"].shape[1]
+        if any(example.positions is not None for example in examples):
+            positions = [
+                np.arange(length) if example.positions is None else example.positions
+                for example, length in zip(examples, lengths, strict=True)
+            ]
+            batch["position_ids"] = pad_positions(positions, width)
+        elif "attention_mask" in self.accepted:
+            batch["attention_mask"] = (torch.arange(width) < torch.tensor(lengths).unsqueeze(1)).long()
+        batch.update(pad_inputs([example.further or {} for example in examples], lengths, width))
         decoder_ids = [example.decoder_ids for example in examples if example.decoder_ids is not None]
         if decoder_ids:
             batch["decoder_input_ids"] = _stack(decoder_ids, self.pad_token_id)
         batch["labels"] = _stack([example.labels for example in examples], IGNORED)
         return batch
 
-    def _limit(self, processing_class: Any) -> dict[str, Any]:
-        """Return a tokenizer's options that cut a text."""
-        limit = min(self.max_length or 10**9, self.positions or 10**9, getattr(processing_class, "model_max_length", 10**9))
-        return {"truncation": True, "max_length": limit} if limit < 10**9 else {}
+    # Tokens.
+
+    def _tokens_of(self, row: Mapping[str, Any]) -> tuple[Example, np.ndarray]:
+        """Return a tokenized row without labels, and which of its tokens are no padding."""
+        ids, kept = without_padding(row)
+        skipped = {*_HANDLED, *PACKING_COLUMNS} | ({self.label_column} if self.label_column else set())
+        positions = self._documents(row, kept)
+        if positions is not None:
+            skipped.add("position_ids")
+        return Example(ids, ids, further_inputs(row, self.accepted, kept, skipped), positions=positions), kept
+
+    def _documents(self, row: Mapping[str, Any], kept: np.ndarray) -> np.ndarray | None:
+        """Return the positions of a packed row's tokens in their documents; None if nothing says that it is packed."""
+        columns = {name: row[name] for name in PACKING_COLUMNS if row.get(name) is not None}
+        if row.get("position_ids") is not None:
+            given = as_numbers("position_ids", row["position_ids"])
+            columns["position_ids"] = given[kept] if given.shape == kept.shape else given
+        if not columns or len(kept) == 0:
+            return None
+        positions = packed_positions(columns, int(kept.sum()))
+        if positions is None:
+            return None
+        if is_packed(positions):
+            self._check_packed()
+        elif "position_ids" not in self.accepted:
+            return None
+        return positions
+
+    def _check_packed(self) -> None:
+        """Raise a ValueError if the task cannot serve packed rows."""
+        raise refuse_packed("the model would let attend to one another")
+
+    def _tokenize(self, processing_class: Any, *texts: Any, **options: Any) -> tuple[Any, int]:
+        """Return what the tokenizer makes of a text, cut at the limit, and how many tokens were cut off."""
+        limit = self._limit(processing_class)
+        truncation = options.pop("truncation", True)
+        if limit == _NO_LIMIT:
+            return processing_class(*texts, **options), 0
+        found = processing_class(*texts, **options, truncation=truncation, max_length=limit)
+        if len(found["input_ids"]) < limit:
+            return found, 0
+        whole = processing_class(*texts, **options, verbose=False)
+        return found, len(whole["input_ids"]) - len(found["input_ids"])
+
+    def _further_of(self, found: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Return what a tokenizer made of a text besides the ids, as far as the model takes it."""
+        return {
+            name: np.asarray(values, dtype=np.int64)
+            for name, values in found.items()
+            if name in self.accepted and name not in _HANDLED
+        }
+
+    def _limit(self, processing_class: Any) -> int:
+        """Return how many tokens of a text are kept."""
+        return min(
+            self.max_length or _NO_LIMIT, self.positions or _NO_LIMIT, getattr(processing_class, "model_max_length", _NO_LIMIT)
+        )
+
+    def _describe_limit(self, processing_class: Any) -> str:
+        """Say how many tokens of a text are kept, and why."""
+        limit = self._limit(processing_class)
+        if limit == self.max_length:
+            return f"max_length={limit}"
+        return f"the model's {limit} positions" if limit == self.positions else f"the tokenizer's model_max_length={limit}"
 
     def _string_columns(self, features: Features) -> list[str]:
         return [name for name, kind in features.items() if getattr(kind, "dtype", None) in ("string", "large_string")]
 
 
-def without_padding(row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Return a tokenized row's ids without padding, which tokens were kept, and its token types."""
+def text_of(row: Mapping[str, Any], column: str) -> str:
+    """Return the text in a column of a row; raise a ValueError if there is none."""
+    if column not in row:
+        raise ValueError(f"it has no column {column!r}")
+    if not isinstance(row[column], str):
+        raise ValueError(f"its {column!r} is {str(row[column])[:40]!s}, not a text; filter it out, or fill it in")
+    return row[column]
+
+
+def count_positions(model: nn.Module) -> int | None:
+    """Return how many tokens a model has positions for; None where its configuration knows no limit.
+
+    RoBERTa and its kin count positions from the padding token's on, so that their table serves fewer tokens than it has rows.
+    """
+    text = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    limit = getattr(text, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit <= 0:
+        return None
+    for name, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if isinstance(module, nn.Embedding) and name.endswith("position_embeddings") and padding is not None:
+            limit = min(limit, module.num_embeddings - padding - 1)
+    return limit
+
+
+def without_padding(row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Return a tokenized row's ids without padding, and which tokens were kept."""
+    if row["input_ids"] is None:
+        raise ValueError("its 'input_ids' are None; filter it out")
     ids = np.asarray(row["input_ids"], dtype=np.int64)
+    if ids.ndim != 1:
+        raise ValueError(f"its 'input_ids' have the shape {ids.shape}; a row is one list of tokens")
     mask = row.get("attention_mask")
     kept = np.ones(len(ids), dtype=bool) if mask is None else np.asarray(mask).astype(bool)
-    types = row.get("token_type_ids")
-    return ids[kept], kept, None if types is None else np.asarray(types, dtype=np.int64)[kept]
+    if kept.shape != ids.shape:
+        raise ValueError(
+            f"it has {len(ids)} tokens in 'input_ids' and an 'attention_mask' of shape {kept.shape}; there must be one each"
+        )
+    return ids[kept], kept
 
 
 def labels_like(row: Mapping[str, Any], column: str, kept: np.ndarray) -> np.ndarray:
     """Return a tokenized row's labels without padding; there must be one per token."""
+    if row[column] is None:
+        raise ValueError(f"its {column!r} are None; filter it out")
     labels = np.asarray(row[column], dtype=np.int64)
     if labels.shape != kept.shape:
         raise ValueError(
             f"it has {len(kept)} tokens in 'input_ids' and {labels.size} labels in {column!r}; there must be one each"
         )
     return labels[kept]
+
+
+def _each(rows: Rows) -> Iterator[dict[str, Any]]:
+    names = list(rows)
+    for values in zip(*rows.values(), strict=True):
+        yield dict(zip(names, values, strict=True))
+
+
+def _holds_numbers(kind: Any) -> bool:
+    """Whether a column's cells are numbers, or lists of them."""
+    while hasattr(kind, "feature"):
+        kind = kind.feature
+    return str(getattr(kind, "dtype", "")).startswith(("int", "uint", "float", "bool"))
 
 
 def _stack(values: Sequence[np.ndarray], fill: int) -> Tensor:

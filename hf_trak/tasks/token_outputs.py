@@ -88,7 +88,7 @@ def token_margins(logits: Float[Tensor, "*batch vocabulary"], labels: Int64[Tens
 def reduce_tokens(
     margins: Float[Tensor, "batch tokens"], scored: Tensor, reduction: str, *, exact: bool = False
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
-    """Return the output and out-to-loss of each example from its own scored tokens.
+    """Return the output and out-to-loss of each example from its own scored tokens; both are 0 where there is none.
 
     Args:
         exact (`bool`): Weigh each token's gradient by its 1 − p, so that out-to-loss is 1; the output's value is that of the sum.
@@ -99,7 +99,8 @@ def reduce_tokens(
     wrong = torch.where(scored, torch.sigmoid(-margins.detach()), zero)  # 1 − p = σ(−margin)
     if exact:
         weighted = (wrong * torch.where(scored, margins, zero)).sum(1)
-        return total.detach() + (weighted - weighted.detach()), torch.ones_like(total).detach()
+        return total.detach() + (weighted - weighted.detach()), (counts > 0).to(total.dtype)
+    counts = counts.clamp(min=1)
     return (total / counts if reduction == "mean" else total), wrong.sum(1) / counts
 
 
@@ -158,8 +159,8 @@ class SpanOutput(_Reduced):
         if "attention_mask" in batch:
             logits = logits.masked_fill(~batch["attention_mask"].bool().unsqueeze(1), float("-inf"))
         positions = torch.stack([batch["start_positions"], batch["end_positions"]], 1)
-        scored = torch.ones_like(positions, dtype=torch.bool)
-        return reduce_tokens(token_margins(logits, positions), scored, self.reduction, exact=self.exact)
+        scored = positions != IGNORED
+        return reduce_tokens(token_margins(logits, positions.where(scored, 0)), scored, self.reduction, exact=self.exact)
 
 
 def _run(model: Callable[..., Any], batch: Mapping[str, Any], **options: Any) -> Any:

@@ -10,15 +10,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hf_trak.members import Members
 from hf_trak.storage.files import write_folder, write_json
+from hf_trak.storage.snapshots import is_snapshot, refuse_other, remove_snapshot
 from hf_trak.training.model_upload import MEMBERS_FOLDER, find_indexes
-from hf_trak.training.snapshots import (
-    check_can_save,
-    check_name_is_free,
-    check_room,
-    discard_snapshot,
-    is_snapshot,
-    save_snapshot,
-)
+from hf_trak.training.snapshots import check_can_save, check_room, save_snapshot
 
 _PROBE = ".probe.json"
 
@@ -67,9 +61,9 @@ class AttributionCallback(TrainerCallback):
             kind, _, number = snapshot.name.partition("-")
             ours = snapshot.name == "final" or (kind in reached and number.isdigit())
             if ours and kind == self.members.kind.removesuffix("s"):
-                check_name_is_free(snapshot)
+                refuse_other(snapshot)
             if ours and (snapshot.name == "final" or int(number) > reached[kind]):
-                discard_snapshot(snapshot)
+                remove_snapshot(snapshot)
         # A new snapshot is whole before the oldest is deleted.
         check_room(folder, model, self.members.count + (self.members.kind == "epoch"))
 
@@ -86,7 +80,7 @@ class AttributionCallback(TrainerCallback):
         if state.is_world_process_zero:
             found = sorted(filter(is_snapshot, (Path(args.output_dir) / MEMBERS_FOLDER).glob("epoch-*")))
             for folder in found[: -self.members.count]:
-                discard_snapshot(folder)
+                remove_snapshot(folder)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep the final weights: the best ones, where the run loads them at its end."""

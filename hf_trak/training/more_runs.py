@@ -20,21 +20,13 @@ from transformers.trainer_utils import TrainOutput
 from hf_trak.hashing import stream_key
 from hf_trak.members import Members
 from hf_trak.storage.files import write_atomically
+from hf_trak.storage.snapshots import is_snapshot, refuse_other, remove_snapshot
 from hf_trak.training.callback import check_writable
 from hf_trak.training.model_upload import MEMBERS_FOLDER
 from hf_trak.training.random_state import random_state_kept
 from hf_trak.training.run_identity import describe_run
 from hf_trak.training.runs import RECORD_NAME, RunRecord, draw_masks, save_masks
-from hf_trak.training.snapshots import (
-    check_can_save,
-    check_name_is_free,
-    check_room,
-    discard_snapshot,
-    is_adapter,
-    is_snapshot,
-    load_snapshot,
-    save_snapshot,
-)
+from hf_trak.training.snapshots import check_can_save, check_room, is_adapter, load_snapshot, save_snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +89,7 @@ class MoreRuns:
                 _restore_callbacks(trainer, callbacks)
                 self._run(name, None if masks is None else masks[number], ignore_keys_for_eval)
         if trainer.is_world_process_zero():
-            discard_snapshot(self.folder / _INITIAL)
+            remove_snapshot(self.folder / _INITIAL)
             if self.work.is_dir() and not any(self.work.iterdir()):
                 self.work.rmdir()
         return output
@@ -141,7 +133,7 @@ class MoreRuns:
         check_writable(self.folder)
         names = [self.main, *self.names, _INITIAL]
         for name in names:
-            check_name_is_free(self.folder / name)
+            refuse_other(self.folder / name)
             if (self.work / name).exists() and not (self.work / name / RECORD_NAME).is_file():
                 raise FileExistsError(
                     f"{self.work / name} is needed for a run, and is not one. Move it, or choose another `output_dir`."

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,14 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_trak.storage.files import TEMPORARY, read_json, write_folder
+from hf_trak.storage.files import read_json
+from hf_trak.storage.snapshots import write_snapshot
 
-logger = logging.getLogger(__name__)
-
-SNAPSHOT_NAME = "snapshot.json"  # lists the files of a snapshot, and is written last
 _WEIGHTS = "model.safetensors"
 _WEIGHTS_INDEX = "model.safetensors.index.json"
-_KEPT_PREFIX = "kept-"
 
 
 def is_adapter(model: Any) -> bool:
@@ -46,41 +41,28 @@ def loads_by_name(model: Any) -> bool:
     return any(getattr(library, found.__name__, None) is found for library in (transformers, hf_trak.models))
 
 
-def is_snapshot(folder: Path) -> bool:
-    """Return whether a folder is a snapshot that [`save_snapshot`] finished."""
-    return (folder / SNAPSHOT_NAME).is_file()
-
-
 def save_snapshot(folder: Path, model: Any, processing_class: Any = None) -> None:
-    """Save the weights, and what turns rows into inputs beside them; the folder appears under its name when it is whole.
+    """Save the weights, and what turns rows into inputs; the folder appears under its name when it is whole.
 
     A module that is no model of transformers is saved as its `state_dict`, and needs the module again to be loaded: [`load_snapshot`].
 
     Raises:
-        FileExistsError: If a folder of that name is there and is not a snapshot.
+        ValueError: If a folder of that name is there and is not a snapshot.
         OSError: If a file cannot be written; what was written of the snapshot is removed.
     """
-    check_name_is_free(folder)
-    write_folder(folder.parent)
-    temporary = folder.with_name(f".{folder.name}{TEMPORARY}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+
+    def save(temporary: Path) -> None:
         _write_weights(temporary, model)
         if processing_class is not None:
             processing_class.save_pretrained(temporary)
-        files = sorted(path.relative_to(temporary).as_posix() for path in temporary.rglob("*") if path.is_file())
-        record = {"class": f"{type(model).__module__}.{type(model).__qualname__}", "files": files}
-        (temporary / SNAPSHOT_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+    try:
+        write_snapshot(folder, save)
     except OSError as error:
         reason = error.strerror or str(error)
         raise OSError(
             error.errno, f"The snapshot {folder} was not written: {reason}. Training can go on from its last checkpoint."
         ) from error
-    finally:
-        if not is_snapshot(temporary):
-            shutil.rmtree(temporary, ignore_errors=True)
-    discard_snapshot(folder)
-    temporary.rename(folder)
 
 
 def _write_weights(folder: Path, model: Any) -> None:
@@ -96,39 +78,6 @@ def _write_weights(folder: Path, model: Any) -> None:
         config = copy.deepcopy(base.config)
         config.architectures = [type(base).__name__]
         config.save_pretrained(folder)
-
-
-def check_name_is_free(folder: Path) -> None:
-    """Check that writing a snapshot replaces at most a snapshot.
-
-    Raises:
-        FileExistsError: If something else has its name.
-    """
-    if folder.exists() and not is_snapshot(folder):
-        raise FileExistsError(
-            f"{folder} is not a snapshot that hf_trak wrote (it holds no {SNAPSHOT_NAME}), and is not replaced. Move it, or choose "
-            "another `output_dir`."
-        )
-
-
-def discard_snapshot(folder: Path) -> None:
-    """Delete a snapshot; files that somebody else put there stay, in a folder whose name begins with "kept-"."""
-    if not is_snapshot(folder):
-        return
-    for name in read_json(folder / SNAPSHOT_NAME)["files"]:
-        (folder / name).unlink(missing_ok=True)
-    (folder / SNAPSHOT_NAME).unlink()
-    for path in sorted(folder.rglob("*"), reverse=True):
-        if path.is_dir() and not any(path.iterdir()):
-            path.rmdir()
-    if not any(folder.iterdir()):
-        folder.rmdir()
-        return
-    number = 0
-    while (kept := folder.with_name(f"{_KEPT_PREFIX}{number}-{folder.name}")).exists():
-        number += 1
-    folder.rename(kept)
-    logger.warning("%s held files that are not of a snapshot; they are in %s now.", folder, kept)
 
 
 def load_snapshot(folder: Path | str, model: nn.Module) -> nn.Module:

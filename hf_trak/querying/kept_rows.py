@@ -1,0 +1,102 @@
+"""Training rows as an index kept them: read back from the first member, for hits that show themselves without the training set."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Int64
+
+from hf_trak.storage.member_reader import MemberReader
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features
+
+
+class KeptRows:
+    """The columns of the training set that were kept (`keep_columns`), by row; empty where none were.
+
+    Args:
+        member ([`MemberReader`]): The index's first, which has them.
+    """
+
+    def __init__(self, member: MemberReader) -> None:
+        self._member = member
+        self.column_names: list[str] = list(member.identity.get("kept", {}).get("columns", []))
+
+    def __len__(self) -> int:
+        return self._member.n_rows
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        """Return the kept columns of a row, decoded as by the training set."""
+        return self.take([row])[0]
+
+    @functools.cached_property
+    def features(self) -> Features:
+        """The features of the kept columns, as the training set had them."""
+        from datasets import Features
+
+        with pq.ParquetFile(self._member.shard_paths[0]) as file:
+            found = Features.from_arrow_schema(file.schema_arrow)
+        return Features({name: found[name] for name in self.column_names})
+
+    def take(self, rows: Sequence[int]) -> Dataset:
+        """Return some rows, in the order given.
+
+        Raises:
+            IndexError: If a row is not one of the index's.
+            ValueError: If a file is damaged.
+        """
+        from datasets import Dataset
+        from datasets.table import InMemoryTable
+
+        features = self.features
+        wanted, inverse = np.unique(np.asarray(rows, dtype=np.int64), return_inverse=True)
+        if len(wanted) and not 0 <= wanted[0] <= wanted[-1] < len(self):
+            raise IndexError(
+                f"The index has rows 0 to {len(self) - 1}, but row {wanted[0] if wanted[0] < 0 else wanted[-1]} was asked for."
+            )
+        parts = list(self._read(wanted))
+        table = pa.concat_tables(parts) if parts else features.arrow_schema.empty_table()
+        return Dataset(InMemoryTable(table.take(inverse).cast(features.arrow_schema)))
+
+    def _read(self, rows: Int64[np.ndarray, " n"]) -> Iterator[pa.Table]:
+        """Yield sorted rows, from the row groups that have them."""
+        shard_rows = self._member.identity["shard_rows"]
+        for shard in np.unique(rows // shard_rows).tolist():
+            path = self._member.shard_paths[shard]
+            inside = rows[rows // shard_rows == shard] - shard * shard_rows
+            try:
+                with pq.ParquetFile(path, page_checksum_verification=True) as file:
+                    sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+                    stops = np.cumsum(sizes)
+                    for group, (size, stop) in enumerate(zip(sizes, stops.tolist(), strict=True)):
+                        here = inside[(inside >= stop - size) & (inside < stop)] - (stop - size)
+                        if len(here):
+                            yield file.read_row_group(group, columns=self.column_names).select(self.column_names).take(here)
+            except (pa.ArrowException, OSError, KeyError) as error:
+                raise ValueError(f"{path} is damaged: {error}. Restore it from a copy, or featurize again.") from error
+
+    def beside(self, hits: Dataset) -> Dataset:
+        """Return hits with the kept columns of their rows: `proponent_<column>` and `opponent_<column>`, lists in the rows' order."""
+        from datasets import Dataset, Features, List, concatenate_datasets
+        from datasets.table import InMemoryTable
+
+        if not self.column_names:
+            return hits
+        arrays: dict[str, pa.Array] = {}
+        features: dict[str, Any] = {}
+        for kind in ("proponent", "opponent"):
+            rows = hits.with_format("arrow")[:][f"{kind}s"].combine_chunks()
+            found = self.take(rows.flatten().to_numpy(zero_copy_only=False))
+            offsets = np.concatenate([[0], np.cumsum(rows.value_lengths().to_numpy(zero_copy_only=False))]).astype(np.int32)
+            for name in self.column_names:
+                values = found.data.column(name).combine_chunks()
+                arrays[f"{kind}_{name}"] = pa.ListArray.from_arrays(offsets, values)
+                features[f"{kind}_{name}"] = List(found.features[name])
+        table = pa.table(arrays).cast(Features(features).arrow_schema)
+        return concatenate_datasets([hits, Dataset(InMemoryTable(table))], axis=1)
