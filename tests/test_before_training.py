@@ -17,7 +17,8 @@ from tokenizers_for_tests import word_tokenizer
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 from hf_trak import AttributionArguments, AttributionCallback, AttributionIndex, AttributionTrainer, Task
-from hf_trak.training.snapshots import SNAPSHOT_NAME, load_snapshot, save_snapshot
+from hf_trak.storage.snapshots import LIST_NAME
+from hf_trak.training.snapshots import load_snapshot, save_snapshot
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
 
@@ -176,7 +177,7 @@ REFUSED = {
     ),
     "late steps": (lambda folder: make_trainer(folder, members="steps:[2,9]"), "after step 9, but the run ends at step 3"),
     "full disk": (full_disk, "4 snapshots of the weights need .* GB are free"),
-    "not ours": (not_ours, "members/final is not a snapshot that hf_trak wrote"),
+    "not ours": (not_ours, "members/final was not written by hf_trak"),
     "file for a folder": (lambda folder: (folder / "out").write_text("") or make_trainer(folder / "out" / "run"), "out/run"),
     "processor": (unsaved_processor, "is a SimpleNamespace, which cannot be saved"),
 }
@@ -305,14 +306,14 @@ def test_the_callback_deletes_nothing_but_snapshots(tmp_path):
     assert [(members / name / "thesis.txt").read_text() for name in ("notes", "epoch-notes", "final-report")] == ["mine"] * 3
     assert (members / "kept-0-epoch-0002" / "notes.txt").read_text() == "mine, too"
     assert sorted(path.name for path in members.glob("epoch-0*")) == ["epoch-0001"]
-    record = json.loads((members / "epoch-0001" / SNAPSHOT_NAME).read_text())
-    assert set(record["files"]) == {path.name for path in (members / "epoch-0001").iterdir()} - {SNAPSHOT_NAME}
+    record = json.loads((members / "epoch-0001" / LIST_NAME).read_text())
+    assert set(record["files"]) == {path.name for path in (members / "epoch-0001").iterdir()} - {LIST_NAME}
 
 
 @pytest.mark.parametrize(
     ("prepare", "options", "message"),
     [
-        (lambda folder: (folder / "members" / "epoch-0001").mkdir(parents=True), {}, "is not a snapshot that hf_trak wrote"),
+        (lambda folder: (folder / "members" / "epoch-0001" / "mine").mkdir(parents=True), {}, "was not written by hf_trak"),
         (lambda folder: (folder / "members").write_text(""), {}, "members"),
     ],
     ids=["name taken", "file in the way"],
