@@ -165,7 +165,7 @@ REFUSED = {
         lambda folder: make_trainer(
             folder, given={"train_dataset": TRAIN.map(lambda row, i: {"label": 7 if i == 20 else 0}, with_indices=True)}
         ),
-        "7 at row 20",
+        "7 (at|in) row 20",
     ),
     "proj_dim": (lambda folder: make_trainer(folder, proj_dim=10**6), "proj_dim=1,000,000 is more than"),
     "parameters": (lambda folder: make_trainer(folder, attribution_parameters=["nothing"]), "'nothing' matches none"),

@@ -42,11 +42,11 @@ def make_trainer(folder, model, train, **given):
 @pytest.mark.parametrize("members", ["final", "subsets:2"])
 def test_a_transform_that_tokenizes_trains_and_is_attributed_as_rows_tokenized_before(tmp_path, members, keep):
     given = {"processing_class": TOKENIZER}
-    options = {"members": members, **({"remove_unused_columns": False} if keep else {})}
+    options = {"members": members, "damping": "0.1", **({"remove_unused_columns": False} if keep else {})}
     through = make_trainer(tmp_path / "through", "bert", TEXTS.with_transform(tokenize), options=options, **given)
     through.train()
     before = TEXTS.map(tokenize, batched=True, remove_columns=TEXTS.column_names)
-    mapped = make_trainer(tmp_path / "mapped", "bert", before, options={"members": members}, **given)
+    mapped = make_trainer(tmp_path / "mapped", "bert", before, options={"members": members, "damping": "0.1"}, **given)
     mapped.train()
     assert_equal_models(through.model, mapped.model)
     scores = through.featurize().score(TEXTS.with_transform(tokenize), progress=False)
