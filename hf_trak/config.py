@@ -17,7 +17,7 @@ _CHOSEN_AFTER = ("damping", "dtype", "skip_unscored")
 _NOT_OF_ROWS = ("task", "damping", "columns_read", "label_names")
 _CHOICES = {
     "dtype": ("float32", "float16"),
-    "gradients": ("layerwise", "functional"),
+    "gradients": ("auto", "layerwise", "functional", "loop"),
     "compute_dtype": ("float32", "bfloat16"),
     "label_mapping": ("auto", "by_id", "by_name"),
     "reduction": ("mean", "sum"),
@@ -62,8 +62,10 @@ class TrakConfig:
         "Rows or columns of a weight's longer side that may share a bucket before its gradient is formed; 1 folds nothing. "
         "For block_count_sketch.",
     )
-    gradients: Literal["layerwise", "functional"] = _option(
-        "layerwise", "How per-example gradients are made: layerwise (fast) or functional (any model)."
+    gradients: Literal["auto", "layerwise", "functional", "loop"] = _option(
+        "auto",
+        "How per-example gradients are made: layerwise (a batch at a time; fast), functional (torch.func), loop (one example at a time; any "
+        "model), or auto (layerwise where its check at the start passes, else loop).",
     )
     compute_dtype: Literal["float32", "bfloat16"] = _option(
         "float32",

@@ -38,7 +38,13 @@ class FeatureArguments:
             "nothing and is slower."
         },
     )
-    gradients: str = field(default="layerwise", metadata={"help": "layerwise (fast) or functional (any model)."})
+    gradients: str = field(
+        default="auto",
+        metadata={
+            "help": "auto (layerwise where its check at the start passes, else loop), layerwise (fast), functional (torch.func) or loop (one "
+            "example at a time; any model)."
+        },
+    )
     compute_dtype: str = field(
         default="float32",
         metadata={"help": "float32 (or whatever dtype the model is saved in), or bfloat16: autocast, with float32 sketches."},

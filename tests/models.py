@@ -46,7 +46,7 @@ def gpt2(**options: object) -> nn.Module:
 
 
 def llama(**options: object) -> nn.Module:
-    """Its RMSNorm is a class of its own, for which there is no rule."""
+    """With an RMSNorm class of its own."""
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
     sizes = {**_TRANSFORMER, "max_position_embeddings": 20}

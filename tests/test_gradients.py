@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_trak.featurizing.autocast import in_bfloat16
-from hf_trak.gradients import GRADIENTS, check_gradients, functional_features, select_parameters
+from hf_trak.gradients import GRADIENTS, check_gradients, functional_features, layerwise, select_parameters
 from hf_trak.projectors import BlockCountSketch, Identity, folding
 from hf_trak.tasks import classification_margin, vmappable_attention
 
@@ -49,9 +49,11 @@ def gradients_of(
 
 
 def check(model: nn.Module, batch: Mapping[str, Any], output_function: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    n_rows = len(next(value for value in batch.values() if isinstance(value, Tensor)))
     parameters = select_parameters(model).parameters
-    projector = BlockCountSketch(proj_dim=128, seed=0)
-    check_gradients(model, batch, output_function=output_function, parameters=parameters, projector=projector)
+    check_gradients(
+        model, lambda rows: rows_of(batch, list(rows)), n_rows, output_function=output_function, parameters=parameters
+    )
 
 
 def assert_rows_close(actual: Tensor, expected: Tensor, *, relative: float) -> None:
@@ -269,6 +271,41 @@ class TiedByHand(nn.Module):
         return self.head(self.embedding(x).tanh())
 
 
+class OnePlus(nn.Module):
+    """A norm of another kind, which no list of names has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain, self.offset = nn.Parameter(torch.zeros(6)), nn.Parameter(torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / (x.abs().mean(-1, keepdim=True) + 1e-3) * (1 + self.gain) + self.offset
+
+
+def norms() -> dict[str, Callable[[], nn.Module]]:
+    """The norms that families of transformers write for themselves."""
+    from transformers.models.cohere.modeling_cohere import CohereLayerNorm
+    from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+    from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+    from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+    from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+    from transformers.models.t5.modeling_t5 import T5LayerNorm
+
+    kinds = (LlamaRMSNorm, Qwen3RMSNorm, MistralRMSNorm, Phi3RMSNorm, Olmo2RMSNorm, GemmaRMSNorm, Gemma3RMSNorm, T5LayerNorm)
+    made = {kind.__name__: lambda kind=kind: kind(6) for kind in (*kinds, CohereLayerNorm)}
+    return {**made, "OnePlus": OnePlus}
+
+
+def gated_norm() -> nn.Module:
+    from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
+
+    return Qwen3NextRMSNormGated(6)
+
+
+NORMS = norms()
 IMAGE = (4, 4, 7, 6)
 SERIES = (4, 4, 9)
 TOKENS = (4, 5, 6)
@@ -316,6 +353,11 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "layer norm, no bias": (lambda: nn.LayerNorm(6, bias=False), inputs(4, 6)),
     "rms norm": (lambda: nn.RMSNorm(6, eps=0.1), inputs(*TOKENS)),
     "rms norm, default eps": (lambda: nn.RMSNorm(6), inputs(*TOKENS)),
+    **{f"{name}, norm of transformers": (lambda make=make: Layer(make()), inputs(*TOKENS)) for name, make in NORMS.items()},
+    "gated, norm of transformers, parts": (
+        lambda: Layer(gated_norm(), lambda layer, x: layer(x.flatten(0, 1), x.flatten(0, 1).cos()).reshape(x.shape)),
+        inputs(*TOKENS),
+    ),
     "group norm": (lambda: nn.GroupNorm(2, 4, eps=0.1), inputs(*IMAGE)),
     "group norm, no places": (lambda: nn.GroupNorm(2, 6), inputs(4, 6)),
     "batch norm 1d": (lambda: nn.BatchNorm1d(6, eps=0.1), inputs(4, 6)),
@@ -354,8 +396,43 @@ def test_a_layers_gradients_equal_a_loop_over_examples(case: str):
     batch = to_double({"x": x})
     _, _, grads = gradient_loop(model, batch, readout, list(select_parameters(model).parameters))
     assert grads.norm() > 0
-    assert_rows_close(gradients_of(model, batch, readout).features, grads, relative=1e-12)
+    # Some norms compute in float32 whatever they are given.
+    relative = 1e-6 if "norm of transformers" in case.lower() else 1e-12
+    assert_rows_close(gradients_of(model, batch, readout).features, grads, relative=relative)
     check(model, batch, readout)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+@pytest.mark.parametrize("name", NORMS)
+def test_a_norm_is_known_by_what_it_computes(name: str, scale: float, monkeypatch):
+    monkeypatch.setattr(layerwise, "vmap", None)  # it is not differentiated
+    torch.manual_seed(0)
+    model, batch = Layer(nn.Sequential(randomise(NORMS[name]()), randomise(NORMS[name]()))), {"x": scale * inputs(*TOKENS)}
+    _, _, grads = gradient_loop(model, batch, readout, list(select_parameters(model).parameters))
+    assert_rows_close(gradients_of(model, batch, readout).features, grads, relative=2e-5 if scale < 1 else 5e-6)
+    assert_rows_close(gradients_of(model.bfloat16(), batch, in_half(readout)).features, grads, relative=0.1)
+
+
+def in_half(output_function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    return lambda model, batch: output_function(lambda x: model(x.bfloat16()).float(), batch)
+
+
+class Softly(nn.Module):
+    """A scale that enters by a function that is not affine, and is near to one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (self.weight + 0.01 * self.weight.square())
+
+
+def test_a_module_that_is_nearly_affine_is_not_taken_for_one():
+    torch.manual_seed(0)
+    model, batch = Layer(Softly()), {"x": inputs(*TOKENS)}
+    _, _, grads = gradient_loop(model, batch, readout, list(select_parameters(model).parameters))
+    assert_rows_close(gradients_of(model, batch, readout).features, grads, relative=5e-6)
 
 
 def test_a_parameter_that_is_not_used_has_a_gradient_of_zero():
@@ -714,7 +791,7 @@ class LooksAtValues(nn.Module):
         self.scale = nn.Parameter(torch.ones(6))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.scale if x.sum().item() < math.inf else x
+        return x * self.scale.tanh() if x.sum().item() < math.inf else x
 
 
 def test_a_module_that_cannot_be_vectorised_is_named():
@@ -726,7 +803,7 @@ class RunsOnce(LooksAtValues):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[0] == 1:
             raise ValueError("one example is not enough")
-        return x * self.scale
+        return x * self.scale.tanh()
 
 
 def test_a_module_that_cannot_be_run_again_is_named():

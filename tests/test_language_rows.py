@@ -36,7 +36,15 @@ BART = {
 def t5gemma() -> nn.Module:
     from transformers import T5GemmaConfig, T5GemmaForConditionalGeneration
 
-    side = {**SIZES, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 100, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1}
+    side = {
+        **SIZES,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": 100,
+        "pad_token_id": 0,
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+    }
     return T5GemmaForConditionalGeneration(T5GemmaConfig(encoder=side, decoder=side, vocab_size=100, initializer_range=0.15))
 
 
@@ -74,7 +82,9 @@ def test_a_decoder_reads_what_the_models_own_loss_makes_it_read(name: str):
         one = {key: value[i : i + 1] for key, value in batch.items()}
         output, out_to_loss = task.output_function(model, one)
         found = torch.autograd.grad(output.sum(), list(model.parameters()), allow_unused=True)
-        loss = model(input_ids=torch.tensor([ids]), labels=torch.tensor([targets])).loss * sum(label != -100 for label in targets)
+        loss = model(input_ids=torch.tensor([ids]), labels=torch.tensor([targets])).loss * sum(
+            label != -100 for label in targets
+        )
         expected = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
         assert out_to_loss.tolist() == [1.0]
         assert_opposite(found, expected, 1e-6)
@@ -100,7 +110,9 @@ def test_labels_padded_on_the_left_with_their_row_are_padding():
 def layoutlm(kind: str) -> nn.Module:
     import transformers
 
-    config = transformers.LayoutLMConfig(**TEXT, **SIZES, max_position_embeddings=20, max_2d_position_embeddings=50, num_labels=3)
+    config = transformers.LayoutLMConfig(
+        **TEXT, **SIZES, max_position_embeddings=20, max_2d_position_embeddings=50, num_labels=3
+    )
     return getattr(transformers, f"LayoutLMFor{kind}")(config)
 
 
@@ -108,7 +120,14 @@ def longformer() -> nn.Module:
     from transformers import LongformerConfig, LongformerForTokenClassification
 
     config = LongformerConfig(
-        **TEXT, **SIZES, max_position_embeddings=40, attention_window=[4, 4], num_labels=3, bos_token_id=1, eos_token_id=2, sep_token_id=2
+        **TEXT,
+        **SIZES,
+        max_position_embeddings=40,
+        attention_window=[4, 4],
+        num_labels=3,
+        bos_token_id=1,
+        eos_token_id=2,
+        sep_token_id=2,
     )
     return LongformerForTokenClassification(config)
 
@@ -116,7 +135,9 @@ def longformer() -> nn.Module:
 def xlm() -> nn.Module:
     from transformers import XLMConfig, XLMForTokenClassification
 
-    config = XLMConfig(vocab_size=60, emb_dim=16, n_layers=2, n_heads=2, n_langs=3, pad_index=PAD, num_labels=3, max_position_embeddings=20)
+    config = XLMConfig(
+        vocab_size=60, emb_dim=16, n_layers=2, n_heads=2, n_langs=3, pad_index=PAD, num_labels=3, max_position_embeddings=20
+    )
     return XLMForTokenClassification(config)
 
 
@@ -168,9 +189,19 @@ def test_every_column_that_forward_takes_reaches_the_model(name: str):
     ("name", "column", "values", "message"),
     [
         ("llama lm", "inputs_embeds", [[0.5] * 5, [0.5] * 3], "'inputs_embeds' is an argument of the model's `forward`"),
-        ("bert mlm", "token_type_ids", [[0, 1], [1]], r"'token_type_ids'.* neither one entry per token in every row nor one shape"),
+        (
+            "bert mlm",
+            "token_type_ids",
+            [[0, 1], [1]],
+            r"'token_type_ids'.* neither one entry per token in every row nor one shape",
+        ),
         ("bert mlm", "token_type_ids", [["a"], ["b"]], "'token_type_ids' must hold numbers"),
-        ("bert tokens", "token_type_ids", [[0, 1], [1, 0]], "takes 'token_type_ids', which the dataset has, but its rows are texts"),
+        (
+            "bert tokens",
+            "token_type_ids",
+            [[0, 1], [1, 0]],
+            "takes 'token_type_ids', which the dataset has, but its rows are texts",
+        ),
     ],
 )
 def test_a_column_that_cannot_reach_the_model_is_refused_by_name(name: str, column: str, values: list[Any], message: str):
@@ -282,7 +313,9 @@ def test_a_model_that_lets_documents_see_one_another_is_refused(name: str):
         ("t5", {"seq_lengths": LENGTHS, "labels": PACKED_IDS}, {}, "several packed documents"),
     ],
 )  # fmt: skip
-def test_packed_rows_that_cannot_be_served_are_refused(name: str, columns: dict[str, Any], options: dict[str, Any], message: str):
+def test_packed_rows_that_cannot_be_served_are_refused(
+    name: str, columns: dict[str, Any], options: dict[str, Any], message: str
+):
     task = AutoTask.from_model(LANGUAGE_MODELS[name](), TrakConfig(**options))
     with pytest.raises(ValueError, match=message):
         task.check(datasets.Dataset.from_dict({"input_ids": PACKED_IDS, **columns}), None)
@@ -318,7 +351,9 @@ def test_all_rows_without_a_scored_token_are_told_at_once_with_the_reasons():
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "exact"])
 @pytest.mark.parametrize("gradients", ["layerwise", "functional"])
-def test_skipped_rows_stay_in_place_with_zeros_and_leave_the_others_as_they_are(reduction: str, gradients: str, tmp_path: Path, caplog):
+def test_skipped_rows_stay_in_place_with_zeros_and_leave_the_others_as_they_are(
+    reduction: str, gradients: str, tmp_path: Path, caplog
+):
     model = make_model("gpt2 lm")
     exact = {"reduction": "sum", "token_out_to_loss": "exact"} if reduction == "exact" else {"reduction": reduction}
     config = TrakConfig(proj_dim=16, damping=1.0, gradients=gradients, **exact)
@@ -342,7 +377,9 @@ def test_skipped_rows_stay_in_place_with_zeros_and_leave_the_others_as_they_are(
     assert scores.shape == (5, 2)
     assert not scores[zero].any()
     alone = AttributionIndex.build(tmp_path / "kept", dataset=train.select([0, 3]), **common)
-    np.testing.assert_allclose(np.array(alone.features()["trak_features"][:]), np.array(columns["trak_features"][:])[[0, 3]], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        np.array(alone.features()["trak_features"][:]), np.array(columns["trak_features"][:])[[0, 3]], rtol=1e-5, atol=1e-6
+    )
     with pytest.raises(ValueError, match="nothing to attribute"):
         index.score(train.select([1]), progress=False)
 
@@ -368,13 +405,19 @@ def test_rows_that_are_cut_are_counted_in_one_line(caplog):
     for name, rows in {
         "t5": {"text": ["a b c d", "a"], "target": ["a", "b"]},
         "bert tokens": {"tokens": [["a"] * 4, ["a"]], "ner_tags": [[0] * 4, [1]]},
-        "bert qa": {"question": ["a"] * 2, "context": ["b c d", "b"], "answers": [{"text": ["b"], "answer_start": [2 * 0]}] * 2},
+        "bert qa": {
+            "question": ["a"] * 2,
+            "context": ["b c d", "b"],
+            "answers": [{"text": ["b"], "answer_start": [2 * 0]}] * 2,
+        },
     }.items():
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             task = AutoTask.from_model(LANGUAGE_MODELS[name](), TrakConfig(max_length=3))
             task.check(datasets.Dataset.from_dict(rows), word_tokenizer())
-        assert [record.message for record in caplog.records] == ["1 of 2 rows are cut at max_length=3, the first of them row 0."]
+        assert [record.message for record in caplog.records] == [
+            "1 of 2 rows are cut at max_length=3, the first of them row 0."
+        ]
 
 
 # Formats.
@@ -509,7 +552,9 @@ def test_a_model_without_a_limit_has_none():
         ("bert qa", ("input_ids", "start_positions", "end_positions"), {}, {"tokens": ["input_ids"], "label": ["start_positions", "end_positions"]}),
     ],
 )  # fmt: skip
-def test_the_columns_that_are_read_are_told(model: str, columns: tuple[str, ...], options: dict[str, Any], expected: dict[str, Any]):
+def test_the_columns_that_are_read_are_told(
+    model: str, columns: tuple[str, ...], options: dict[str, Any], expected: dict[str, Any]
+):
     features = datasets.Features({name: datasets.Value("string") for name in columns})
     assert AutoTask.from_model(LANGUAGE_MODELS[model](), TrakConfig(**options)).columns_read(features) == expected
 

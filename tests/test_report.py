@@ -56,7 +56,7 @@ def test_table_has_a_line_per_hit() -> None:
     lines = table([text_attribution(), image_attribution()]).splitlines()
     assert lines[0].startswith("Query row      3  [positive]  <script>alert(1)</script>")
     assert lines[0].endswith("output -1.50")
-    assert lines[1] == "  +      +0.25   row      7  [<b>negative</b> $x]  (flipped, truly positive)  a film of two lines"
+    assert lines[1] == "  +      +0.25   row      7  [<b>negative</b> $x]  (flipped, truly positive)  a film\\nof two lines"
     assert lines[2].startswith("  -  -1.25e-05   row     11  word word")
     assert max(map(len, lines)) <= 110
     assert len(lines) == 3 + 1 + 5

@@ -247,7 +247,9 @@ def test_packed_rows_have_the_gradient_that_sfttrainer_trains_with(strategy: str
     """In float64; the loss of TRL's own collator and plain transformers, document by document."""
     tokenizer = byte_tokenizer()
     texts = ["a bird in the tree", "it flies", "who", "and sings all day", "no", "so be it"]
-    rows = trained_on([{"text": text} for text in texts], tokenizer, tmp_path, max_length=32, packing=True, packing_strategy=strategy)
+    rows = trained_on(
+        [{"text": text} for text in texts], tokenizer, tmp_path, max_length=32, packing=True, packing_strategy=strategy
+    )
     assert ("seq_lengths" in rows.column_names) == (strategy == "bfd")
     model = language_model().double().eval()
     size = sum(parameter.numel() for parameter in model.parameters())
@@ -266,5 +268,3 @@ def test_packed_rows_have_the_gradient_that_sfttrainer_trains_with(strategy: str
         grads = torch.autograd.grad(total, list(model.parameters()))
         expected = -torch.cat([grad.flatten() for grad in grads])
         assert (features[number] - expected).norm() <= 1e-6 * expected.norm()  # norms and softmax are in float32
-
-

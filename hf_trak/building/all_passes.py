@@ -143,8 +143,7 @@ def build_members(
             device=processes.device,
         )
         check_whole(featurizer.model)
-        featurizer.read_from(dataset)
-        featurizer.task.check(dataset, featurizer.processing_class)
+        featurizer.check(dataset)
         if number == 0:
             rows = TrainingRows.of(dataset, featurizer.task, keep_columns)
             if processes.is_first:

@@ -20,6 +20,7 @@ from hf_trak.featurizing.descriptions import (
     library_minors,
     warn_of_libraries,
 )
+from hf_trak.featurizing.engines import EngineChoice
 from hf_trak.featurizing.featurize import featurize
 from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.members import Pass
@@ -62,10 +63,12 @@ def build_pass(
     if processes.is_first:
         writers = _open(folder, plan, featurizer, rows, shard_rows, overwrite=overwrite)
         _share_bank(writers, featurizer, rows.dataset)
+        _share_engine(writers, featurizer, rows.dataset)
     processes.wait()
     if not processes.is_first:
         writers = _open(folder, plan, featurizer, rows, shard_rows, overwrite=overwrite, shared=True)
         _share_bank(writers, featurizer, rows.dataset)
+        _share_engine(writers, featurizer, rows.dataset)
     whole = PassWriter(writers, plan.seeds)
     # The first process's view: a network file system may show the others an older one.
     open_members, missing = processes.tell([_unfinished(writers), whole.missing()] if processes.is_first else None)
@@ -139,6 +142,7 @@ def build_part_of_pass(
     if not unfinished:
         return
     _share_bank(writers, featurizer, rows.dataset)
+    _share_engine(writers, featurizer, rows.dataset)
     for writer in unfinished:
         writer.describe(describe_member(folder, plan, featurizer, rows.dataset), mask)
     featurize(
@@ -215,3 +219,23 @@ def _share_bank(writers: Sequence[MemberWriter], featurizer: Featurizer, dataset
     for writer in writers:
         if writer.bank() is None:
             writer.write_bank(found)
+
+
+def _share_engine(writers: Sequence[MemberWriter], featurizer: Featurizer, dataset: Dataset) -> None:
+    """Give a pass one engine: the one an earlier call or another process decided on, or the one that the data set's rows decide now.
+
+    Every process checks the same rows of the data set, whichever shards it makes, and goes by what was written first.
+    """
+    unfinished = [writer for writer in writers if not writer.is_finished]
+    if not unfinished:
+        return
+    found = next((engine for writer in unfinished if (engine := writer.engine()) is not None), None)
+    if found is None or found["name"] != "loop":
+        chosen = featurizer.choose_engine(dataset)
+        if found is None:
+            unfinished[0].write_engine(chosen.to_dict())
+            found = unfinished[0].engine()  # another process may have been first
+    assert found is not None
+    featurizer.use_engine(EngineChoice(**found))
+    for writer in unfinished:
+        writer.write_engine(found)

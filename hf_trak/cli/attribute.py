@@ -52,6 +52,13 @@ class AttributeArguments:
     model: list[str] | None = field(
         default=None, metadata={"help": "Checkpoints, in order, in place of the recorded ones.", "action": Collect}
     )
+    processor: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or repository of the tokenizer, image processor or both, for checkpoints that have none; by default the recorded "
+            "one, or the checkpoint's own."
+        },
+    )
     revision: str | None = field(default=None, metadata={"help": "Revision of an index repository."})
     trust_remote_code: bool = field(
         default=False,
@@ -100,7 +107,11 @@ def run(args: AttributeArguments) -> None:
     current_processes()  # joins those of a launcher
     first = rank_and_size()[0] == 0
     index = AttributionIndex.from_pretrained(
-        args.index, revision=args.revision, models=args.model, trust_remote_code=args.trust_remote_code
+        args.index,
+        revision=args.revision,
+        models=args.model,
+        processing_class=args.processor,
+        trust_remote_code=args.trust_remote_code,
     )
     queries = load_rows(args.queries, split=args.split, config=args.queries_config, max_rows=args.max_queries)
     train = _load_train(args, index)
@@ -172,15 +183,19 @@ def _check_targets(args: AttributeArguments, output: Path) -> None:
 def _language_rows(args: AttributeArguments, index: AttributionIndex) -> LanguageRows | None:
     """Return what makes the text of a language model's rows, with the tokenizer of the first checkpoint; None for other tasks."""
     from hf_trak.cli.language_rows import LANGUAGE_TASKS, LanguageRows
-    from hf_trak.featurizing.descriptions import recorded_checkpoint
-    from hf_trak.sources.checkpoints import load_processing_class
+    from hf_trak.featurizing.descriptions import recorded_checkpoint, recorded_processor
+    from hf_trak.sources.processors import find_processing_class
 
-    config, place = index.config, index.members[0].info["checkpoint"]
+    config, info = index.config, index.members[0].info
     if config.task not in LANGUAGE_TASKS:
         return None
-    source = args.model[0] if args.model else recorded_checkpoint(index.folder, place)
-    revision = None if args.model else place["revision"]
-    tokenizer = load_processing_class(source, revision, trust_remote_code=args.trust_remote_code)
+    source = args.model[0] if args.model else recorded_checkpoint(index.folder, info["checkpoint"])
+    revision = None if args.model else info["checkpoint"]["revision"]
+    given = args.processor or recorded_processor(index.folder, info)
+    try:
+        tokenizer = find_processing_class(given, source, revision, trust_remote_code=args.trust_remote_code)
+    except ValueError:  # rows that were tokenized before need none: their tokens are shown as numbers
+        tokenizer = None
     return LanguageRows(config.task, tokenizer, text_columns=config.text_columns, label_column=config.label_column)
 
 

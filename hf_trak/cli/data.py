@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_trak.sources.repositories import Listing, look_up_dataset, reached
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -51,7 +53,12 @@ def _load_file(path: Path, split: str) -> Dataset:
 def _load_saved(path: Path, split: str) -> Dataset:
     from datasets import DatasetDict, load_from_disk
 
-    found = load_from_disk(str(path))
+    try:
+        found = load_from_disk(str(path))
+    except (MemoryError, ImportError):
+        raise
+    except Exception as error:  # of damaged files
+        raise ValueError(f"{path} cannot be read as a saved dataset: {_first_line(error)}. Save it again.") from error
     if not isinstance(found, DatasetDict):
         return found
     if split not in found:
@@ -67,16 +74,26 @@ def _load_repository(name: str, config: str | None, split: str, revision: str | 
         raise FileNotFoundError(f"There is no file or folder {name}.")
     if Path(name).is_dir() and not any(Path(name).iterdir()):
         raise FileNotFoundError(f"The folder {name} is empty.")
+    listing = None if Path(name).is_dir() else look_up_dataset(name, revision)
     try:
-        return load_dataset(name, config, split=split, revision=revision)
+        # Without a connection, a cache is looked at once, and no request is repeated.
+        with reached(listing or Listing(None, frozenset(), cached=not Path(name).is_dir())):
+            return load_dataset(name, config, split=split, revision=revision)
     except (FileNotFoundError, ConnectionError) as error:
+        said = _first_line(error)
+        if listing is None and not Path(name).is_dir():
+            said = "the Hub cannot be reached, and the dataset is not in the cache. Check the network and the name"
         raise FileNotFoundError(
-            f"{name!r} is neither a file or folder here nor a dataset of the Hub within reach: {_first_line(error)}"
+            f"{name!r} is neither a file or folder here nor a dataset of the Hub within reach: {said}"
         ) from error
     except ValueError as error:
         if "split" not in str(error).lower():
             raise
         raise _no_split(name, split, get_dataset_split_names(name, config, revision=revision)) from error
+    except (MemoryError, ImportError, OSError):
+        raise
+    except Exception as error:  # of the reader of each kind of file
+        raise ValueError(f"{name} cannot be read as a dataset: {_first_line(error.__cause__ or error)}") from error
 
 
 def _no_split(name: str, split: str, found: Any) -> ValueError:

@@ -87,8 +87,8 @@ def _check(args: DemoArguments) -> None:
         raise ValueError(f"--flip_fraction must be at least 0 and below 1, but is {args.flip_fraction}.")
     if (args.model is None) != (args.dataset is None):
         raise ValueError("--model and --dataset go together: give both for your own data, or neither for the digits.")
-    if args.model is None and (args.train or args.queries):
-        raise ValueError("--train and --queries are for your own --model and --dataset.")
+    if args.model is None and (args.train or args.queries or args.processor):
+        raise ValueError("--train, --queries and --processor are for your own --model and --dataset.")
     if args.model is not None and args.flip_fraction and not args.train:
         raise ValueError("Flipping labels changes nothing for a model that is already trained; add --train to fine-tune it.")
     if args.model is not None and not args.train and args.members != "final":

@@ -25,6 +25,10 @@ class DemoArguments:
         default=None, metadata={"help": "Of the training: 3e-3 for the digits, 5e-5 with --model --train."}
     )
     model: str | None = field(default=None, metadata={"help": "Your own classification model: a folder or repository."})
+    processor: str | None = field(
+        default=None,
+        metadata={"help": "Folder or repository of its tokenizer or image processor; by default those saved with --model."},
+    )
     train: bool = field(default=False, metadata={"help": "Fine-tune --model on --dataset first."})
     dataset: str | None = field(default=None, metadata={"help": "Its training set: a file, a folder, or a dataset of the Hub."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})

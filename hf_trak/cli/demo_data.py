@@ -72,7 +72,8 @@ def digits(seed: int) -> DemoData:
 
 def own_data(args: DemoArguments) -> DemoData:
     """Load the user's model with its tokenizer or image processor, and the two splits."""
-    from hf_trak.sources.checkpoints import load_model, load_processing_class
+    from hf_trak.sources.checkpoints import load_model
+    from hf_trak.sources.processors import find_processing_class
 
     assert args.model is not None
     assert args.dataset is not None
@@ -91,7 +92,7 @@ def own_data(args: DemoArguments) -> DemoData:
     return DemoData(
         name=args.dataset,
         model=model,
-        processing_class=load_processing_class(args.model),
+        processing_class=find_processing_class(args.processor, args.model, None),
         train=train,
         queries=queries,
         label_column=_label_column(train.column_names, args.label_column),

@@ -44,7 +44,12 @@ def featurize(args: DemoArguments, data: DemoData, folder: Path) -> AttributionI
 
     config = FeatureArguments(**_features(args)).trak_config()
     return AttributionIndex.build(
-        folder / "index", models=args.model, dataset=data.train, config=config, overwrite=args.overwrite
+        folder / "index",
+        models=args.model,
+        dataset=data.train,
+        config=config,
+        processing_class=args.processor,
+        overwrite=args.overwrite,
     )
 
 

@@ -6,6 +6,8 @@ import argparse
 import importlib
 from collections.abc import Sequence
 
+from hf_trak.cli.usage import OneLineErrors
+
 MEASURES = {
     "lds": "the linear datamodeling score: how well scores predict models trained on parts of the training set",
     "ftrace": "fact tracing: whether scores find the sentences that state a fact, and whether it is forgotten without them",
@@ -21,7 +23,7 @@ examples:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of what comes before a measure's own arguments."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineErrors(
         prog="hf-trak evaluate",
         usage="hf-trak evaluate MEASURE [--help] [options]",
         description="How good are attributions? One of:\n\n"

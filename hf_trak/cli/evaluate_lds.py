@@ -65,6 +65,13 @@ class LDSArguments:
     model: list[str] | None = field(
         default=None, metadata={"help": "Checkpoints, in order, in place of the index's recorded ones.", "action": Collect}
     )
+    processor: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or repository of the tokenizer, image processor or both, for checkpoints that have none; by default the recorded "
+            "one, or the checkpoint's own."
+        },
+    )
     revision: str | None = field(default=None, metadata={"help": "Revision of an index repository."})
     trust_remote_code: bool = field(
         default=False,
@@ -128,8 +135,8 @@ def _check(args: LDSArguments) -> None:
         raise ValueError("Whose score? Give --index and --queries, or --scores.")
     if args.index is not None and args.queries is None:
         raise ValueError("--index needs --queries: the rows whose outputs the ground truth holds, in its order.")
-    if args.index is None and (args.damping or args.model):
-        raise ValueError("--damping and --model say how an index scores, but there is no --index.")
+    if args.index is None and (args.damping or args.model or args.processor):
+        raise ValueError("--damping, --model and --processor say how an index scores, but there is no --index.")
     if args.n_bootstrap < 0 or not 0 < args.confidence < 1:
         raise ValueError(
             f"--n_bootstrap must be at least 0, and --confidence between 0 and 1, but they are {args.n_bootstrap} and {args.confidence}."

@@ -14,6 +14,7 @@ from hf_trak import __version__
 from hf_trak.cli.data import load_rows
 from hf_trak.evaluation import GroundTruth, ground_truth_from
 from hf_trak.evaluation.baselines import Checkpoints, make_baseline
+from hf_trak.featurizing.descriptions import recorded_processor
 from hf_trak.index import AttributionIndex
 
 if TYPE_CHECKING:
@@ -86,7 +87,12 @@ class Inputs:
         assert self.index is not None
         if self.checkpoints is None:
             models = checkpoints_of(self.index)
-            self.checkpoints = Checkpoints(models, self.index.config, batch_size=_rows_at_a_time(self.args))
+            self.checkpoints = Checkpoints(
+                models,
+                self.index.config,
+                processing_class=self.args.processor or recorded_processor(self.index.folder, self.index.members[0].info),
+                batch_size=_rows_at_a_time(self.args),
+            )
         return make_baseline(name, self.checkpoints)(self.train, self.queries)
 
 
@@ -130,7 +136,11 @@ def read_scores(path: Path, truth: GroundTruth) -> np.ndarray:
 def load_inputs(args: LDSArguments, truth: GroundTruth) -> Inputs:
     """Load what is to be scored, and check that it is what the ground truth is of."""
     n_train, n_query = truth.masks.shape[1], truth.outputs.shape[2]
-    loading: dict[str, Any] = {"models": args.model, "trust_remote_code": args.trust_remote_code}
+    loading: dict[str, Any] = {
+        "models": args.model,
+        "processing_class": args.processor,
+        "trust_remote_code": args.trust_remote_code,
+    }
     index = None if args.index is None else AttributionIndex.from_pretrained(args.index, revision=args.revision, **loading)
     if index is not None:
         _check_rows("--index", index.n_rows, n_train, "training rows")

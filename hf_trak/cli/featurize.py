@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_trak.cli.parsing import Collect, make_parser, parse
 from hf_trak.feature_args import FeatureArguments
+from hf_trak.plain_text import mask_secrets
 from hf_trak.processes.garbage import uncollected
 
 if TYPE_CHECKING:
@@ -40,6 +41,13 @@ class FeaturizeArguments:
     dataset: str = field(metadata={"help": "The training set: a Parquet, CSV or JSON file, a folder, or a dataset of the Hub."})
     output: str = field(metadata={"help": "Folder for the index, or the URL of an object store, such as s3://bucket/my-index."})
     revision: str | None = field(default=None, metadata={"help": "Revision of the repositories in --model."})
+    processor: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or repository of the tokenizer, image processor or both, for checkpoints that have none; by default the "
+            "checkpoint's own."
+        },
+    )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Revision of a dataset of the Hub."})
     split: str = field(default="train", metadata={"help": "Split of the dataset."})
@@ -95,6 +103,7 @@ def run(args: FeaturizeArguments, features: FeatureArguments, given: Sequence[st
         "models": args.model,
         "dataset": dataset,
         "config": config,
+        "processing_class": args.processor,
         "revision": args.revision,
         "trust_remote_code": args.trust_remote_code,
         **counts,
@@ -119,7 +128,7 @@ def _without_part(given: Sequence[str]) -> list[str]:
     for argument in given:
         name = argument.partition("=")[0].replace("_", "-")
         if not skip and name not in ("--shard-index", "--num-shards"):
-            kept.append(argument)
+            kept.append(mask_secrets(argument))
         skip = not skip and name in ("--shard-index", "--num-shards") and "=" not in argument
     return kept
 

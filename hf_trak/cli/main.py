@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from hf_trak import __version__
+from hf_trak.cli.usage import INTERRUPTED, REFUSED, SUCCESS, OneLineErrors, report
 from hf_trak.processes.garbage import uncollected
 from hf_trak.processes.stopping import Terminated
 
@@ -28,13 +29,14 @@ Start with:
   hf-trak demo
   hf-trak featurize --help
 
-HF_TRAK_DEBUG=1 or --debug shows the traceback of an error.
+Exit status: 0 done; 1 refused or failed, with one line that says why; 2 bad usage; 130 interrupted; 143 terminated.
+HF_TRAK_DEBUG=1 or --debug, in any place, shows the traceback of an error.
 """
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of what comes before a command's own arguments."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineErrors(
         prog="hf-trak",
         usage="hf-trak COMMAND [--help] [options]",
         description="Which training examples made my Hugging Face model do this?\n\n"
@@ -50,8 +52,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit status: 0, 1 for an error the user can mend, 2 for bad usage, 130 when interrupted,
-    143 when terminated."""
+    """Run one command and return the exit status.
+
+    0 when done, 1 when the input is refused or something fails (one line says why), 2 for bad usage, 130 when interrupted, 143 when
+    terminated.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given or os.environ.get("HF_TRAK_DEBUG", "0") not in ("", "0")
     given = [argument for argument in given if argument != "--debug"]
@@ -67,16 +72,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module.main(given[position + 1 :])
     except KeyboardInterrupt:
         print("hf-trak: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except Terminated as terminated:
         print("hf-trak: terminated", file=sys.stderr)
         return int(terminated.code or 0)
-    except (ValueError, OSError, MemoryError, ImportError) as error:
+    except Exception as error:
         if debug:
             raise
-        print(f"hf-trak: error: {error or type(error).__name__}", file=sys.stderr)
-        return 1
-    return 0
+        report(error)
+        return REFUSED
+    return SUCCESS
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import argparse
 import time
 from collections.abc import Sequence
 
+from hf_trak.cli.usage import OneLineErrors
+
 _DESCRIPTION = """\
 Put an index together that jobs with --shard-index and --num-shards have made: check every file against its hash, sum the kernels,
 and write what an index has besides. If files are missing, say which, and how to make them. Run it once, when the jobs are done.
@@ -17,7 +19,7 @@ example:
 
 def main(arguments: Sequence[str]) -> None:
     """Parse and run."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineErrors(
         prog="hf-trak merge",
         usage="hf-trak merge INDEX",
         description=_DESCRIPTION,

@@ -11,6 +11,8 @@ from typing import Any
 import yaml
 from transformers.hf_argparser import HfArgumentParser
 
+from hf_trak.cli.usage import OneLineErrors
+
 
 class Collect(argparse.Action):
     """Lets a flag that takes several values be repeated: `--model a --model b` is `--model a b`."""
@@ -18,6 +20,10 @@ class Collect(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         found = getattr(namespace, self.dest)
         setattr(namespace, self.dest, list(values) if found is self.default else [*found, *values])
+
+
+class _Parser(OneLineErrors, HfArgumentParser):
+    """transformers' parser of dataclasses, with errors in one line."""
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -38,7 +44,7 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 
 def make_parser(dataclasses: Iterable[type], *, command: str, usage: str, description: str) -> HfArgumentParser:
     """Return a parser of the dataclasses' fields, and `--config`."""
-    parser = HfArgumentParser(
+    parser = _Parser(
         dataclasses,
         prog=f"hf-trak {command}",
         usage=f"hf-trak {command} {usage}",
@@ -56,7 +62,7 @@ def parse(parser: HfArgumentParser, arguments: Sequence[str]) -> tuple[Any, ...]
     Raises:
         ValueError: If the file of `--config` cannot be used, or names a flag that does not exist.
     """
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder = OneLineErrors(prog=parser.prog, add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
     config = None if {"-h", "--help"} & set(arguments) else finder.parse_known_args(arguments)[0].config
     if config is not None:
@@ -88,7 +94,7 @@ def set_defaults_from_yaml(parser: argparse.ArgumentParser, path: Path) -> None:
         raise FileNotFoundError(f"--config: there is no file {path}.")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: bytes that are no text, impossible dates
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold `flag: value` lines, but holds {type(values).__name__}.")
@@ -104,7 +110,8 @@ def set_defaults_from_yaml(parser: argparse.ArgumentParser, path: Path) -> None:
         try:
             parser.set_defaults(**{name: _convert(action, values[key])})
         except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-            raise ValueError(f"{path}: {key}: {values[key]!r} does not suit --{name}: {error}") from None
+            shown = f"{values[key]!r:.80}" if not isinstance(values[key], (list, dict)) else f"a {type(values[key]).__name__}"
+            raise ValueError(f"{path}: {key}: {shown} does not suit --{name}: {error}") from None
         action.required = False
 
 
@@ -122,7 +129,10 @@ def _convert(action: argparse.Action, value: Any) -> Any:
     if isinstance(value, list) or action.nargs == "+":
         if action.nargs != "+":
             raise ValueError("it takes one value")
-        return [convert(str(item)) for item in (value if isinstance(value, list) else [value])]
+        items = value if isinstance(value, list) else [value]
+        if any(isinstance(item, (list, dict)) for item in items):
+            raise ValueError("it takes values, not lists or mappings of them")
+        return [convert(str(item)) for item in items]
     if isinstance(value, dict):
         raise ValueError("it takes a value, not a mapping")
     converted = convert(str(value))

@@ -1,20 +1,48 @@
-"""Silence for other libraries' chatter: what a command prints is its own, and the progress bars of long work."""
+"""What other libraries print while a command runs: their warnings, once and in one line each, without chatter and progress bars."""
 
 from __future__ import annotations
 
 import logging
 import sys
 
+from hf_trak.plain_text import one_line
+
+# Of no consequence: both backends of image processors are served.
+_CHATTER = ("requires torchvision", "torchvision is not available", "Using a slow image processor")
+
 
 def hush() -> None:
-    """Keep transformers and datasets to errors, and hide the progress bars of loading and saving."""
+    """Keep transformers and datasets to warnings, one line each, and hide the progress bars of loading and saving."""
     import datasets
     import transformers
 
-    transformers.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_warning()
     transformers.logging.disable_progress_bar()
-    datasets.logging.set_verbosity_error()
+    datasets.logging.set_verbosity_warning()
     datasets.disable_progress_bars()
+    for name in ("transformers", "datasets"):
+        for handler in logging.getLogger(name).handlers:
+            if not any(isinstance(known, _OneLine) for known in handler.filters):
+                handler.addFilter(_OneLine())
+
+
+class _OneLine(logging.Filter):
+    """Passes each warning once, as one line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        said = record.getMessage()
+        if any(part in said for part in _CHATTER):
+            return False
+        line = one_line(said)
+        if line in self.seen:
+            return False
+        self.seen.add(line)
+        record.msg, record.args = line, ()
+        return True
 
 
 def say_which_columns() -> None:

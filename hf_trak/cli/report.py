@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_trak.cli.examples import Attribution, Example, Hit
+from hf_trak.plain_text import visible
 from hf_trak.storage.files import remove_leftovers, write_atomically, write_folder
 from hf_trak.tasks.pictures import to_rgb
 
@@ -88,9 +89,9 @@ def suspects_table(suspects: Sequence[Hit]) -> str:
 
 def _line(example: Example, width: int) -> str:
     parts = [f"row {example.row:>6}"]
-    parts += [f"[{example.label}]"] if example.label else []
-    parts += [f"({example.note})"] if example.note else []
-    parts += [" ".join(example.text.split())] if example.text else []
+    parts += [f"[{visible(example.label)}]"] if example.label else []
+    parts += [f"({visible(example.note)})"] if example.note else []
+    parts += [" ".join(visible(example.text).split())] if example.text else []
     line = "  ".join(parts)
     return line if len(line) <= width else line[: width - 3].rstrip() + "..."
 
@@ -102,7 +103,7 @@ def html_page(attributions: Sequence[Attribution], *, title: str, intro: str = "
         cards = "\n".join(_card(hit, "") for hit in suspects)
         body += f'\n<section>\n<h2>Most suspicious labels</h2>\n<div class="row">\n{cards}\n</div>\n</section>'
     with_images = any(attribution.query.image is not None for attribution in attributions)
-    return _PAGE.format(title=escape(title), intro=escape(intro), body=body, width="10rem" if with_images else "18rem")
+    return _PAGE.format(title=escape(visible(title)), intro=escape(intro), body=body, width="10rem" if with_images else "18rem")
 
 
 def _section(attribution: Attribution) -> str:
@@ -127,7 +128,7 @@ def _picture(example: Example) -> str:
     if example.image is None:
         return ""
     small = ' class="small"' if max(example.image.size) < 64 else ""
-    return f'<img{small} alt="{escape(example.label or "image")}" src="data:image/png;base64,{_png_base64(example.image)}">'
+    return f'<img{small} alt="{escape(visible(example.label) or "image")}" src="data:image/png;base64,{_png_base64(example.image)}">'
 
 
 def _png_base64(image: Image) -> str:
@@ -140,7 +141,7 @@ def _png_base64(image: Image) -> str:
 
 
 def _words(example: Example) -> str:
-    parts = [f'<span class="label">{escape(example.label)}</span>' if example.label else ""]
+    parts = [f'<span class="label">{escape(visible(example.label))}</span>' if example.label else ""]
     parts += [f'<span class="note">{escape(example.note)}</span>' if example.note else ""]
     text = _shorten(example.text, _HTML_CHARACTERS)
     return f"<p>{' '.join(filter(None, parts))}</p>" + (f"<p>{escape(text)}</p>" if text else "")
@@ -192,7 +193,7 @@ def _head(figure: Any, title: str, columns: dict[str, tuple[int, str]], n_column
 
 
 def _draw(cell: Any, example: Example, caption: str, color: str) -> None:
-    heading = " ".join(filter(None, [example.label, f"({example.note})" if example.note else ""]))
+    heading = visible(" ".join(filter(None, [example.label, f"({example.note})" if example.note else ""])))
     title = "\n".join([*textwrap.wrap(heading, 24)[:2], caption])
     cell.set_title(title, fontsize=7.5, color=color, pad=3, loc="left" if example.image is None else "center", parse_math=False)
     if example.image is not None:
@@ -211,7 +212,7 @@ def _draw(cell: Any, example: Example, caption: str, color: str) -> None:
 
 
 def _shorten(text: str, limit: int) -> str:
-    text = " ".join(text.split())
+    text = visible(" ".join(text.split()))
     return text if len(text) <= limit else text[: limit - 1].rstrip() + "…"
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_trak.plain_text import mask_secrets
 from hf_trak.storage.files import remove_leftovers, write_atomically, write_folder
 
 
@@ -26,7 +27,7 @@ def results_of(
     """
     return {
         "name": name,
-        "command": shlex.join(["hf-trak", *arguments]),
+        "command": mask_secrets(shlex.join(["hf-trak", *arguments])),
         "commit": commit(),
         "versions": dict(versions),
         "hardware": hardware,

@@ -15,6 +15,7 @@ from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.members import Pass
 from hf_trak.sources.model_configs import describe_model_config
 from hf_trak.sources.processing import describe_processing, tokenizer_of
+from hf_trak.sources.revisions import pinned_revision
 from hf_trak.sources.training_sets import describe_source
 from hf_trak.storage.differences import list_differences
 from hf_trak.storage.member_reader import MemberReader
@@ -38,10 +39,12 @@ def describe_member(folder: Path, plan: Pass, featurizer: Featurizer, dataset: D
     return {
         "checkpoint": _describe_checkpoint(folder, featurizer),
         "checkpoint_number": plan.checkpoint,
+        **_describe_processor(folder, featurizer),
         **describe_source(dataset),
         "training_set": describe_dataset(dataset),
         "coverage": featurizer.selection.coverage,
         "grad_dim": featurizer.selection.grad_dim,
+        "engine": featurizer.engine.to_dict() if featurizer.engine is not None else None,
         "versions": library_versions(),
         "hardware": hardware_name(featurizer.device),
         **_describe_bank(featurizer),
@@ -127,6 +130,24 @@ def _describe_checkpoint(folder: Path, featurizer: Featurizer) -> dict[str, Any]
     if source is not None and Path(source).exists():
         return {"path": seen_from(folder, Path(source)), "repository": None, "revision": None}
     return {"path": None, "repository": source, "revision": featurizer.commit}
+
+
+def _describe_processor(folder: Path, featurizer: Featurizer) -> dict[str, Any]:
+    """Where to find a tokenizer or processor again that is not the checkpoint's own; nothing where none was given by name."""
+    source = featurizer.processor
+    if source is None:
+        return {}
+    if Path(source).exists():
+        return {"processor": {"path": seen_from(folder, Path(source)), "repository": None, "revision": None}}
+    return {"processor": {"path": None, "repository": source, "revision": pinned_revision(source)}}
+
+
+def recorded_processor(folder: Path, info: dict[str, Any]) -> str | None:
+    """Return the folder or repository of the tokenizer or processor that a member's rows were read with, if it is recorded."""
+    found = info.get("processor")
+    if found is None:
+        return None
+    return str(folder / found["path"]) if found["path"] is not None else found["repository"]
 
 
 def recorded_checkpoint(folder: Path, checkpoint: dict[str, Any]) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,35 +13,47 @@ from typing import TYPE_CHECKING, Any
 import multiprocess
 import numpy as np
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
 from hf_trak.config import TrakConfig
+from hf_trak.errors import MissingProcessor
 from hf_trak.featurizing.autocast import in_bfloat16
 from hf_trak.featurizing.batching import Budget, automatic_budget, read_rows
-from hf_trak.featurizing.fetching import check_finite, fetch
+from hf_trak.featurizing.collated import Collated, count_rows, has_padding, part_of, to_device
+from hf_trak.featurizing.engines import EngineChoice, cost_of_loop, decide, rows_to_check
+from hf_trak.featurizing.fetching import check_finite, fetch, not_finite
 from hf_trak.gradients import (
-    GRADIENTS,
     BatchFeatures,
+    CallPlan,
     ParameterSelection,
-    check_gradients,
+    TooFewExamples,
     evaluation_mode,
+    functional_features,
+    layerwise_features,
+    loop_features,
     select_parameters,
     thinned,
 )
 from hf_trak.hashing import hash_tensors
 from hf_trak.projectors import FastJL, Identity, Projector, StackedProjector, make_projectors
-from hf_trak.sources.checkpoints import load_model, load_processing_class
+from hf_trak.sources.checkpoints import load_model
 from hf_trak.sources.processing import hash_processing_class
+from hf_trak.sources.processors import check_vocabulary, describe_absence, find_processing_class, is_name
 from hf_trak.sources.revisions import pinned_revision
+from hf_trak.sources.weights import check_dtype
 from hf_trak.storage.passes import encode_pass
 from hf_trak.tasks import AutoTask, Bank, Task, bank_of, draw_rows, embed_bank, needs_bank, vmappable_attention, with_bank
 from hf_trak.tasks.packing import check_documents
+from hf_trak.tasks.token_inputs import TokenInputs
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel
 
-_CHECKED_ROWS = 2
+logger = logging.getLogger(__name__)
+
+_CHECKED_ROWS = 3
 _BANK_ROWS = 32  # embedded at a time
 
 
@@ -56,7 +70,8 @@ class Featurizer:
     Args:
         model (`PreTrainedModel`, `str` or `Path`): A model, or a folder or repository to load one from when it is first needed.
         config (`TrakConfig`, *optional*): What features mean.
-        processing_class (*optional*): Tokenizer or image processor; by default the one saved beside the weights, if any.
+        processing_class (*optional*): Tokenizer or image processor, or the folder or repository of one; by default the one saved with
+            the weights. Rows that are tokenized or pixels already need none.
         task (`Task`, *optional*): In place of the one `config` names.
         seed (`int` or a sequence, *optional*): The member's sketch seed; by default the configuration's. With several, every
             column comes once per seed, its name ending in `_seed_<seed>`.
@@ -91,8 +106,14 @@ class Featurizer:
         self._model = None if isinstance(model, (str, Path)) else model
         self._given = (processing_class, task)
         self._ready: tuple[Task, ParameterSelection, Projector, Any] | None = None
+        self._unusable: ValueError | None = None  # what is wrong with the checkpoint's own tokenizer or processor
         self._hash: str | None = None
-        self._checked = False
+        self._engine: EngineChoice | None = None  # until it is decided
+        self._plan: CallPlan | None = None
+        self._saw_padding = False  # in the rows of the check
+        self._documents_checked = False
+        self._has_said: set[str] = set()
+        self._collating = threading.Lock()  # a tokenizer serves one thread at a time
         self._bank: Bank | None = None  # until there is a task to hold it
 
     @property
@@ -124,8 +145,8 @@ class Featurizer:
             processing_class, task = self._given
             if task is None:
                 task = AutoTask.from_model(self.model, self.config)
-            if processing_class is None and self.source is not None:
-                processing_class = load_processing_class(self.source, self.commit, trust_remote_code=self.trust_remote_code)
+            processing_class = self._find_processing_class(processing_class)
+            check_dtype(self.model, self.config.compute_dtype)
             selection = select_parameters(self.model, self.config.parameters)
             if self.config.proj_dim > selection.grad_dim:
                 raise ValueError(
@@ -151,6 +172,18 @@ class Featurizer:
             self._ready = task, selection, projector, processing_class
         return self._ready
 
+    def _find_processing_class(self, given: Any) -> Any:
+        """Return the tokenizer or image processor; None where the checkpoint's own is missing or damaged, which only raw rows need."""
+        try:
+            found = find_processing_class(given, self.source, self.commit, trust_remote_code=self.trust_remote_code)
+            check_vocabulary(found, self.model)
+        except ValueError as error:
+            if given is not None:
+                raise
+            self._unusable = error
+            return None
+        return found
+
     @property
     def seed(self) -> int:
         """The sketch seed, or the first of several."""
@@ -167,6 +200,28 @@ class Featurizer:
     @property
     def processing_class(self) -> Any:
         return self.prepare()[3]
+
+    def check(self, dataset: Dataset) -> None:
+        """Decide which columns are read, as [`~Featurizer.read_from`] does, and check that every row can be read.
+
+        Raises:
+            ValueError: If the task cannot read the columns or some rows, or raw rows need a tokenizer or image processor and there is none.
+        """
+        try:
+            self.read_from(dataset)
+            task, _, _, processing_class = self.prepare()
+            task.check(dataset, processing_class)
+        except MissingProcessor as error:
+            raise self._absence(str(error)) from error
+
+    def _absence(self, reason: str) -> ValueError:
+        """Return the error for raw rows that nothing can read, naming the checkpoint, or what is wrong with its files."""
+        return self._unusable or MissingProcessor(describe_absence(self.source, self._given[0], reason))
+
+    @property
+    def processor(self) -> str | None:
+        """The folder or repository that was given as `processing_class`; None for an object, and where nothing was given."""
+        return str(self._given[0]) if is_name(self._given[0]) else None
 
     @property
     def gpu_model(self) -> str | None:
@@ -194,7 +249,7 @@ class Featurizer:
         chunks = [chunk.tolist() for chunk in rows.split(_BANK_ROWS)]
         parts = []
         for chunk in chunks:
-            batch = self._on_device(task.collate(read_rows(dataset, chunk), processing_class))
+            batch = to_device(task.collate(read_rows(dataset, chunk), processing_class), self.device)
             with thinned(self.model, self.dropout_seed), evaluation_mode(self.model), self._autocast():
                 parts.append(embed_bank(task, self.model, batch, torch.tensor(chunk)))
         bank = Bank.join(parts)
@@ -225,16 +280,12 @@ class Featurizer:
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.compute_dtype == "bfloat16")
 
-    def _on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
-            for key, value in batch.items()
-        }
-
     def model_hash(self) -> str:
-        """Return the SHA-256 of the model's weights and buffers."""
+        """Return the SHA-256 of the model's weights and buffers, but for modules that an adapter replaces: they are not used, and may
+        be random."""
         if self._hash is None:
-            self._hash = hash_tensors(self.model.state_dict())
+            state = self.model.state_dict()
+            self._hash = hash_tensors({name: value for name, value in state.items() if ".original_module." not in name})
         return self._hash
 
     @property
@@ -247,39 +298,134 @@ class Featurizer:
         task, _, _, processing_class = self.prepare()
         return task.inputs.lengths(dataset, processing_class)
 
-    def collate(self, rows: Mapping[str, Sequence[Any]]) -> dict[str, Tensor]:
-        """Return a batch of rows, where the device can fetch it without being waited for."""
+    def collate(self, rows: Mapping[str, Sequence[Any]]) -> Collated:
+        """Return a batch of rows, where the device can fetch it without being waited for. It remembers its rows."""
+        return Collated(self._collate(rows), rows, self._collate)
+
+    def _collate(self, rows: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
         task, _, _, processing_class = self.prepare()
-        batch = task.collate(rows, processing_class)
+        try:
+            with self._collating:
+                batch = task.collate(rows, processing_class)
+        except (TypeError, AttributeError) as error:
+            if processing_class is not None or {"input_ids", "pixel_values"} & set(rows):
+                raise
+            raise self._absence("These rows are neither tokenized nor pixels") from error
         if self.device.type != "cuda":
             return batch
         with torch.cuda.device(self.device):  # the thread that reads would open a context on the first device
             return {key: value.pin_memory() if isinstance(value, Tensor) else value for key, value in batch.items()}
 
-    def features(self, batch: Mapping[str, Tensor]) -> BatchFeatures:
-        """Return the features of a batch that the task's collator made, on the device; those of several sketches side by side."""
-        with thinned(self.model, self.dropout_seed):
-            return self._features(batch)
+    @property
+    def engine(self) -> EngineChoice | None:
+        """Which engine makes the gradients, and why; None until it is decided, by [`~Featurizer.choose_engine`] or the first batch."""
+        return self._engine
 
-    def _features(self, batch: Mapping[str, Tensor]) -> BatchFeatures:
+    def choose_engine(self, dataset: Dataset) -> EngineChoice:
+        """Decide which engine makes the gradients, from the model and some rows of the data set they will be of.
+
+        Raises:
+            ValueError: If `config.gradients` names an engine that is not right for the model.
+        """
+        numbers = rows_to_check(dataset, self.lengths)
+        rows = read_rows(dataset, numbers)
+        self._decide(self.collate(rows), list(range(len(numbers))))
+        return self._engine or EngineChoice("loop", reason="there is one row, which cannot be checked beside others")
+
+    def use_engine(self, engine: EngineChoice) -> None:
+        """Go on with the engine that others of a run have decided on."""
+        if self._engine is None or self._engine.name != engine.name:
+            self._plan = None
+        self._engine = engine
+
+    def _decide(self, batch: Mapping[str, Any], numbers: Sequence[int]) -> None:
+        """Check the engine on some rows of a batch, the longest first; leave it open if there is one row."""
         task, selection, projector, _ = self.prepare()
-        batch = self._on_device(batch)
-        arguments: dict[str, Any] = {"parameters": selection.parameters, "projector": projector}
-        functional = self.config.gradients == "functional"
+        arguments: dict[str, Any] = {"output_function": task.output_function, "parameters": selection.parameters}
+
+        def collate(chosen: Sequence[int]) -> Mapping[str, Any]:
+            return to_device(part_of(batch, [numbers[place] for place in chosen]), self.device)
+
+        setting = self.config.gradients
+        # Not under autocast, whose round-off would hide what is looked for.
+        with thinned(self.model, self.dropout_seed), self._attention(setting):
+            try:
+                self._engine, self._plan = decide(self.model, collate, len(numbers), setting=setting, **arguments)
+            except TooFewExamples:
+                return
+            self._saw_padding = has_padding(collate(range(len(numbers))))
+            if self._engine.name == "loop" and setting == "auto":
+                cost = cost_of_loop(self.model, collate, len(numbers), projector=projector, **arguments)
+                self._say(
+                    f"gradients='loop', one example at a time, since `layerwise` does not serve this model: {self._engine.reason}. "
+                    f"Expect {cost:.1f} times the time of a plain forward and backward pass over batches, as measured on "
+                    f"{len(numbers)} rows."
+                )
+
+    def _say(self, message: str) -> None:
+        if message not in self._has_said:
+            self._has_said.add(message)
+            logger.warning(message)
+
+    def _attention(self, engine: str) -> AbstractContextManager[Any]:
+        return vmappable_attention(self.model) if engine == "functional" else nullcontext()
+
+    def features(self, batch: Mapping[str, Any], *, projector: Projector | None = None) -> BatchFeatures:
+        """Return the features of a batch that the task's collator made, on the device; those of several sketches side by side.
+
+        Args:
+            projector ([`Projector`], *optional*): In place of the featurizer's own.
+        """
+        with thinned(self.model, self.dropout_seed):
+            return self._features(batch, projector or self.prepare()[2])
+
+    def _features(self, batch: Mapping[str, Any], projector: Projector) -> BatchFeatures:
+        n_rows = count_rows(batch)
+        if not self._documents_checked and isinstance(self.task.inputs, TokenInputs):
+            first = {key: value[:_CHECKED_ROWS] if isinstance(value, Tensor) else value for key, value in batch.items()}
+            check_documents(self.model, to_device(first, self.device))
+            self._documents_checked = True
+        if self._engine is None:
+            self._decide(batch, _longest_first(batch, n_rows))
+        elif self._engine.name == "layerwise" and self._plan is None and n_rows > 1:
+            self._recheck(batch, n_rows)
+        name = self._engine.name if self._engine is not None else "loop"
+        # What the check has not seen goes one row at a time: it is right, and decided by the batch alone.
+        if name == "loop" or n_rows == 1 or (has_padding(batch) and not self._saw_padding):
+            return self._by_loop(batch, projector, range(n_rows))
+        engine: Callable[..., BatchFeatures] = functional_features
+        arguments = self._arguments(projector, vmapped=name == "functional")
+        if name == "layerwise":
+            engine, arguments["plan"] = layerwise_features, self._plan
+        try:
+            with self._attention(name):
+                return engine(self.model, to_device(batch, self.device), **arguments)
+        except Exception as error:
+            if isinstance(error, MemoryError) or should_reduce_batch_size(error):
+                raise
+            # A batch's composition must not decide whether a run succeeds. What is wrong with the rows themselves is raised again.
+            features = self._by_loop(batch, projector, range(n_rows))
+            self._say(f"Some batches are computed one row at a time, since `{name}` does not serve them: {error}")
+            return features
+
+    def _recheck(self, batch: Mapping[str, Any], n_rows: int) -> None:
+        """Learn how the model calls its modules, for an engine that others have decided on."""
+        recorded = self._engine
+        self._engine = None
+        self._decide(batch, _longest_first(batch, n_rows))
+        if self._engine is None:
+            self._engine = recorded
+
+    def _by_loop(self, batch: Mapping[str, Any], projector: Projector, numbers: Sequence[int]) -> BatchFeatures:
+        rows = [to_device(part_of(batch, [number]), self.device) for number in numbers]
+        return loop_features(self.model, rows, **self._arguments(projector))
+
+    def _arguments(self, projector: Projector, *, vmapped: bool = False) -> dict[str, Any]:
+        task, selection, _, _ = self.prepare()
         output_function = task.output_function
         if self.config.compute_dtype == "bfloat16":
-            output_function = in_bfloat16(output_function, device_type=self.device.type, vmapped=functional)
-        engine = GRADIENTS[self.config.gradients]
-        if functional:
-            with vmappable_attention(self.model):
-                return engine(self.model, batch, output_function=output_function, **arguments)
-        if not self._checked:
-            first = {key: value[:_CHECKED_ROWS] if isinstance(value, Tensor) else value for key, value in batch.items()}
-            # Not under autocast, whose round-off would hide what is looked for.
-            check_documents(self.model, first)
-            check_gradients(self.model, first, output_function=task.output_function, **arguments)
-            self._checked = True
-        return engine(self.model, batch, output_function=output_function, **arguments)
+            output_function = in_bfloat16(output_function, device_type=self.device.type, vmapped=vmapped)
+        return {"parameters": selection.parameters, "projector": projector, "output_function": output_function}
 
     def compute(self, batch: Mapping[str, Tensor], ids: Sequence[int] | None = None) -> BatchFeatures:
         """Return the features of a batch, on the CPU.
@@ -291,6 +437,13 @@ class Featurizer:
             ValueError: If a row's output or gradient is not finite; the message names the rows.
         """
         features = fetch(self.features(batch))
+        bad = not_finite(features)
+        if bad and (self._engine is None or self._engine.name != "loop"):
+            # Padding may have done it, as in models that take the logarithm of what a mask hides.
+            with thinned(self.model, self.dropout_seed):
+                again = fetch(self._by_loop(batch, self.prepare()[2], bad))
+            for values, new in zip(features, again, strict=True):
+                values[bad] = new
         check_finite(features, ids)
         return features
 
@@ -321,10 +474,11 @@ class Featurizer:
             "revision": self.commit,
             "trust_remote_code": self.trust_remote_code,
             "model_hash": self.model_hash(),
-            "processing_hash": hash_processing_class(processing_class),
+            "processing_hash": hash_processing_class(self.processing_class if is_name(processing_class) else processing_class),
+            "processor": self.processor,
             "task": task.name if task is not None else None,
             "bank": {name: values.cpu().numpy() for name, values in bank.tensors().items()} if bank is not None else None,
-            "portable": self.source is not None and processing_class is None and task is None,
+            "portable": self.source is not None and (processing_class is None or is_name(processing_class)) and task is None,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -335,6 +489,7 @@ class Featurizer:
         self.__init__(  # type: ignore[misc]
             state["source"] if portable else None,
             TrakConfig.from_dict(state["config"]),
+            state["processor"],
             seed=state["seed"],
             dropout_seed=state["dropout_seed"],
             revision=state["revision"],
@@ -343,6 +498,17 @@ class Featurizer:
         self._hash = state["model_hash"]
         if state["bank"] is not None:
             self._bank = Bank.from_tensors({name: torch.from_numpy(values) for name, values in state["bank"].items()})
+
+
+def _longest_first(batch: Mapping[str, Any], n_rows: int) -> list[int]:
+    """Return some rows of a batch: the longest, the shortest, and one of another length."""
+    mask = batch.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return list(range(min(_CHECKED_ROWS, n_rows)))
+    lengths = mask.ne(0).sum(1).tolist()
+    order = sorted(range(n_rows), key=lambda row: (-lengths[row], row))
+    between = [row for row in order[1:-1] if lengths[order[-1]] < lengths[row] < lengths[order[0]]]
+    return list(dict.fromkeys([order[0], order[-1], *between[:1], *order[1:-1]]))[:_CHECKED_ROWS]
 
 
 def _first_of(projector: Projector) -> Projector:

@@ -16,6 +16,12 @@ def fetch(features: BatchFeatures) -> BatchFeatures:
     return BatchFeatures(packed[:, -2], packed[:, -1], packed[:, :-2])
 
 
+def not_finite(features: BatchFeatures) -> list[int]:
+    """Return the rows of what was fetched that are not finite."""
+    finite = features.features.isfinite().all(1) & features.output.isfinite() & features.out_to_loss.isfinite()
+    return (~finite).nonzero().flatten().tolist()
+
+
 def check_finite(features: BatchFeatures, ids: Sequence[int] | None = None) -> None:
     """Check what was fetched.
 
@@ -25,9 +31,7 @@ def check_finite(features: BatchFeatures, ids: Sequence[int] | None = None) -> N
     Raises:
         ValueError: If a row's output or gradient is not finite; the message names the rows.
     """
-    finite = features.features.isfinite().all(1) & features.output.isfinite() & features.out_to_loss.isfinite()
-    if not finite.all():
-        bad = (~finite).nonzero().flatten().tolist()
+    if bad := not_finite(features):
         names = [ids[row] for row in bad] if ids is not None else bad
         raise ValueError(
             f"The gradients of {len(bad)} examples are not finite: rows {', '.join(map(str, names[:10]))}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,10 @@ OutputFunction = Callable[[Callable[..., Any], Mapping[str, Any]], tuple[Tensor,
 """`(model, batch) -> (output, out_to_loss)`, each `(batch,)`. Row i may depend on example i alone. `out_to_loss` is not
 differentiated. `model` may be a stand-in that behaves like the model when called, or when a method is. A parameter that the function
 itself reads it must get by `model.get_parameter(name)`, which may have one copy per example: (batch, *shape)."""
+
+
+class BatchRefused(ValueError):
+    """An engine cannot tell the gradients of a batch's examples apart; another can."""
 
 
 class BatchFeatures(NamedTuple):
@@ -36,13 +41,18 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     forces_gradients = bool(getattr(model, "_require_grads_hooks", None))
     if forces_gradients:
         model.disable_input_require_grads()  # type: ignore[operator]
+    norms = [module for module in model.modules() if _is_batch_norm(module)]
     model.eval()
     model.requires_grad_(False)
+    for norm in norms:
+        norm.forward = partial(_batch_norm, norm)
     _set(inplace, "inplace", False)
     _set(checkpointing, "gradient_checkpointing", False)
     try:
         yield
     finally:
+        for norm in norms:
+            del norm.forward
         if forces_gradients:
             model.enable_input_require_grads()  # type: ignore[operator]
         _set(inplace, "inplace", True)
@@ -51,6 +61,27 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
         for module, flag in training.items():
             module.training = flag
+
+
+def _is_batch_norm(module: nn.Module) -> bool:
+    is_plain = type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) and "forward" not in module.__dict__
+    return is_plain and module.running_mean is not None
+
+
+def _batch_norm(module: nn.BatchNorm2d, inputs: Tensor) -> Tensor:
+    """Scale and shift single examples entry by entry: on CPUs, torch's own derivative is wrong where their gradient arrives permuted."""
+    if len(inputs) > 1 or module.training:
+        return type(module).forward(module, inputs)
+    assert module.running_mean is not None
+    assert module.running_var is not None
+    scale = (module.running_var + module.eps).rsqrt()
+    if module.weight is not None:
+        scale = scale * module.weight
+    shift = -module.running_mean * scale
+    if module.bias is not None:
+        shift = shift + module.bias
+    places = (1, -1, *[1] * (inputs.ndim - 2))
+    return inputs * scale.to(inputs).reshape(places) + shift.to(inputs).reshape(places)
 
 
 def _set(modules: list[nn.Module], attribute: str, value: bool) -> None:

@@ -1,86 +1,232 @@
-"""A check of the first examples: that layerwise gradients are whole, and that no example's depends on its batch mates."""
+"""The check at the start of a run: that an engine's gradients are each example's own, whole and for every parameter.
+
+The reference is the loop over examples, each alone and without padding. The engine must agree with it for the same examples together,
+in batches of two and of three, one example being longer than the others: parameter by parameter, each against its own norm.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from hf_trak.gradients.batch import OutputFunction, evaluation_mode, working_dtype
-from hf_trak.gradients.layerwise import layerwise_features
-from hf_trak.projectors import Projector
+from hf_trak.gradients.batch import BatchFeatures, OutputFunction, evaluation_mode
+from hf_trak.gradients.calls import CallPlan, watch_calls
+from hf_trak.gradients.functional import functional_features
+from hf_trak.gradients.layerwise import layerwise_features, watched_modules
+from hf_trak.gradients.loop import loop_features
+from hf_trak.projectors import BlockCountSketch, Projector
 
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # relative
-_COARSE = 3e-2  # of half precision, and of weights in 8 bits, under which activations are rounded too
-_NOISE = 1e-6  # differences below this are round-off of gradients that are zero
+Collate = Callable[[Sequence[int]], Mapping[str, Any]]
+"""A batch of the examples with these numbers, in this order; one alone has no padding."""
+
+_PROJ_DIM = 1024  # of the sketches that are compared
+_SIZES = (2, 3, 5)  # none divides another
+
+
+class _Tolerance(NamedTuple):
+    own: float  # share of the parameter's gradient
+    whole: float  # share of the whole gradient: round-off of gradients that cancel
+
+
+_TOLERANCE = {torch.float64: _Tolerance(1e-6, 1e-9), torch.float32: _Tolerance(1e-3, 1e-5)}
+_COARSE = _Tolerance(0.15, 2e-2)  # half precision, and weights in 8 bits, under which activations are rounded too
+
+
+class CheckFailed(ValueError):
+    """An engine's gradients are not those of the loop."""
+
+
+class TooFewExamples(ValueError):
+    """One example alone shows nothing of what a batch does to it."""
 
 
 def check_gradients(
     model: nn.Module,
-    batch: Mapping[str, Any],
+    collate: Collate,
+    n_examples: int,
     *,
     output_function: OutputFunction,
     parameters: Mapping[str, nn.Parameter],
-    projector: Projector,
-) -> None:
-    """Compare `layerwise_features` of a few examples with autograd's total gradient, and with each example alone.
+    engine: Literal["layerwise", "functional"] = "layerwise",
+) -> CallPlan | None:
+    """Compare an engine with the loop over examples, each alone and without padding.
 
-    The first finds parameters that are used where no hook sees them; the second, models that mix examples.
+    Args:
+        collate (`Callable`): Makes a batch of some of the examples.
+        n_examples (`int`): How many different ones there are, at least two; of different lengths, if the data has any.
+
+    Returns:
+        How the model calls its modules, which `layerwise` needs for batches of other sizes.
 
     Raises:
-        ValueError: Naming the parameters, or the rows, that disagree.
+        CheckFailed: Naming the parameters, or the examples, that disagree.
+        TooFewExamples: If there is one.
     """
-    together = layerwise_features(model, batch, output_function=output_function, parameters=parameters, projector=projector)
-    quantized = any(not parameter.is_floating_point() for parameter in model.parameters())
-    tolerance = _COARSE if quantized else _TOLERANCE.get(next(iter(parameters.values())).dtype, _COARSE)
-
-    def disagree(actual: Tensor, expected: Tensor, scale: Tensor) -> bool:
-        # Not finite on both sides is another error's business.
-        return bool((actual - expected).norm() > tolerance * scale.norm() + _NOISE)
-
-    for row in range(len(together.output)):
-        one = {key: value[row : row + 1] if isinstance(value, Tensor) else value for key, value in batch.items()}
-        alone = layerwise_features(model, one, output_function=output_function, parameters=parameters, projector=projector)
-        if disagree(together.features[row], alone.features[0], alone.features[0]):
-            raise ValueError(
-                f"The gradient of row {row} changes with the examples it shares a batch with (by "
-                f"{(together.features[row] - alone.features[0]).norm() / alone.features[0].norm():.1%}), so it is not that "
-                f"example's own. {type(model).__name__} mixes the examples of a batch; use gradients='functional'."
-            )
-    totals = _total_gradients(model, batch, output_function, parameters)
-    scale = _sketch(projector, totals)
-    if disagree(together.features.sum(0), scale, scale):
-        missing = []
-        for name, grads in totals.items():
-            part = layerwise_features(
-                model, batch, output_function=output_function, parameters={name: parameters[name]}, projector=projector
-            )
-            if disagree(part.features.sum(0), _sketch(projector, {name: grads}), scale):
-                missing.append(name)
-        raise ValueError(
-            f"`layerwise` does not find the whole gradient of {', '.join(missing) or 'some parameters'}: the model uses them outside "
-            "the modules that own them. Leave them out with `parameters`, or use gradients='functional'."
+    if n_examples < 2:
+        raise TooFewExamples(
+            "The check at the start compares at least two different examples together and alone, and there is one. Use "
+            "gradients='loop' or 'auto', or give batches of two rows at least."
         )
+    batches = [[number % n_examples for number in range(size)] for size in _SIZES]
+    sketch = _PerParameter(parameters)
+    arguments: dict[str, Any] = {"output_function": output_function, "parameters": parameters, "projector": sketch}
+    with _exact_products():
+        alone, expected = [], []
+        for number in range(min(n_examples, 3)):
+            alone.append(loop_features(model, [collate([number])], **arguments))
+            expected.append(sketch.take())
+        if engine == "layerwise":
+            watched = list(watched_modules(model, parameters))
+            plan = watch_calls(model, [collate(numbers) for numbers in batches], watched, output_function)
+            compute = _with_plan(plan)
+        else:
+            plan, compute = None, functional_features
+        for numbers in batches[:2]:
+            numbers = [number % len(alone) for number in numbers]
+            batch = collate(numbers)
+            together = compute(model, batch, **arguments)
+            found = sketch.take()
+            wrong = _disagreements(model, numbers, together, found, alone, expected, parameters)
+            if wrong:
+                raise CheckFailed(_explain(model, batch, engine, wrong, found, arguments, sketch, len(numbers)))
+    return plan
+
+
+def _with_plan(plan: CallPlan) -> Callable[..., BatchFeatures]:
+    return lambda model, batch, **arguments: layerwise_features(model, batch, plan=plan, **arguments)
+
+
+class _Disagreement(NamedTuple):
+    place: int  # in the batch
+    name: str | None  # of a parameter; None for the output
+    share: float
+
+
+def _disagreements(
+    model: nn.Module,
+    numbers: Sequence[int],
+    together: BatchFeatures,
+    found: Mapping[str, Tensor],
+    alone: Sequence[BatchFeatures],
+    expected: Sequence[Mapping[str, Tensor]],
+    parameters: Mapping[str, nn.Parameter],
+) -> list[_Disagreement]:
+    tolerance = _tolerance(model, parameters)
+    wrong = []
+    for place, number in enumerate(numbers):
+        for values, reference in ((together.output, alone[number].output), (together.out_to_loss, alone[number].out_to_loss)):
+            difference, scale = (values[place] - reference[0]).abs().item(), reference[0].abs().item()
+            if not difference <= tolerance.own * scale + 10 * tolerance.whole * max(1.0, scale):
+                wrong.append(_Disagreement(place, None, difference / max(scale, 1e-12)))
+        whole = torch.stack([values.norm() for values in expected[number].values()]).norm().item()
+        for name, reference in expected[number].items():
+            difference, own = (found[name][place] - reference[0]).norm().item(), reference.norm().item()
+            if not difference <= tolerance.own * own + tolerance.whole * whole:
+                wrong.append(_Disagreement(place, name, difference / max(own, 1e-12 * whole, 1e-30)))
+    return wrong
+
+
+def _tolerance(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> _Tolerance:
+    if any(not parameter.is_floating_point() for parameter in model.parameters()):
+        return _COARSE
+    dtypes = {parameter.dtype for parameter in model.parameters()} | {parameter.dtype for parameter in parameters.values()}
+    return max((_TOLERANCE.get(dtype, _COARSE) for dtype in dtypes), key=lambda tolerance: tolerance.own)
+
+
+def _explain(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    engine: str,
+    wrong: Sequence[_Disagreement],
+    found: Mapping[str, Tensor],
+    arguments: Mapping[str, Any],
+    sketch: _PerParameter,
+    batch_size: int,
+) -> str:
+    """Say whether the engine misses something, or the model lets examples or padding change each other's gradients."""
+    way_out = "Use gradients='loop', which computes one example at a time, or 'auto', which takes it where it must."
+    total = _total_gradients(model, batch, arguments["output_function"], arguments["parameters"], sketch)
+    tolerance = _tolerance(model, arguments["parameters"])
+    whole = torch.stack([values.norm() for values in total.values()]).norm()
+    missing = [
+        name
+        for name, values in total.items()
+        if (found[name].sum(0) - values[0]).norm() > tolerance.own * values.norm() + batch_size * tolerance.whole * whole
+    ]
+    missing = [name for name in missing if any(name == disagreement.name for disagreement in wrong)]
+    if missing:
+        return (
+            f"`{engine}` does not find the whole gradient of {', '.join(missing[:10])}{', ...' if len(missing) > 10 else ''}: the "
+            f"model uses them outside the modules that own them. {way_out} Or leave them out with `parameters`."
+        )
+    first = max(wrong, key=lambda disagreement: disagreement.share)
+    what = "output" if first.name is None else f"gradient of {first.name}"
+    return (
+        f"The gradient of row {first.place} changes with the examples it shares a batch with, or with its padding: its {what} by "
+        f"{first.share:.1%}. {type(model).__name__} mixes the examples of a batch, or reads padding. {way_out}"
+    )
 
 
 def _total_gradients(
-    model: nn.Module, batch: Mapping[str, Any], output_function: OutputFunction, parameters: Mapping[str, nn.Parameter]
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    output_function: OutputFunction,
+    parameters: Mapping[str, nn.Parameter],
+    sketch: _PerParameter,
 ) -> dict[str, Tensor]:
+    """Return the sketch of autograd's gradient of the sum of a batch's outputs."""
     with evaluation_mode(model), torch.enable_grad():
         for parameter in parameters.values():
             parameter.requires_grad_(True)
         output = output_function(model, batch)[0].sum()
-        if not output.requires_grad:  # it depends on no selected parameter
-            return {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-        grads = torch.autograd.grad(output, list(parameters.values()), allow_unused=True)
-    return {name: grad for name, grad in zip(parameters, grads, strict=True) if grad is not None}
+        accumulator = sketch.start(1, dtype=output.dtype, device=output.device)
+        if output.requires_grad:
+            grads = torch.autograd.grad(output, list(parameters.values()), allow_unused=True)
+            for name, grad in zip(parameters, grads, strict=True):
+                if grad is not None:
+                    sketch.add(accumulator, name, grad.unsqueeze(0).to(accumulator.dtype))
+    return sketch.take()
 
 
-def _sketch(projector: Projector, grads: Mapping[str, Tensor]) -> Tensor:
-    first = next(iter(grads.values()))
-    accumulator = projector.start(1, dtype=working_dtype(first.dtype), device=first.device)
-    for name, grad in grads.items():
-        projector.add(accumulator, name, grad.unsqueeze(0).to(accumulator.dtype))
-    return projector.finish(accumulator)[0]
+class _PerParameter(Projector):
+    """One small sketch for each parameter."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        super().__init__(proj_dim=1, seed=0)
+        self._sketch = BlockCountSketch(proj_dim=_PROJ_DIM, seed=0)
+        self._names = list(parameters)
+        self._found: dict[str, Tensor] = {}
+
+    def start(self, batch_size: int, *, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "batch width"]:
+        dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self._found = {name: self._sketch.start(batch_size, dtype=dtype, device=device) for name in self._names}
+        return torch.zeros(batch_size, 1, dtype=dtype, device=device)
+
+    def add(self, accumulator: Tensor, name: str, grads: Tensor) -> None:
+        self._sketch.add(self._found[name], name, grads)
+
+    def add_outer(self, accumulator: Tensor, name: str, left: Tensor, right: Tensor) -> None:
+        self._sketch.add_outer(self._found[name], name, left, right)
+
+    def add_rows(self, accumulator: Tensor, name: str, shape: tuple[int, int], rows: Tensor, values: Tensor) -> None:
+        self._sketch.add_rows(self._found[name], name, shape, rows, values)
+
+    def take(self) -> dict[str, Tensor]:
+        """Return the sketches of the last batch, by parameter."""
+        return {name: self._sketch.finish(values) for name, values in self._found.items()}
+
+
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    """Keep CUDA from rounding the factors of products within the block, which would hide what is looked for."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before

@@ -14,13 +14,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from hf_trak.gradients.batch import BatchFeatures, OutputFunction, check_outputs, evaluation_mode, working_dtype
+from hf_trak.gradients.affine import factors, is_affine, may_be_affine
+from hf_trak.gradients.batch import BatchFeatures, BatchRefused, OutputFunction, check_outputs, evaluation_mode, working_dtype
+from hf_trak.gradients.calls import Axis, Call, CallPlan
 from hf_trak.gradients.frozen import frozen_layers
 from hf_trak.gradients.rules import Contribution, Dense, Outer, Rows, find_rule, looks_at_values, own_parameters, owners
+from hf_trak.gradients.taps import Taps
 from hf_trak.projectors import Projector
 
+_WAY_OUT = "Use gradients='loop', or 'auto', which takes it where it must, or leave these parameters out with `parameters`."
 _COUNTED_POSITIONS = ("BartLearnedPositionalEmbedding", "MBartLearnedPositionalEmbedding")
 
 
@@ -31,6 +35,7 @@ def layerwise_features(
     output_function: OutputFunction,
     parameters: Mapping[str, nn.Parameter],
     projector: Projector,
+    plan: CallPlan | None = None,
 ) -> BatchFeatures:
     """Return features of `batch` from one batched forward and backward pass of the sum of outputs.
 
@@ -38,12 +43,14 @@ def layerwise_features(
 
     Args:
         parameters (`Mapping[str, nn.Parameter]`): From [`select_parameters`]; backward stops below the first of them.
+        plan ([`CallPlan`], *optional*): How the model calls its modules, from other batches; without it, the sizes of this one decide
+            which axes are those of examples.
 
     Raises:
-        ValueError: If a parameter's use loses the example axis in a way that cannot be undone; the message names it.
+        BatchRefused: If a parameter's use loses the example axis in a way that cannot be undone; the message names it.
     """
     batch_size = next(len(value) for value in batch.values() if isinstance(value, Tensor))
-    with evaluation_mode(model), torch.enable_grad(), _Watch(model, parameters, projector, batch_size) as watch:
+    with evaluation_mode(model), torch.enable_grad(), _Watch(model, parameters, projector, batch_size, plan) as watch:
         output, out_to_loss = output_function(model, batch)
         check_outputs(output, out_to_loss, batch_size)
         if output.requires_grad:
@@ -52,27 +59,45 @@ def layerwise_features(
     return BatchFeatures(output.detach(), out_to_loss.detach(), features)
 
 
+def watched_modules(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[nn.Module, dict[str, str]]:
+    """Return for each module that owns selected parameters its own names of them, with the model's.
+
+    Tied weights have the same name in every module.
+    """
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    return {
+        module: owned
+        for module, used in owners(model).items()
+        if (owned := {own: names[id(p)] for own, p in used.items() if id(p) in names})
+    }
+
+
 class _Watch:
     """Hooks on every module that owns a selected parameter, for the length of one forward and backward pass."""
 
-    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], projector: Projector, batch_size: int) -> None:
-        self.model = model
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        projector: Projector,
+        batch_size: int,
+        plan: CallPlan | None = None,
+    ) -> None:
+        self.plan = plan
+        self.numbers: dict[nn.Module, int] = {}
         self.projector = projector
         self.batch_size = batch_size
         self.accumulator: Tensor | None = None
         self.recomputing = False
+        self.expanded: dict[nn.Module, bool] = {}  # modules about to see ids that are expanded to one row per example
         self.model = model
         self.parameters = parameters
-        names = {id(parameter): name for name, parameter in parameters.items()}
-        # module -> {its own name of a parameter: the model's name}; tied weights have the same name in every module
-        self.owned = {
-            module: owned
-            for module, used in owners(model).items()
-            if (owned := {own: names[id(p)] for own, p in used.items() if id(p) in names})
-        }
+        self.owned = watched_modules(model, parameters)
 
     def __enter__(self) -> _Watch:
         self.stack = ExitStack()
+        self.taps = Taps()
+        self.stack.callback(self.taps.close)
         self.stack.enter_context(frozen_layers(self.model, unless=lambda: self.recomputing))
         for module in self.owned:
             rule = find_rule(module)
@@ -119,10 +144,13 @@ class _Watch:
                     self._add(bias, {"weight": Dense(total)})
 
             expanded = values.expand(self.batch_size, *values.shape[1:])
-            return _on_gradient([expanded], lambda grads: catch(grads[0]))[0]
+            return self._tap(expanded, catch)
 
         attention.compute_bias = compute_for_each  # type: ignore[assignment]
         self.stack.callback(attention.__dict__.pop, "compute_bias", None)
+
+    def _tap(self, output: Tensor, catch: Callable[[Tensor], None]) -> Tensor:
+        return self.taps.tap([output], lambda grads: catch(grads[0]))[0]
 
     def __exit__(self, *exception: object) -> None:
         self.stack.close()
@@ -156,6 +184,7 @@ class _Watch:
     def _expand_shared_rows(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Give every example its own copy of ids fed once for the whole batch, such as position ids of shape (1, seq)."""
         if not self.recomputing and args and args[0].ndim == 2 and args[0].shape[0] == 1 < self.batch_size:
+            self.expanded[module] = True
             return (args[0].expand(self.batch_size, -1), *args[1:])
         return None
 
@@ -180,25 +209,31 @@ class _Watch:
                 self._add(module, {"weight": Rows(rows, values)})
 
         expanded = output.expand(self.batch_size, *output.shape[1:])
-        return _on_gradient([expanded], lambda grads: catch(grads[0]))[0]
+        return self._tap(expanded, catch)
 
     def _catch(self, rule: Callable[..., dict[str, Contribution]]) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
             if self.recomputing or not torch.is_grad_enabled():
                 return None
+            call = self._next_call(module)
             inputs = (args[0] if args else next(iter(kwargs.values()))).detach()
-            # Ids of shape (seq,) or (query, key), the same for all examples, must not pass for rows that make an example.
-            self._require_examples(module, inputs, parts=not isinstance(module, nn.Embedding))
+            axis = _axis_of(call.inputs, 0) if call is not None else None
+            if not self.expanded.pop(module, False):
+                # Ids of shape (seq,) or (query, key), the same for all examples, must not pass for rows that make an example.
+                parts = not isinstance(module, nn.Embedding) or self.plan is not None
+                self._require_examples(module, inputs, axis, parts=parts)
+            check_unchanged = self._unchanged(module, [inputs])
 
             def catch(grads: Tensor) -> None:
                 if self.accumulator is None:
                     self._start(grads)
+                check_unchanged()
                 dtype = working_dtype(grads.dtype)
                 floating = inputs.to(dtype) if inputs.is_floating_point() else inputs
                 with torch.no_grad():
                     self._add(module, rule(module, floating, grads.detach().to(dtype)))
 
-            return _on_gradient([output], lambda grads: catch(grads[0]))[0]
+            return self._tap(output, catch)
 
         return hook
 
@@ -206,59 +241,155 @@ class _Watch:
         """For a module with no rule: differentiate a second run of that module alone, example by example."""
         if self.recomputing or not torch.is_grad_enabled():
             return None
+        call = self._next_call(module)
         leaves, structure = tree_flatten((args, kwargs))
         own = {name: parameter.detach() for name, parameter in own_parameters(module).items() if name in self.owned[module]}
-        # Autocast may have handed the module bfloat16; run again outside of it, it computes in its parameters' dtype.
-        dtype = next(iter(own.values())).dtype
-        leaves = [_as_dtype(leaf.detach(), dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         results, result_structure = tree_flatten(output)
         differentiable = [i for i, leaf in enumerate(results) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         outputs: list[Tensor] = [results[i] for i in differentiable]
-        for tensor in outputs:
-            self._require_examples(module, tensor)
-        batched = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.shape[:1] == (self.batch_size,)]
+        affine = self._catch_affine(module, leaves, structure, output, call)
+        if affine is not None:
+            return affine
+        # Autocast may have handed the module bfloat16; run again outside of it, it computes in its parameters' dtype.
+        dtype = next(iter(own.values())).dtype
+        leaves = [_as_dtype(leaf.detach(), dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        axes = {i: _axis_of(call.outputs, i) if call is not None else None for i in differentiable}
+        for i, tensor in zip(differentiable, outputs, strict=True):
+            self._require_examples(module, tensor, axes[i], parts=self.plan is not None)
+        if call is None:
+            batched = {i: "examples" for i, leaf in enumerate(leaves) if _leads(leaf, self.batch_size)}
+        else:
+            batched = {i: axis for i, axis in enumerate(call.inputs) if axis in ("examples", "parts")}
+            for i, axis in batched.items():
+                self._require_examples(module, leaves[i], axis, parts=True)
+        check_unchanged = self._unchanged(module, leaves)
+        # (batch · parts, ...) -> (batch, parts, ...): an example's parts go through the module together.
+        examples_of = [leaves[i] if axis == "examples" else self._by_example(leaves[i]) for i, axis in batched.items()]
 
         def run(parameters: dict[str, Tensor], examples: list[Tensor]) -> list[Tensor]:
             filled = list(leaves)
-            for i, example in zip(batched, examples, strict=True):
-                filled[i] = example.unsqueeze(0)
+            for (i, axis), example in zip(batched.items(), examples, strict=True):
+                filled[i] = example.unsqueeze(0) if axis == "examples" else example
             args, kwargs = tree_unflatten(filled, structure)
             # Children keep their own parameters: a tied one is differentiated where the child uses it.
             result = functional_call(module, parameters, args, kwargs, tie_weights=False)
-            return [x[0] for x in tree_flatten(result)[0] if isinstance(x, Tensor) and x.is_floating_point()]
+            found = tree_flatten(result)[0]
+            return [found[i] if axis == "parts" else found[i][0] for i, axis in axes.items()]
 
         def grads_of_one(examples: list[Tensor], grads: list[Tensor]) -> dict[str, Tensor]:
             return vjp(lambda parameters: run(parameters, examples), own)[1](grads)[0]
 
-        def catch(grads: list[Tensor | None]) -> None:
-            filled = [torch.zeros_like(x) if grad is None else grad for x, grad in zip(outputs, grads, strict=True)]
+        def catch(grads: list[Tensor]) -> None:
             if self.accumulator is None:
-                self._start(filled[0])
+                self._start(grads[0])
+            check_unchanged()
             self.recomputing = True
             try:
-                examples = [leaves[i] for i in batched], [_as_dtype(grad.detach(), dtype) for grad in filled]
-                values = _over_examples(grads_of_one, *examples) if looks_at_values(module) else vmap(grads_of_one)(*examples)
+                received = [
+                    _as_dtype(grad if axis != "parts" else self._by_example(grad), dtype)
+                    for grad, axis in zip(grads, axes.values(), strict=True)
+                ]
+                over = _over_examples if looks_at_values(module) else _vmapped
+                values = over(grads_of_one, examples_of, received)
             except Exception as error:
-                raise ValueError(
+                raise BatchRefused(
                     f"`layerwise` has no rule for {self._describe(module)}, and differentiating it on its own failed "
-                    f"({type(error).__name__}: {error}). Leave it out with `parameters`, or use gradients='functional'."
+                    f"({type(error).__name__}: {error}). {_WAY_OUT}"
                 ) from error
             finally:
                 self.recomputing = False
             self._add(module, {name: Dense(value) for name, value in values.items()})
 
-        for i, watched in zip(differentiable, _on_gradient(outputs, catch), strict=True):
+        for i, watched in zip(differentiable, self.taps.tap(outputs, catch), strict=True):
             results[i] = watched
         return tree_unflatten(results, result_structure)
 
-    def _require_examples(self, module: nn.Module, tensor: Tensor, *, parts: bool = False) -> None:
-        """Refuse a tensor whose first axis is not the examples; with `parts`, several rows in succession may make an example."""
-        rows = tensor.shape[0] if tensor.ndim else 0
-        if rows != self.batch_size and not (parts and rows and rows % self.batch_size == 0):
-            raise ValueError(
-                f"{self._describe(module)} does not keep the examples of a batch apart: for a batch of {self.batch_size} it sees a "
-                f"tensor of shape {tuple(tensor.shape)}. Leave it out with `parameters`, or use gradients='functional'."
+    def _catch_affine(
+        self, module: nn.Module, leaves: list[Any], structure: TreeSpec, output: Any, call: Call | None
+    ) -> Tensor | None:
+        """For a module that scales and shifts, whatever its class: see `affine.py`. None if it is no such module."""
+        own = own_parameters(module)
+        if not isinstance(output, Tensor) or not may_be_affine(module, own, output):
+            return None
+        dtype = working_dtype(output.dtype)
+        leaves = [_as_dtype(leaf.detach(), dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        like = {name: torch.empty_like(parameter, dtype=dtype) for name, parameter in own.items()}
+
+        def run(parameters: dict[str, Tensor]) -> Tensor:
+            args, kwargs = tree_unflatten(leaves, structure)
+            self.recomputing, before = True, self.recomputing
+            try:
+                with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
+                    return functional_call(module, parameters, args, kwargs, tie_weights=False)
+            finally:
+                self.recomputing = before
+
+        if not is_affine(module, like, run):
+            return None
+        self._require_examples(module, output, _axis_of(call.outputs, 0) if call is not None else None, parts=True)
+        check_unchanged = self._unchanged(module, leaves)
+
+        def catch(grads: Tensor) -> None:
+            if self.accumulator is None:
+                self._start(grads)
+            check_unchanged()
+            found = {}
+            with torch.no_grad():
+                for name, factor in factors(like, run).items():
+                    shape = own[name].shape
+                    products = grads.to(dtype) * factor
+                    found[name] = Dense(products.reshape(self.batch_size, -1, *shape).sum(1))
+            self._add(module, found)
+
+        return self._tap(output, catch)
+
+    def _next_call(self, module: nn.Module) -> Call | None:
+        """Return what the plan has of this call of a module; None where there is no plan."""
+        number = self.numbers[module] = self.numbers.get(module, -1) + 1
+        if self.plan is None:
+            return None
+        call = self.plan.call(module, number)
+        if call is None:
+            raise BatchRefused(
+                f"{self._describe(module)} is called in another way than in the batches that were checked, such as an expert that no "
+                f"token was sent to there. {_WAY_OUT}"
             )
+        return call
+
+    def _require_examples(self, module: nn.Module, tensor: Tensor, axis: Axis | None, *, parts: bool = False) -> None:
+        """Refuse a tensor whose first axis is not the examples; with `parts`, several rows in succession may make an example.
+
+        Args:
+            axis (*optional*): What the plan says of that axis; without one, its size decides.
+        """
+        rows = tensor.shape[0] if tensor.ndim else 0
+        whole = rows == self.batch_size and axis != "shared"
+        in_parts = parts and rows > 0 and rows % self.batch_size == 0 and axis in (None, "parts")
+        if not (whole or in_parts):
+            self._refuse(module, tensor)
+
+    def _refuse(self, module: nn.Module, tensor: Tensor) -> None:
+        raise BatchRefused(
+            f"{self._describe(module)} does not keep the examples of a batch apart: for a batch of {self.batch_size} it sees a "
+            f"tensor of shape {tuple(tensor.shape)}. {_WAY_OUT}"
+        )
+
+    def _unchanged(self, module: nn.Module, inputs: list[Any]) -> Callable[[], None]:
+        """Return what raises an error if a module's inputs are written to in place from now on: they are needed again."""
+        watched = [value for value in inputs if isinstance(value, Tensor) and not value.is_inference()]
+        versions = [value._version for value in watched]
+
+        def check() -> None:
+            if [value._version for value in watched] != versions:
+                raise BatchRefused(
+                    f"An input of {self._describe(module)} is written to in place after the module has seen it, so its gradient would "
+                    f"be wrong. {_WAY_OUT}"
+                )
+
+        return check
+
+    def _by_example(self, tensor: Tensor) -> Tensor:
+        return tensor.unflatten(0, (self.batch_size, -1))
 
     def _describe(self, module: nn.Module) -> str:
         return f"{type(module).__name__} (parameters {', '.join(self.owned[module].values())})"
@@ -291,19 +422,18 @@ def _over_examples(
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def _on_gradient(outputs: list[Tensor], catch: Callable[[list[Any]], None]) -> list[Tensor]:
-    """Call `catch` with the gradients of `outputs` once all are known; return what is to be used in their place.
+def _vmapped(
+    function: Callable[[list[Tensor], list[Tensor]], dict[str, Tensor]], examples: list[Tensor], grads: list[Tensor]
+) -> dict[str, Tensor]:
+    return vmap(function)(examples, grads)
 
-    Where autograd has not begun, it begins here; a copy then goes on, since a leaf may not be changed in place.
-    """
-    begins = [not output.requires_grad for output in outputs]
-    for output in outputs:
-        output.requires_grad_()
-    if len(outputs) == 1:
-        outputs[0].register_hook(lambda grad: catch([grad]))
-    elif outputs:
-        torch.autograd.graph.register_multi_grad_hook(outputs, lambda grads: catch(list(grads)))
-    return [output.clone() if begin else output for output, begin in zip(outputs, begins, strict=True)]
+
+def _axis_of(axes: tuple[Axis | None, ...], place: int) -> Axis | None:
+    return axes[place] if place < len(axes) else "shared"
+
+
+def _leads(leaf: Any, batch_size: int) -> bool:
+    return isinstance(leaf, Tensor) and leaf.shape[:1] == (batch_size,)
 
 
 def _as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:

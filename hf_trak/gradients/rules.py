@@ -101,12 +101,6 @@ def rms_norm(module: nn.RMSNorm, inputs: Tensor, grads: Tensor) -> dict[str, Con
     return _affine(F.rms_norm(inputs, module.normalized_shape, eps=module.eps), grads, module.normalized_shape)
 
 
-def rms_norm_of_transformers(module: nn.Module, inputs: Tensor, grads: Tensor) -> dict[str, Contribution]:
-    """T5's layer norm and its likes, each a class of its own: a mean square, a scale, no bias."""
-    normalized = inputs * torch.rsqrt(inputs.square().mean(-1, keepdim=True) + float(module.variance_epsilon))  # type: ignore[arg-type]
-    return {"weight": Dense((grads * normalized).reshape(len(grads), -1, grads.shape[-1]).sum(1))}
-
-
 def _affine(normalized: Tensor, grads: Tensor, shape: tuple[int, ...]) -> dict[str, Contribution]:
     batch_size = grads.shape[0]
     weight = (grads * normalized).reshape(batch_size, -1, *shape).sum(1)
@@ -200,8 +194,6 @@ def find_rule(module: nn.Module) -> Rule | None:
     """
     if is_conv1d_of_transformers(module):
         return conv1d_of_transformers
-    if type(module).__name__ in ("T5LayerNorm", "MT5LayerNorm") and hasattr(module, "variance_epsilon"):
-        return rms_norm_of_transformers
     if isinstance(module, nn.Embedding) and type(module).__name__.endswith("ScaledWordEmbedding"):
         return scaled_embedding if hasattr(module, "embed_scale") else None
     if isinstance(module, (nn.Conv1d, nn.Conv2d)) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_trak.config import TrakConfig
 from hf_trak.hashing import hash_json
+from hf_trak.plain_text import markdown, markdown_code, visible
 from hf_trak.scoring.damping import DampingChoice
 from hf_trak.storage.layout import CURVE_NAME
 
@@ -64,8 +66,8 @@ def render_index_card(
         begin=BEGIN,
         end=END,
         config=config,
-        name=name,
-        task=first["identity"]["task"],
+        name=json.dumps(visible(name).replace("`", "'"), ensure_ascii=False)[1:-1],
+        task=markdown(str(first["identity"]["task"])),
         n_rows=first["identity"]["n_rows"],
         n_members=_count_members(members),
         coverage=first["coverage"],
@@ -75,15 +77,15 @@ def render_index_card(
         members=[_describe_member(number, member) for number, member in enumerate(members[:_LISTED_MEMBERS])],
         more_members=max(0, len(members) - _LISTED_MEMBERS),
         has_dropout=any("dropout_seed" in member["identity"] for member in members),
-        kept=first["identity"].get("kept", {}).get("columns", []),
-        versions=", ".join(f"{library} {version}" for library, version in first["versions"].items()),
-        hardware=first["hardware"],
+        kept=[markdown_code(str(column)) for column in first["identity"].get("kept", {}).get("columns", [])],
+        versions=markdown(", ".join(f"{library} {version}" for library, version in first["versions"].items())),
+        hardware=markdown(str(first["hardware"])),
         choice=choice,
         curve=list(zip(choice.grid, choice.curve, strict=True)) if choice else [],
         curve_name=CURVE_NAME,
         has_curve=has_curve,
         license=license.get("license"),
-        license_shown=" ".join(str(value) for value in license.values()),
+        license_shown=markdown_code(" ".join(str(value) for value in license.values())),
         features_sha256=hash_json([member["files"] for member in members])[:16],
         results=[show_result(row) for row in results if row["metric"] in _QUALITY],
         not_measured=_NOT_MEASURED,
@@ -158,7 +160,7 @@ def show_result(row: Mapping[str, Any]) -> dict[str, str]:
     """Return a row of a results file as text."""
     interval = row.get("interval")
     return {
-        **{key: str(row[key]) for key in ("case", "method", "metric")},
+        **{key: markdown(str(row[key])) for key in ("case", "method", "metric")},
         "value": f"{show_number(row['value'])} {row.get('unit', '') if row.get('unit') in _SHOWN_UNITS else ''}".strip(),
         "interval": " to ".join(map(show_number, interval)) if interval else "",
     }
@@ -194,34 +196,34 @@ def _describe_training_set(member: Mapping[str, Any]) -> str:
     """Say which rows these are of what, as far as that is known."""
     source, called, dataset = member.get("source", {}), member["training_set"], member["identity"]["dataset"]
     if "repository" in source:
-        what = (
-            f"[{source['repository']}](https://huggingface.co/datasets/{source['repository']}) at commit `{source['revision']}`"
-        )
+        what = f"{_link(source['repository'], 'datasets/')} at commit {markdown_code(str(source['revision']))}"
     else:
-        what = f"a dataset that was not loaded from the Hub{', ' + called['name'] if called['name'] else ''}"
-    parts = [f"{key} `{called[key]}`" for key in ("config", "split") if called[key] is not None]
+        what = f"a dataset that was not loaded from the Hub{', ' + markdown(str(called['name'])) if called['name'] else ''}"
+    parts = [f"{key} {markdown_code(str(called[key]))}" for key in ("config", "split") if called[key] is not None]
     read = [f"{key} {_quote(value)}" for key, value in dataset["columns"].items()]
     return (
         f"The training set is {what}{', ' if parts else ''}{', '.join(parts)}, with the columns {_quote(called['columns'])}. "
         + (f"Columns read: {'; '.join(read)}. " if read else "A custom task read them. ")
         + (f"Labels: {_quote(dataset['label_names'])}. " if dataset["label_names"] else "")
-        + f"Row order is the training set's. SHA-256 of the rows' content: `{dataset['sha256']}`."
+        + f"Row order is the training set's. SHA-256 of the rows' content: {markdown_code(str(dataset['sha256']))}."
     )
 
 
 def _quote(names: str | Sequence[str]) -> str:
     """Return names as code, however many there are; of a long list, the first."""
     listed = [names] if isinstance(names, str) else list(names)
-    return ", ".join(f"`{name}`" for name in listed[:_LISTED_NAMES]) + (", ..." if len(listed) > _LISTED_NAMES else "")
+    return ", ".join(markdown_code(str(name)) for name in listed[:_LISTED_NAMES]) + (
+        ", ..." if len(listed) > _LISTED_NAMES else ""
+    )
 
 
 def _describe_member(number: int, member: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row of the table of members."""
     identity, place = member["identity"], member["checkpoint"]
-    what = f"{identity['model_class']}, weights `{identity['model_sha256'][:12]}`"
+    what = f"{markdown(str(identity['model_class']))}, weights {markdown_code(str(identity['model_sha256'])[:12])}"
     if place["repository"] is not None:
-        what += f", [{place['repository']}](https://huggingface.co/{place['repository']})"
-        what += f" at commit `{place['revision']}`" if place["revision"] else ""
+        what += f", {_link(place['repository'])}"
+        what += f" at commit {markdown_code(str(place['revision']))}" if place["revision"] else ""
     return {
         "number": number,
         "checkpoint": what,

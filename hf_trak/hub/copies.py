@@ -92,11 +92,12 @@ def _own_card(folder: Path) -> str:
 
 
 def _moved(member: MemberReader, folder: Path, target: Path) -> dict[str, Any]:
-    """Return a member's `member.json` for another folder: a checkpoint's path is as seen from the index."""
-    checkpoint = member.info["checkpoint"]
-    if checkpoint["path"] is None:
-        return member.info
-    return {**member.info, "checkpoint": {**checkpoint, "path": seen_from(target, folder / checkpoint["path"])}}
+    """Return a member's `member.json` for another folder: paths of its checkpoint and processor are as seen from the index."""
+    moved = dict(member.info)
+    for key in ("checkpoint", "processor"):
+        if (known := moved.get(key)) is not None and known["path"] is not None:
+            moved[key] = {**known, "path": seen_from(target, folder / known["path"])}
+    return moved
 
 
 def _extras(folder: Path) -> list[str]:

@@ -47,7 +47,11 @@ class HubIndex:
             folder = Path(snapshot_download(repo_id, repo_type="dataset", revision=revision, allow_patterns=_FIRST))
         except RevisionNotFoundError as error:
             raise FileNotFoundError(f"The dataset repository {repo_id!r} has no revision {revision or 'main'!r}.") from error
-        except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError) as error:
+        except HFValidationError as error:
+            raise FileNotFoundError(
+                f"{repo_id!r} is neither a folder here nor the name of a dataset repository: there is no such folder. Check the path."
+            ) from error
+        except (LocalEntryNotFoundError, HfHubHTTPError) as error:
             raise FileNotFoundError(
                 f"{repo_id!r} is neither a folder here nor a dataset repository within reach: {_reason(error)}"
             ) from error
@@ -100,4 +104,5 @@ def _reason(error: Exception) -> str:
         return f"it does not exist, or it is private and {key}. Check the name; log in with `hf auth login`, or set HF_TOKEN."
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set. Unset it to fetch what is missing."
-    return str(error).strip().splitlines()[0]
+    said = next(iter(str(error.__cause__ or error).strip().splitlines()), type(error).__name__)
+    return f"{constants.ENDPOINT} cannot be reached ({said.rstrip('.')}). Check the network."

@@ -219,6 +219,13 @@ def _permission_needed(repo_id: str) -> Iterator[None]:
             f"The Hub does not let us write to the dataset repository {repo_id!r}: {key}. Log in with `hf auth login`, or set HF_TOKEN to "
             "a token with write access."
         ) from error
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # what is raised without a connection depends on the version of huggingface_hub
+        said = str(error.__cause__ or error) or type(error).__name__
+        raise ConnectionError(
+            f"The Hub cannot be reached ({said}), and nothing was pushed to {repo_id!r}. Check the network, and push again."
+        ) from error
 
 
 @contextmanager

@@ -10,7 +10,14 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from hf_trak.config import TrakConfig
-from hf_trak.featurizing.descriptions import describe_featurizer, library_minors, recorded_checkpoint, warn_of_libraries
+from hf_trak.featurizing.descriptions import (
+    describe_featurizer,
+    library_minors,
+    recorded_checkpoint,
+    recorded_processor,
+    warn_of_libraries,
+)
+from hf_trak.featurizing.engines import EngineChoice
 from hf_trak.featurizing.featurize import featurize_rows
 from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.members import Pass
@@ -76,7 +83,9 @@ class QuerySide:
         featurizer = Featurizer(
             recorded_checkpoint(self.folder, place) if given is None else given,
             self.config,
-            self.processing_class,
+            self.processing_class
+            if self.processing_class is not None
+            else recorded_processor(self.folder, self.members[first].info),
             task=self.task,
             seed=plan.seeds,
             dropout_seed=plan.dropout_seed,
@@ -92,6 +101,8 @@ class QuerySide:
             )
         if (bank := self.members[first].bank()) is not None:
             featurizer.use_bank(Bank.from_tensors(bank))
+        if (engine := self.members[first].info.get("engine")) is not None:
+            featurizer.use_engine(EngineChoice(**engine))
         featurizer.use_task(in_direction(featurizer.task.for_queries(), direction))
         return featurizer
 
@@ -182,8 +193,7 @@ def featurize_queries(
     if len(queries) == 0:
         raise ValueError("There are no queries: the dataset is empty.")
     queries = as_stored(queries)
-    featurizer.read_from(queries)
-    featurizer.task.check(queries, featurizer.processing_class)
+    featurizer.check(queries)
     with tqdm(total=len(queries), unit="rows", desc=description, disable=not progress) as bar:
         found = featurize_rows(featurizer, queries, range(len(queries)), batch_size=batch_size, on_batch=bar.update)
     return encode_pass(found.features, found.output, found.out_to_loss, seeds=featurizer.seeds, dtype="float32")

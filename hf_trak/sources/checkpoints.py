@@ -1,14 +1,19 @@
-"""Checkpoints: the model that a folder or repository holds, and the tokenizer or image processor saved beside it."""
+"""Checkpoints: the model that a folder or repository holds, with every weight where it belongs."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from hf_trak.processes.garbage import uncollected
-from hf_trak.sources.adapters import is_adapter, load_adapter
+from hf_trak.sources.adapters import load_adapter
+from hf_trak.sources.processors import load_processing_class
+from hf_trak.sources.repositories import Listing, look_up, reached
+from hf_trak.sources.weights import load_weights
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
+
+__all__ = ["load_model", "load_processing_class"]
 
 
 @uncollected()
@@ -20,58 +25,72 @@ def load_model(source: str, revision: str | None = None, *, trust_remote_code: b
 
     Raises:
         FileNotFoundError: If there is no checkpoint at `source`.
-        ValueError: If it names no class of transformers or `hf_trak.models`.
+        ValueError: If it names no class of transformers or `hf_trak.models`, or its weights are not those of that class; the message
+            names the weights.
     """
+    listing = look_up(source, revision)
+    revision = listing.commit or revision
+    with reached(listing):
+        if "adapter_config.json" in listing.files:
+            return load_adapter(source, listing, revision, trust_remote_code=trust_remote_code)
+        return _load(source, listing, revision, trust_remote_code=trust_remote_code)
+
+
+def _load(source: str, listing: Listing, revision: str | None, *, trust_remote_code: bool) -> PreTrainedModel:
     import transformers
 
     import hf_trak.models
 
-    if is_adapter(source, revision):
-        return load_adapter(source, revision)
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"{source!r} is neither a folder here nor a model repository within reach: {reason}") from error
+    config = _configuration(source, listing, revision, trust_remote_code=trust_remote_code)
     names = config.architectures or []
     for name in names:
         for library in (transformers, hf_trak.models):
             if hasattr(library, name):
-                return getattr(library, name).from_pretrained(source, revision=revision, use_safetensors=True)
+                return load_weights(getattr(library, name), source, listing, revision)
     own = next(
         (where for where in (getattr(config, "auto_map", None) or {}).values() if str(where).split(".")[-1] in names), None
     )
     if own is not None and trust_remote_code:
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-        found = get_class_from_dynamic_module(own, source, revision=revision)
-        return found.from_pretrained(source, revision=revision, use_safetensors=True)
+        return load_weights(get_class_from_dynamic_module(own, source, revision=revision), source, listing, revision)
     brought = (
         ""
         if own is None
         else " It brings code of its own: if you trust that, pass trust_remote_code=True (--trust_remote_code)."
     )
     raise ValueError(
-        f"{source} names {', '.join(names) or 'no class'} as its architecture, which transformers does not have.{brought} Load the "
-        "model yourself and pass it as `model`."
+        f"{source} names {', '.join(map(str, names)) or 'no class'} as its architecture, which transformers does not have.{brought} Load "
+        "the model yourself and pass it as `model`."
     )
 
 
-def load_processing_class(source: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Any:
-    """Load the tokenizer, image processor or both that are saved beside a checkpoint; None if there is none.
+def _configuration(source: str, listing: Listing, revision: str | None, *, trust_remote_code: bool) -> PretrainedConfig:
+    """Return a checkpoint's configuration.
 
     Raises:
-        ValueError: If it is code of its own that is not trusted.
+        FileNotFoundError: If it has none.
+        ValueError: If it cannot be read, or is code that is not trusted.
     """
-    from transformers import AutoProcessor
+    import transformers
 
+    if "config.json" not in listing.files:
+        held = ", ".join(sorted(listing.files)[:8]) or "nothing"
+        raise FileNotFoundError(
+            f"{source} holds no config.json, so it is not a checkpoint of transformers; it holds {held}. A folder that "
+            "`save_pretrained` or a Trainer wrote (such as checkpoint-500) is expected."
+        )
     try:
-        return AutoProcessor.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        if not trust_remote_code and "trust_remote_code" in str(error):
+        config: Any = transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a damaged file raises what its content happens to break
+        if "trust_remote_code" in str(error):
             raise ValueError(
-                f"The tokenizer or image processor of {source} is code of its own: if you trust that, pass trust_remote_code=True "
-                "(--trust_remote_code). Or give your own as `processing_class`."
+                f"The configuration of {source} is code of its own: if you trust that, pass trust_remote_code=True (--trust_remote_code)."
             ) from error
-        return None
+        reason = " ".join(str(error).split())[:300].rstrip(".")
+        raise ValueError(f"config.json of {source} cannot be read: {reason} ({type(error).__name__}). Restore it.") from error
+    if not isinstance(config.architectures, (list, tuple, type(None))):
+        raise ValueError(
+            f"config.json of {source} is damaged: `architectures` must be a list of names, but is {config.architectures!r}."
+        )
+    return config

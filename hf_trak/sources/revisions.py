@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hf_trak.sources.repositories import look_up
+
 
 def pinned_revision(source: str | None, revision: str | None = None) -> str | None:
     """Return the commit of a model repository that `revision` stands for now; `revision` itself for a folder.
@@ -12,17 +14,10 @@ def pinned_revision(source: str | None, revision: str | None = None) -> str | No
 
     Args:
         source (`str`, *optional*): A folder or model repository; None for a model in memory.
-    """
-    from transformers.utils import cached_file
-    from transformers.utils.hub import extract_commit_hash
 
-    if source is None or Path(source).exists():
+    Raises:
+        FileNotFoundError: If the repository does not exist, or is out of reach and not in the local cache.
+    """
+    if source is None or Path(source).is_dir():
         return revision
-    for name in ("config.json", "adapter_config.json"):
-        try:
-            path = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
-        except OSError:  # out of reach: loading it has the better message
-            return revision
-        if path is not None:
-            return extract_commit_hash(path, None) or revision
-    return revision
+    return look_up(source, revision).commit or revision

@@ -21,6 +21,7 @@ KERNEL_NAME = "kernel.safetensors"
 MASK_NAME = "mask.safetensors"
 BANK_NAME = "bank.safetensors"
 PROGRESS = ".progress"
+ENGINE_NAME = "engine.json"  # in `.progress`: which engine makes the gradients, of all processes and calls
 IDENTITY_NAME = "identity.json"  # in `.progress`: what the member will be of
 DESCRIPTION_NAME = "description.json"  # in `.progress`: what a job of an array tells of the member
 PARTS_NAME = ".parts.json"  # in the index, while an array of jobs makes it
@@ -28,7 +29,7 @@ DAMPING_NAME = "damping.json"
 CURVE_NAME = "damping.png"
 
 _SHARD = re.compile(r"train-\d{5,}-of-\d{5,}\.parquet")
-_PROGRESS_FILE = re.compile(r"identity\.json|description\.json|\d{5,}\.json|kernel-\d{5,}\.safetensors")
+_PROGRESS_FILE = re.compile(r"identity\.json|engine\.json|description\.json|\d{5,}\.json|kernel-\d{5,}\.safetensors")
 _MEMBER = re.compile(r"member_(0|[1-9]\d*)")
 
 

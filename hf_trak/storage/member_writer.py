@@ -35,6 +35,7 @@ from hf_trak.storage.files import (
 from hf_trak.storage.layout import (
     BANK_NAME,
     DESCRIPTION_NAME,
+    ENGINE_NAME,
     IDENTITY_NAME,
     KERNEL_NAME,
     MASK_NAME,
@@ -314,6 +315,15 @@ class MemberWriter:
             return None
         with local_copy(path) as file:
             return load_file(file)
+
+    def write_engine(self, engine: dict[str, Any]) -> None:
+        """Write which engine makes the gradients, before the first shard, unless another process has."""
+        write_json_once(self.progress / ENGINE_NAME, engine)
+
+    def engine(self) -> dict[str, Any] | None:
+        """Return what [`~MemberWriter.write_engine`] wrote, if it did."""
+        path = self.progress / ENGINE_NAME
+        return read_json(path) if path.exists() else None
 
     def describe(self, description: dict[str, Any], mask: Bool[Tensor, " rows"] | None = None) -> None:
         """Keep what [`~MemberWriter.finish`] is to be given, for a process that does not know it; the first write wins."""

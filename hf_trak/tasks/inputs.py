@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_trak.errors import MissingProcessor
 from hf_trak.tasks.columns import find_text_columns, is_string
 from hf_trak.tasks.padding import extra_columns, has_learned_positions, pad_tokens, position_limit
 from hf_trak.tasks.pictures import check_pictures, find_image_columns, open_pictures
@@ -111,7 +112,9 @@ class TextInputs:
                     f"The text column {column!r} holds {features[column]}, not strings. Set `text_columns` (--text_columns)."
                 )
         if processing_class is None:
-            raise ValueError("Text columns need a tokenizer: pass it as `processing_class`, or tokenize the dataset first.")
+            raise MissingProcessor(
+                "Text columns need a tokenizer: pass it as `processing_class`, or tokenize the dataset first."
+            )
 
     def reading(self, features: Mapping[str, Any], dataset: Dataset | None, label_column: str | None) -> TextInputs:
         if self._is_tokenized(features) or self.text_columns is not None:
@@ -376,7 +379,7 @@ class ImageInputs:
             return
         self._column(features)
         if processing_class is None:
-            raise ValueError("An image column needs an image processor: pass it as `processing_class`.")
+            raise MissingProcessor("An image column needs an image processor: pass it as `processing_class`.")
 
     def check_rows(self, dataset: Dataset, processing_class: Any) -> None:
         if is_transformed(dataset):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_trak.errors import MissingProcessor
 from hf_trak.tasks.bank import pair_keys
 from hf_trak.tasks.inputs import ImageInputs, Rows, TextInputs
 from hf_trak.tasks.pictures import check_pictures, open_pictures
@@ -237,7 +238,7 @@ def _part(processing_class: Any, name: str) -> Any:
 def _needed(processing_class: Any, name: str) -> Any:
     if (part := _part(processing_class, name)) is None:
         column, needs = ("An image", "an image processor") if name == "image_processor" else ("A caption", "a tokenizer")
-        raise ValueError(f"{column} column needs {needs}: pass the model's processor as `processing_class`.")
+        raise MissingProcessor(f"{column} column needs {needs}: pass the model's processor as `processing_class`.")
     return part
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_trak.config import TrakConfig
+from hf_trak.errors import MissingProcessor
 from hf_trak.tasks.decoder_inputs import DecoderInputs
 from hf_trak.tasks.formats import refuse_unserved
 from hf_trak.tasks.inputs import Rows
@@ -182,7 +183,9 @@ class TokenInputs(abc.ABC):
     @staticmethod
     def _need_tokenizer(processing_class: Any) -> None:
         if processing_class is None:
-            raise ValueError("Text columns need a tokenizer: pass it as `processing_class`, or tokenize the dataset first.")
+            raise MissingProcessor(
+                "Text columns need a tokenizer: pass it as `processing_class`, or tokenize the dataset first."
+            )
 
     def _is_tokenized(self, columns: Sequence[str] | Rows | Features) -> bool:
         return "input_ids" in columns and self.text_columns is None

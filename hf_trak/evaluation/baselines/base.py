@@ -18,9 +18,9 @@ from hf_trak.config import TrakConfig
 from hf_trak.featurizing.batching import BatchSize, ShardBatches
 from hf_trak.featurizing.featurize import featurize_rows
 from hf_trak.featurizing.featurizer import Featurizer
-from hf_trak.gradients import GRADIENTS, BatchFeatures
+from hf_trak.gradients import BatchFeatures
 from hf_trak.projectors import Projector
-from hf_trak.tasks import Task, minus_loss, needs_bank, vmappable_attention
+from hf_trak.tasks import Task, minus_loss, needs_bank
 
 GradientOf = Literal["loss", "output"]
 
@@ -151,7 +151,7 @@ class Checkpoints:
 
     @staticmethod
     def _batch(featurizer: Featurizer, dataset: Dataset, rows: Sequence[int]) -> dict[str, Any]:
-        return to_device(featurizer.collate(dataset[list(rows)]), featurizer.device)
+        return featurizer.collate(dataset[list(rows)]).to(featurizer.device)
 
 
 def _hold_against(featurizer: Featurizer, train: Dataset | None, of: GradientOf) -> None:
@@ -171,24 +171,12 @@ def _hold_against(featurizer: Featurizer, train: Dataset | None, of: GradientOf)
 def _check(featurizer: Featurizer, dataset: Dataset) -> None:
     if len(dataset) == 0:
         raise ValueError("There is nothing to score: a dataset is empty.")
-    featurizer.read_from(dataset)
-    featurizer.task.check(dataset, featurizer.processing_class)
-
-
-def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Return a batch with its tensors on `device`."""
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    featurizer.check(dataset)
 
 
 def project_gradients(featurizer: Featurizer, batch: Mapping[str, Any], projector: Projector) -> BatchFeatures:
     """Return the per-example gradients of a batch under `projector`, in place of the featurizer's own sketch."""
-    engine = GRADIENTS[featurizer.config.gradients]
-    arguments: dict[str, Any] = {"output_function": featurizer.task.output_function, "projector": projector}
-    parameters = featurizer.selection.parameters
-    if featurizer.config.gradients == "functional":
-        with vmappable_attention(featurizer.model):
-            return engine(featurizer.model, batch, parameters=parameters, **arguments)
-    return engine(featurizer.model, batch, parameters=parameters, **arguments)
+    return featurizer.features(batch, projector=projector)
 
 
 def similarity(

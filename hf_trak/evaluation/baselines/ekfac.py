@@ -60,8 +60,7 @@ class EKFACInfluence:
         for number in range(len(self.checkpoints)):
             featurizer = self.checkpoints.featurizer(number, sketched=False)
             for dataset in (train, queries):
-                featurizer.read_from(dataset)
-                featurizer.task.check(dataset, featurizer.processing_class)
+                featurizer.check(dataset)
             with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
                 # kronfluence names torch's gradient scaler by its old name, in every pass.
                 warnings.filterwarnings("ignore", message=".*GradScaler.*", category=FutureWarning)

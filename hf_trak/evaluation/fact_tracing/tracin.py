@@ -127,9 +127,7 @@ class TracIn:
         size = self.batch_size if isinstance(self.batch_size, int) else featurizer.budget.rows
         for start in range(0, len(rows), size):
             block = range(start, min(start + size, len(rows)))
-            batch = {
-                key: value.to(featurizer.device) for key, value in featurizer.collate(rows[block.start : block.stop]).items()
-            }
+            batch = featurizer.collate(rows[block.start : block.stop]).to(featurizer.device)
             yield block, project_gradients(featurizer, batch, sketch).features.float().cpu()
 
 

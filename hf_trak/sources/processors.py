@@ -1,0 +1,268 @@
+"""Tokenizers and image processors: loaded from files that are there, and never made up."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_trak.sources.repositories import Listing, look_up, reached
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+_TOKENIZER = re.compile(
+    r"tokenizer.*\.json|vocab.*|merges\.txt|.*\.(spm|tiktoken)|tekken\.json|bpe\.codes|(spiece|tokenizer|sentencepiece.*)\.model"
+    r"|special_tokens_map\.json|added_tokens\.json"
+)
+_PIXELS = re.compile(r"(pre)?processor_config\.json")
+_SMALLEST_SHARE = 0.1  # of the model's vocabulary; a tokenizer of less is another model's, or a placeholder
+_CODE_POINTS = 0x10FFFF  # of Unicode: ids of characters, which a model hashes
+WAY_OUT = (
+    "Pass the fine-tuned model's own: --processor FOLDER_OR_REPO, or `processing_class=` in Python, which takes a folder, a repository "
+    "or the loaded object"
+)
+
+
+def load_processing_class(source: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Any:
+    """Load the tokenizer, image processor or both of a checkpoint; None if it has no files of either.
+
+    transformers makes up an empty tokenizer where the files of one are missing, for most model types. Here, files decide. An
+    adapter without such files has those of its base model.
+
+    Raises:
+        FileNotFoundError: If there is no such folder or repository.
+        ValueError: If files are missing or damaged, or it is code of its own that is not trusted.
+    """
+    listing = look_up(source, revision)
+    if not _has(listing, _TOKENIZER) and not _has(listing, _PIXELS):
+        return _of_base_model(source, listing, trust_remote_code=trust_remote_code)
+    with reached(listing):
+        found = _load(source, listing, revision=listing.commit or revision, trust_remote_code=trust_remote_code)
+    if (tokenizer := tokenizer_of(found)) is not None:
+        _check_files(source, listing, tokenizer)
+        _check_content(tokenizer, f"The tokenizer of {source}")
+    return found
+
+
+def find_processing_class(given: Any, source: str | None, revision: str | None, *, trust_remote_code: bool = False) -> Any:
+    """Return the tokenizer or image processor to use: the given one, loaded if it is a name, else that of the checkpoint, if any.
+
+    Args:
+        given (*optional*): An object, or the folder or repository of one.
+        source (`str`, *optional*): The checkpoint; None for a model in memory.
+
+    Raises:
+        ValueError: If a folder or repository is given that holds none.
+    """
+    if is_name(given):
+        found = load_processing_class(str(given), trust_remote_code=trust_remote_code)
+        if found is None:
+            raise ValueError(
+                f"{given}, given as `processing_class` (--processor), holds no tokenizer and no image processor: none of tokenizer.json, "
+                "a vocabulary, preprocessor_config.json. Name another folder or repository."
+            )
+        return found
+    if given is None and source is not None:
+        return load_processing_class(source, revision, trust_remote_code=trust_remote_code)
+    if (tokenizer := tokenizer_of(given)) is not None:
+        _check_content(tokenizer, "The tokenizer in `processing_class`")
+    return given
+
+
+def _way_out() -> str:
+    return WAY_OUT[0].lower() + WAY_OUT[1:]
+
+
+def is_name(processing_class: Any) -> bool:
+    """Whether a tokenizer or processor is given by its folder or repository."""
+    from os import PathLike
+
+    return isinstance(processing_class, (str, PathLike))
+
+
+def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer that a processing class is or holds; None if it has none."""
+    from transformers import PreTrainedTokenizerBase
+
+    for part in (processing_class, getattr(processing_class, "tokenizer", None)):
+        if isinstance(part, PreTrainedTokenizerBase):
+            return part
+    return None
+
+
+def describe_absence(source: str | None, given: Any, reason: str) -> str:
+    """Return the message for raw rows that nothing can read.
+
+    Args:
+        source (`str`, *optional*): The checkpoint; None for a model in memory.
+        given (*optional*): What was given as `processing_class`.
+        reason (`str`): What the task asked for.
+    """
+    reason = f"{reason.split(':')[0].rstrip('.')}."
+    if given is not None:
+        where = str(given) if is_name(given) else f"the {type(given).__name__} given as `processing_class`"
+        return f"{reason} There is none in {where}. {WAY_OUT}; rows that are tokenized (input_ids) or pixels (pixel_values) need none."
+    if source is None:
+        return f"{reason} {WAY_OUT}; rows that are tokenized (input_ids) or pixels (pixel_values) need none."
+    return (
+        f"{source} holds no tokenizer or image processor that reads these rows, and none is made up. {reason} {WAY_OUT}; rows that are "
+        "tokenized (input_ids) or pixels (pixel_values) need none."
+    )
+
+
+def check_vocabulary(processing_class: Any, model: PreTrainedModel) -> None:
+    """Check that a tokenizer's ids suit a model's embedding.
+
+    Raises:
+        ValueError: If ids exceed the embedding's rows, or the vocabulary is a small part of the model's.
+    """
+    tokenizer, n_rows = tokenizer_of(processing_class), _embedding_rows(model)
+    if tokenizer is None or n_rows is None or (not type(tokenizer).vocab_files_names and tokenizer.vocab_size >= _CODE_POINTS):
+        return
+    name = f"The tokenizer {tokenizer.name_or_path!r}" if tokenizer.name_or_path else "The tokenizer"
+    ids = tokenizer.get_vocab()
+    # The token of padding may be new: batches are padded with the model's own.
+    highest = max((number for number in ids.values() if number != tokenizer.pad_token_id), default=-1)
+    if highest >= n_rows:
+        raise ValueError(
+            f"{name} makes ids up to {highest:,}, but the embedding of {type(model).__name__} has {n_rows:,} rows: it is another model's. "
+            f"{WAY_OUT}."
+        )
+    if len(ids) < _SMALLEST_SHARE * n_rows:
+        raise ValueError(
+            f"{name} knows {len(ids):,} tokens, where the embedding of {type(model).__name__} has {n_rows:,} rows: it is a placeholder or "
+            f"another model's. {WAY_OUT}."
+        )
+
+
+def _embedding_rows(model: Any) -> int | None:
+    """Return the rows of a model's token embedding; None where ids are not rows of one matrix."""
+    import torch
+
+    model = model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+    for module in (model, getattr(model, "text_model", None)):
+        try:
+            embedding = module.get_input_embeddings()  # type: ignore[union-attr]
+        except (AttributeError, NotImplementedError):
+            continue
+        if isinstance(embedding, torch.nn.Embedding):
+            return embedding.num_embeddings
+    return None
+
+
+def _has(listing: Listing, names: re.Pattern[str]) -> bool:
+    return any(names.fullmatch(name) for name in listing.files)
+
+
+def _load(source: str, listing: Listing, *, revision: str | None, trust_remote_code: bool) -> Any:
+    """Load what the files are of: both, or the one that is there."""
+    from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+
+    _check_settings(source, listing, revision)
+    reads_text, reads_pixels = _has(listing, _TOKENIZER), _has(listing, _PIXELS)
+    kinds = (
+        [AutoProcessor]
+        if reads_text and reads_pixels
+        else [AutoTokenizer]
+        if reads_text
+        else [AutoImageProcessor, AutoProcessor]
+    )
+    reason = ""
+    for kind in kinds:
+        try:
+            return kind.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+        except (MemoryError, ImportError):
+            raise
+        except Exception as error:  # tokenizers raises bare Exceptions for damaged files, transformers what json.load gives
+            if not trust_remote_code and "trust_remote_code" in str(error):
+                raise ValueError(
+                    f"The tokenizer or image processor of {source} is code of its own: if you trust that, pass trust_remote_code=True "
+                    f"(--trust_remote_code). Or {_way_out()}."
+                ) from error
+            reason, cause = reason or _first_line(error), error
+    files = sorted(name for name in listing.files if _TOKENIZER.fullmatch(name) or _PIXELS.fullmatch(name))
+    raise ValueError(
+        f"The tokenizer or image processor of {source} cannot be loaded from {', '.join(files)}: {reason}. A file may be damaged, missing "
+        f"or of another version. Restore it. Or {_way_out()}."
+    ) from cause
+
+
+def _check_settings(source: str, listing: Listing, revision: str | None) -> None:
+    """Refuse settings of an image processor that say nothing: transformers would fill in those of the model's type."""
+    from transformers.utils import cached_file
+
+    for name in sorted({"preprocessor_config.json", "processor_config.json"} & listing.files):
+        path = cached_file(source, name, revision=revision)
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{name} of {source} is damaged: {_first_line(error)}. Restore it. Or {_way_out()}.") from error
+        if not isinstance(values, dict) or not set(values) - {"processor_class", "auto_map"}:
+            if name == "processor_config.json" and isinstance(values, dict) and "preprocessor_config.json" in listing.files:
+                continue
+            raise ValueError(
+                f"{name} of {source} holds no settings of a processor, but {str(values)[:80]}. Restore it. Or {_way_out()}."
+            )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    text = lines[0].split(". ")[0].rstrip(".")[:200] if lines else ""
+    return text if isinstance(error, (ValueError, OSError)) and text else f"{type(error).__name__} {text}".strip()
+
+
+def _check_files(source: str, listing: Listing, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that the vocabulary of a tokenizer was loaded from files: its settings alone make an empty one.
+
+    Raises:
+        ValueError: Naming the files that are missing.
+    """
+    expected = {key: name for key, name in type(tokenizer).vocab_files_names.items() if isinstance(name, str)}
+    if "tokenizer.json" in listing.files or not expected:  # such as byte-level tokenizers, which need no file
+        return
+    missing = [expected[key] for key in ("vocab_file", "merges_file") if key in expected and expected[key] not in listing.files]
+    if not missing and set(expected.values()) & listing.files:
+        return
+    present = sorted(name for name in listing.files if _TOKENIZER.fullmatch(name))
+    raise ValueError(
+        f"{source} lacks {' and '.join(missing) or 'a vocabulary'} of its tokenizer, a {type(tokenizer).__name__}, and has no tokenizer.json; "
+        f"it holds {', '.join(present)}. Restore the files. Or {_way_out()}."
+    )
+
+
+def _check_content(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Refuse a tokenizer that knows no words.
+
+    Raises:
+        ValueError: If its vocabulary holds special tokens alone.
+    """
+    if not type(tokenizer).vocab_files_names and not tokenizer.is_fast:  # bytes or code points, which are no list
+        return
+    tokens: Iterable[str] = tokenizer.get_vocab()
+    words = set(tokens) - set(tokenizer.all_special_tokens) - {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    if len(words - {"▁", ""}) == 0:
+        raise ValueError(
+            f"{name} is empty: its {len(list(tokens)):,} tokens are special ones, so that every text would read alike. transformers makes up "
+            f"such a tokenizer where a checkpoint has none. {WAY_OUT}."
+        )
+
+
+def _of_base_model(source: str, listing: Listing, *, trust_remote_code: bool) -> Any:
+    """Return what an adapter's base model has; None for another checkpoint."""
+    if "adapter_config.json" not in listing.files:
+        return None
+    from hf_trak.sources.adapters import base_of
+
+    base, revision = base_of(source, listing.commit)
+    if base is None:
+        return None
+    found = load_processing_class(base, revision, trust_remote_code=trust_remote_code)
+    if found is not None:
+        logger.warning("%s is an adapter without a tokenizer or processor: its base model's is used, %s.", source, base)
+    return found
