@@ -24,15 +24,19 @@ from hf_trak.building.rehearsal import rehearse
 from hf_trak.config import TrakConfig
 from hf_trak.hub.cards import render_model_section
 from hf_trak.index import AttributionIndex
+from hf_trak.sources.kept_columns import check_kept
 from hf_trak.storage.files import TEMPORARY, write_folder
 from hf_trak.storage.snapshots import is_snapshot
 from hf_trak.tasks import AutoTask, PairCollator, TaskCollator, is_dual_encoder, is_language_model
+from hf_trak.tasks.rows import features_of
 from hf_trak.training.callback import AttributionCallback, check_writable
 from hf_trak.training.checkpoints import find_damage, last_checkpoint
 from hf_trak.training.data_checks import (
     WithoutColumns,
     check_columns,
     check_evaluation_set,
+    check_labels,
+    check_same_rows,
     check_training_set,
     choose_queries,
     describe_unfit_evaluation_set,
@@ -86,6 +90,8 @@ class AttributionTrainer(Trainer):
 
     Args:
         task (`Task`, *optional*): What to attribute, for models no task serves; by default, by the model's architecture.
+        attribution_dataset (`Dataset`, *optional*): The rows of `train_dataset` in the same order as attribution shall read them, where
+            training reads them otherwise: with random augmentation, or from another class than `datasets.Dataset`.
         args, kwargs: As `Trainer` has them. `args` are [`AttributionArguments`].
     """
 
@@ -97,6 +103,7 @@ class AttributionTrainer(Trainer):
         args: AttributionArguments | None = None,
         *,
         task: Task | None = None,
+        attribution_dataset: Dataset | None = None,
         **kwargs: Any,
     ) -> None:
         args = args or AttributionArguments()
@@ -104,7 +111,10 @@ class AttributionTrainer(Trainer):
             raise ValueError(
                 f"`args` must be AttributionArguments, but is {type(args).__name__}; they take the same arguments."
             )
-        if kwargs.get("train_dataset") is not None:
+        if attribution_dataset is not None:
+            check_training_set(attribution_dataset, "attribution_dataset")
+            check_same_rows(attribution_dataset, kwargs.get("train_dataset"))
+        elif kwargs.get("train_dataset") is not None:
             check_training_set(kwargs["train_dataset"])
         check_evaluation_set(kwargs.get("eval_dataset"))
         if kwargs.get("data_collator") is None and model is not None and not is_plain(model):
@@ -118,6 +128,7 @@ class AttributionTrainer(Trainer):
         write_folder(Path(args.output_dir))
         super().__init__(model=model, args=args, **kwargs)
         self.task = task
+        self.attribution_dataset = attribution_dataset
         self.index: AttributionIndex | None = None
         self.members = args.parsed_members()
         self._more_runs = None if self.members.is_single_run else MoreRuns(self, self.members, self._train_once)
@@ -127,6 +138,11 @@ class AttributionTrainer(Trainer):
             callback = AttributionCallback(args.members)
             callback._uploads_indexes = False
             self.add_callback(callback)
+
+    @property
+    def _attributed(self) -> Any:
+        """The rows to attribute to."""
+        return self.train_dataset if self.attribution_dataset is None else self.attribution_dataset
 
     @property
     def _members_folder(self) -> Path:
@@ -149,7 +165,8 @@ class AttributionTrainer(Trainer):
         self._check_before_training()
         if self._more_runs is not None:
             return self._more_runs.train(resume_from_checkpoint, ignore_keys_for_eval)
-        self._described = describe_run(self, self._described)
+        with random_state_kept():
+            self._described = describe_run(self, self._described)
         record = RunRecord(self._members_folder, Path(self.args.output_dir), self._described)
         return self._train_once(record, resume_from_checkpoint, ignore_keys_for_eval)
 
@@ -195,7 +212,8 @@ class AttributionTrainer(Trainer):
             ValueError: With the way out.
             OSError: If snapshots cannot be written.
         """
-        check_training_set(self.train_dataset)
+        check_training_set(self._attributed)
+        check_same_rows(self._attributed, self.train_dataset)
         check_can_save(self.args, self.model, self.processing_class)
         if self.task is None and is_plain(self.model):
             raise ValueError(
@@ -203,10 +221,16 @@ class AttributionTrainer(Trainer):
                 "`task=Task.custom(...)`: docs/custom_tasks.md."
             )
         task = self.task or AutoTask.from_model(self.model, self.args.trak_config())
-        check_columns(self, task)
-        task.inputs.check(self.train_dataset.features, self.processing_class)
+        with random_state_kept():  # a transform may draw
+            task = task.reading(self._attributed)
+            if self.attribution_dataset is None:
+                check_columns(self, task)
+                check_labels(self, task)
+            features: Any = features_of(self._attributed)
+            task.inputs.check(features, self.processing_class)
         if self.is_world_process_zero():
             check_writable(self._members_folder)
+            check_kept(self._attributed, self.args.kept_columns())
             with random_state_kept(), _without_progress_bars():
                 self._rehearse()
                 self._tell_of_queries(task)
@@ -225,7 +249,7 @@ class AttributionTrainer(Trainer):
             save_snapshot(snapshot, self.model, self.processing_class)
             featurizer = rehearse(
                 self._member(snapshot),
-                self.train_dataset,
+                self._attributed,
                 self._trak_config(),
                 processing_class=self.processing_class,
                 task=self.task,
@@ -286,17 +310,16 @@ class AttributionTrainer(Trainer):
         Stopped at any moment, calling it again goes on where it stopped. Under a launcher, all processes call it and share the work.
 
         Args:
-            dataset (`Dataset`, *optional*): By default, the training set.
+            dataset (`Dataset`, *optional*): By default, `attribution_dataset` or the training set.
             overwrite (`bool`): Replace an index of other features.
         """
         given = dataset
-        if given is not None:
-            check_training_set(given)
-        dataset = self.train_dataset if dataset is None else dataset
+        dataset = self._attributed if dataset is None else dataset
         if dataset is None:
             raise ValueError("There is no training set to featurize; give one to the trainer, or as `dataset`.")
+        check_training_set(dataset, "dataset")
         self.accelerator.wait_for_everyone()  # the first process has written the snapshots
-        with_masks = self.members.kind == "subsets" and (given is None or given is self.train_dataset)
+        with_masks = self.members.kind == "subsets" and (given is None or given is self._attributed)
         self.index = AttributionIndex.build(
             Path(self.args.output_dir) / INDEX_FOLDER,
             models=self.member_models(),  # type: ignore[arg-type]

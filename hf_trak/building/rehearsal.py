@@ -13,6 +13,7 @@ from hf_trak.featurizing.batching import read_rows
 from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.featurizing.placement import check_whole
 from hf_trak.tasks import draw_rows, needs_bank
+from hf_trak.tasks.rows import as_stored
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -49,6 +50,8 @@ def rehearse(
         device=device,
     )
     check_whole(featurizer.model)
+    dataset = as_stored(dataset)
+    featurizer.read_from(dataset)
     featurizer.task.check(dataset, featurizer.processing_class)
     if needs_bank(featurizer.task):
         draw_rows(len(dataset), config.bank_size, config.bank_seed)  # raises for a bank that is larger than the training set

@@ -10,9 +10,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hf_trak.members import Members
 from hf_trak.storage.files import write_folder, write_json
-from hf_trak.storage.snapshots import is_snapshot, refuse_other, remove_snapshot
+from hf_trak.storage.snapshots import is_snapshot, refuse_other
 from hf_trak.training.model_upload import MEMBERS_FOLDER, find_indexes
-from hf_trak.training.snapshots import check_can_save, check_room, save_snapshot
+from hf_trak.training.snapshots import check_can_save, check_room, discard_snapshot, save_snapshot
 
 _PROBE = ".probe.json"
 
@@ -63,7 +63,7 @@ class AttributionCallback(TrainerCallback):
             if ours and kind == self.members.kind.removesuffix("s"):
                 refuse_other(snapshot)
             if ours and (snapshot.name == "final" or int(number) > reached[kind]):
-                remove_snapshot(snapshot)
+                discard_snapshot(snapshot)
         # A new snapshot is whole before the oldest is deleted.
         check_room(folder, model, self.members.count + (self.members.kind == "epoch"))
 
@@ -80,7 +80,7 @@ class AttributionCallback(TrainerCallback):
         if state.is_world_process_zero:
             found = sorted(filter(is_snapshot, (Path(args.output_dir) / MEMBERS_FOLDER).glob("epoch-*")))
             for folder in found[: -self.members.count]:
-                remove_snapshot(folder)
+                discard_snapshot(folder)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep the final weights: the best ones, where the run loads them at its end."""

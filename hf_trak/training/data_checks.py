@@ -9,12 +9,17 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import Trainer
 
+from hf_trak.tasks import TaskCollator
+
 if TYPE_CHECKING:
     from hf_trak.tasks import Task
 
 
-def check_training_set(dataset: Any) -> None:
+def check_training_set(dataset: Any, name: str = "train_dataset") -> None:
     """Check that a training set can be attributed to.
+
+    Args:
+        name (`str`): Of the argument that it was given as.
 
     Raises:
         ValueError: With how to make a `datasets.Dataset` of it.
@@ -24,9 +29,22 @@ def check_training_set(dataset: Any) -> None:
             raise ValueError("The training set is empty: there is nothing to train on or to attribute to.")
         return
     raise ValueError(
-        f"`train_dataset` must be a `datasets.Dataset`, whose rows have numbers to be attributed to, but is {_what(dataset)}. "
+        f"`{name}` must be a `datasets.Dataset`, whose rows have numbers to be attributed to, but is {_what(dataset)}. "
         f"{_way_out(dataset)}"
     )
+
+
+def check_same_rows(attributed: Dataset, trained: Any) -> None:
+    """Check that two datasets may be the same rows, prepared for attribution and for training.
+
+    Raises:
+        ValueError: If one has more rows.
+    """
+    if hasattr(trained, "__len__") and len(trained) != len(attributed):
+        raise ValueError(
+            f"`attribution_dataset` must be the rows of `train_dataset` in the same order, prepared without randomness, but it has "
+            f"{len(attributed):,} rows and `train_dataset` {len(trained):,}."
+        )
 
 
 def check_evaluation_set(dataset: Any) -> None:
@@ -98,6 +116,24 @@ def check_columns(trainer: Trainer, task: Task) -> None:
             f"since {type(trainer.model).__name__}.forward does not take {'them' if len(dropped) > 1 else 'it'}: the model would be "
             "trained on other inputs than it is attributed on. Prepare the rows with `map` or `with_transform`, or set "
             "`remove_unused_columns=False` and give a `data_collator` that reads these columns."
+        )
+
+
+def check_labels(trainer: Trainer, task: Task) -> None:
+    """Check that training reads label numbers as attribution does.
+
+    Args:
+        task (`Task`): One that has read the training set.
+
+    Raises:
+        ValueError: If attribution turns the dataset's labels into the model's by their names, and training takes them as they are.
+    """
+    changed = task.translation is not None and list(task.translation) != list(range(len(task.translation)))
+    if changed and not isinstance(trainer.data_collator, TaskCollator):
+        raise ValueError(
+            f"The names of the labels in {task.label_column!r} say that the dataset's classes 0, 1, ... are the model's "
+            f"{', '.join(map(str, task.translation or ()))}. Attribution would follow the names, and training would take the numbers as they "
+            "are. Map the dataset's labels to the model's `label2id`, or give the model the dataset's names."
         )
 
 

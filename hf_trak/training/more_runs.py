@@ -76,7 +76,8 @@ class MoreRuns:
         """Make the main run, if it is not finished, and then the runs that are missing; leave the main run's model."""
         trainer = self.trainer
         check_can_save(trainer.args, trainer.model, trainer.processing_class)
-        self.settings = describe_run(trainer, self.settings)
+        with random_state_kept():
+            self.settings = describe_run(trainer, self.settings)
         record = RunRecord(self.folder, Path(trainer.args.output_dir), self.settings)
         masks = self._begin(record)
         callbacks = _callback_states(trainer)
@@ -192,7 +193,7 @@ class MoreRuns:
         (enable_full_determinism if trainer.args.full_determinism else set_seed)(seed)
         if trainer.model_init is None:
             self._load(self.folder / _INITIAL)
-        record = RunRecord(work, work, describe_run(trainer, self.settings))
+        record = RunRecord(work, work, describe_run(trainer, self.settings, subset=name))
         self.train_once(record, None, ignore_keys_for_eval)
         if trainer.is_world_process_zero():
             save_snapshot(self.folder / name, trainer.model, trainer.processing_class)

@@ -6,16 +6,19 @@ from dataclasses import fields
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 from hf_trak.feature_args import FeatureArguments
 from hf_trak.hashing import hash_json, hash_tensors
 from hf_trak.members import Members
+from hf_trak.sources.row_digests import digest_rows, hash_digests
 from hf_trak.storage.differences import list_differences
 from hf_trak.training.content import describe
 
 _DIGITS = 16
+_FINGERPRINT = "fingerprint"
 _LOSS_METHODS = (
     "compute_loss",
     "training_step",
@@ -78,7 +81,7 @@ _INDIFFERENT = {
 _ONLY_FOR_THE_BEST = {"save_strategy", "save_steps"}
 
 
-def describe_run(trainer: Trainer, before: dict[str, Any] | None = None) -> dict[str, Any]:
+def describe_run(trainer: Trainer, before: dict[str, Any] | None = None, *, subset: str | None = None) -> dict[str, Any]:
     """Return what decides a run of a trainer, before it begins.
 
     Callbacks are left out but for early stopping: most report, and what one does in the middle of a run is not known.
@@ -86,11 +89,12 @@ def describe_run(trainer: Trainer, before: dict[str, Any] | None = None) -> dict
     Args:
         before (`dict`, *optional*): An earlier description of the same trainer. What training changes is taken from it: the model and its
             weights, and what collators and others remember.
+        subset (`str`, *optional*): The name of the run, if its training set is a part of the one in `before`.
     """
     before = before or {}
     return {
         "arguments": _describe_arguments(trainer.args),
-        "data": _describe_data(trainer),
+        "data": {**before["data"], "subset": subset} if subset is not None else _describe_data(trainer, before.get("data")),
         "given": before.get("given") or _describe_given(trainer),
         "model": before.get("model") or _describe_model(trainer.model),
         "initial_weights": before.get("initial_weights") or _describe_weights(trainer.model),
@@ -145,11 +149,21 @@ def _describe_model(model: Any) -> dict[str, Any]:
     return {"class": type(model).__name__, "config": describe(config), "parameters_sha256": hash_json(shapes)}
 
 
-def _describe_data(trainer: Trainer) -> dict[str, Any]:
+def _describe_data(trainer: Trainer, before: dict[str, Any] | None) -> dict[str, Any]:
+    """Return what tells a training set from another: the content of its rows, and what is made of them when they are read."""
     dataset = trainer.train_dataset
+    fingerprint = _fingerprint(dataset)
+    if before is not None and before[_FINGERPRINT] == fingerprint:
+        return before
+    found = {_FINGERPRINT: fingerprint, "n_rows": len(dataset) if hasattr(dataset, "__len__") else None}
+    if not isinstance(dataset, Dataset):
+        return {**found, "class": type(dataset).__name__}
     return {
-        "dataset": _fingerprint(dataset),
-        "n_rows": len(dataset) if hasattr(dataset, "__len__") else None,
+        **found,
+        "rows_sha256": hash_digests(digest_rows(dataset, dataset.column_names)),
+        "shown": [dataset.format["type"], sorted(dataset.format["columns"])],
+        # Not what it makes of rows, which may be random.
+        "transform": describe(dataset.format["format_kwargs"].get("transform")),
     }
 
 
@@ -176,8 +190,12 @@ def _tells(value: Tensor) -> bool:
 
 def list_run_differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """Return one line per setting in which two described runs differ; their initial weights are compared by [`compare_weights`]."""
-    found, wanted = ({key: item for key, item in run.items() if key != "initial_weights"} for run in (found, wanted))
-    return list_differences(found, wanted)
+    return list_differences(_compared(found), _compared(wanted))
+
+
+def _compared(run: dict[str, Any]) -> dict[str, Any]:
+    data = {key: item for key, item in run["data"].items() if key != _FINGERPRINT}  # it may differ where the rows do not
+    return {**{key: item for key, item in run.items() if key != "initial_weights"}, "data": data}
 
 
 def compare_weights(found: dict[str, Any], wanted: dict[str, Any]) -> tuple[bool, str | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_trak.storage.files import read_json
-from hf_trak.storage.snapshots import write_snapshot
+from hf_trak.storage.snapshots import is_snapshot, remove_snapshot, write_snapshot
+
+logger = logging.getLogger(__name__)
 
 _WEIGHTS = "model.safetensors"
 _WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -78,6 +81,20 @@ def _write_weights(folder: Path, model: Any) -> None:
         config = copy.deepcopy(base.config)
         config.architectures = [type(base).__name__]
         config.save_pretrained(folder)
+
+
+def discard_snapshot(folder: Path) -> None:
+    """Remove a snapshot; files that somebody else put there stay, in a folder whose name begins with "kept-"."""
+    if not is_snapshot(folder):
+        return
+    remove_snapshot(folder)
+    if not folder.exists():
+        return
+    number = 0
+    while (kept := folder.with_name(f"kept-{number}-{folder.name}")).exists():
+        number += 1
+    folder.rename(kept)  # the name is needed again when the run gets there
+    logger.warning("%s held files that are not of a snapshot; they are in %s now.", folder, kept)
 
 
 def load_snapshot(folder: Path | str, model: nn.Module) -> nn.Module:
