@@ -864,12 +864,21 @@ def test_what_is_no_tensor_in_a_batch_is_handed_on():
         assert_rows_close(gradients_of(model, batch, output_function, engine=engine).features, grads, relative=5e-6)
 
 
-def test_vmappable_attention_is_put_back_and_leaves_other_modules_alone():
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_vmappable_attention_keeps_its_name_and_is_put_back(implementation: str):
+    from transformers import AttentionMaskInterface
+
     model = make_model("bert")
-    before = model.config._attn_implementation
+    model.set_attn_implementation(implementation)
+    masks = AttentionMaskInterface()
+    before = masks[implementation]
     with vmappable_attention(model):
-        assert model.config._attn_implementation != before
-    assert model.config._attn_implementation == before
+        assert model.config._attn_implementation == implementation  # some models decide by it what they compute
+        assert masks[implementation] is not before
+        inside = gradients_of(model, make_batch("bert"), engine="functional")
+    assert model.config._attn_implementation == implementation
+    assert masks[implementation] is before
+    assert_rows_close(inside.features, gradients_of(model, make_batch("bert")).features, relative=5e-6)
     with vmappable_attention(nn.Linear(2, 2)), vmappable_attention(SimpleNamespace()):  # type: ignore[arg-type]
         pass
 
