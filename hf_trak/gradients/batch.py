@@ -45,7 +45,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     model.eval()
     model.requires_grad_(False)
     for norm in norms:
-        norm.forward = partial(_batch_norm, norm)
+        norm.forward = partial(_batch_norm, norm)  # type: ignore[arg-type]
     _set(inplace, "inplace", False)
     _set(checkpointing, "gradient_checkpointing", False)
     try:
