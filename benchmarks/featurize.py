@@ -38,7 +38,6 @@ from hf_trak.products import onednn_is_faster
 from hf_trak.projectors import Projector, make_projector
 from hf_trak.tasks import AutoTask
 
-MEMORY_ROUNDS = 3
 ROWS = {"bert": 256, "decoder": 64, "vit": 32} | dict.fromkeys(SMALL, 2000)
 METHOD = "hf_trak layerwise block_count_sketch"
 
@@ -62,6 +61,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--skip_parts", action="store_true", help="do not time the parts of a pass by themselves")
     parser.add_argument("--fold", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--memory_rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--output", type=Path, help="by default, results/featurize_cpu.json, or memory_cpu.json with --memory_only"
@@ -270,7 +270,7 @@ def memory_rows(options: argparse.Namespace, name: str) -> Iterator[dict[str, An
 
 
 def peaks(options: argparse.Namespace, name: str, what: str, proj_dim: int, vocabulary: int) -> list[float]:
-    return [peak_memory(options, name, what, proj_dim, vocabulary) for _ in range(MEMORY_ROUNDS)]
+    return [peak_memory(options, name, what, proj_dim, vocabulary) for _ in range(options.memory_rounds)]
 
 
 def main() -> None:
@@ -292,7 +292,7 @@ def main() -> None:
         for row in itertools.chain(times, parts, memory):
             print(json.dumps(row), flush=True)
             rows.append(row)
-    write(options, rows, command=f"python benchmarks/featurize.py{' --memory_only' if options.memory_only else ''}")
+    write(options, rows, command=f"python benchmarks/featurize.py{' --memory_only' * options.memory_only}")
 
 
 def write(options: argparse.Namespace, rows: list[dict[str, Any]], *, command: str) -> None:

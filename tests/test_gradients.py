@@ -73,7 +73,7 @@ def rows_of(batch: Mapping[str, Any], rows: list[int]) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("name", "padding"), CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-def test_both_engines_equal_a_float64_loop(name: str, padding: str | None, dtype: torch.dtype):
+def test_engines_equal_a_float64_loop(name: str, padding: str | None, dtype: torch.dtype):
     model = make_model(name).to(dtype)
     batch = make_batch(name, **({"padding": padding} if padding else {}))
     if dtype == torch.float64:
@@ -734,7 +734,7 @@ def test_a_parameter_used_outside_the_module_that_owns_it_is_named(use: str):
 
     torch.manual_seed(0)
     model = Layer(nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)]), call)
-    with pytest.raises(ValueError, match=r"whole gradient of layer\.1\.weight, layer\.1\.bias: .*gradients='functional'"):
+    with pytest.raises(ValueError, match=r"whole gradient of layer\.1\.weight, layer\.1\.bias: .*gradients='loop'"):
         check(model, {"x": inputs(3, 6)}, readout)
     result = gradients_of(model, {"x": inputs(3, 6)}, readout, engine="functional")
     _, _, grads = gradient_loop(model, {"x": inputs(3, 6)}, readout, list(select_parameters(model).parameters))
@@ -770,10 +770,19 @@ def test_a_parameter_that_the_output_function_reads_itself_is_covered():
     assert gradients_of(model, batch, output, patterns=["weight"]).features.shape == (3, 18)
 
 
-MIXERS: dict[str, Callable[[], nn.Module]] = {
-    "mean over the batch": lambda: Layer(nn.Linear(6, 3), lambda layer, x: layer(x) - 0.5 * layer(x).mean(0)),
-    "batch norm without statistics": lambda: nn.BatchNorm1d(5, track_running_stats=False),
-    "a sequence in front": lambda: Layer(nn.Linear(6, 3), lambda layer, x: layer(x.transpose(0, 1)).transpose(0, 1)),
+MIXERS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
+    "mean over the batch": (
+        r"row \d changes with the examples it shares a batch with",
+        lambda: Layer(nn.Linear(6, 3), lambda layer, x: layer(x) - 0.5 * layer(x).mean(0)),
+    ),
+    "batch norm without statistics": (
+        "whole gradient of weight.* see the whole batch at a time",
+        lambda: nn.BatchNorm1d(5, track_running_stats=False),
+    ),
+    "a sequence in front": (
+        r"Linear \(parameters layer\.weight, layer\.bias\) does not keep the examples of a batch apart",
+        lambda: Layer(nn.Linear(6, 3), lambda layer, x: layer(x.transpose(0, 1)).transpose(0, 1)),
+    ),
 }
 
 
@@ -781,8 +790,9 @@ MIXERS: dict[str, Callable[[], nn.Module]] = {
 def test_a_model_that_mixes_the_examples_of_a_batch_is_caught(case: str):
     torch.manual_seed(0)
     batch = {"x": inputs(5, 5, 6)}
-    with pytest.raises(ValueError, match=r"The gradient of row \d changes with the examples it shares a batch with"):
-        check(randomise(MIXERS[case]()), batch, readout)
+    message, make = MIXERS[case]
+    with pytest.raises(ValueError, match=message):
+        check(randomise(make()), batch, readout)
 
 
 class LooksAtValues(nn.Module):
@@ -795,7 +805,7 @@ class LooksAtValues(nn.Module):
 
 
 def test_a_module_that_cannot_be_vectorised_is_named():
-    with pytest.raises(ValueError, match=r"no rule for LooksAtValues \(parameters layer\.scale\).*Leave it out"):
+    with pytest.raises(ValueError, match=r"no rule for LooksAtValues \(parameters layer\.scale\).*gradients='loop'"):
         gradients_of(Layer(LooksAtValues()), {"x": inputs(4, 6)}, readout)
 
 
@@ -807,7 +817,7 @@ class RunsOnce(LooksAtValues):
 
 
 def test_a_module_that_cannot_be_run_again_is_named():
-    with pytest.raises(ValueError, match=r"no rule for RunsOnce \(parameters layer\.scale\).*Leave it out"):
+    with pytest.raises(ValueError, match=r"no rule for RunsOnce \(parameters layer\.scale\).*gradients='loop'"):
         gradients_of(Layer(RunsOnce()), {"x": inputs(4, 6)}, readout)
 
 
@@ -854,12 +864,21 @@ def test_what_is_no_tensor_in_a_batch_is_handed_on():
         assert_rows_close(gradients_of(model, batch, output_function, engine=engine).features, grads, relative=5e-6)
 
 
-def test_vmappable_attention_is_put_back_and_leaves_other_modules_alone():
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_vmappable_attention_keeps_its_name_and_is_put_back(implementation: str):
+    from transformers import AttentionMaskInterface
+
     model = make_model("bert")
-    before = model.config._attn_implementation
+    model.set_attn_implementation(implementation)
+    masks = AttentionMaskInterface()
+    before = masks[implementation]
     with vmappable_attention(model):
-        assert model.config._attn_implementation != before
-    assert model.config._attn_implementation == before
+        assert model.config._attn_implementation == implementation  # some models decide by it what they compute
+        assert masks[implementation] is not before
+        inside = gradients_of(model, make_batch("bert"), engine="functional")
+    assert model.config._attn_implementation == implementation
+    assert masks[implementation] is before
+    assert_rows_close(inside.features, gradients_of(model, make_batch("bert")).features, relative=5e-6)
     with vmappable_attention(nn.Linear(2, 2)), vmappable_attention(SimpleNamespace()):  # type: ignore[arg-type]
         pass
 

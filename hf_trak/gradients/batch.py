@@ -45,7 +45,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     model.eval()
     model.requires_grad_(False)
     for norm in norms:
-        norm.forward = partial(_batch_norm, norm)
+        norm.forward = partial(_batch_norm, norm)  # type: ignore[arg-type]
     _set(inplace, "inplace", False)
     _set(checkpointing, "gradient_checkpointing", False)
     try:
@@ -68,7 +68,7 @@ def _is_batch_norm(module: nn.Module) -> bool:
     return is_plain and module.running_mean is not None
 
 
-def _batch_norm(module: nn.BatchNorm2d, inputs: Tensor) -> Tensor:
+def _batch_norm(module: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d, inputs: Tensor) -> Tensor:
     """Scale and shift single examples entry by entry: on CPUs, torch's own derivative is wrong where their gradient arrives permuted."""
     if len(inputs) > 1 or module.training:
         return type(module).forward(module, inputs)

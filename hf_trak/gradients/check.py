@@ -162,7 +162,8 @@ def _explain(
     if missing:
         return (
             f"`{engine}` does not find the whole gradient of {', '.join(missing[:10])}{', ...' if len(missing) > 10 else ''}: the "
-            f"model uses them outside the modules that own them. {way_out} Or leave them out with `parameters`."
+            "model uses them outside the modules that own them, or these modules see the whole batch at a time. "
+            f"{way_out} Or leave them out with `parameters`."
         )
     first = max(wrong, key=lambda disagreement: disagreement.share)
     what = "output" if first.name is None else f"gradient of {first.name}"

@@ -257,7 +257,7 @@ class _Watch:
         for i, tensor in zip(differentiable, outputs, strict=True):
             self._require_examples(module, tensor, axes[i], parts=self.plan is not None)
         if call is None:
-            batched = {i: "examples" for i, leaf in enumerate(leaves) if _leads(leaf, self.batch_size)}
+            batched: dict[int, Axis] = {i: "examples" for i, leaf in enumerate(leaves) if _leads(leaf, self.batch_size)}
         else:
             batched = {i: axis for i, axis in enumerate(call.inputs) if axis in ("examples", "parts")}
             for i, axis in batched.items():
@@ -333,7 +333,7 @@ class _Watch:
             if self.accumulator is None:
                 self._start(grads)
             check_unchanged()
-            found = {}
+            found: dict[str, Contribution] = {}
             with torch.no_grad():
                 for name, factor in factors(like, run).items():
                     shape = own[name].shape

@@ -33,7 +33,7 @@ class Taps:
         self._open.append(holder)
         # A leaf that requires a gradient makes autograd record the tap, even if no output depends on anything that does.
         leaf = torch.zeros((), requires_grad=True)
-        return list(_Tap.apply(holder, leaf, *outputs))  # type: ignore[no-untyped-call]
+        return list(_Tap.apply(holder, leaf, *outputs))
 
     def close(self) -> None:
         for holder in self._open:

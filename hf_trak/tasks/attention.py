@@ -5,47 +5,55 @@ transformers 5 looks at the values of a 2-D attention mask to skip masking where
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
 
-_NAME = "hf_trak_sdpa"
+_TRACEABLE = ("sdpa", "eager")
+_ALWAYS = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
 
 
 @contextmanager
 def vmappable_attention(model: nn.Module) -> Iterator[None]:
-    """Use scaled-dot-product attention with a mask that is always built and never inspected; restore what was there.
+    """Build masks whole and never inspect them, in plain or scaled-dot-product attention; restore what was there.
 
-    Its plain form is used, for which `vmap` has rules; the fused ones would run example by example.
+    The implementation keeps its name, by which some models decide what they compute. Of scaled-dot-product attention, the plain form is
+    used, for which `vmap` has rules; the fused ones would run example by example. Other models of this process build their masks
+    whole meanwhile, which changes no result.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    from transformers import PreTrainedModel
+    from transformers import AttentionMaskInterface, PreTrainedModel
 
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         model = model.get_base_model()  # type: ignore[operator]
-    if not isinstance(model, PreTrainedModel) or not model._supports_sdpa:
+    if not isinstance(model, PreTrainedModel):
         yield
         return
-    _register()
-    previous = model.config._attn_implementation
-    model.set_attn_implementation(_NAME)
+    implementation = model.config._attn_implementation
+    is_other = implementation is not None and implementation not in _TRACEABLE
+    masks = AttentionMaskInterface()
+    before = {name: masks[name] for name in _TRACEABLE}
+    if is_other:
+        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    for name, make in before.items():
+        AttentionMaskInterface.register(name, _whole(make))
     try:
         with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
-        model.set_attn_implementation(previous)
+        for name, make in before.items():
+            AttentionMaskInterface.register(name, make)
+        if is_other:
+            model.set_attn_implementation(implementation)
 
 
-def _register() -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import sdpa_mask
+def _whole(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a maker of masks that skips none."""
 
     def mask(*args: Any, **kwargs: Any) -> Any:
-        return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+        return make(*args, **{**kwargs, **_ALWAYS})
 
-    AttentionInterface.register(_NAME, sdpa_attention_forward)
-    AttentionMaskInterface.register(_NAME, mask)
+    return mask
