@@ -75,6 +75,19 @@ def parse(parser: HfArgumentParser, arguments: Sequence[str]) -> tuple[Any, ...]
     return tuple(parsed)
 
 
+def rows_at_a_time(text: str, flag: str) -> int | str:
+    """Return the value of a flag as a number of rows, or "auto".
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    if text == "auto":
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"{flag} must be auto or a whole number of at least 1, but is {text!r}.")
+    return int(text)
+
+
 def name_positions(arguments: Sequence[str], names: Sequence[str]) -> list[str]:
     """Return arguments with flags put before those that come first and have none: `card INDEX` is `card --index INDEX`."""
     count = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
