@@ -19,7 +19,7 @@ from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.featurizing.placement import check_whole
 from hf_trak.members import lay_out_passes
 from hf_trak.processes.group import Processes
-from hf_trak.sources.repositories import look_up
+from hf_trak.sources.checkpoints import check_is_checkpoint
 from hf_trak.storage.files import TEMPORARY, discard, write_folder, write_json, write_json_once
 from hf_trak.storage.layout import member_folders
 from hf_trak.tasks import draw_rows, needs_bank
@@ -93,7 +93,7 @@ def build_members(
     _check_masks(masks, n_checkpoints=len(checkpoints), n_rows=len(dataset))
     for checkpoint in checkpoints:
         if isinstance(checkpoint, (str, Path)):  # the last one, too, is looked up before work begins
-            look_up(str(checkpoint), revision)
+            check_is_checkpoint(str(checkpoint), revision)
     passes = lay_out_passes(
         len(checkpoints),
         seed=config.seed,

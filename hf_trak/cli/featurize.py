@@ -82,6 +82,8 @@ def run(args: FeaturizeArguments, features: FeatureArguments, given: Sequence[st
     """Build the index, or a part of one, and say where it lies."""
     config, counts = features.trak_config(), features.member_counts()
     rows_at_a_time(features.featurize_batch_size, "--featurize_batch_size")
+    if features.shard_rows < 1:
+        raise ValueError(f"--shard_rows must be at least 1, but is {features.shard_rows}.")
     if args.revision is not None and all(Path(model).is_dir() for model in args.model):
         raise ValueError(f"--revision is for repositories, but --model names folders: {', '.join(args.model)}.")
 
