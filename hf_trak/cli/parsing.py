@@ -6,12 +6,12 @@ import argparse
 import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from transformers.hf_argparser import HfArgumentParser
 
-from hf_trak.cli.usage import OneLineErrors
+from hf_trak.cli.usage import OneLineErrors, refuse_usage
 
 
 class Collect(argparse.Action):
@@ -22,8 +22,12 @@ class Collect(argparse.Action):
         setattr(namespace, self.dest, list(values) if found is self.default else [*found, *values])
 
 
-class _Parser(OneLineErrors, HfArgumentParser):
+class _Parser(HfArgumentParser):
     """transformers' parser of dataclasses, with errors in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the error and exit with status 2."""
+        refuse_usage(self, message)
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
