@@ -173,6 +173,9 @@ class TrakConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` must be a whole number of at least 1, but is {value!r}.")
+        length = self.max_length
+        if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
+            raise ValueError(f"`max_length` must be a whole number of at least 1, but is {length!r}.")
         size = self.bank_size
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 2):
             raise ValueError(f"`bank_size` must be a whole number of at least 2, but is {size!r}.")

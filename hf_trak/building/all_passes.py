@@ -22,6 +22,7 @@ from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.featurizing.placement import check_whole
 from hf_trak.members import lay_out_passes
 from hf_trak.processes.group import Processes
+from hf_trak.sources.checkpoints import check_is_checkpoint
 from hf_trak.storage.differences import list_differences
 from hf_trak.storage.files import read_json, remove_leftovers, write_folder, write_json, write_json_once
 from hf_trak.storage.layout import is_index_name, member_folders
@@ -126,6 +127,9 @@ def build_members(
         raise ValueError("The dataset is empty: there is nothing to featurize.")
     dataset = as_stored(dataset)
     _check_masks(masks, n_checkpoints=len(checkpoints), n_rows=len(dataset))
+    for checkpoint in checkpoints:
+        if isinstance(checkpoint, (str, Path)):  # the last one, too, is looked up before work begins
+            check_is_checkpoint(str(checkpoint), revision)
     passes = lay_out_passes(
         len(checkpoints),
         seed=config.seed,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_trak.cli.parsing import Collect, make_parser, parse
+from hf_trak.cli.parsing import Collect, make_parser, parse, rows_at_a_time
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -90,6 +90,7 @@ def main(arguments: Sequence[str]) -> None:
 def run(args: AttributeArguments) -> None:
     """Attribute the queries, write the hits, and show the first."""
     output = Path(args.output)
+    batch_size = rows_at_a_time(args.batch_size, "--batch_size")
     _check_targets(args, output)
 
     from hf_trak.cli.data import load_rows
@@ -115,7 +116,6 @@ def run(args: AttributeArguments) -> None:
     )
     queries = load_rows(args.queries, split=args.split, config=args.queries_config, max_rows=args.max_queries)
     train = _load_train(args, index)
-    batch_size = int(args.batch_size) if args.batch_size.isdigit() else args.batch_size
     damping = None if args.damping is None else replace(index.config, damping=args.damping).damping  # type: ignore[arg-type]
     options: dict[str, Any] = {"damping": damping, "direction": args.direction, "batch_size": batch_size}
     options.update(max_memory=args.max_memory, progress=first)
@@ -173,6 +173,8 @@ def _check_targets(args: AttributeArguments, output: Path) -> None:
     """Refuse before anything is computed."""
     if output.suffix not in (".jsonl", ".parquet"):
         raise ValueError(f"--output must end in .jsonl or .parquet, but is {output}.")
+    if args.report is not None and Path(args.report).exists() and not Path(args.report).is_dir():
+        raise ValueError(f"--report must name a folder, but {args.report} is a file.")
     taken = [output] if output.exists() else []
     if args.report is not None:
         taken += [path for name in ("report.html", "report.png") if (path := Path(args.report) / name).exists()]

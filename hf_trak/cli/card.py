@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> None:
 def run(args: CardArguments) -> None:
     """Render the card, and print or write it."""
     output = None if args.output is None else Path(args.output)
-    existing = output.read_text(encoding="utf-8") if output is not None and output.exists() else None
+    existing = _text_of(output) if output is not None and output.exists() else None
     if existing is not None and not args.overwrite:
         raise ValueError(f"{output} exists. Choose another place, or pass --overwrite: what its owner wrote into it stays.")
     rows = [row for path in args.results or [] for row in _rows_of(Path(path))]
@@ -68,6 +68,13 @@ def run(args: CardArguments) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, lambda temporary: temporary.write_text(card, encoding="utf-8"))
     print(f"Card: {output}")
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--output: {path} is no card, which is text in UTF-8. Choose another file.") from error
 
 
 def _rows_of(path: Path) -> list[dict[str, Any]]:

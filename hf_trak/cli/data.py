@@ -30,6 +30,14 @@ def load_rows(
     if max_rows is not None and max_rows < 1:
         raise ValueError(f"The number of rows to keep must be at least 1, but is {max_rows}.")
     path = Path(name_or_path).expanduser()
+    is_local = path.is_file() or (
+        path.is_dir() and any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    )
+    if is_local and (config is not None or revision is not None):
+        given = f"configuration {config!r}" if config is not None else f"revision {revision!r}"
+        raise ValueError(
+            f"{path} is a file or saved dataset, which has no configuration or revision, but {given} was asked for."
+        )
     if path.is_file():
         dataset = _load_file(path, split)
     elif path.is_dir() and ((path / "dataset_dict.json").is_file() or (path / "state.json").is_file()):
@@ -44,10 +52,22 @@ def _load_file(path: Path, split: str) -> Dataset:
 
     if path.suffix.lower() not in _KINDS:
         raise ValueError(f"{path} is of no known kind: its name should end in {', '.join(_KINDS)}.")
+    if _KINDS[path.suffix.lower()] == "json" and _first_byte(path) not in b"{[":
+        # Its reader ends the process at a file of nulls.
+        raise ValueError(f"{path} cannot be read: a JSON file of rows holds a list of objects, or an object per line.")
     try:
         return load_dataset(_KINDS[path.suffix.lower()], data_files={split.split("[")[0]: str(path)}, split=split)
     except Exception as error:
         raise ValueError(f"{path} cannot be read: {_first_line(error.__cause__ or error)}") from error
+
+
+def _first_byte(path: Path) -> bytes:
+    """Return the first byte of a file that is no white space; `{` for an empty file, of which its reader has the better message."""
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 16):
+            if stripped := chunk.removeprefix(b"\xef\xbb\xbf").lstrip():
+                return stripped[:1]
+    return b"{"
 
 
 def _load_saved(path: Path, split: str) -> Dataset:
@@ -58,7 +78,9 @@ def _load_saved(path: Path, split: str) -> Dataset:
     except (MemoryError, ImportError):
         raise
     except Exception as error:  # of damaged files
-        raise ValueError(f"{path} cannot be read as a saved dataset: {_first_line(error)}. Save it again.") from error
+        raise ValueError(
+            f"{path} cannot be read as a saved dataset: {_first_line(error).rstrip('.')}. Save it again."
+        ) from error
     if not isinstance(found, DatasetDict):
         return found
     if split not in found:
@@ -80,8 +102,10 @@ def _load_repository(name: str, config: str | None, split: str, revision: str | 
         with reached(listing or Listing(None, frozenset(), cached=not Path(name).is_dir())):
             return load_dataset(name, config, split=split, revision=revision)
     except (FileNotFoundError, ConnectionError) as error:
+        if Path(name).is_dir():
+            raise ValueError(f"The folder {name} cannot be read as a dataset: {_first_line(error)}") from error
         said = _first_line(error)
-        if listing is None and not Path(name).is_dir():
+        if listing is None:
             said = "the Hub cannot be reached, and the dataset is not in the cache. Check the network and the name"
         raise FileNotFoundError(
             f"{name!r} is neither a file or folder here nor a dataset of the Hub within reach: {said}"

@@ -83,6 +83,12 @@ def run(args: DemoArguments) -> dict[str, Any]:
 
 
 def _check(args: DemoArguments) -> None:
+    if args.seed < 0:
+        raise ValueError(f"--seed must be at least 0, but is {args.seed}.")
+    if args.epochs is not None and args.epochs < 1:
+        raise ValueError(f"--epochs must be at least 1, but is {args.epochs}.")
+    if args.learning_rate is not None and not 0 < args.learning_rate < float("inf"):
+        raise ValueError(f"--learning_rate must be a number above 0, but is {args.learning_rate}.")
     if args.flip_fraction is not None and not 0 <= args.flip_fraction < 1:
         raise ValueError(f"--flip_fraction must be at least 0 and below 1, but is {args.flip_fraction}.")
     if (args.model is None) != (args.dataset is None):

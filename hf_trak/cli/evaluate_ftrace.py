@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from typing import Any
 
 from hf_trak.cli.parsing import make_parser, parse
+from hf_trak.cli.usage import OneLineErrors
 
 _USAGE = "[--scale small] --output FOLDER [options]"
 _DESCRIPTION = """\
@@ -35,7 +35,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Any, Any]:
     """Return the flags; `--scale` sets the defaults of all others."""
     from hf_trak.evaluation.fact_tracing import SCALES, FineTuning, FTraceArguments
 
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = OneLineErrors(prog="hf-trak evaluate ftrace", add_help=False, allow_abbrev=False)
     first.add_argument("--scale", choices=sorted(SCALES), default="paper")
     chosen, rest = first.parse_known_args(arguments)
     parser = make_parser([FTraceArguments, FineTuning], command="evaluate ftrace", usage=_USAGE, description=_DESCRIPTION)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_trak.cli.parsing import Collect, make_parser, parse
+from hf_trak.cli.parsing import Collect, make_parser, parse, rows_at_a_time
 
 if TYPE_CHECKING:
     from hf_trak.evaluation import LDS, GroundTruth, Reliability
@@ -137,6 +137,7 @@ def _check(args: LDSArguments) -> None:
         raise ValueError("--index needs --queries: the rows whose outputs the ground truth holds, in its order.")
     if args.index is None and (args.damping or args.model or args.processor):
         raise ValueError("--damping, --model and --processor say how an index scores, but there is no --index.")
+    rows_at_a_time(args.batch_size, "--batch_size")
     if args.n_bootstrap < 0 or not 0 < args.confidence < 1:
         raise ValueError(
             f"--n_bootstrap must be at least 0, and --confidence between 0 and 1, but they are {args.n_bootstrap} and {args.confidence}."

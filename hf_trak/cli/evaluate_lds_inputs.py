@@ -12,6 +12,7 @@ from datasets import Dataset
 
 from hf_trak import __version__
 from hf_trak.cli.data import load_rows
+from hf_trak.cli.parsing import rows_at_a_time
 from hf_trak.evaluation import GroundTruth, ground_truth_from
 from hf_trak.evaluation.baselines import Checkpoints, make_baseline
 from hf_trak.featurizing.descriptions import recorded_processor
@@ -108,7 +109,7 @@ def checkpoints_of(index: AttributionIndex) -> list[Any]:
 
 
 def _rows_at_a_time(args: LDSArguments) -> int | str:
-    return int(args.batch_size) if args.batch_size.isdigit() else args.batch_size
+    return rows_at_a_time(args.batch_size, "--batch_size")
 
 
 def read_scores(path: Path, truth: GroundTruth) -> np.ndarray:

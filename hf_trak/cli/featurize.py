@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_trak.cli.parsing import Collect, make_parser, parse
+from hf_trak.cli.parsing import Collect, make_parser, parse, rows_at_a_time
 from hf_trak.feature_args import FeatureArguments
 from hf_trak.plain_text import mask_secrets
 from hf_trak.processes.garbage import uncollected
@@ -82,6 +82,11 @@ def main(arguments: Sequence[str]) -> None:
 def run(args: FeaturizeArguments, features: FeatureArguments, given: Sequence[str] = ()) -> None:
     """Build the index, or a part of one, and say where it lies."""
     config, counts = features.trak_config(), features.member_counts()
+    rows_at_a_time(features.featurize_batch_size, "--featurize_batch_size")
+    if features.shard_rows < 1:
+        raise ValueError(f"--shard_rows must be at least 1, but is {features.shard_rows}.")
+    if args.revision is not None and all(Path(model).is_dir() for model in args.model):
+        raise ValueError(f"--revision is for repositories, but --model names folders: {', '.join(args.model)}.")
 
     with uncollected(for_good=True):
         import hf_trak.models  # noqa: F401  what loading a model needs, whatever the model

@@ -6,12 +6,12 @@ import argparse
 import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from transformers.hf_argparser import HfArgumentParser
 
-from hf_trak.cli.usage import OneLineErrors
+from hf_trak.cli.usage import OneLineErrors, refuse_usage
 
 
 class Collect(argparse.Action):
@@ -22,8 +22,12 @@ class Collect(argparse.Action):
         setattr(namespace, self.dest, list(values) if found is self.default else [*found, *values])
 
 
-class _Parser(OneLineErrors, HfArgumentParser):
+class _Parser(HfArgumentParser):
     """transformers' parser of dataclasses, with errors in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the error and exit with status 2."""
+        refuse_usage(self, message)
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -73,6 +77,19 @@ def parse(parser: HfArgumentParser, arguments: Sequence[str]) -> tuple[Any, ...]
     if unknown:
         parser.error(f"unknown arguments: {' '.join(unknown)}{_near_misses(parser, [unknown[0].split('=')[0].lstrip('-')])}")
     return tuple(parsed)
+
+
+def rows_at_a_time(text: str, flag: str) -> int | str:
+    """Return the value of a flag as a number of rows, or "auto".
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    if text == "auto":
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"{flag} must be auto or a whole number of at least 1, but is {text!r}.")
+    return int(text)
 
 
 def name_positions(arguments: Sequence[str], names: Sequence[str]) -> list[str]:

@@ -17,10 +17,15 @@ class OneLineErrors(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the error and exit with status 2."""
-        command = self.prog.removeprefix("hf-trak").strip()
-        where = f"{command}: " if command else ""
-        end = "" if message.endswith((".", "?")) else "."
-        self.exit(BAD_USAGE, f"hf-trak: error: {one_line(where + message)}{end} See `{self.prog} --help`.\n")
+        refuse_usage(self, message)
+
+
+def refuse_usage(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    """Print bad usage as one line, and exit with status 2."""
+    command = parser.prog.removeprefix("hf-trak").strip()
+    where = f"{command}: " if command else ""
+    end = "" if message.endswith((".", "?")) else "."
+    parser.exit(BAD_USAGE, f"hf-trak: error: {one_line(where + message)}{end} See `{parser.prog} --help`.\n")
 
 
 def report(error: BaseException) -> None:

@@ -36,6 +36,26 @@ def load_model(source: str, revision: str | None = None, *, trust_remote_code: b
         return _load(source, listing, revision, trust_remote_code=trust_remote_code)
 
 
+def check_is_checkpoint(source: str, revision: str | None = None) -> None:
+    """Check that a folder or repository is there and holds a checkpoint or an adapter, without loading it.
+
+    Raises:
+        FileNotFoundError: If it does not.
+    """
+    listing = look_up(source, revision)
+    if "adapter_config.json" not in listing.files:
+        _check_holds_config(source, listing)
+
+
+def _check_holds_config(source: str, listing: Listing) -> None:
+    if "config.json" not in listing.files:
+        held = ", ".join(sorted(listing.files)[:8]) or "nothing"
+        raise FileNotFoundError(
+            f"{source} holds no config.json, so it is not a checkpoint of transformers; it holds {held}. A folder that "
+            "`save_pretrained` or a Trainer wrote (such as checkpoint-500) is expected."
+        )
+
+
 def _load(source: str, listing: Listing, revision: str | None, *, trust_remote_code: bool) -> PreTrainedModel:
     import transformers
 
@@ -74,12 +94,7 @@ def _configuration(source: str, listing: Listing, revision: str | None, *, trust
     """
     import transformers
 
-    if "config.json" not in listing.files:
-        held = ", ".join(sorted(listing.files)[:8]) or "nothing"
-        raise FileNotFoundError(
-            f"{source} holds no config.json, so it is not a checkpoint of transformers; it holds {held}. A folder that "
-            "`save_pretrained` or a Trainer wrote (such as checkpoint-500) is expected."
-        )
+    _check_holds_config(source, listing)
     try:
         config: Any = transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # a damaged file raises what its content happens to break

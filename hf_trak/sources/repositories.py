@@ -40,6 +40,8 @@ def look_up(source: str, revision: str | None = None) -> Listing:
     Raises:
         FileNotFoundError: If there is no such folder or repository, or it is out of reach; the message says which, and what to do.
     """
+    if not source:
+        raise FileNotFoundError("The name of a checkpoint is empty: give a folder or a repository.")
     folder = Path(source)
     try:
         if folder.is_dir():

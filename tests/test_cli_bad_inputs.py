@@ -1,0 +1,490 @@
+"""Every command against a table of bad inputs: a status, one line that says what and what to do, no traceback, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from datasets import Dataset
+from datasets_for_tests import save_model, token_rows
+from safetensors.torch import load_file, save_file
+from tokenizers_for_tests import word_tokenizer
+
+from hf_trak import AttributionIndex, TrakConfig
+from hf_trak.cli.main import COMMANDS, main
+
+DEEP = "[" * 100_000
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A checkpoint, rows, and an index of them, which no test changes."""
+    folder = tmp_path_factory.mktemp("bad")
+    model = save_model(folder / "bert")
+    token_rows(12).to_parquet(folder / "rows.parquet")
+    (folder / "text.csv").write_text("text,label\na b,0\nc d,1\n")
+    AttributionIndex.build(
+        folder / "index", models=model, dataset=token_rows(12), config=TrakConfig(proj_dim=16), progress=False
+    )
+    return SimpleNamespace(folder=folder, model=model, index=folder / "index", rows=folder / "rows.parquet")
+
+
+@pytest.fixture
+def refuse(files, tmp_path, monkeypatch, capsys):
+    """Runs a command in an empty folder, and returns its one line of error."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object, status: int = 1) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        capsys.readouterr()
+        try:
+            found = main([str(argument) for argument in arguments])
+        except SystemExit as exit:
+            found = exit.code
+        error = capsys.readouterr().err
+        assert found == status, error
+        assert error.startswith("hf-trak: error: "), error
+        assert error.count("\n") == 1, error
+        assert error.endswith("\n")
+        assert error[:-1].isprintable()
+        assert "Traceback" not in error
+        assert sorted(tmp_path.rglob("*")) == before
+        return error
+
+    return run
+
+
+def commands_on_index(index, files):
+    rows = files.rows
+    return {
+        "attribute": ["attribute", "--index", index, "--queries", rows, "--output", "hits.jsonl"],
+        "card": ["card", index],
+        "push": ["push", index, "me/index", "--license", "mit"],
+        "merge": ["merge", index],
+        "evaluate lds": ["evaluate", "lds", "--index", index, "--queries", rows, "--ground_truth", rows],
+    }
+
+
+ON_INDEX = ["attribute", "card", "push", "merge", "evaluate lds"]
+
+
+# Indexes
+
+
+@pytest.mark.parametrize("command", ON_INDEX)
+@pytest.mark.parametrize("place", ["nowhere", "rows.parquet", "bert", "../no/such/index", "s3://", "a b/c", "me/none"])
+def test_what_is_no_index_is_refused(refuse, files, command, place):
+    path = files.folder / place if (files.folder / place).exists() else place
+    assert "not expected" not in refuse(*commands_on_index(path, files)[command])
+
+
+@pytest.mark.parametrize("command", ON_INDEX)
+@pytest.mark.parametrize(
+    "text",
+    ["null", DEEP, "[]", "3", "{}", "{", b"\xff\xfe", '{"proj_dim": "x"}', '{"damping": [1]}', '{"text_columns": 3}'],
+    ids=range(10),
+)
+def test_a_damaged_configuration_is_refused(refuse, files, tmp_path_factory, command, text):
+    index = damaged(files, tmp_path_factory, "trak_config.json", text)
+    refuse(*commands_on_index(index, files)[command])
+
+
+def _changed_member(**values):
+    return lambda content: json.dumps(json.loads(content) | values)
+
+
+@pytest.mark.parametrize("command", ["attribute", "card", "push"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "null",
+        DEEP,
+        "[]",
+        "3",
+        "{}",
+        "{",
+        b"\xff\xfe",
+        _changed_member(identity=3),
+        _changed_member(files=3),
+        _changed_member(files=[3]),
+        _changed_member(checkpoint=None),
+        _changed_member(files=[{"file": "../../secret", "bytes": 1, "sha256": "x"}]),
+    ],
+    ids=range(12),
+)
+def test_a_damaged_member_is_refused(refuse, files, tmp_path_factory, command, text):
+    index = damaged(files, tmp_path_factory, "member_0/member.json", text)
+    refuse(*commands_on_index(index, files)[command])
+
+
+def damaged(files, tmp_path_factory, name, text):
+    index = tmp_path_factory.mktemp("damaged") / "index"
+    shutil.copytree(files.index, index)
+    content = text((index / name).read_bytes()) if callable(text) else text
+    (index / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return index
+
+
+# Checkpoints
+
+CHECKPOINTS = {
+    "nowhere": ("./nowhere", "There is no folder './nowhere'"),
+    "empty name": ("", "name of a checkpoint is empty"),
+    "no repository": ("me/none", "'me/none' is neither a folder here nor a model repository within reach"),
+    "no name": ("no name!", "nor the name of a model repository"),
+    "a file": ("rows.parquet", "is a file, where the folder of a checkpoint is expected"),
+    "an index": ("index", "holds no config.json"),
+}
+
+
+@pytest.mark.parametrize("command", ["featurize", "featurize several", "attribute"])
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_what_is_no_checkpoint_is_refused(refuse, files, command, kind):
+    name, said = CHECKPOINTS[kind]
+    name = files.folder / name if name and (files.folder / name).exists() else name
+    made = ["--dataset", files.rows, "--output", "index", "--proj_dim", "16"]
+    arguments = {
+        "featurize": ["featurize", "--model", name, *made],
+        "featurize several": ["featurize", "--model", files.model, name, *made],
+        "attribute": [*commands_on_index(files.index, files)["attribute"], "--model", name],
+    }
+    assert said in refuse(*arguments[command])
+
+
+def _change_weights(change):
+    def damage(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        save_file(change(load_file(path)), path, {"format": "pt"})
+
+    return damage
+
+
+def _write(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+DAMAGES = {
+    "weights cut short": (_write("model.safetensors", b"\x10\0\0\0\0\0\0\0{"), "model.safetensors is damaged"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds no model.safetensors"),
+    "prefix": (_change_weights(lambda s: {f"module.{key}": value for key, value in s.items()}), "contain `module.`"),
+    "no head": (_change_weights(lambda s: {k: v for k, v in s.items() if "classifier" not in k}), "newly initialised"),
+    "config null": (_write("config.json", b"null"), "config.json of"),
+    "config deep": (_write("config.json", DEEP.encode()), "config.json of"),
+    "config of no model": (_write("config.json", b'{"architectures": ["Nope"], "model_type": "bert"}'), "names Nope"),
+    "adapter null": (_write("adapter_config.json", b"null"), "adapter_model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_checkpoint_is_refused(refuse, files, tmp_path_factory, kind):
+    folder = tmp_path_factory.mktemp("damaged") / "bert"
+    shutil.copytree(files.model, folder)
+    damage, said = DAMAGES[kind]
+    damage(folder)
+    rows = ["--dataset", files.rows, "--output", "index", "--proj_dim", "16"]
+    assert said in refuse("featurize", "--model", folder, *rows)
+    assert said in refuse(*commands_on_index(files.index, files)["attribute"], "--model", folder)
+
+
+# Datasets
+
+DATASETS = {
+    "gone.csv": None,
+    "empty.csv": b"",
+    "no_rows.csv": b"text,label\n",
+    "binary.csv": b"\xff\x00\xfe" * 50,
+    "empty.parquet": b"",
+    "cut.parquet": b"PAR1xx",
+    "deep.json": DEEP.encode(),
+    "null.json": b"null",
+    "nulls.jsonl": b"null\nnull\n",
+    "text.json": b'"x"',
+    "cut.jsonl": b"{\n",
+    "rows.xlsx": b"x",
+}
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_a_file_that_holds_no_rows_is_refused_by_every_command_that_reads_rows(refuse, files, tmp_path_factory, name):
+    path = tmp_path_factory.mktemp("rows") / name
+    if DATASETS[name] is not None:
+        path.write_bytes(DATASETS[name])
+    on_index = commands_on_index(files.index, files)
+    for arguments in (
+        ["featurize", "--model", files.model, "--dataset", path, "--output", "index"],
+        ["attribute", "--index", files.index, "--queries", path, "--output", "hits.jsonl"],
+        [*on_index["attribute"], "--train", path],
+        ["evaluate", "lds", "--ground_truth", path, "--scores", "scores.npy"],
+    ):
+        assert name in refuse(*arguments)
+
+
+@pytest.mark.parametrize("marker", ["state.json", "dataset_dict.json"])
+@pytest.mark.parametrize("text", ["null", "{", "{}"])
+def test_a_damaged_saved_dataset_is_refused(refuse, files, tmp_path_factory, marker, text):
+    folder = tmp_path_factory.mktemp("saved")
+    (folder / marker).write_text(text)
+    assert str(folder) in refuse("featurize", "--model", files.model, "--dataset", folder, "--output", "index")
+
+
+def test_texts_without_a_tokenizer_are_refused_and_the_flag_is_a_way_out(refuse, files, tmp_path_factory, capsys):
+    texts = files.folder / "text.csv"
+    made = [
+        "featurize",
+        "--model",
+        files.model,
+        "--dataset",
+        texts,
+        "--proj_dim",
+        "16",
+        "--text_columns",
+        "text",
+        "--max_length",
+        "8",
+    ]
+    assert "holds no tokenizer" in refuse(*made, "--output", "index")
+    folder = tmp_path_factory.mktemp("processed")
+    word_tokenizer().save_pretrained(folder / "tokenizer")
+    asked = ["--queries", texts, "--output", folder / "hits.jsonl"]
+    assert main([str(a) for a in [*made, "--output", folder / "index", "--processor", folder / "tokenizer"]]) == 0
+    assert main([str(a) for a in ["attribute", "--index", folder / "index", *asked]]) == 0
+    shutil.move(folder / "tokenizer", folder / "moved")
+    assert "tokenizer" in refuse("attribute", "--index", folder / "index", *asked, "--overwrite")
+    asked += ["--processor", folder / "moved", "--overwrite"]
+    assert main([str(a) for a in ["attribute", "--index", folder / "index", *asked]]) == 0
+
+
+# Flags
+
+FLAGS = [
+    ("--proj_dim", "0", 1),
+    ("--proj_dim", "-1", 1),
+    ("--proj_dim", "1e3", 2),
+    ("--proj_dim", "999999999", 1),
+    ("--featurize_batch_size", "0", 1),
+    ("--featurize_batch_size", "many", 1),
+    ("--shard_rows", "0", 1),
+    ("--max_rows", "0", 1),
+    ("--max_length", "0", 1),
+    ("--damping", "x", 1),
+    ("--damping", "nan", 1),
+    ("--fold", "0", 1),
+    ("--projector", "nope", 1),
+    ("--compute_dtype", "float8", 1),
+    ("--label_column", "zzz", 1),
+    ("--text_columns", "zzz", 1),
+    ("--split", "train[x]", 1),
+    ("--revision", "main", 1),
+    ("--dataset_config", "zzz", 1),
+    ("--dataset_revision", "zzz", 1),
+    ("--processor", "./nowhere", 1),
+    ("--processor", "me/none", 1),
+    ("--shard-index", "0", 1),
+    ("--sketch_seeds_per_checkpoint", "0", 1),
+    ("--dropout_seeds", "-1", 1),
+    ("--overwrite", "maybe", 2),
+    ("--nope", "1", 2),
+    ("--config", "gone.yaml", 1),
+]
+
+
+@pytest.mark.parametrize(("flag", "value", "status"), FLAGS)
+def test_a_flag_out_of_range_is_refused_before_work(refuse, files, flag, value, status):
+    made = ["featurize", "--model", files.model, "--dataset", files.rows, "--output", "index", "--proj_dim", "16"]
+    assert "not expected" not in refuse(*made, flag, value, status=status)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "status"),
+    [
+        ("--top_k", "0", 1),
+        ("--top_k", "x", 2),
+        ("--direction", "up", 1),
+        ("--damping", "-1", 1),
+        ("--max_memory", "lots", 1),
+        ("--max_queries", "0", 1),
+        ("--batch_size", "0", 1),
+        ("--batch_size", "no", 1),
+        ("--revision", "main", 1),
+        ("--queries_config", "zzz", 1),
+        ("--output", "hits.txt", 1),
+        ("--processor", "./nowhere", 1),
+        ("--train", "gone.csv", 1),
+    ],
+)
+def test_a_flag_of_attribute_out_of_range_is_refused_before_work(refuse, files, flag, value, status):
+    error = refuse(*commands_on_index(files.index, files)["attribute"], flag, value, status=status)
+    assert "not expected" not in error
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["demo", "--epochs", "0"],
+        ["demo", "--epochs", "-1"],
+        ["demo", "--seed", "-1"],
+        ["demo", "--learning_rate", "0"],
+        ["demo", "--flip_fraction", "3"],
+        ["demo", "--model", "x"],
+        ["demo", "--processor", "x"],
+        ["evaluate", "lds", "--ground_truth", "x"],
+        ["evaluate", "lds", "--ground_truth", "gone.parquet", "--scores", "x.npy"],
+        ["evaluate", "lds", "--ground_truth", "x", "--scores", "x", "--confidence", "2"],
+        ["evaluate", "lds", "--ground_truth", "x", "--scores", "x", "--batch_size", "0"],
+        ["evaluate", "lds", "--ground_truth", "x", "--scores", "x", "--processor", "y"],
+        ["card", "x", "--results", "gone.json"],
+        ["push", "x", "me/y"],
+    ],
+    ids=" ".join,
+)
+def test_other_commands_refuse_in_one_line(refuse, arguments):
+    assert "not expected" not in refuse(*arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["featurise"],
+        ["--nope"],
+        ["evaluate"],
+        ["evaluate", "nope"],
+        ["evaluate", "ftrace", "--scale", "nope"],
+        *([command] for command in COMMANDS if command not in ("demo", "evaluate")),
+        *([command, "--nope"] for command in COMMANDS),
+    ],
+    ids=" ".join,
+)
+def test_bad_usage_is_one_line_that_names_the_help(refuse, arguments):
+    assert "--help`" in refuse(*arguments, status=2)
+
+
+BOMB = "a: &a [x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{chr(98 + i)}: &{chr(98 + i)} [{','.join(['*' + chr(97 + i)] * 8)}]\n" for i in range(9)
+)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xff\xfe",
+        f"a: {DEEP}".encode(),
+        b"- a",
+        b"",
+        b"!!python/object/apply:os.system ['touch pwned']",
+        b"proj_dim: {a: 1}",
+        b"proj_dim: 2026-13-45",
+        b"model: [[a]]",
+        BOMB.encode(),
+        f"{BOMB}model: *j".encode(),
+    ],
+    ids=range(10),
+)
+def test_bad_yaml_is_refused_at_once(refuse, tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("yaml") / "flags.yaml"
+    path.write_bytes(content)
+    begin = time.perf_counter()
+    assert "flags.yaml" in refuse("featurize", "--config", path)
+    assert time.perf_counter() - begin < 30  # written out, the aliases are a billion values
+    assert not Path("pwned").exists()
+
+
+# What a message shows
+
+
+def test_secrets_never_reach_a_message(refuse, files):
+    for command in set(commands_on_index("x", files)) - {"evaluate lds"}:  # which reads the ground truth first
+        error = refuse(*commands_on_index("ftp://user:hunter2@host/index?sig=s3cr3t", files)[command])
+        assert "hunter2" not in error
+        assert "s3cr3t" not in error
+        assert "ftp://***@host/index?***" in error
+    error = refuse("featurize", "--model", "m", "--dataset", "https://u:hunter2@h/rows.csv?token=s3cr3t", "--output", "o")
+    assert "hunter2" not in error
+    assert "s3cr3t" not in error
+    assert "hunter2" not in refuse("featurize", "--s3://u:hunter2@b/x", status=2)
+
+
+def test_names_with_control_characters_are_shown(refuse):
+    error = refuse("featurize", "--model", "m\x1b[2J", "--dataset", "rows\x1b]0;t\x07.csv", "--output", "o")
+    assert r"rows\x1b]0;t\x07.csv" in error
+
+
+def test_data_with_control_characters_is_shown_and_not_obeyed(files, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    model = tmp_path / "bert"
+    shutil.copytree(files.model, model)
+    word_tokenizer().save_pretrained(model)
+    text = "a\x1b[2J\x1b]0;owned\x07 b\u202e c\n<script>alert(1)</script>"
+    Dataset.from_dict({"text": [text, "d e", "f g"], "label": [0, 1, 2]}).to_parquet(tmp_path / "rows.parquet")
+    rows, index = str(tmp_path / "rows.parquet"), str(tmp_path / "index")
+    made = ["--dataset", rows, "--output", index, "--proj_dim", "16", "--text_columns", "text", "--max_length", "8"]
+    assert main(["featurize", "--model", str(model), *made]) == 0
+    capsys.readouterr()
+    asked = ["--queries", rows, "--train", rows, "--output", str(tmp_path / "hits.jsonl"), "--report", str(tmp_path / "report")]
+    assert main(["attribute", "--index", index, *asked]) == 0
+    printed = capsys.readouterr().out
+    assert all(line.isprintable() for line in printed.splitlines())
+    assert r"a\x1b[2J\x1b]0;owned\x07 b\u202e c\n<script>" in printed
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "\x1b" not in page
+    assert "\u202e" not in page
+    assert "<script>" not in page
+
+
+def test_an_error_that_nobody_foresaw_is_one_line_and_debug_shows_it(refuse, monkeypatch):
+    def fail(arguments: list[str]) -> None:
+        raise ZeroDivisionError("division\nby zero")
+
+    monkeypatch.setattr("hf_trak.cli.featurize.main", fail)
+    assert refuse("featurize").startswith(
+        "hf-trak: error: ZeroDivisionError: division; by zero. This is not expected; run again with --debug"
+    )
+    with pytest.raises(ZeroDivisionError):
+        main(["featurize", "--debug"])
+    with pytest.raises(ZeroDivisionError):
+        main(["--debug", "featurize"])
+
+
+def test_exit_statuses_are_documented(capsys):
+    assert main([]) == 0
+    shown = capsys.readouterr().out
+    assert "Exit status: 0 done; 1 refused or failed" in shown
+    assert "--debug" in shown
+
+
+# Without a network
+
+
+def unreachable(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in a process for which no Hub can be reached."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
+    environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "NO_PROXY": "127.0.0.1", **variables}
+    command = [sys.executable, "-m", "hf_trak.cli.main", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+
+
+@pytest.mark.parametrize("command", ["featurize", "dataset", "attribute", "push", "card", "evaluate"])
+def test_without_a_network_a_command_says_so_at_once(files, tmp_path, command):
+    arguments = {
+        "featurize": ["featurize", "--model", "me/none", "--dataset", files.rows, "--output", tmp_path / "index"],
+        "dataset": ["featurize", "--model", files.model, "--dataset", "me/none", "--output", tmp_path / "index"],
+        "attribute": ["attribute", "--index", "me/none", "--queries", files.rows, "--output", tmp_path / "hits.jsonl"],
+        "push": ["push", files.index, "me/none", "--license", "mit"],
+        "card": ["card", "me/none"],
+        "evaluate": ["evaluate", "lds", "--ground_truth", "me/none", "--scores", "x.npy"],
+    }[command]
+    begin = time.perf_counter()
+    found = unreachable(*arguments, HF_HOME=str(tmp_path / "home"), HF_TOKEN="hf_SeCrEtSeCrEtSeCrEt")
+    seconds = time.perf_counter() - begin
+    assert found.returncode == 1
+    assert found.stderr.startswith("hf-trak: error: ")
+    assert found.stderr.count("\n") == 1
+    assert "cannot be reached" in found.stderr
+    assert "SeCrEt" not in found.stderr
+    assert seconds < 60, "retries of each file would take minutes"
