@@ -252,14 +252,15 @@ class Questions:
         n_reported = check_budget(budget, self.n_rows)
         given = None if train is None else GivenLabels(train, n_rows=self.n_rows, label_column=self.config.label_column)
         options = self._options(damping, False, False, None)
-        features, doubt = None, None
+        features, doubt, n_classes = None, None, 2
         if validation is not None:
             if len(validation) == 0:
                 raise ValueError("`validation` has no rows. Leave it out if there are no held-out rows.")
             features, output = self._featurize(validation, options, batch_size, progress, "pair")
             doubt = torch.sigmoid(-torch.from_numpy(output))
+            n_classes = self._queries.featurizer(self.passes[0]).task.n_classes or 2
         evidence = LabelEvidence(self.members, damping=options.damping)
-        return label_error_rows(evidence, label_suspicion(evidence, features, doubt), given, n_reported)
+        return label_error_rows(evidence, label_suspicion(evidence, features, doubt, n_classes=n_classes), given, n_reported)
 
     def resolve_damping(self, damping: float | str | None = None) -> float:
         """Return λ as a number: the one given, else the configuration's. "auto" is chosen by the members' subset masks where they are

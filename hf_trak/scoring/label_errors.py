@@ -13,8 +13,12 @@ label is wrong is opposed by the rows that it resembles. $A_{-i}$ leaves the row
 log-odds that a label is right, then tanh(e_i) is the expected sign of what the row says: a row that is itself doubted counts against.
 
 The suspicion is a weighted mean of ranks: of −e, with weight 1 for each of its two sources, and of d, with weight
-min(1, mean d of training rows / mean d of held-out rows). That ratio is small if the model knows its training rows by heart, and its
-doubt of them then says little. Without held-out rows, −e and d weigh alike. docs/label_errors.md has the measurements.
+
+    min(1, mean d of training rows / mean d of held-out rows) · max(0, 1 − η − η / (n_classes − 1))²
+
+where η, the share of rows with e_i < 0, estimates the share of wrong labels. The ratio is small if the model knows its training rows by heart.
+The other factor is the square of what evenly drawn wrong labels leave of the signal that the model learned from. In both cases the doubt says
+little. Without held-out rows, −e and d weigh alike. docs/label_errors.md has the measurements.
 """
 
 from __future__ import annotations
@@ -124,12 +128,15 @@ def label_suspicion(
     evidence: LabelEvidence,
     held_out: Sequence[Float[Tensor, "n_query proj_dim"]] | None = None,
     held_out_doubt: Float[Tensor, " n_query"] | None = None,
+    *,
+    n_classes: int = 2,
 ) -> Suspicion:
     """Return how suspicious each training row's label is.
 
     Args:
         held_out (`Sequence`, *optional*): Features of held-out rows under every member, with labels that are right for the most part.
         held_out_doubt (`torch.Tensor`, *optional*): Their 1 − p; given with `held_out`.
+        n_classes (`int`): The model's classes; counts only with `held_out`.
     """
     prior = torch.zeros(evidence.n_rows, dtype=torch.float64)
     if held_out is not None:
@@ -142,6 +149,8 @@ def label_suspicion(
         sources, weight = 1.0, 1.0
     else:
         sources, weight = 2.0, min(1.0, (evidence.doubt.mean() / held_out_doubt.double().mean()).item())
+        wrong = (found < 0).double().mean().item()
+        weight *= max(0.0, 1 - wrong - wrong / (n_classes - 1)) ** 2
     score = (sources * rank_share(-found) + weight * rank_share(evidence.doubt)) / (sources + weight)
     return Suspicion(score, found, evidence.doubt)
 
