@@ -6,14 +6,15 @@ A case is a dataset, a share of flipped labels and a seed; the seed draws the ro
 and featurized once and kept in `--work`; the same command goes on where it was stopped. cleanlab runs in an environment of its own,
 made on the first run: a logistic regression on frozen embeddings, cross-validated in five folds, and `get_label_quality_scores`.
 Embeddings of text are the mean of the base model's last hidden states, before fine-tuning; images have no base model, and cleanlab is given
-the last pooled layer of the trained one. Neither ours nor theirs sees which labels were flipped.
+the last pooled layer of the trained one. No method sees which labels were flipped.
+
+The formula was chosen on SST-2, CIFAR-10 and digits. QNLI was not looked at.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
+import itertools
 import statistics
 import subprocess
 import sys
@@ -39,9 +40,12 @@ from transformers import (
 from hf_trak import AttributionArguments, AttributionIndex, AttributionTrainer
 from hf_trak.evaluation.mislabeled import found_share, mislabel_auc
 from hf_trak.models import ResNet9Config, ResNet9ForImageClassification
+from hf_trak.scoring.ensemble import ScoreOptions, solve_all, stream_scores
+from hf_trak.scoring.label_errors import LabelEvidence, label_suspicion
 from hf_trak.tasks import AutoTask, TaskCollator
 
 N_HELD_OUT = 300
+REQUIREMENTS = ("cleanlab==2.9.0", "scikit-learn==1.9.1")
 CLEANLAB = Path(__file__).parent / "peers" / "run_cleanlab.py"
 
 
@@ -196,7 +200,9 @@ def embed_texts(rows: Dataset, path: str, setting: Setting) -> np.ndarray:
     found = []
     for begin in range(0, len(rows), 64):
         texts = rows[begin : begin + 64]
-        batch = tokenizer(*(texts[c] for c in setting.columns), padding=True, truncation=True, max_length=128, return_tensors="pt")
+        batch = tokenizer(
+            *(texts[c] for c in setting.columns), padding=True, truncation=True, max_length=128, return_tensors="pt"
+        )
         mask = batch["attention_mask"].unsqueeze(2)
         mean = (model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)
         found.append(torch.nn.functional.normalize(mean, dim=1))
@@ -217,6 +223,69 @@ def embed_images(model: PreTrainedModel, rows: Dataset) -> np.ndarray:
     return torch.cat(found).numpy()
 
 
+def cleanlab_python(folder: Path) -> Path:
+    """Return the interpreter of cleanlab's own environment, which is made on the first run."""
+    python = folder / "bin" / "python"
+    if not (folder / "installed").exists():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *REQUIREMENTS], check=True)
+        (folder / "installed").touch()
+    return python
+
+
+def rankings(folder: Path, case: Case, python: Path) -> dict[str, np.ndarray]:
+    """Return each method's ranking of the training rows, the more suspicious the higher."""
+    kept, index = np.load(folder / "case.npz"), AttributionIndex(folder / "index")
+    damping, features = index.resolve_damping(), [torch.from_numpy(rows) for rows in kept["held_out"]]
+    evidence = LabelEvidence(index.members, damping=damping)
+    doubt = torch.sigmoid(-torch.from_numpy(kept["held_out_output"].mean(0)))
+    n_classes = SETTINGS[case.setting].n_classes
+    options = ScoreOptions(damping, out_to_loss_power=0.5)
+    total = [rows.sum(0, keepdim=True) for rows in features]  # the sum of scores is the score of the sum
+    opponents = torch.cat(list(stream_scores(index.members, solve_all(index.members, total, options), out_to_loss_power=0.5)))
+    scores = folder / "cleanlab.npy"
+    if not scores.exists():
+        subprocess.run([python, CLEANLAB, folder / "case.npz", scores], check=True)
+    return {
+        "label_errors(validation)": label_suspicion(evidence, features, doubt, n_classes=n_classes).score.numpy(),
+        "label_errors()": label_suspicion(evidence).score.numpy(),
+        "self_influence": index.self_influence(),
+        f"opponents of {N_HELD_OUT} held-out rows": -opponents[:, 0].double().numpy(),
+        "1 - p": evidence.doubt.numpy(),
+        REQUIREMENTS[0].replace("==", " "): np.load(scores),
+    }
+
+
+def summarize(found: dict[Case, dict[str, np.ndarray]], folder: Path) -> list[dict[str, Any]]:
+    """Return the mean over seeds of each method's area and share, with the least and the most."""
+    rows = []
+    groups = {
+        (case.setting, case.noise): [c for c in found if (c.setting, c.noise) == (case.setting, case.noise)] for case in found
+    }
+    for (name, noise), cases in groups.items():
+        setting = SETTINGS[name]
+        for method in found[cases[0]]:
+            values: dict[str, list[float]] = {"label_error_auc": [], "flipped_found_share": []}
+            for case in cases:
+                flipped, scores = np.load(folder / case.folder / "case.npz")["flipped"], found[case][method]
+                values["label_error_auc"].append(mislabel_auc(scores, flipped))
+                values["flipped_found_share"].append(found_share(scores, flipped, noise))
+            for metric, numbers in values.items():
+                rows.append(
+                    {
+                        "case": f"{setting.name}, {setting.n_rows:,} rows, epoch:2",
+                        "method": method,
+                        "metric": metric,
+                        "value": statistics.mean(numbers),
+                        "unit": "share",
+                        "interval": [min(numbers), max(numbers)] if len(numbers) > 1 else None,
+                        "noise": f"{noise:.0%}",
+                        "seeds": [case.seed for case in cases],
+                    }
+                )
+    return rows
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=["sst2", "cifar10", "qnli"])
@@ -226,6 +295,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--text_model", required=True, help="folder of paraphrase-MiniLM-L3-v2 as a `BertModel`")
     parser.add_argument("--work", type=Path, required=True, help="folder that keeps what was trained")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cleanlab", type=Path, help="a Python that has cleanlab; by default one is made in `--work`")
+    parser.add_argument("--finished_only", action="store_true", help="score the cases that were trained before, and train none")
     parser.add_argument("--output", type=Path, default=Path("results/label_errors_cpu.json"))
     return parser.parse_args()
 
@@ -234,10 +305,15 @@ def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
     disable_progress_bars()
-    for seed in options.seeds:
-        for noise in options.noise:
-            for setting in options.settings:
-                print(prepare(Case(setting, noise, seed), options), flush=True)
+    python = options.cleanlab or cleanlab_python(options.work / "cleanlab")
+    found: dict[Case, dict[str, np.ndarray]] = {}
+    for setting, noise, seed in itertools.product(options.settings, options.noise, options.seeds):
+        case = Case(setting, noise, seed)
+        if options.finished_only and not (options.work / case.folder / "case.npz").exists():
+            continue
+        found[case] = rankings(prepare(case, options), case, python)
+        print(case.folder, flush=True)
+        write(options, summarize(found, options.work), command="python benchmarks/label_errors.py")
 
 
 if __name__ == "__main__":

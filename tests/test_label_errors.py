@@ -45,7 +45,9 @@ def by_row(found):
 def test_suspicion_is_that_of_a_loop_that_leaves_rows_out(built, with_held_out, damping):
     queries = [built.featurize_queries(HELD_OUT, member, progress=False) for member in range(2)]
     held_out = [[columns[name] for columns in queries] for name in ("trak_features", "trak_output")] if with_held_out else []
-    expected = label_suspicion(columns_of(built, "features"), columns_of(built, "output"), damping, *held_out, n_classes=N_CLASSES)
+    expected = label_suspicion(
+        columns_of(built, "features"), columns_of(built, "output"), damping, *held_out, n_classes=N_CLASSES
+    )
     found = built.label_errors(HELD_OUT if with_held_out else None, damping=damping, progress=False)
     for name, values in zip(("score", "evidence", "doubt"), expected, strict=True):
         assert np.isfinite(by_row(found)[name]).all()

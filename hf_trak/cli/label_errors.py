@@ -34,9 +34,13 @@ class LabelErrorsArguments:
 
     index: str = field(metadata={"help": "Folder, dataset repository or object store URL of an index."})
     train: str = field(
-        metadata={"help": "The training set: a Parquet, CSV or JSON file, a folder, or a dataset of the Hub; the index's rows in their order."}
+        metadata={
+            "help": "The training set: a Parquet, CSV or JSON file, a folder, or a dataset of the Hub; the index's rows in their order."
+        }
     )
-    output: str = field(metadata={"help": "File for the rows, .parquet or .jsonl: one line per row, the most suspicious first."})
+    output: str = field(
+        metadata={"help": "File for the rows, .parquet or .jsonl: one line per row, the most suspicious first."}
+    )
     validation: str | None = field(
         default=None, metadata={"help": "Held-out rows whose labels can be trusted, with the columns of the training set."}
     )

@@ -78,9 +78,7 @@ def _is_class(value: Any) -> bool:
     return isinstance(value, (int, str))
 
 
-def label_error_rows(
-    evidence: LabelEvidence, suspicion: Suspicion, given: GivenLabels | None, n_reported: int
-) -> Dataset:
+def label_error_rows(evidence: LabelEvidence, suspicion: Suspicion, given: GivenLabels | None, n_reported: int) -> Dataset:
     """Return the most suspicious rows, the worst first; equally suspicious ones in the training set's order."""
     from datasets import Dataset, Features, Value, concatenate_datasets
 

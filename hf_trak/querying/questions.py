@@ -212,8 +212,8 @@ class Questions:
     def self_influence(self, *, damping: float | str | None = None) -> Float64[np.ndarray, " n_train"]:
         r"""Return the size of every training example's score for itself: $\phi^\top(K + \lambda\bar\mu I)^{-1}\phi \cdot |Q|$.
 
-        Examples that stand alone and that the model does not believe score high: mislabeled ones first of all. Both factors are
-        means over members, as in [`AttributionIndex.score`].
+        Examples that stand alone and whose outputs the model has not learned score high. Both factors are means over members, as in
+        [`AttributionIndex.score`]. To find wrong labels, use [`AttributionIndex.label_errors`].
         """
         return self_influence(self.members, damping=self.resolve_damping(damping)).numpy()
 
