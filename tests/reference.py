@@ -113,3 +113,45 @@ def corrected_scores(
         product = product + influence
     mean_out_to_loss = sum(values.astype(np.float64) for values in out_to_loss_per_member) / len(out_to_loss_per_member)
     return product / len(features_per_member) * mean_out_to_loss[:, None]
+
+
+def label_suspicion(
+    features_per_member: Sequence[np.ndarray],
+    outputs_per_member: Sequence[np.ndarray],
+    damping: float,
+    held_out_features_per_member: Sequence[np.ndarray] | None = None,
+    held_out_outputs_per_member: Sequence[np.ndarray] | None = None,
+    n_iterations: int = 4,
+    n_classes: int = 2,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return score, evidence and doubt of each row as hf_trak/scoring/label_errors.py defines them; rows are left out one by one."""
+    n = len(features_per_member[0])
+    support, from_held_out, leverage = np.zeros((n, n)), np.zeros(n), np.zeros(n)
+    for number, member in enumerate(features_per_member):
+        phi = member.astype(np.float64)
+        damped = phi.T @ phi
+        damped += damping * np.trace(damped) / min(phi.shape) * np.eye(phi.shape[1])
+        for i, row in enumerate(phi):
+            without = np.linalg.inv(damped - np.outer(row, row))
+            support[i] += [0.0 if i == j else other @ without @ row for j, other in enumerate(phi)]
+            leverage[i] += row @ np.linalg.inv(damped) @ row
+            if held_out_features_per_member is not None:
+                held_out = held_out_features_per_member[number].astype(np.float64)
+                from_held_out[i] += sum(query @ np.linalg.inv(damped) @ row for query in held_out)
+    n_members = len(features_per_member)
+    root = np.sqrt(leverage / n_members)
+    prior = np.zeros(n) if held_out_features_per_member is None else from_held_out / n_members / root
+    prior = prior / prior.std() if prior.any() else prior
+    trust = np.ones(n)
+    for _ in range(n_iterations + 1):
+        mine = support @ trust / n_members / root
+        evidence = mine / mine.std() + prior
+        trust = np.tanh(evidence)
+    doubt = 1 / (1 + np.exp(np.mean(np.float64(outputs_per_member), axis=0)))
+    sources, weight = 1.0, 1.0
+    if held_out_outputs_per_member is not None:
+        of_held_out = 1 / (1 + np.exp(np.mean(np.float64(held_out_outputs_per_member), axis=0)))
+        wrong = np.mean(evidence < 0)
+        sources, weight = 2.0, min(1.0, doubt.mean() / of_held_out.mean()) * max(0, 1 - wrong - wrong / (n_classes - 1)) ** 2
+    ranks = [[(np.sum(values < v) + np.sum(values <= v) + 1) / 2 / n for v in values] for values in (-evidence, doubt)]
+    return (sources * np.array(ranks[0]) + weight * np.array(ranks[1])) / (sources + weight), evidence, doubt

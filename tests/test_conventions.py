@@ -50,6 +50,7 @@ TENSORS_ONLY = [
     "scoring/blocks.py",
     "scoring/damping.py",
     "scoring/ensemble.py",
+    "scoring/label_errors.py",
     "scoring/matrix.py",
     "scoring/thresholds.py",
     "scoring/top_k.py",

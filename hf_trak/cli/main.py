@@ -18,6 +18,7 @@ COMMANDS = {
     "featurize": "make an index: the features of a training set under one or more checkpoints",
     "merge": "put an index together that an array of jobs has made",
     "attribute": "ask an index which training examples raised and lowered the model's output on your queries",
+    "label-errors": "list the training rows of a classifier whose labels look wrong",
     "evaluate": "measure how good attributions are, against what is known",
     "push": "upload an index to a dataset repository of the Hub",
     "verify": "check that every file of an index is what was written, and say how to mend those that are not",
@@ -40,7 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="hf-trak",
         usage="hf-trak COMMAND [--help] [options]",
         description="Which training examples made my Hugging Face model do this?\n\n"
-        + "\n".join(f"  {name:<11}{text}" for name, text in COMMANDS.items()),
+        + "\n".join(f"  {name:<14}{text}" for name, text in COMMANDS.items()),
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         with uncollected(for_good=True):
-            module = importlib.import_module(f"hf_trak.cli.{command}")
+            module = importlib.import_module(f"hf_trak.cli.{command.replace('-', '_')}")
         module.main(given[position + 1 :])
     except KeyboardInterrupt:
         print("hf-trak: interrupted", file=sys.stderr)

@@ -17,9 +17,11 @@ from hf_trak.linalg import damped, default_damping
 from hf_trak.members import Pass
 from hf_trak.querying.given_features import mean_output, read_query_features
 from hf_trak.querying.kept_rows import KeptRows
+from hf_trak.querying.label_errors import GivenLabels, check_budget, label_error_rows
 from hf_trak.querying.recorded_featurizers import QuerySide
 from hf_trak.scoring.damping import DampingChoice, choose_damping
 from hf_trak.scoring.ensemble import ScoreOptions, SolvedQueries, check_residuals, default_power, self_influence, solve_all
+from hf_trak.scoring.label_errors import LabelEvidence, check_labels_task, label_suspicion
 from hf_trak.scoring.scorer import Scorer, check_top_k, to_hits
 from hf_trak.scoring.search_index import SearchIndex, describe
 from hf_trak.scoring.top_k import TopK
@@ -220,10 +222,55 @@ class Questions:
     def self_influence(self, *, damping: float | str | None = None) -> Float64[np.ndarray, " n_train"]:
         r"""Return the size of every training example's score for itself: $\phi^\top(K + \lambda\bar\mu I)^{-1}\phi \cdot |Q|$.
 
-        Examples that stand alone and that the model does not believe score high: mislabeled ones first of all. Both factors are
-        means over members, as in [`AttributionIndex.score`].
+        Examples that stand alone and whose outputs the model has not learned score high. Both factors are means over members, as in
+        [`AttributionIndex.score`]. To find wrong labels, use [`AttributionIndex.label_errors`].
         """
         return self_influence(self.members, damping=self.resolve_damping(damping)).numpy()
+
+    def label_errors(
+        self,
+        validation: Dataset | None = None,
+        *,
+        train: Dataset | None = None,
+        budget: int | float | None = None,
+        damping: float | str | None = None,
+        batch_size: int | str = "auto",
+        progress: bool = True,
+    ) -> Dataset:
+        """Return the training rows whose labels look wrong, the most suspicious first; for classifiers.
+
+        A label is suspicious if the rows that it resembles oppose it, in the training set and in `validation`, and if the model doubts it.
+        docs/label_errors.md has the formula, and how many planted errors it finds.
+
+        Args:
+            validation (`Dataset`, *optional*): Held-out rows with the columns of the training set, whose labels can be trusted. A few
+                hundred help most where many training labels are wrong.
+            train (`Dataset`, *optional*): The training set, in the index's order: labels are suggested and its columns are returned.
+            budget (`int` or `float`, *optional*): Rows to return, or their share; by default all.
+            damping (`float` or `"auto"`, *optional*): By default, the configuration's.
+
+        Returns:
+            `Dataset`: `rank`, `row` (of the training set), `score` (above 0 and at most 1), `evidence` (positive where other rows support the
+            label) and `doubt` (the model's 1 − p of the label). With `train` also `given_label`, `suggested_label` (of the other classes, the one
+            whose rows oppose the given label most: where the given one is wrong, the likeliest right one), and the other columns of `train`.
+
+        Raises:
+            ValueError: If the task has no class labels, `validation` has no labels or other columns, `train` is not the training set, or
+                all its rows have the same label; before anything is computed.
+        """
+        check_labels_task(self.members[0].identity["task"])
+        n_reported = check_budget(budget, self.n_rows)
+        given = None if train is None else GivenLabels(train, n_rows=self.n_rows, label_column=self.config.label_column)
+        options = self._options(damping, False, False, None)
+        features, doubt, n_classes = None, None, 2
+        if validation is not None:
+            if len(validation) == 0:
+                raise ValueError("`validation` has no rows. Leave it out if there are no held-out rows.")
+            features, output = self._featurize(validation, options, batch_size, progress, "pair")
+            doubt = torch.sigmoid(-torch.from_numpy(output))
+            n_classes = self._queries.featurizer(self.passes[0]).task.n_classes or 2
+        evidence = LabelEvidence(self.members, damping=options.damping)
+        return label_error_rows(evidence, label_suspicion(evidence, features, doubt, n_classes=n_classes), given, n_reported)
 
     def resolve_damping(self, damping: float | str | None = None) -> float:
         """Return λ as a number: the one given, else the configuration's. "auto" is chosen by the members' subset masks where they are

@@ -1,0 +1,140 @@
+"""`hf-trak label-errors`: the training rows whose labels look wrong, as a table and a file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_trak.cli.parsing import Collect, make_parser, name_positions, parse
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from hf_trak.index import AttributionIndex
+
+_SHOWN = 10
+_USAGE = "INDEX --train DATASET [--validation DATASET] --output FILE [options]"
+_DESCRIPTION = """\
+List the training rows of a classifier whose labels look wrong, the most suspicious first: other rows oppose the label, or the model doubts
+it. Held-out rows whose labels can be trusted (--validation) help most where many training labels are wrong. The file has each row's rank,
+row number, score, given and suggested label, and the columns of the training set.
+
+examples:
+  hf-trak label-errors my-index --train train.parquet --output suspicious.parquet
+  hf-trak label-errors my-index --train train.parquet --validation validation.parquet --budget 0.05 --output suspicious.parquet
+"""
+
+
+@dataclass
+class LabelErrorsArguments:
+    """Which index, which rows, and where the answer goes."""
+
+    index: str = field(metadata={"help": "Folder, dataset repository or object store URL of an index."})
+    train: str = field(
+        metadata={
+            "help": "The training set: a Parquet, CSV or JSON file, a folder, or a dataset of the Hub; the index's rows in their order."
+        }
+    )
+    output: str = field(
+        metadata={"help": "File for the rows, .parquet or .jsonl: one line per row, the most suspicious first."}
+    )
+    validation: str | None = field(
+        default=None, metadata={"help": "Held-out rows whose labels can be trusted, with the columns of the training set."}
+    )
+    budget: str | None = field(
+        default=None,
+        metadata={"help": "Rows to write: a number such as 200, or a share such as 0.05; by default all of them."},
+    )
+    train_config: str | None = field(default=None, metadata={"help": "Configuration of the training set."})
+    train_split: str = field(default="train", metadata={"help": "Split of the training set."})
+    validation_config: str | None = field(default=None, metadata={"help": "Configuration of the held-out rows' dataset."})
+    validation_split: str = field(default="validation", metadata={"help": "Split of the held-out rows."})
+    max_validation_rows: int | None = field(default=None, metadata={"help": "Use only the first held-out rows."})
+    damping: str | None = field(default=None, metadata={"help": "A number or auto, in place of the index's damping."})
+    model: list[str] | None = field(
+        default=None, metadata={"help": "Checkpoints, in order, in place of the recorded ones.", "action": Collect}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Revision of an index repository."})
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run code that the checkpoints bring along. Without it, such checkpoints are refused."},
+    )
+    batch_size: str = field(default="auto", metadata={"help": "Held-out rows at a time; auto halves when memory runs out."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace the output file."})
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse and run."""
+    parser = make_parser([LabelErrorsArguments], command="label-errors", usage=_USAGE, description=_DESCRIPTION)
+    run(*parse(parser, name_positions(arguments, ["index"])))
+
+
+def run(args: LabelErrorsArguments) -> None:
+    """Rank the rows, write them, and show the first."""
+    output, budget = Path(args.output), _budget(args.budget)
+    if output.suffix not in (".jsonl", ".parquet"):
+        raise ValueError(f"--output must end in .jsonl or .parquet, but is {output}.")
+    if output.exists() and not args.overwrite:
+        raise ValueError(f"{output} exists. Choose another place, or pass --overwrite.")
+
+    from hf_trak.cli.data import load_rows
+    from hf_trak.cli.quiet import hush
+    from hf_trak.index import AttributionIndex
+
+    hush()
+    index = AttributionIndex.from_pretrained(
+        args.index, revision=args.revision, models=args.model, trust_remote_code=args.trust_remote_code
+    )
+    train = load_rows(args.train, split=args.train_split, config=args.train_config)
+    validation = None
+    if args.validation is not None:
+        options: dict[str, Any] = {"config": args.validation_config, "max_rows": args.max_validation_rows}
+        validation = load_rows(args.validation, split=args.validation_split, **options)
+    batch_size = int(args.batch_size) if args.batch_size.isdigit() else args.batch_size
+    damping = None if args.damping is None else replace(index.config, damping=args.damping).damping  # type: ignore[arg-type]
+    found = index.label_errors(validation, train=train, budget=budget, damping=damping, batch_size=batch_size)
+    write_rows(found, output)
+    print(f"\n{suspects(found, train, index)}\n\n{len(found):,} of {index.n_rows:,} training rows, by suspicion: {output}")
+
+
+def _budget(text: str | None) -> int | float | None:
+    if text is None:
+        return None
+    try:
+        return int(text) if text.isdigit() else float(text)
+    except ValueError:
+        raise ValueError(f"--budget must be a number of rows or a share of them, but is {text!r}.") from None
+
+
+def write_rows(found: Dataset, path: Path) -> None:
+    """Write the rows so that the file is either whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        if path.suffix == ".parquet":
+            found.to_parquet(str(temporary))
+        else:
+            found.to_json(str(temporary), lines=True)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def suspects(found: Dataset, train: Dataset, index: AttributionIndex) -> str:
+    """Return a table of the first rows: suspicion, given and suggested label, and the row itself."""
+    from hf_trak.cli.examples import ExampleReader
+    from hf_trak.cli.report import label_errors_table
+
+    config = index.config
+    reader = ExampleReader(
+        train, text_columns=config.text_columns, image_column=config.image_column, label_column=config.label_column
+    )
+    names = getattr(found.features["suggested_label"], "names", None)
+    shown = []
+    for row in found.select(range(min(_SHOWN, len(found)))):
+        suggested = row["suggested_label"]
+        shown.append((reader[row["row"]], names[suggested] if names else str(suggested), row["score"], row["doubt"]))
+    return label_errors_table(shown)
