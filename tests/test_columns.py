@@ -6,6 +6,7 @@ import datasets
 import numpy as np
 import pytest
 
+from hf_trak.feature_args import FeatureArguments
 from hf_trak.tasks.columns import find_text_columns, is_set_aside, reads_like_text
 
 RNG = np.random.default_rng(0)
@@ -162,3 +163,8 @@ def test_names_of_identifiers_are_told_in_every_spelling():
 def test_texts_without_spaces_are_texts():
     assert reads_like_text([f"这部电影很好看{number}" for number in range(50)])
     assert not reads_like_text([f"A{number:04d}" for number in range(50)])
+
+
+@pytest.mark.parametrize("given", [["premise", "hypothesis"], ["premise,hypothesis"]])
+def test_the_flag_takes_columns_apart_by_spaces_or_commas(given: list[str]):
+    assert FeatureArguments(text_columns=given).trak_config().text_columns == ("premise", "hypothesis")

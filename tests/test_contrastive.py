@@ -358,12 +358,19 @@ def test_an_adapters_model_is_served():
     assert np.isfinite(grads.numpy()).all()
 
 
-def test_a_column_of_images_that_are_not_decoded_is_refused():
-    from datasets import Features, Image, Value
+def test_a_column_of_images_that_are_not_decoded_is_opened():
+    from datasets import Dataset, Features, Image, Value
+    from PIL import Image as pillow
+    from transformers import CLIPImageProcessor
 
     from hf_trak.tasks.inputs import ImageInputs
 
-    features = Features({"image": Image(decode=False), "caption": Value("string")})
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    features = Features({"image": Image(), "caption": Value("string")})
+    decoded = Dataset.from_dict({"image": [pillow.fromarray(pixels)], "caption": ["a"]}, features=features)
+    closed = decoded.cast_column("image", Image(decode=False))
+    processor = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
     for column in (None, "image"):
-        with pytest.raises(ValueError, match=r"'image' are not decoded\. Use `dataset\.cast_column\('image'"):
-            ImageInputs(column, "RGB")._column(features)
+        inputs = ImageInputs(column, "RGB")
+        found, expected = (inputs.collate(rows[:], processor)["pixel_values"] for rows in (closed, decoded))
+        assert torch.equal(found, expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from pathlib import Path
 from typing import Any
@@ -480,3 +481,91 @@ def test_the_tasks_of_the_library_state_what_out_to_loss_is():
     assert AutoTask.from_model(bert()).out_to_loss_kind == "one_minus_p"
     assert AutoTask.from_model(bert(num_labels=1)).out_to_loss_kind == "residual"
     assert AutoTask.from_model(vit(problem_type="multi_label_classification")).out_to_loss_kind == "mean_one_minus_p"
+
+
+# Features of several labels, and of translated ones.
+
+
+@pytest.mark.parametrize("make", [bert, vit])
+def test_features_of_several_labels_are_those_of_a_float64_loop(make: Any):
+    torch.manual_seed(0)
+    model = make(num_labels=4, problem_type="multi_label_classification").eval()
+    task = AutoTask.from_model(model)
+    labels = [[1, 0, 0, 1], [0, 0, 0, 0], [1.0, 1.0, 1.0, 1.0]]
+    inputs: dict[str, list] = (
+        {"input_ids": [[5, 6, 7], [8], [9, 10, 11, 12]]}
+        if make is bert
+        else {"pixel_values": np.random.default_rng(0).normal(size=(3, 3, 8, 8)).tolist()}
+    )
+    dataset = datasets.Dataset.from_dict({**inputs, "labels": [list(map(float, row)) for row in labels]})
+    size = sum(parameter.numel() for parameter in model.parameters())
+    featurizer = Featurizer(model, TrakConfig(projector="identity", proj_dim=size), None)
+    task.check(dataset, None)
+    found = featurizer.compute(featurizer.collate(dataset[:]))
+    wide = make(num_labels=4, problem_type="multi_label_classification").eval()
+    wide.load_state_dict(model.state_dict())
+    wide.double()
+    name = next(iter(inputs))
+    for row in range(3):
+        value = torch.tensor([inputs[name][row]])
+        logits = wide(**{name: value.double() if value.is_floating_point() else value}).logits[0]
+        p = logits.sigmoid()
+        right = torch.where(torch.tensor(labels[row]) == 1, p, 1 - p)
+        output = (right / (1 - right)).log().sum()
+        grads = torch.cat([grad.flatten() for grad in torch.autograd.grad(output, list(wide.parameters()))])
+        scale = float(grads.norm())
+        np.testing.assert_allclose(found.features[row].double().numpy(), grads.numpy(), atol=1e-5 * scale)
+        assert found.output[row].item() == pytest.approx(output.item(), rel=1e-4, abs=1e-5)
+        assert found.out_to_loss[row].item() == pytest.approx((1 - right).mean().item(), rel=1e-4)
+
+
+def test_labels_translated_by_name_give_the_features_of_the_models_own_numbers(tmp_path: Path, tokenizer: Any):
+    ids = {"high": 0, "low": 1, "mid": 2}
+    model = bert(num_labels=3, id2label={id: name for name, id in ids.items()}, label2id=ids)
+    names = datasets.ClassLabel(names=["low", "mid", "high"])
+    theirs = texts().cast_column("label", names)
+    own = datasets.Dataset.from_dict({"text": SENTENCES, "label": [1, 2, 0] * 2})
+    with pytest.raises(ValueError, match="another order"):
+        build(tmp_path / "refused", model, theirs, tokenizer)
+    assert not (tmp_path / "refused").exists()
+    found = build(tmp_path / "theirs", model, theirs, tokenizer, label_mapping="by_name")
+    expected = build(tmp_path / "own", model, own, tokenizer)
+    np.testing.assert_array_equal(found.features()["trak_features"], expected.features()["trak_features"])
+    np.testing.assert_array_equal(found.score(theirs, progress=False), expected.score(own, progress=False))
+    assert TrakConfig.from_pretrained(tmp_path / "theirs").label_mapping == "by_name"
+    words = datasets.Dataset.from_dict({"text": SENTENCES, "label": ["low", "mid", "high"] * 2})
+    np.testing.assert_array_equal(
+        build(tmp_path / "words", model, words, tokenizer).features()["trak_features"],
+        expected.features()["trak_features"],
+    )
+
+
+def test_a_wrong_label_behind_a_transform_is_named_with_its_row(tmp_path: Path, tokenizer: Any):
+    def tokenize(rows: dict[str, list]) -> dict[str, Any]:
+        return {**tokenizer(rows["text"]), "labels": [9 if text == "do this" else 0 for text in rows["text"]]}
+
+    with pytest.raises(ValueError, match=r"9 in row \d.*batch are the dataset's rows [\d, ]*1\b"):
+        build(tmp_path / "index", bert(), texts().with_transform(tokenize))
+
+
+@pytest.mark.parametrize("make", [convnext, resnet])
+def test_convolutions_in_bfloat16_are_featurized_from_rows(make: Any, tmp_path: Path, image_processor: Any):
+    torch.manual_seed(0)
+    wide = make()
+    narrow = copy.deepcopy(wide).to(torch.bfloat16)
+    found, expected = (
+        np.array(build(tmp_path / str(number), model, pictures(), image_processor).features()["trak_output"][:])
+        for number, model in enumerate((narrow, wide))
+    )
+    np.testing.assert_allclose(found, expected, rtol=0.05, atol=0.05)
+    assert not np.array_equal(found, expected)
+
+
+def test_labels_that_change_between_readings_are_refused(tokenizer: Any):
+    rng = np.random.default_rng(0)
+
+    def relabel(rows: dict[str, list]) -> dict[str, Any]:
+        return {**tokenizer(rows["text"]), "labels": rng.integers(0, 3, len(rows["text"])).tolist()}
+
+    with pytest.raises(ValueError, match=r"not the same twice.*'labels'"):
+        AutoTask.from_model(bert()).check(texts().with_transform(relabel), None)

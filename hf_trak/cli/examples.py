@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_trak.cli.language_rows import LanguageRows
 from hf_trak.tasks.pairs import find_caption_column
+from hf_trak.tasks.pictures import open_picture
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -93,9 +94,13 @@ class ExampleReader:
             row,
             label=self._label(values[self.label_column]) if self.label_column is not None else "",
             text=text,
-            image=values[self.image_column] if self.image_column is not None else None,
+            image=self._image(values),
             note=self.notes.get(row, ""),
         )
+
+    def _image(self, values: Mapping[str, Any]) -> Image | None:
+        cell = values[self.image_column] if self.image_column is not None else None
+        return None if cell is None else open_picture(cell)
 
     def _label(self, value: Any) -> str:
         names = getattr(self.dataset.features[self.label_column], "names", None)  # type: ignore[union-attr]

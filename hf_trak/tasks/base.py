@@ -160,10 +160,19 @@ class Task:
         features: Any = features_of(dataset)
         task.inputs.check(features, processing_class)
         if is_transformed(dataset) or isinstance(task.inputs, CustomInputs):
-            check_repeatable(dataset, lambda rows: task.inputs.collate(rows, processing_class))
+            check_repeatable(dataset, lambda rows: task._compared(rows, processing_class))
         task.inputs.check_rows(dataset, processing_class)
         if task.needs_labels:
             task._check_labels(dataset)
+
+    def _compared(self, rows: Rows, processing_class: Any) -> dict[str, Any]:
+        """Return what must be the same whenever rows are read: the model's inputs, and the label as it is given."""
+        batch: dict[str, Any] = dict(self.inputs.collate(rows, processing_class))
+        return (
+            {**batch, self.label_column: str(list(rows[self.label_column]))}
+            if self.needs_labels and self.label_column
+            else batch
+        )
 
     def _check_labels(self, dataset: Dataset) -> None:
         """Check every label; of a dataset with a transform, those of its first, middle and last row, and the others when they are read."""

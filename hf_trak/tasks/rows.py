@@ -112,8 +112,8 @@ def check_repeatable(dataset: Dataset, collate: Callable[[Mapping[str, Sequence[
         row, name = min(changed.items())
         raise ValueError(
             f"Rows of this dataset are not the same twice: of {len(chosen)} rows that were read {_READS} times, {len(changed)} changed, "
-            f"such as row {row} in {name!r}. A random transform (augmentation, masking) makes a new input at each reading, and features of it "
-            "mean nothing. Give the dataset without it: `dataset.with_transform(evaluation_transform)`, `dataset.with_format(None)`, or draw "
+            f"such as row {row} in {name!r}. A random transform (augmentation, masking), or one that depends on the rows read with it (padding without an "
+            "'attention_mask'), makes a new input at each reading, and features of it mean nothing. Give the dataset without it: `dataset.with_transform(evaluation_transform)`, `dataset.with_format(None)`, or draw "
             "once and keep the result with `dataset.map`."
         )
 
