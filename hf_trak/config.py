@@ -47,14 +47,14 @@ def _option(default: Any, help: str) -> Any:
 
 
 def _as_json(name: str, value: Any) -> str:
-    """Return a dict as JSON text, the same for every order and spacing.
+    """Return a dict as JSON text, the same for every spacing. The order of keys stays, since templates write tools in it.
 
     Raises:
         ValueError: If the value is neither a dict nor the JSON text of one.
     """
     try:
         value = json.loads(value) if isinstance(value, str) else value
-        text = json.dumps(value, sort_keys=True)
+        text = json.dumps(value)
     except (TypeError, ValueError) as error:
         raise ValueError(f"`{name}` must be a dict or its JSON text, but is not: {error}.") from None
     if not isinstance(value, dict):
