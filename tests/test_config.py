@@ -64,7 +64,7 @@ def test_the_file_is_golden(tmp_path):
     TrakConfig(task="image-classification", parameters=["classifier"]).save_pretrained(tmp_path)
     assert (tmp_path / CONFIG_NAME).read_text() == (
         '{\n  "task": "image-classification",\n  "proj_dim": 4096,\n  "seed": 0,\n  "projector": "block_count_sketch",\n'
-        '  "fold": 4,\n  "gradients": "layerwise",\n  "compute_dtype": "float32",\n  "damping": "auto",\n  "dtype": "float32",\n  "parameters": [\n    "classifier"\n  ],\n'
+        '  "fold": 4,\n  "gradients": "auto",\n  "compute_dtype": "float32",\n  "damping": "auto",\n  "dtype": "float32",\n  "parameters": [\n    "classifier"\n  ],\n'
         '  "text_columns": null,\n  "image_column": null,\n  "label_column": null,\n  "max_length": null,\n'
         '  "format_version": 4\n}\n'
     )
@@ -112,7 +112,7 @@ def test_a_damping_of_zero_is_the_papers_and_allowed():
         ),
         ({"score_tokens": "some"}, "`score_tokens` must be one of all, content, but is 'some'"),
         ({"dtype": "int8"}, "`dtype` must be one of float32, float16, but is 'int8'"),
-        ({"gradients": "magic"}, "`gradients` must be one of layerwise, functional, but is 'magic'"),
+        ({"gradients": "magic"}, "`gradients` must be one of auto, layerwise, functional, loop, but is 'magic'"),
         ({"text_columns": ()}, "one column or two, but has 0"),
         ({"text_columns": ("a", "b", "c")}, "one column or two, but has 3"),
         ({"format_version": 5}, "format version 5, and this hf_trak reads version 4. Upgrade hf_trak"),

@@ -58,6 +58,7 @@ def has_padding(batch: Mapping[str, Any]) -> bool:
 
 
 def count_rows(batch: Mapping[str, Any]) -> int:
+    """Return how many rows a batch has."""
     return next(len(value) for value in batch.values() if isinstance(value, Tensor))
 
 
