@@ -286,7 +286,11 @@ def _weights_of_relatives(model: PreTrainedModel) -> set[str]:
     module = importlib.import_module(type(model).__module__)
     names: set[str] = set()
     for kind in vars(module).values():
-        if isinstance(kind, type) and issubclass(kind, PreTrainedModel) and kind.config_class is type(model.config):
+        if (
+            isinstance(kind, type)
+            and issubclass(kind, PreTrainedModel)
+            and getattr(kind, "config_class", None) is type(model.config)
+        ):
             try:
                 with torch.device("meta"):
                     names |= set(kind(model.config).state_dict())
