@@ -322,7 +322,7 @@ class AttributionTrainer(Trainer):
         with_masks = self.members.kind == "subsets" and (given is None or given is self._attributed)
         self.index = AttributionIndex.build(
             Path(self.args.output_dir) / INDEX_FOLDER,
-            models=self.member_models(),  # type: ignore[arg-type]
+            models=self.member_models(),
             dataset=dataset,
             config=self._trak_config(),
             processing_class=self.processing_class,

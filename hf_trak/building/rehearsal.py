@@ -42,7 +42,7 @@ def rehearse(
         ValueError: Whatever `featurize()` would raise: no task, no processor, rows that cannot serve, gradients that are not found.
     """
     featurizer = Featurizer(
-        model,  # type: ignore[arg-type]
+        model,
         config,
         processing_class,
         task=task,

@@ -15,6 +15,7 @@ from torch import Tensor
 from hf_trak.config import TrakConfig
 from hf_trak.linalg import damped, default_damping
 from hf_trak.members import Pass
+from hf_trak.querying.alignment import align_rows
 from hf_trak.querying.given_features import mean_output, read_query_features
 from hf_trak.querying.kept_rows import KeptRows
 from hf_trak.querying.label_errors import GivenLabels, check_budget, label_error_rows
@@ -245,7 +246,8 @@ class Questions:
         Args:
             validation (`Dataset`, *optional*): Held-out rows with the columns of the training set, whose labels can be trusted. A few
                 hundred help most where many training labels are wrong.
-            train (`Dataset`, *optional*): The training set, in the index's order: labels are suggested and its columns are returned.
+            train (`Dataset`, *optional*): The training set, in any order; see [`AttributionIndex.align`]. Labels are suggested and its columns
+                are returned.
             budget (`int` or `float`, *optional*): Rows to return, or their share; by default all.
             damping (`float` or `"auto"`, *optional*): By default, the configuration's.
 
@@ -260,7 +262,13 @@ class Questions:
         """
         check_labels_task(self.members[0].identity["task"])
         n_reported = check_budget(budget, self.n_rows)
-        given = None if train is None else GivenLabels(train, n_rows=self.n_rows, label_column=self.config.label_column)
+        given = (
+            None
+            if train is None
+            else GivenLabels(
+                align_rows(train, self.members[0], index=self.folder), n_rows=self.n_rows, label_column=self.config.label_column
+            )
+        )
         options = self._options(damping, False, False, None)
         features, doubt, n_classes = None, None, 2
         if validation is not None:

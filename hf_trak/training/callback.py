@@ -111,7 +111,7 @@ def _epoch(state: TrainerState) -> int:
 
 
 def _check_rows(dataloader: Any) -> None:
-    dataset = getattr(dataloader, "dataset", None)
+    dataset: Any = getattr(dataloader, "dataset", None)
     if hasattr(dataset, "__len__") and len(dataset) == 0:
         raise ValueError("The training set is empty: there is nothing to train on or to attribute to.")
 

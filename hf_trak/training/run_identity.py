@@ -141,8 +141,8 @@ def method_of(trainer: Trainer, name: str) -> Any:
 
 
 def _describe_model(model: Any) -> dict[str, Any]:
-    config = getattr(model, "config", None)
-    values = config.to_dict() if hasattr(config, "to_dict") else {}
+    own: Any = getattr(model, "config", None)
+    values = own.to_dict() if hasattr(own, "to_dict") else {}
     # The weights are compared by content, wherever they were loaded from. `use_cache` is set by Trainer.
     config = {key: item for key, item in values.items() if key not in ("_name_or_path", "transformers_version", "use_cache")}
     shapes = {name: [list(p.shape), str(p.dtype), p.requires_grad] for name, p in model.named_parameters()}

@@ -60,6 +60,17 @@ class StateInputs:
     def check(self, features: Features, processing_class: Any) -> None:
         """The rows are made here."""
 
+    def check_rows(self, dataset: Dataset, processing_class: Any) -> None:
+        """The rows are made here."""
+
+    def reading(self, features: Mapping[str, Any], dataset: Dataset | None, label_column: str | None) -> StateInputs:
+        """The columns are known."""
+        return self
+
+    def columns_read(self, features: Features) -> dict[str, Any]:
+        """Return the two columns of states."""
+        return {"image": "image", "text": ["text"]}
+
     def collate(self, rows: Mapping[str, Any], processing_class: Any) -> dict[str, Tensor]:
         """Return a batch as the contrastive task has it."""
         batch = {"image": torch.tensor(rows["image"]), "text": torch.tensor(rows["text"]).unsqueeze(1)}

@@ -69,6 +69,9 @@ def token_loss(logits: Float[Tensor, "batch tokens vocabulary"], labels: Int64[T
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED)
 
 
+_COLUMNS = ("inputs_pretokenized", "targets_pretokenized")
+
+
 @dataclass(frozen=True)
 class FactInputs:
     """The columns of FTRACE, through a tokenizer; how [`Task`] sees an [`Encoder`]."""
@@ -77,8 +80,19 @@ class FactInputs:
 
     def check(self, features: Features, processing_class: Any) -> None:
         """Raise a ValueError if a text column is missing."""
-        if absent := [column for column in ("inputs_pretokenized", "targets_pretokenized") if column not in features]:
+        if absent := [column for column in _COLUMNS if column not in features]:
             raise ValueError(f"Fact tracing needs {', '.join(absent)}, but the dataset has {', '.join(features)}.")
+
+    def check_rows(self, dataset: Dataset, processing_class: Any) -> None:
+        """Sentences and their answers are made by the protocol, which checks them."""
+
+    def reading(self, features: Mapping[str, Any], dataset: Dataset | None, label_column: str | None) -> FactInputs:
+        """The columns are known."""
+        return self
+
+    def columns_read(self, features: Features) -> dict[str, Any]:
+        """Return the columns of texts."""
+        return {"text": list(_COLUMNS)}
 
     def collate(self, rows: Mapping[str, Any], processing_class: Any) -> dict[str, Tensor]:
         """Return the batch of some rows."""
