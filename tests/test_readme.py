@@ -95,7 +95,7 @@ def test_results_have_the_common_schema(path):
 
 def test_commands_of_the_readme_exist():
     text = (ROOT / "README.md").read_text()
-    for flag in re.findall(r"hf-trak (\w+)", text):
+    for flag in re.findall(r"hf-trak ([a-z-]+)", text):
         assert flag in COMMANDS, flag
 
 
