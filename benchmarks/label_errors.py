@@ -96,7 +96,7 @@ SETTINGS = {
         resnet9,
         _IMAGES,
         files=("train.parquet", "test.parquet"),
-        index={"gradients": "functional"},  # layerwise's check refuses some of these checkpoints, by round-off of .2 %
+        index={"gradients": "functional"},  # the check of layerwise refused one of these checkpoints, by .2 %
     ),
     "digits": Setting(
         "digits, ResNet", 1437, 10, small_resnet, {**_IMAGES, "per_device_train_batch_size": 64}, index={"proj_dim": 1024}
