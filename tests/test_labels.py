@@ -103,7 +103,35 @@ def test_beginnings_match_only_where_one_name_begins_so():
     assert is_informative(["LABEL_0", "good"])
 
 
+NUMBERED = [str(number) for number in sorted(range(12), key=str)]  # as `class_encode_column` sorts numbers: 0, 1, 10, 11, 2, ...
+
+
+def test_names_that_are_numbers_in_another_order_are_refused():
+    dataset = rows([0, 1, 2, 3], NUMBERED)
+    for net in (bert(num_labels=12), model(*map(str, range(12)))):
+        with pytest.raises(ValueError, match=r"another order.*2 \('10'\) -> 10"):
+            labels(net, dataset)
+        assert labels(net, dataset, label_mapping="by_name") == [0, 1, 10, 11]
+        assert labels(net, dataset, label_mapping="by_id") == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match=r"another order.*0 \('0'\) -> 1"):
+        labels(model("LABEL_1", "LABEL_0"), rows([0, 1], ["0", "1"]))
+    assert labels(model(*NUMBERED), dataset) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("mine", "theirs"), [(("1", "2"), ["0", "1"]), ((), ["1", "2"]), (("0", "1"), ["bad", "good"])])
+def test_numbers_that_name_other_things_say_nothing(mine: tuple, theirs: list[str]):
+    assert labels(model(*mine), rows([0, 1, 1], theirs)) == [0, 1, 1]
+
+
 # Strings.
+
+
+def test_strings_that_are_numbers_are_looked_up_as_names():
+    assert labels(model("1", "2"), rows(["2", "1", "2"])) == [1, 0, 1]
+    assert labels(model("1", "0"), rows(["1", "0"])) == [0, 1]
+    assert labels(model(), rows(["LABEL_1", "LABEL_0"])) == [1, 0]
+    with pytest.raises(ValueError, match=r"no names of its classes"):
+        labels(model(), rows(["1", "0"]))
 
 
 def test_strings_are_looked_up_in_label2id_and_never_sorted():
