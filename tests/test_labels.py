@@ -103,7 +103,9 @@ def test_beginnings_match_only_where_one_name_begins_so():
     assert is_informative(["LABEL_0", "good"])
 
 
-NUMBERED = [str(number) for number in sorted(range(12), key=str)]  # as `class_encode_column` sorts numbers: 0, 1, 10, 11, 2, ...
+NUMBERED = [
+    str(number) for number in sorted(range(12), key=str)
+]  # as `class_encode_column` sorts numbers: 0, 1, 10, 11, 2, ...
 
 
 def test_names_that_are_numbers_in_another_order_are_refused():
