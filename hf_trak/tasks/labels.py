@@ -235,6 +235,20 @@ class Labels:
             logger.warning("Labels and the model's label2id differ in case; taken as the same: %s.", pairs)
         return torch.tensor(found, dtype=torch.int64)
 
+    def look_up(self, names: Sequence[Any]) -> list[int]:
+        """Return the ids of one row's labels that are strings.
+
+        Raises:
+            ValueError: If one is no class of the model; the message begins with "its".
+        """
+        ids = self._own_names()
+        if unknown := [name for name in names if name not in ids]:
+            raise ValueError(
+                f"its label {unknown[0]!r} is no class of the model, whose label2id has {_listed(list(ids))}; rename the labels, or set "
+                "`model.config.label2id` to the mapping that the model was trained with"
+            )
+        return [ids[name] for name in names]
+
     def _read_several(self, values: Sequence[Any], first: int) -> Tensor:
         wrong = []
         rows = np.zeros((len(values), self.n_classes or 0), dtype=np.float32)
