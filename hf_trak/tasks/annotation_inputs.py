@@ -196,6 +196,7 @@ class SpanInputs(TokenInputs):
             raise ValueError(
                 f"its {self.label_column or 'answers'!r} is None; give an empty list for a question without an answer"
             )
+        answers = _as_columns(answers)
         example = Example(
             np.asarray(found["input_ids"], dtype=np.int64), np.zeros(2, dtype=np.int64), self._further_of(found), n_cut=n_cut
         )
@@ -225,3 +226,20 @@ class SpanInputs(TokenInputs):
         batch = super()._pad(examples)
         labels: Tensor = batch.pop("labels")
         return {**batch, "start_positions": labels[:, 0].clone(), "end_positions": labels[:, -1].clone()}
+
+
+def _as_columns(answers: Any) -> Mapping[str, Sequence[Any]]:
+    """Return a row's answers as SQuAD's two lists; they may also be a list of answers, as in SQuAD's own files."""
+    if isinstance(answers, (list, tuple)) and all(isinstance(answer, Mapping) for answer in answers):
+        answers = {name: [answer.get(name) for answer in answers] for name in ("text", "answer_start")}
+    if (
+        not isinstance(answers, Mapping)
+        or not all(isinstance(answers.get(name), (list, tuple)) for name in ("text", "answer_start"))
+        or len(answers["text"]) != len(answers["answer_start"])
+        or (answers["text"] and not (isinstance(answers["text"][0], str) and isinstance(answers["answer_start"][0], int)))
+    ):
+        raise ValueError(
+            "its answers must be lists 'text' and 'answer_start' (the character where the text begins in the context), but are "
+            f"{str(answers)[:60]}"
+        )
+    return answers
