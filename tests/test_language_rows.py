@@ -704,3 +704,89 @@ def test_a_classifier_refuses_ids_that_it_has_no_embedding_for(wrong: int):
         task.check(datasets.Dataset.from_dict(rows), None)
     masked = datasets.Dataset.from_dict({**rows, "attention_mask": [[1, 1, 1], [1, 0], [1]]})
     task.check(masked, None)  # of padding, which is replaced
+
+
+# Before work begins.
+
+
+def opt() -> nn.Module:
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"ffn_dim": 24, "word_embed_proj_dim": 16, "max_position_embeddings": 30, "init_std": 0.15}
+    return transformers.OPTForCausalLM(transformers.OPTConfig(**{**TEXT, **SIZES, **sizes}))
+
+
+def test_packed_rows_behind_others_are_refused_before_anything_is_featurized_or_trained(tmp_path: Path, monkeypatch):
+    from hf_trak import AttributionArguments, AttributionTrainer
+
+    monkeypatch.setattr(Featurizer, "compute", lambda *_: pytest.fail("work has begun"))
+    single = [[7, 8, 9, 10]] * 6
+    rows = datasets.Dataset.from_dict(
+        {"input_ids": [*single, *PACKED_IDS], "seq_lengths": [*[[len(ids)] for ids in single], *LENGTHS]}
+    )
+    message = "OPTForCausalLM does not keep them apart"
+    with pytest.raises(ValueError, match=message):
+        AttributionIndex.build(tmp_path / "index", models=opt(), dataset=rows, config=TrakConfig(proj_dim=16), progress=False)
+    assert not (tmp_path / "index").exists()
+    args = AttributionArguments(str(tmp_path / "out"), proj_dim=16, max_steps=1, use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match=message):
+        AttributionTrainer(opt(), args, train_dataset=rows).train()
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_the_loss_of_transformers_classes_is_the_one_assumed(name: str, caplog):
+    rows: dict[str, Any] = {"input_ids": [[5, 6, 7, 8], [8, 9]], "labels": [[1, -100, 1, 2], [2, 1]]}
+    if name == "bert qa":
+        rows = {"input_ids": rows["input_ids"], "start_positions": [1, 0], "end_positions": [2, 1]}
+    featurizer = Featurizer(make_model(name), TrakConfig(proj_dim=16))
+    with caplog.at_level(logging.WARNING):
+        featurizer.check_first_rows(datasets.Dataset.from_dict(rows))
+    assert caplog.text == ""
+
+
+def test_a_loss_with_an_addition_is_told_once(tmp_path: Path, caplog):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    from hf_trak import AttributionArguments, AttributionTrainer
+
+    torch.manual_seed(0)
+    sizes = {**SIZES, "num_key_value_heads": 1, "num_local_experts": 2, "num_experts_per_tok": 1, "vocab_size": 60}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, output_router_logits=True, router_aux_loss_coef=0.5))
+    rows = datasets.Dataset.from_dict({"input_ids": [[5, 6, 7], [8, 9, 10, 11]], "labels": [[-100] * 3, [8, 9, 10, 11]]})
+    config = TrakConfig(proj_dim=16, damping=1.0, skip_unscored=True)
+    with caplog.at_level(logging.WARNING):
+        AttributionIndex.build(tmp_path / "index", models=[model, model], dataset=rows, config=config, progress=False)
+    assert caplog.text.count("The loss that MixtralForCausalLM itself computes for row 1") == 1
+    assert "Task.custom" in caplog.text
+    caplog.clear()
+    options = {"proj_dim": 16, "skip_unscored": True, "max_steps": 1, "use_cpu": True, "report_to": "none"}
+    with pytest.warns(UserWarning, match="output_router_logits"):
+        AttributionTrainer(model, AttributionArguments(str(tmp_path / "out"), **options), train_dataset=rows).train()
+    assert "The loss that MixtralForCausalLM itself computes for row 1" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["gpt2 lm", "t5", "bert tokens", "bert qa"])
+def test_a_batch_without_a_scored_token_has_a_loss_of_zero(name: str, tmp_path: Path):
+    from hf_trak import AttributionArguments, AttributionTrainer
+
+    rows: dict[str, Any] = {
+        "input_ids": [[5, 6], [7, 8, 9]],
+        "labels": [[3, -100] if name == "gpt2 lm" else [-100] * 2, [1, 2, 1]],
+    }
+    if name == "bert qa":
+        rows = {"input_ids": rows["input_ids"], "start_positions": [9, 1], "end_positions": [9, 2]}
+    options: dict[str, Any] = {"proj_dim": 16, "skip_unscored": True, "use_cpu": True, "report_to": "none"}
+    args = AttributionArguments(str(tmp_path), per_device_train_batch_size=1, num_train_epochs=1, logging_steps=1, **options)
+    model = make_model(name)
+    trainer = AttributionTrainer(model, args, train_dataset=datasets.Dataset.from_dict(rows))
+    batch = next(iter(trainer.get_eval_dataloader(trainer.train_dataset.select([0]))))
+    model.eval()
+    loss = trainer.compute_loss(model, dict(batch))
+    loss.backward()
+    assert loss == 0
+    assert all(not parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert sorted(loss > 0 for loss in losses) == [False, True]
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
