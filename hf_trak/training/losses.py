@@ -45,7 +45,7 @@ def list_unknown_losses_of_run(args: TrainingArguments, model: Any) -> list[str]
         found.append(f"`neftune_noise_alpha={args.neftune_noise_alpha:g}`, noise on the embeddings")
     loss_type = next((field for field in fields(args) if field.name == "loss_type"), None)
     if loss_type is not None and loss_type.default != getattr(args, "loss_type", loss_type.default):
-        found.append(f"`loss_type={getattr(args, 'loss_type')!r}`")
+        found.append(f"`loss_type={args.loss_type!r}`")
     return [*found, *_unknown_losses_of_model(model)]
 
 
