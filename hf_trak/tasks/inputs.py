@@ -301,9 +301,12 @@ class TextInputs:
         if is_transformed(dataset):
             rows = dataset[:]
             if self._is_tokenized(rows):
-                return [
-                    int(np.sum(row)) for row in rows.get("attention_mask", [np.ones(len(ids)) for ids in rows["input_ids"]])
-                ]
+                masks = rows.get("attention_mask")
+                return (
+                    [len(ids) for ids in rows["input_ids"]]
+                    if masks is None
+                    else [int(np.asarray(mask).astype(bool).sum()) for mask in masks]  # lists, arrays or tensors
+                )
             texts = [list(rows[column]) for column in self._columns_of(rows)]
         elif self._is_tokenized(dataset.features):
             column = "attention_mask" if "attention_mask" in dataset.column_names else "input_ids"
