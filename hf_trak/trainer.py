@@ -42,7 +42,7 @@ from hf_trak.training.data_checks import (
     describe_unfit_evaluation_set,
     is_transformed,
 )
-from hf_trak.training.losses import list_unknown_losses, warning_of_losses
+from hf_trak.training.losses import has_scored_token, list_unknown_losses, sum_of_logits, warning_of_losses
 from hf_trak.training.model_upload import INDEX_FOLDER, MEMBERS_FOLDER, without_indexes
 from hf_trak.training.more_runs import MoreRuns
 from hf_trak.training.random_state import random_state_kept
@@ -136,13 +136,17 @@ class AttributionTrainer(Trainer):
         self._told_losses: list[str] = []
         if self.members.is_single_run:
             callback = AttributionCallback(args.members)
-            callback._uploads_indexes = False
+            callback._uploads_indexes = callback._tells_losses = False
             self.add_callback(callback)
 
     @property
     def _attributed(self) -> Any:
         """The rows to attribute to."""
         return self.train_dataset if self.attribution_dataset is None else self.attribution_dataset
+
+    @property
+    def _shifts_labels(self) -> bool:
+        return not is_plain(self.model) and is_language_model(self.model) and AutoTask.name_for(self.model) == "causal-lm"
 
     @property
     def _members_folder(self) -> Path:
@@ -183,6 +187,19 @@ class AttributionTrainer(Trainer):
         if self.members.is_single_run and self.is_world_process_zero():
             record.finish(output._asdict())
         return output
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the loss as `Trainer` computes it; 0 for a batch without a scored token, of which the mean would be NaN.
+
+        There are such batches where `skip_unscored` keeps rows without a scored token.
+        """
+        if not self.args.skip_unscored or has_scored_token(inputs, shifted=self._shifts_labels):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        _, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss = sum_of_logits(outputs) * 0.0
+        return (loss, outputs) if return_outputs else loss
 
     def _find_checkpoint(self, record: RunRecord, wanted: str | bool | None) -> tuple[str | bool | None, bool]:
         """Return what to go on from, and whether the recorded run goes on.

@@ -332,6 +332,20 @@ def test_bm25_is_lucenes_formula():
 
 
 @needs_bm25s
+def test_bm25_reads_the_columns_that_the_model_reads():
+    texts = Dataset.from_dict({"text": TEXTS})
+    others = {"id": ["cat"] * 5, "label_text": ["dog bird"] * 5, "url": ["https://cats"] * 5, "label": [0, 1, 0, 1, 0]}
+    table = Dataset.from_dict({"text": TEXTS, **others})
+    np.testing.assert_array_equal(BM25()(table, table), BM25()(texts, texts))
+    tokens = Dataset.from_dict({"id": ["x y", "x y"], "input_ids": [[5, 6, 7], [8, 9, 9]], "labels": [0, 1]})
+    expected = BM25()(tokens.select_columns(["input_ids"]), tokens.select_columns(["input_ids"]))
+    np.testing.assert_array_equal(BM25(Checkpoints(make_model("bert")))(tokens, tokens), expected)
+    titled = Dataset.from_dict({"text": TEXTS, "target": ["dog", "cat", "sat", "bird", "the wire"], "id": ["cat"] * 5})
+    both = Dataset.from_dict({"text": [f"{text} {more}" for text, more in zip(TEXTS, titled["target"], strict=True)]})
+    np.testing.assert_array_equal(BM25(Checkpoints(make_model("t5")))(titled, titled), BM25()(both, both))
+
+
+@needs_bm25s
 def test_bm25_joins_the_configured_columns_and_counts_tokens_where_there_is_no_text():
     pairs = Dataset.from_dict(
         {"question": ["who sat", "who ran"], "sentence": ["the cat sat", "the dog ran"], "note": ["ran", "sat"]}

@@ -12,7 +12,7 @@ from datasets import Dataset
 from models import bert
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_trak import AttributionArguments, AttributionTrainer
+from hf_trak import AttributionArguments, AttributionCallback, AttributionTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
 
@@ -202,6 +202,23 @@ def test_a_loss_that_attribution_does_not_know_is_told_once_before_training(tmp_
         trainer.train()
     assert len([one for one in told if "This run trains with" in str(one.message)]) == 1
     assert steps.count == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor=0.1`"),
+        ({"neftune_noise_alpha": 5.0}, "`neftune_noise_alpha=5`"),
+    ],
+)
+def test_a_callback_tells_of_a_loss_that_it_sees(tmp_path, options, message):
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", max_steps=1, **options)
+    trainer = Trainer(
+        model=convex_model(), args=args, train_dataset=TRAIN, data_collator=collator, callbacks=[AttributionCallback()]
+    )
+    with pytest.warns(UserWarning, match=rf"This run trains with {message}.*Attribution does not know it") as told:
+        trainer.train()
+    assert len([one for one in told if "This run trains with" in str(one.message)]) == 1
 
 
 def test_a_loss_set_on_the_trainer_or_its_model_is_told_too(tmp_path):

@@ -8,7 +8,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from models import bert
+from models import LANGUAGE_MODELS, bert
+from tokenizers_for_tests import word_tokenizer
 
 from hf_trak.config import TrakConfig
 from hf_trak.tasks import AutoTask
@@ -103,7 +104,37 @@ def test_beginnings_match_only_where_one_name_begins_so():
     assert is_informative(["LABEL_0", "good"])
 
 
+NUMBERED = [
+    str(number) for number in sorted(range(12), key=str)
+]  # as `class_encode_column` sorts numbers: 0, 1, 10, 11, 2, ...
+
+
+def test_names_that_are_numbers_in_another_order_are_refused():
+    dataset = rows([0, 1, 2, 3], NUMBERED)
+    for net in (bert(num_labels=12), model(*map(str, range(12)))):
+        with pytest.raises(ValueError, match=r"another order.*2 \('10'\) -> 10"):
+            labels(net, dataset)
+        assert labels(net, dataset, label_mapping="by_name") == [0, 1, 10, 11]
+        assert labels(net, dataset, label_mapping="by_id") == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match=r"another order.*0 \('0'\) -> 1"):
+        labels(model("LABEL_1", "LABEL_0"), rows([0, 1], ["0", "1"]))
+    assert labels(model(*NUMBERED), dataset) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("mine", "theirs"), [(("1", "2"), ["0", "1"]), ((), ["1", "2"]), (("0", "1"), ["bad", "good"])])
+def test_numbers_that_name_other_things_say_nothing(mine: tuple, theirs: list[str]):
+    assert labels(model(*mine), rows([0, 1, 1], theirs)) == [0, 1, 1]
+
+
 # Strings.
+
+
+def test_strings_that_are_numbers_are_looked_up_as_names():
+    assert labels(model("1", "2"), rows(["2", "1", "2"])) == [1, 0, 1]
+    assert labels(model("1", "0"), rows(["1", "0"])) == [0, 1]
+    assert labels(model(), rows(["LABEL_1", "LABEL_0"])) == [1, 0]
+    with pytest.raises(ValueError, match=r"no names of its classes"):
+        labels(model(), rows(["1", "0"]))
 
 
 def test_strings_are_looked_up_in_label2id_and_never_sorted():
@@ -190,3 +221,55 @@ def test_rows_that_are_no_zeros_and_ones_are_refused(values: list, message: str)
     net = bert(num_labels=3, problem_type="multi_label_classification")
     with pytest.raises(ValueError, match=message):
         labels(net, rows(values))
+
+
+# Labels of tokens.
+
+TAGS = ["O", "B-PER", "I-PER", "B-MISC"]
+OTHER_TAGS = ["O", "B-MISC", "B-PER", "I-PER"]  # as a model may number them
+
+
+def tagger(*names: str):
+    ids = {name: i for i, name in enumerate(names)}
+    return LANGUAGE_MODELS["bert tokens"](num_labels=len(names), id2label=dict(enumerate(names)), label2id=ids)
+
+
+def tagged(names: list[str] | None = TAGS, **more: object) -> datasets.Dataset:
+    dataset = datasets.Dataset.from_dict({"tokens": [["a", "b"], ["c"]], "ner_tags": [[1, 2], [3]], **more})
+    kind = datasets.Value("int64") if names is None else datasets.ClassLabel(names=names)
+    return dataset.cast_column("ner_tags", datasets.List(kind))
+
+
+def token_labels(net, dataset: datasets.Dataset, **config: object) -> list[list[int]]:
+    task = AutoTask.from_model(net, TrakConfig(**config)).reading(dataset)
+    task.check(dataset, word_tokenizer())
+    return task.collate(dataset[:], word_tokenizer())["labels"].tolist()
+
+
+def test_names_of_the_classes_of_tokens_are_compared():
+    assert token_labels(tagger(*TAGS), tagged()) == [[1, 2], [3, -100]]
+    with pytest.raises(ValueError, match=r"another order.*1 \('B-PER'\) -> 2, 2 \('I-PER'\) -> 3, 3 \('B-MISC'\) -> 1"):
+        token_labels(tagger(*OTHER_TAGS), tagged())
+    assert token_labels(tagger(*OTHER_TAGS), tagged(), label_mapping="by_name") == [[2, 3], [1, -100]]
+    assert token_labels(tagger(*OTHER_TAGS), tagged(), label_mapping="by_id") == [[1, 2], [3, -100]]
+    assert token_labels(tagger(*OTHER_TAGS), tagged(None)) == [[1, 2], [3, -100]]
+    tokenized = datasets.Dataset.from_dict({"input_ids": [[5, 6, 7]], "labels": [[1, -100, 2]]})
+    tokenized = tokenized.cast_column("labels", datasets.List(datasets.Value("int64")))
+    assert token_labels(tagger(*OTHER_TAGS), tokenized) == [[1, -100, 2]]
+
+
+def test_tags_that_are_strings_are_looked_up():
+    strings = datasets.Dataset.from_dict({"tokens": [["a", "b"], ["c"]], "ner_tags": [["B-PER", "O"], ["B-MISC"]]})
+    assert token_labels(tagger(*OTHER_TAGS), strings) == [[2, 0], [1, -100]]
+    with pytest.raises(ValueError, match=r"Row 1 cannot serve: its label 'B-MISC' is no class of the model.*'B-PER'"):
+        token_labels(tagger(*TAGS[:3]), strings)
+
+
+def test_of_several_columns_of_tags_the_one_of_the_models_names_is_read():
+    pos = [[0, 1], [1]]
+    both = tagged(pos_tags=pos).cast_column("pos_tags", datasets.List(datasets.ClassLabel(names=["NN", "VB"])))
+    assert token_labels(tagger(*TAGS), both) == [[1, 2], [3, -100]]
+    assert token_labels(tagger("NN", "VB"), both) == [[0, 1], [1, -100]]
+    with pytest.raises(ValueError, match=r"ambiguous: 'ner_tags', 'pos_tags' may. Set `label_column`"):
+        token_labels(tagger(*TAGS), tagged(None, pos_tags=pos))
+    assert token_labels(tagger(*TAGS), tagged(None, pos_tags=pos), label_column="pos_tags") == [[0, 1], [1, -100]]

@@ -12,8 +12,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from models import LANGUAGE_MODELS, make_model
-from tokenizers_for_tests import word_tokenizer
+from models import LANGUAGE_MODELS, bert, make_model
+from tokenizers_for_tests import byte_tokenizer, word_tokenizer
 from torch import Tensor, nn
 
 from hf_trak import AttributionIndex
@@ -625,3 +625,168 @@ def test_a_trainers_batch_has_the_same_inputs(tmp_path: Path):
     assert batch.keys() == {"input_ids", "position_ids", "labels"}
     assert batch["position_ids"].tolist() == [POSITIONS[0], [*POSITIONS[1], 0, 1]]
     assert batch["labels"].tolist() == [[-100, 6, -100, 8, 9, 10], [-100, -100, 13, 14, -100, -100]]
+
+
+QUESTION = {"context": ["the cat sat on the mat"] * 2, "question": ["who ?"] * 2}
+
+
+def read_rows(model: str, columns: dict[str, list[Any]], tokenizer: Any = None, **config: Any) -> dict[str, Any]:
+    dataset = datasets.Dataset.from_dict(columns)
+    options = {"vocab_size": 300} if tokenizer is not None else {}
+    task = AutoTask.from_model(LANGUAGE_MODELS[model](**options), TrakConfig(**config)).reading(dataset)
+    task.check(dataset, tokenizer)
+    batch = task.collate(dataset[:], tokenizer)
+    return {**{name: values.tolist() for name, values in batch.items()}, "read": task.columns_read(dataset.features)}
+
+
+def test_answers_in_a_list_are_those_in_two_lists():
+    one = {**QUESTION, "answers": [[{"text": "cat", "answer_start": 4}, {"text": "the cat", "answer_start": 0}], []]}
+    two = {**QUESTION, "answers": [{"text": ["cat"], "answer_start": [4]}, {"text": [], "answer_start": []}]}
+    config = {"tokenizer": byte_tokenizer(), "max_length": 20}
+    with pytest.raises(ValueError, match=r"answer 'cat' is cut off|leaves no room"):
+        read_rows("bert qa", one, tokenizer=byte_tokenizer(), max_length=8)
+    short = {name: [row[:9] if isinstance(row, str) else row for row in values] for name, values in one.items()}
+    other = {name: [row[:9] if isinstance(row, str) else row for row in values] for name, values in two.items()}
+    found, expected = read_rows("bert qa", short, **config), read_rows("bert qa", other, **config)
+    assert found == expected
+    assert found["start_positions"] == [9, 0]
+
+
+@pytest.mark.parametrize("answers", [["cat", "cat"], [{"text": "cat", "answer_start": 4}] * 2, [[{"text": "cat"}]] * 2])
+def test_answers_of_another_form_are_refused_by_row(answers: list[Any]):
+    with pytest.raises(ValueError, match=r"Rows 0, 1 cannot serve: its answers must be lists 'text' and 'answer_start'"):
+        read_rows("bert qa", {**QUESTION, "answers": answers}, tokenizer=byte_tokenizer())
+
+
+def test_a_question_that_leaves_no_room_is_refused_by_row():
+    rows = {"context": ["the cat"], "question": ["who " * 20], "answers": [{"text": ["cat"], "answer_start": [4]}]}
+    with pytest.raises(
+        ValueError, match=r"Row 0 cannot serve: its first text leaves no room for the second within .*20 positions"
+    ):
+        read_rows("bert qa", rows, tokenizer=byte_tokenizer())
+
+
+def test_a_text_in_several_columns_is_not_read_in_part():
+    rows = {"title": ["a"] * 2, **QUESTION, "answer": ["cat"] * 2}
+    with pytest.raises(ValueError, match=r"texts in several columns \('question', 'context'\).*--text_columns question"):
+        read_rows("t5", rows, tokenizer=byte_tokenizer())
+    assert read_rows("t5", rows, tokenizer=byte_tokenizer(), text_columns=("question",))["read"]["text"] == ["question"]
+
+
+def test_usual_names_win_where_a_text_has_others_beside_it():
+    rows = {"hexsha": ["ab12"], "content": ["abc"], "repo_name": ["a/b"], "path": ["x.py"]}
+    assert read_rows("llama lm", rows, tokenizer=byte_tokenizer())["read"] == {"text": ["content"]}
+    with pytest.raises(ValueError, match="one text column"):
+        read_rows("llama lm", {**rows, "title": ["abc"]}, tokenizer=byte_tokenizer())
+
+
+def test_a_message_without_content_is_refused_by_row():
+    turn = {"role": "user", "content": "a"}
+    rows = {"messages": [[turn, {"role": "assistant", "content": "b"}], [turn, {"role": "assistant", "content": None}]]}
+    with pytest.raises(ValueError, match=r"Row 1 cannot serve: message 1 of its 'messages' \(assistant\) has no content"):
+        read_rows("llama lm", rows, tokenizer=byte_tokenizer())
+
+
+@pytest.mark.parametrize("wrong", [-1, 60])
+def test_ids_that_the_model_has_no_embedding_for_are_refused_by_row(wrong: int):
+    rows = {"input_ids": [[3, 4, 5], [3, wrong, 5]], "labels": [[3, 4, 5], [3, 4, 5]]}
+    for model in ("llama lm", "t5", "bert tokens"):
+        labels = [[0, 1, 2]] * 2 if model == "bert tokens" else rows["labels"]
+        with pytest.raises(ValueError, match=rf"Row 1 cannot serve: its input_ids must lie in 0 to 59.* one is {wrong}"):
+            read_rows(model, {**rows, "labels": labels})
+
+
+@pytest.mark.parametrize("wrong", [-1, 60])
+def test_a_classifier_refuses_ids_that_it_has_no_embedding_for(wrong: int):
+    rows = {"input_ids": [[3, 4, 5], [3, wrong], [4]], "label": [0, 1, 2]}
+    task = AutoTask.from_model(bert())
+    with pytest.raises(ValueError, match=rf"1 of 3 rows have token ids outside 0 to 59.* such as {wrong}: row 1"):
+        task.check(datasets.Dataset.from_dict(rows), None)
+    masked = datasets.Dataset.from_dict({**rows, "attention_mask": [[1, 1, 1], [1, 0], [1]]})
+    task.check(masked, None)  # of padding, which is replaced
+
+
+# Before work begins.
+
+
+def opt() -> nn.Module:
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"ffn_dim": 24, "word_embed_proj_dim": 16, "max_position_embeddings": 30, "init_std": 0.15}
+    return transformers.OPTForCausalLM(transformers.OPTConfig(**{**TEXT, **SIZES, **sizes}))
+
+
+def test_packed_rows_behind_others_are_refused_before_anything_is_featurized_or_trained(tmp_path: Path, monkeypatch):
+    from hf_trak import AttributionArguments, AttributionTrainer
+
+    monkeypatch.setattr(Featurizer, "compute", lambda *_: pytest.fail("work has begun"))
+    single = [[7, 8, 9, 10]] * 6
+    rows = datasets.Dataset.from_dict(
+        {"input_ids": [*single, *PACKED_IDS], "seq_lengths": [*[[len(ids)] for ids in single], *LENGTHS]}
+    )
+    message = "OPTForCausalLM does not keep them apart"
+    with pytest.raises(ValueError, match=message):
+        AttributionIndex.build(tmp_path / "index", models=opt(), dataset=rows, config=TrakConfig(proj_dim=16), progress=False)
+    assert not (tmp_path / "index").exists()
+    args = AttributionArguments(str(tmp_path / "out"), proj_dim=16, max_steps=1, use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match=message):
+        AttributionTrainer(opt(), args, train_dataset=rows).train()
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_the_loss_of_transformers_classes_is_the_one_assumed(name: str, caplog):
+    rows: dict[str, Any] = {"input_ids": [[5, 6, 7, 8], [8, 9]], "labels": [[1, -100, 1, 2], [2, 1]]}
+    if name == "bert qa":
+        rows = {"input_ids": rows["input_ids"], "start_positions": [1, 0], "end_positions": [2, 1]}
+    featurizer = Featurizer(make_model(name), TrakConfig(proj_dim=16))
+    with caplog.at_level(logging.WARNING):
+        featurizer.check_first_rows(datasets.Dataset.from_dict(rows))
+    assert caplog.text == ""
+
+
+def test_a_loss_with_an_addition_is_told_once(tmp_path: Path, caplog):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    from hf_trak import AttributionArguments, AttributionTrainer
+
+    torch.manual_seed(0)
+    sizes = {**SIZES, "num_key_value_heads": 1, "num_local_experts": 2, "num_experts_per_tok": 1, "vocab_size": 60}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, output_router_logits=True, router_aux_loss_coef=0.5))
+    rows = datasets.Dataset.from_dict({"input_ids": [[5, 6, 7], [8, 9, 10, 11]], "labels": [[-100] * 3, [8, 9, 10, 11]]})
+    config = TrakConfig(proj_dim=16, damping=1.0, skip_unscored=True)
+    with caplog.at_level(logging.WARNING):
+        AttributionIndex.build(tmp_path / "index", models=[model, model], dataset=rows, config=config, progress=False)
+    assert caplog.text.count("The loss that MixtralForCausalLM itself computes for row 1") == 1
+    assert "Task.custom" in caplog.text
+    caplog.clear()
+    options = {"proj_dim": 16, "skip_unscored": True, "max_steps": 1, "use_cpu": True, "report_to": "none"}
+    with pytest.warns(UserWarning, match="output_router_logits"):
+        AttributionTrainer(model, AttributionArguments(str(tmp_path / "out"), **options), train_dataset=rows).train()
+    assert "The loss that MixtralForCausalLM itself computes for row 1" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["gpt2 lm", "t5", "bert tokens", "bert qa"])
+def test_a_batch_without_a_scored_token_has_a_loss_of_zero(name: str, tmp_path: Path):
+    from hf_trak import AttributionArguments, AttributionTrainer
+
+    rows: dict[str, Any] = {
+        "input_ids": [[5, 6], [7, 8, 9]],
+        "labels": [[3, -100] if name == "gpt2 lm" else [-100] * 2, [1, 2, 1]],
+    }
+    if name == "bert qa":
+        rows = {"input_ids": rows["input_ids"], "start_positions": [9, 1], "end_positions": [9, 2]}
+    options: dict[str, Any] = {"proj_dim": 16, "skip_unscored": True, "use_cpu": True, "report_to": "none"}
+    args = AttributionArguments(str(tmp_path), per_device_train_batch_size=1, num_train_epochs=1, logging_steps=1, **options)
+    model = make_model(name)
+    trainer = AttributionTrainer(model, args, train_dataset=datasets.Dataset.from_dict(rows))
+    batch = next(iter(trainer.get_eval_dataloader(trainer.train_dataset.select([0]))))
+    model.eval()
+    loss = trainer.compute_loss(model, dict(batch))
+    loss.backward()
+    assert loss == 0
+    assert all(not parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert sorted(loss > 0 for loss in losses) == [False, True]
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())

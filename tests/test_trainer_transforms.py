@@ -1,14 +1,16 @@
 """Rows that a function makes when they are read: they train, whatever columns that function reads, and are attributed."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset
 from datasets_for_tests import token_rows
-from models import make_model
+from models import bert, make_model
 from test_runs import OPTIONS, Steps, assert_equal_models, collate
 from tokenizers_for_tests import word_tokenizer
-from transformers import Trainer, TrainingArguments
+from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
 from hf_trak import AttributionArguments, AttributionTrainer
 
@@ -104,3 +106,32 @@ def test_labels_whose_names_are_in_another_order_than_the_models_are_refused_bef
         with pytest.raises(ValueError, match=message):
             trainer.train()
         assert sum(steps.runs) == 0
+
+
+def padded_per_batch(rows, *, tensors: bool, masked: bool):
+    found = TOKENIZER(list(rows["sentence"]), padding=True, **({"return_tensors": "pt"} if tensors else {}))
+    kept = {name: values for name, values in found.items() if masked or name != "attention_mask"}
+    return {**kept, "labels": torch.tensor(rows["label"]) if tensors else rows["label"]}
+
+
+@pytest.mark.parametrize("tensors", [False, True])
+def test_a_transform_that_pads_each_batch_is_served_where_it_gives_a_mask(tmp_path, tensors):
+    given = {"processing_class": TOKENIZER, "data_collator": DataCollatorWithPadding(TOKENIZER)}
+    rows = TEXTS.with_transform(partial(padded_per_batch, tensors=tensors, masked=True))
+    trainer = make_trainer(tmp_path / "masked", "bert", rows, options={"damping": "0.1"}, **given)
+    trainer.train()
+    scores = trainer.featurize().score(rows.select([1, 2]), progress=False)
+    plain = TEXTS.map(tokenize, batched=True, remove_columns=TEXTS.column_names)
+    np.testing.assert_allclose(scores, trainer.index.score(plain.select([1, 2]), progress=False), rtol=1e-4, atol=1e-6)
+    unmasked = TEXTS.with_transform(partial(padded_per_batch, tensors=tensors, masked=False))
+    with pytest.raises(ValueError, match=r"not the same twice.*padding without an 'attention_mask'"):
+        make_trainer(tmp_path / "unmasked", "bert", unmasked, **given).train()
+
+
+def test_labels_that_are_strings_are_refused_before_the_first_step(tmp_path):
+    names = {"id2label": {0: "x", 1: "y", 2: "z"}, "label2id": {"x": 0, "y": 1, "z": 2}}
+    rows = TEXTS.remove_columns("label").add_column("label", ["x", "y", "z"] * 2).map(lambda row: TOKENIZER(row["sentence"]))
+    args = AttributionArguments(str(tmp_path), **{**OPTIONS, "proj_dim": 16})
+    given = {"train_dataset": rows, "processing_class": TOKENIZER, "data_collator": DataCollatorWithPadding(TOKENIZER)}
+    with pytest.raises(ValueError, match=r"The labels in 'label' are strings.*model\.config\.label2id\[row\['label'\]\]"):
+        AttributionTrainer(model=bert(**names), args=args, **given).train()

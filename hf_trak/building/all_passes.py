@@ -151,6 +151,8 @@ def build_members(
         check_whole(featurizer.model)
         featurizer.check(dataset)
         if number == 0:
+            if processes.is_first:
+                featurizer.check_first_rows(dataset)
             rows = TrainingRows.of(dataset, featurizer.task, keep_columns)
             if processes.is_first:
                 logger.info("Columns read: %s.", describe_columns(featurizer.task, dataset))

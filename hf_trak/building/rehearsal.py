@@ -58,6 +58,8 @@ def rehearse(
         return featurizer
     rows = list(range(min(_ROWS, len(dataset))))
     try:
+        featurizer.check_first_rows(dataset)
+        featurizer.lengths(dataset.select(rows))
         featurizer.compute(featurizer.collate(read_rows(dataset, rows)), rows)
     except torch.OutOfMemoryError:
         logger.warning(

@@ -24,6 +24,7 @@ from hf_trak.featurizing.batching import Budget, automatic_budget, read_rows
 from hf_trak.featurizing.collated import Collated, count_rows, has_padding, part_of, to_device
 from hf_trak.featurizing.engines import EngineChoice, cost_of_loop, decide, rows_to_check
 from hf_trak.featurizing.fetching import check_finite, fetch, not_finite
+from hf_trak.featurizing.first_rows import check_first_rows
 from hf_trak.gradients import (
     BatchFeatures,
     CallPlan,
@@ -214,6 +215,15 @@ class Featurizer:
             task.check(dataset, processing_class)
         except MissingProcessor as error:
             raise self._absence(str(error)) from error
+
+    def check_first_rows(self, dataset: Dataset) -> None:
+        """Check a language model on first rows: packed documents are kept apart, and its own loss is the one assumed, or that is told.
+
+        Raises:
+            ValueError: If a document sees another one.
+        """
+        if (line := check_first_rows(self, dataset)) is not None:
+            self._say(line)
 
     def _absence(self, reason: str) -> ValueError:
         """Return the error for raw rows that nothing can read, naming the checkpoint, or what is wrong with its files."""

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
+from hf_trak.tasks.labels import Labels, labels_of_model
 from hf_trak.tasks.token_inputs import Example, TokenInputs, labels_like, text_of
 from hf_trak.tasks.token_outputs import IGNORED
 
 if TYPE_CHECKING:
-    from datasets import Features
+    from datasets import Dataset, Features
     from transformers import PreTrainedModel
+
+    from hf_trak.config import TrakConfig
 
 _NOWHERE = np.asarray([IGNORED, IGNORED], dtype=np.int64)
 _TAGS = ("labels", "ner_tags", "pos_tags", "chunk_tags", "tags")
@@ -24,10 +27,76 @@ _TAGS = ("labels", "ner_tags", "pos_tags", "chunk_tags", "tags")
 class TokenLabelInputs(TokenInputs):
     """Rows of a token classifier: `input_ids` and `labels`, or `tokens`, which are words, and `ner_tags`, a class of each.
 
-    The first token of a word has the word's label and the others -100, as in transformers' examples.
+    The first token of a word has the word's label and the others -100, as in transformers' examples. The names of the classes are compared
+    with the model's, and words' labels that are strings are looked up in its `label2id`. Of several columns of tags, the one whose
+    names are the model's is read.
+
+    Args:
+        classes ([`Labels`], *optional*): The model's classes, and how the dataset's become theirs.
     """
 
     task_name = "token-classification"
+
+    classes: Labels | None = None
+
+    @classmethod
+    def for_model(cls, model: PreTrainedModel, config: TrakConfig) -> TokenLabelInputs:
+        """Read what is needed off a model and a configuration."""
+        inputs = super().for_model(model, config)
+        assert isinstance(inputs, TokenLabelInputs)
+        classes = Labels(cls.task_name, model.config.num_labels, label2id=labels_of_model(model), mapping=config.label_mapping)
+        return replace(inputs, classes=classes)
+
+    def reading(self, features: Mapping[str, Any], dataset: Dataset | None, label_column: str | None) -> TokenLabelInputs:
+        """Return these inputs with the column of labels decided on, and the names of the classes compared with the model's."""
+        if self.classes is None:
+            return self
+        if self._is_tokenized(features):
+            column = self.label_column or "labels"
+            return replace(self, classes=self._classes_of(features, column)) if column in features else self
+        tags = (self.label_column,) if self.label_column else _TAGS
+        found = [name for name in tags if name in features]
+        if not found:
+            return self  # refused by `check`, with the columns
+        if len(found) == 1 or found[0] == "labels":
+            return replace(self, classes=self._classes_of(features, found[0]))
+        fitting: dict[str, Labels] = {}
+        reasons = []
+        for name in found:
+            try:
+                fitting[name] = self._classes_of(features, name)
+            except ValueError as error:
+                reasons.append(str(error))
+        if len(fitting) == 1:
+            [(name, classes)] = fitting.items()
+            return replace(self, label_column=name, classes=classes)
+        if reasons and not fitting:
+            raise ValueError(reasons[0])
+        raise ValueError(
+            f"Which column holds the labels is ambiguous: {', '.join(map(repr, fitting))} may. Set `label_column` (--label_column) to the one "
+            "that the model was trained on."
+        )
+
+    def _classes_of(self, features: Mapping[str, Any], column: str) -> Labels:
+        assert self.classes is not None
+        kind = features[column]
+        return self.classes.of(getattr(kind, "feature", kind), column)
+
+    def _to_ids(self, labels: Sequence[Any]) -> Sequence[int]:
+        """Return labels of a row as ids of the model; -100 stays."""
+        if self.classes is None:
+            return labels
+        if any(isinstance(label, str) for label in labels):
+            return self.classes.look_up(labels)
+        if self.classes.translation is None:
+            return labels
+        ids = self.classes.translation
+        for label in labels:
+            if label != IGNORED and not 0 <= label < len(ids):
+                raise ValueError(
+                    f"its labels must be -100 or lie in 0 to {len(ids) - 1}, the dataset's classes, but one is {label}"
+                )
+        return [label if label == IGNORED else ids[label] for label in labels]
 
     @staticmethod
     def _count_labels(model: PreTrainedModel) -> int:
@@ -53,7 +122,8 @@ class TokenLabelInputs(TokenInputs):
     def _encode(self, row: Mapping[str, Any], processing_class: Any) -> Example:
         if self._is_tokenized(row):
             example, kept = self._tokens_of(row)
-            return example._replace(labels=labels_like(row, self.label_column or "labels", kept))
+            labels = labels_like(row, self.label_column or "labels", kept)
+            return example._replace(labels=np.asarray(self._to_ids(labels), dtype=np.int64))
         for column in (self._words(), self._tags(row)):
             if row[column] is None:
                 raise ValueError(f"its {column!r} are None; filter it out")
@@ -62,11 +132,14 @@ class TokenLabelInputs(TokenInputs):
             raise ValueError(f"a word of its {self._words()!r} is None; filter it out")
         if len(words) != len(tags):
             raise ValueError(f"it has {len(words)} words and {len(tags)} labels; there must be one each")
+        if None in tags:
+            raise ValueError(f"a label of its {self._tags(row)!r} is None; filter it out")
+        tags = list(self._to_ids(tags))
         found, n_cut = self._tokenize(processing_class, words, is_split_into_words=True)
         places = found.word_ids()
-        labels = [IGNORED if word is None or (i and places[i - 1] == word) else tags[word] for i, word in enumerate(places)]
+        marked = [IGNORED if word is None or (i and places[i - 1] == word) else tags[word] for i, word in enumerate(places)]
         ids = np.asarray(found["input_ids"], dtype=np.int64)
-        return Example(ids, np.asarray(labels, dtype=np.int64), self._further_of(found), n_cut=n_cut)
+        return Example(ids, np.asarray(marked, dtype=np.int64), self._further_of(found), n_cut=n_cut)
 
 
 @dataclass(frozen=True)
@@ -123,6 +196,7 @@ class SpanInputs(TokenInputs):
             raise ValueError(
                 f"its {self.label_column or 'answers'!r} is None; give an empty list for a question without an answer"
             )
+        answers = _as_columns(answers)
         example = Example(
             np.asarray(found["input_ids"], dtype=np.int64), np.zeros(2, dtype=np.int64), self._further_of(found), n_cut=n_cut
         )
@@ -152,3 +226,20 @@ class SpanInputs(TokenInputs):
         batch = super()._pad(examples)
         labels: Tensor = batch.pop("labels")
         return {**batch, "start_positions": labels[:, 0].clone(), "end_positions": labels[:, -1].clone()}
+
+
+def _as_columns(answers: Any) -> Mapping[str, Sequence[Any]]:
+    """Return a row's answers as SQuAD's two lists; they may also be a list of answers, as in SQuAD's own files."""
+    if isinstance(answers, (list, tuple)) and all(isinstance(answer, Mapping) for answer in answers):
+        answers = {name: [answer.get(name) for answer in answers] for name in ("text", "answer_start")}
+    if (
+        not isinstance(answers, Mapping)
+        or not all(isinstance(answers.get(name), (list, tuple)) for name in ("text", "answer_start"))
+        or len(answers["text"]) != len(answers["answer_start"])
+        or (answers["text"] and not (isinstance(answers["text"][0], str) and isinstance(answers["answer_start"][0], int)))
+    ):
+        raise ValueError(
+            "its answers must be lists 'text' and 'answer_start' (the character where the text begins in the context), but are "
+            f"{str(answers)[:60]}"
+        )
+    return answers

@@ -235,4 +235,10 @@ class TaskCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Return the model's inputs and `labels`."""
-        return self.task.collate({key: [row[key] for row in rows] for key in rows[0]}, self.processing_class)
+        batch = self.task.collate({key: [row[key] for row in rows] for key in rows[0]}, self.processing_class)
+        for name in ("start_positions", "end_positions"):
+            if (
+                name in batch
+            ):  # transformers leaves positions behind the last token out of its loss, and takes -100 for the first one
+                batch[name] = batch[name].where(batch[name] >= 0, batch["input_ids"].shape[1])
+        return batch

@@ -165,6 +165,13 @@ def find_text_columns(
     return chosen
 
 
+def find_whole_text(names: Iterable[str]) -> str | None:
+    """Return the one name of a whole text among the names of columns of strings; None if there is none, or another text beside it."""
+    names = list(names)
+    whole = [name for name in names if _plain(name) in _WHOLE]
+    return whole[0] if len(whole) == 1 and not any(_plain(name) in _PART for name in names) else None
+
+
 def _by_name(candidates: Sequence[str]) -> tuple[str, ...] | None:
     """Return the columns of usual names; an empty tuple where they contradict one another, None where names do not decide."""
     plain = {_plain(name): name for name in candidates}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_trak.errors import MissingProcessor
 from hf_trak.tasks.columns import find_text_columns, is_string
-from hf_trak.tasks.padding import extra_columns, has_learned_positions, pad_tokens, position_limit
+from hf_trak.tasks.padding import extra_columns, has_learned_positions, pad_tokens, position_limit, vocabulary_size
 from hf_trak.tasks.pictures import check_pictures, find_image_columns, open_pictures
 from hf_trak.tasks.rows import is_transformed, missing_rows, name_rows
 
@@ -81,6 +81,7 @@ class TextInputs:
         pad_token_id (`int`): The model's.
         positions (`int`, *optional*): Tokens the model has positions for: where texts are cut.
         strict (`bool`): Whether a longer row is an error in the model, and not only longer than what it was trained on.
+        vocabulary (`int`, *optional*): Token ids that the model has an embedding for.
     """
 
     text_columns: tuple[str, ...] | None
@@ -89,6 +90,7 @@ class TextInputs:
     pad_token_id: int
     positions: int | None = None
     strict: bool = False
+    vocabulary: int | None = None
 
     @classmethod
     def for_model(cls, model: PreTrainedModel, text_columns: tuple[str, ...] | None, max_length: int | None) -> TextInputs:
@@ -100,7 +102,7 @@ class TextInputs:
                 f"it to {limit} or less, or leave it out."
             )
         pad_token_id = getattr(model.config, "pad_token_id", None) or 0
-        return cls(text_columns, max_length, accepted, pad_token_id, limit, strict)
+        return cls(text_columns, max_length, accepted, pad_token_id, limit, strict, vocabulary_size(model))
 
     def check(self, features: Features, processing_class: Any) -> None:
         if self._is_tokenized(features):
@@ -178,6 +180,7 @@ class TextInputs:
             kept = _list_sums(dataset, "attention_mask", given)
         _refuse(ids < 0, "have no tokens (None in 'input_ids')")
         _refuse(kept == 0, "have no token but padding")
+        self._check_ids(dataset, ids)
         if self.strict and self.positions is not None:
             _refuse(
                 kept > self.positions,
@@ -193,6 +196,23 @@ class TextInputs:
         for name in ("token_type_ids", *self._extra(dataset.features)):
             if name in dataset.features and name in self.accepted:
                 self._check_extra(dataset, name, ids)
+
+    def _check_ids(self, dataset: Dataset, lengths: np.ndarray) -> None:
+        """Refuse ids that the model has no embedding for. Those of padding may be any, since batches have the model's own."""
+        import pyarrow.compute as pc
+
+        if self.vocabulary is None or not len(dataset):
+            return
+        flat = pc.list_flatten(_arrow(dataset, "input_ids")).to_numpy(zero_copy_only=False)
+        wrong = (flat < 0) | (flat >= self.vocabulary)
+        if "attention_mask" in dataset.features and wrong.any():
+            wrong &= pc.list_flatten(_arrow(dataset, "attention_mask")).to_numpy(zero_copy_only=False).astype(bool)
+        if wrong.any():
+            rows = np.unique(np.repeat(np.arange(len(lengths)), lengths)[wrong])
+            raise ValueError(
+                f"{len(rows)} of {len(dataset)} rows have token ids outside 0 to {self.vocabulary - 1}, the model's vocabulary, such as "
+                f"{flat[wrong][0]}: {name_rows(rows)}. They come from another tokenizer: tokenize with the model's own."
+            )
 
     @staticmethod
     def _check_extra(dataset: Dataset, name: str, ids: np.ndarray) -> None:
@@ -281,9 +301,12 @@ class TextInputs:
         if is_transformed(dataset):
             rows = dataset[:]
             if self._is_tokenized(rows):
-                return [
-                    int(np.sum(row)) for row in rows.get("attention_mask", [np.ones(len(ids)) for ids in rows["input_ids"]])
-                ]
+                masks = rows.get("attention_mask")
+                return (
+                    [len(ids) for ids in rows["input_ids"]]
+                    if masks is None
+                    else [int(np.asarray(mask).astype(bool).sum()) for mask in masks]  # lists, arrays or tensors
+                )
             texts = [list(rows[column]) for column in self._columns_of(rows)]
         elif self._is_tokenized(dataset.features):
             column = "attention_mask" if "attention_mask" in dataset.column_names else "input_ids"

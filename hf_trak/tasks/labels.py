@@ -57,26 +57,20 @@ class Labels:
         if self.n_classes is None or self.several:
             return self
         if not names or not is_informative(names):
-            if self.mapping == "by_name" and not _is_string(kind):
-                raise ValueError(
-                    f'label_mapping="by_name" needs a label column with names (a `ClassLabel` or strings), but {column!r} holds {kind}. Leave '
-                    "it out, or `dataset.cast_column` the column to a `ClassLabel` with the names the dataset was made with."
-                )
-            if names and len(names) != self.n_classes and self.mapping == "auto":
-                raise self._wrong_count(names, column)
-            return self
+            return self._of_numbers(names, kind, column)
         if self.mapping == "by_id":
             return self
-        if not self.label2id:
+        own = dict(self.label2id)
+        if not own or not is_informative(own):
             if self.mapping == "by_name":
                 raise ValueError(
-                    f'label_mapping="by_name" needs a model with names of its classes, but it has none but LABEL_0 to LABEL_{self.n_classes - 1}. '
+                    f'label_mapping="by_name" needs a model with names of its classes, but it has none but {_listed(list(self._own_names()))}. '
                     f"Set `model.config.id2label` and `label2id`, or leave it out. The dataset's names in {column!r} are {_listed(names)}."
                 )
             if len(names) != self.n_classes:
                 raise self._wrong_count(names, column)
             return self
-        found = match_names(names, dict(self.label2id))
+        found = match_names(names, own)
         if self.mapping == "by_name":
             if found is None:
                 raise ValueError(f'label_mapping="by_name" cannot match the names: {self._both(names, column)}.')
@@ -88,15 +82,39 @@ class Labels:
                 "or `dataset.cast_column` the column to a `ClassLabel` with the model's names."
             )
         if found != tuple(range(len(names))):
-            mend = ", ".join(f"{number} ({name!r}) -> {id}" for number, (name, id) in enumerate(zip(names, found, strict=True)))
-            raise ValueError(
-                f"The label names of dataset and model are in another order: {self._both(names, column)}. The mapping from the dataset's "
-                f"numbers to the model's would be {mend}. {_WAYS_OUT}."
-            )
+            raise self._another_order(names, found, column)
         return self
 
+    def _of_numbers(self, names: Sequence[str] | None, kind: Any, column: str) -> Labels:
+        """Return these labels for a dataset whose names, if any, are numbers or `LABEL_0` and the like: a number may name another class."""
+        found = None if not names else match_numbers(names, self._own_names())
+        if self.mapping == "by_name":
+            if found is None and not _is_string(kind):
+                raise ValueError(
+                    f'label_mapping="by_name" needs a label column with names (a `ClassLabel` or strings), but {column!r} holds {kind}. Leave '
+                    "it out, or `dataset.cast_column` the column to a `ClassLabel` with the names the dataset was made with."
+                )
+            return self if found is None else replace(self, translation=found)
+        if names and self.mapping == "auto":
+            if found is not None and found != tuple(range(len(names))):
+                raise self._another_order(names, found, column)
+            if len(names) != self.n_classes:
+                raise self._wrong_count(names, column)
+        return self
+
+    def _own_names(self) -> dict[str, int]:
+        """Return the model's names of its classes, those that transformers makes up included."""
+        return dict(self.label2id) or {f"LABEL_{id}": id for id in range(self.n_classes or 0)}
+
+    def _another_order(self, names: Sequence[str], found: Sequence[int], column: str) -> ValueError:
+        mend = ", ".join(f"{number} ({name!r}) -> {id}" for number, (name, id) in enumerate(zip(names, found, strict=True)))
+        return ValueError(
+            f"The label names of dataset and model are in another order: {self._both(names, column)}. The mapping from the dataset's "
+            f"numbers to the model's would be {mend}. {_WAYS_OUT}."
+        )
+
     def _both(self, names: Sequence[str], column: str) -> str:
-        mine = ", ".join(f"{id}: {name!r}" for name, id in sorted(self.label2id, key=lambda pair: pair[1]))
+        mine = ", ".join(f"{id}: {name!r}" for name, id in sorted(self._own_names().items(), key=lambda pair: pair[1]))
         theirs = ", ".join(f"{number}: {name!r}" for number, name in enumerate(names))
         return f"the dataset's {column!r} has {{{theirs}}}, the model's label2id {{{mine}}}"
 
@@ -185,13 +203,13 @@ class Labels:
         """Return the ids of labels that are strings."""
         if self.n_classes is None:
             raise ValueError(f"{self.task} needs one number per example, but {values[0]!r} in row {first} is a string.")
-        if not self.label2id:
+        ids = self._own_names()
+        if not self.label2id and not set(values) <= set(ids):
             raise ValueError(
                 f"Labels are strings, such as {values[0]!r}, and the model has no names of its classes to look them up in (only LABEL_0 to "
                 f"LABEL_{self.n_classes - 1}). Set `model.config.label2id` to the mapping it was trained with, or give the numbers that it was "
                 "trained on. No mapping can be guessed from the dataset."
             )
-        ids = dict(self.label2id)
         folded: dict[str, list[str]] = {}
         for name in ids:
             folded.setdefault(name.casefold(), []).append(name)
@@ -217,6 +235,20 @@ class Labels:
             logger.warning("Labels and the model's label2id differ in case; taken as the same: %s.", pairs)
         return torch.tensor(found, dtype=torch.int64)
 
+    def look_up(self, names: Sequence[Any]) -> list[int]:
+        """Return the ids of one row's labels that are strings.
+
+        Raises:
+            ValueError: If one is no class of the model; the message begins with "its".
+        """
+        ids = self._own_names()
+        if unknown := [name for name in names if name not in ids]:
+            raise ValueError(
+                f"its label {unknown[0]!r} is no class of the model, whose label2id has {_listed(list(ids))}; rename the labels, or set "
+                "`model.config.label2id` to the mapping that the model was trained with"
+            )
+        return [ids[name] for name in names]
+
     def _read_several(self, values: Sequence[Any], first: int) -> Tensor:
         wrong = []
         rows = np.zeros((len(values), self.n_classes or 0), dtype=np.float32)
@@ -239,7 +271,7 @@ class Labels:
 
 
 def labels_of_model(model: PreTrainedModel) -> tuple[tuple[str, int], ...]:
-    """Return a classifier's names of its classes with their ids, in order; nothing where they are LABEL_0 and the like.
+    """Return a classifier's names of its classes with their ids, in order; nothing where they are LABEL_0, LABEL_1, ... in this order.
 
     Raises:
         ValueError: If `id2label` and `label2id` contradict each other.
@@ -247,7 +279,8 @@ def labels_of_model(model: PreTrainedModel) -> tuple[tuple[str, int], ...]:
     config = model.config
     id2label = {int(id): str(name) for id, name in (getattr(config, "id2label", None) or {}).items()}
     label2id = {str(name): int(id) for name, id in (getattr(config, "label2id", None) or {}).items()}
-    known = [names for names in (label2id, {name: id for id, name in id2label.items()}) if names and is_informative(names)]
+    known = [names for names in (label2id, {name: id for id, name in id2label.items()}) if names and not _is_default(names)]
+    known = [names for names in known if is_informative(names)] or known
     if not known:
         return ()
     if len(known) == 2 and known[0] != known[1]:
@@ -260,7 +293,7 @@ def labels_of_model(model: PreTrainedModel) -> tuple[tuple[str, int], ...]:
 
 def is_informative(names: Sequence[str] | Mapping[str, int]) -> bool:
     """Return whether names say what classes are; `LABEL_0`, `class 0`, `0` and the like say nothing."""
-    return not all(re.fullmatch(r"(?:(?:label|class)[\W_]*)?\d+(?:\.0)?", str(name).strip(), re.IGNORECASE) for name in names)
+    return not all(map(_is_number, names))
 
 
 def match_names(names: Sequence[str], label2id: Mapping[str, int]) -> tuple[int, ...] | None:
@@ -282,6 +315,32 @@ def match_names(names: Sequence[str], label2id: Mapping[str, int]) -> tuple[int,
             return None
         found.append(near[0])
     return tuple(found) if len(set(found)) == len(found) else None
+
+
+def match_numbers(names: Sequence[str], label2id: Mapping[str, int]) -> tuple[int, ...] | None:
+    """Return the model's id of each name of a dataset where both are numbers, `LABEL_0` and the like; None if the numbers are others.
+
+    `class_encode_column` sorts numbers as texts: 0, 1, 10, 11, 2.
+    """
+    if not all(map(_is_number, (*names, *label2id))):
+        return None
+    known = {_number(name): id for name, id in label2id.items()}
+    numbers = [_number(name) for name in names]
+    if set(numbers) != set(known) or len(numbers) != len(label2id) or len(known) != len(label2id):
+        return None
+    return tuple(known[number] for number in numbers)
+
+
+def _is_default(label2id: Mapping[str, int]) -> bool:
+    return all(name == f"LABEL_{id}" for name, id in label2id.items())
+
+
+def _is_number(name: Any) -> bool:
+    return re.fullmatch(r"(?:(?:label|class)[\W_]*)?\d+(?:\.0)?", str(name).strip(), re.IGNORECASE) is not None
+
+
+def _number(name: Any) -> int:
+    return int(re.findall(r"\d+", str(name))[0])
 
 
 def _begins(one: str, other: str) -> bool:

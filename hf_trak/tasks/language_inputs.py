@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_trak.tasks.chat import ChatTemplate
-from hf_trak.tasks.columns import is_set_aside
+from hf_trak.tasks.columns import find_whole_text, is_set_aside
 from hf_trak.tasks.decoder_inputs import DecoderInputs
 from hf_trak.tasks.formats import refuse_pairs, refuse_unserved
 from hf_trak.tasks.packing import is_packed, refuse_packed
@@ -21,6 +21,19 @@ if TYPE_CHECKING:
 
 _SOURCES = ("inputs", "input", "inputs_pretokenized", "source", "prompt", "question", "document", "text")
 _TARGETS = ("targets", "target", "targets_pretokenized", "labels", "label", "completion", "output", "answer", "summary")
+# Of a text in parts, which training joins in a way of its own.
+_FURTHER_PARTS = (
+    "context",
+    "contexts",
+    "passage",
+    "paragraph",
+    "instruction",
+    "system",
+    "system_prompt",
+    "choices",
+    "options",
+    "history",
+)
 _TEXT = "text"  # the column that SFTTrainer reads by default
 _MASKS = {
     "assistant": ("assistant_masks",),
@@ -111,6 +124,8 @@ class CausalInputs(TokenInputs):
             return _TEXT
         refuse_pairs(columns, strings)
         strings = [name for name in strings if not is_set_aside(name)]
+        if len(strings) > 1 and (whole := find_whole_text(strings)) is not None:
+            return whole
         if len(strings) != 1:
             raise ValueError(
                 "Expected tokenized rows ('input_ids'), 'messages', 'prompt' and 'completion', or one text column, but the dataset has "
@@ -247,6 +262,11 @@ def _messages(row: Mapping[str, Any], column: str) -> list[Mapping[str, Any]]:
         raise ValueError(
             f"its {column!r} must be a list of messages with 'role' and 'content', but is {str(messages)[:60]}; mend it, or filter it out"
         )
+    for number, turn in enumerate(messages):
+        if turn.get("content") is None and all(value is None for name, value in turn.items() if name not in ("role", "name")):
+            raise ValueError(
+                f"message {number} of its {column!r} ({turn['role']}) has no content (None); fill it in, or filter the row out"
+            )
     return list(messages)
 
 
@@ -308,6 +328,14 @@ class Seq2SeqInputs(TokenInputs):
             raise ValueError(
                 "seq2seq needs tokenized rows ('input_ids' and 'labels'), or a text and a target text, but the dataset has "
                 f"{', '.join(columns)}. Set `text_columns` to the text's column and `label_column` to the target's."
+            )
+        others = [name for name in (*_FURTHER_PARTS, *_SOURCES) if name in strings and name not in (source, target)]
+        if self.text_columns is None and others:
+            raise ValueError(
+                f"The dataset ({', '.join(columns)}) has texts in several columns ({source!r}, {', '.join(map(repr, others))}), and seq2seq "
+                'needs to know how training joined them. Make one of them, such as `dataset.map(lambda row: {"input": '
+                f"f\"{source}: {{row['{source}']}} {others[0]}: {{row['{others[0]}']}}\"}}, remove_columns=[{source!r}, {others[0]!r}])`, or set "
+                f"`text_columns` (--text_columns {source}) if the model was trained on {source!r} alone."
             )
         return source, target  # type: ignore[return-value]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -109,3 +109,12 @@ def extra_columns(names: Sequence[str], accepted: frozenset[str], known: Sequenc
             f"`dataset.remove_columns({wrong[0]!r})`."
         )
     return found
+
+
+def vocabulary_size(model: Any) -> int | None:
+    """Return how many token ids a model has an embedding for; None where ids are not rows of one matrix."""
+    try:
+        embedding = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return embedding.num_embeddings if isinstance(embedding, nn.Embedding) else None

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 _SHOWN = 10
 _ROWS_READ_AGAIN = 16
-_READS = 4
 
 
 def name_rows(rows: Sequence[int] | np.ndarray) -> str:
@@ -89,7 +88,8 @@ def check_repeatable(dataset: Dataset, collate: Callable[[Mapping[str, Sequence[
     """Read some rows several times, in different company, and check that each gives the same batch.
 
     A feature is the gradient of one fixed input. Rows that a random transform draws anew have none: two builds of an index would differ,
-    and so would a row and its query. Sixteen rows are read four times, so that a flip of one image in ten is missed once in a thousand.
+    and so would a row and its query. Sixteen rows are read four times, so that a flip of one image in ten is missed once in a thousand:
+    together, backwards, one by one, and by halves, so that what depends on the rows of a batch shows too.
 
     Args:
         collate (`Callable`): Columns of rows to a batch.
@@ -100,8 +100,9 @@ def check_repeatable(dataset: Dataset, collate: Callable[[Mapping[str, Sequence[
     chosen = sorted(set(np.linspace(0, len(dataset) - 1, min(_ROWS_READ_AGAIN, len(dataset))).astype(int).tolist()))
     first: dict[int, Mapping[str, Any]] = {}
     changed: dict[int, str] = {}
-    for read in range(_READS):
-        order = chosen if read % 2 == 0 else chosen[::-1]
+    half = (len(chosen) + 1) // 2
+    reads = ([chosen], [chosen[::-1]], [[row] for row in chosen], [part for part in (chosen[:half], chosen[half:]) if part])
+    for order in (part for read in reads for part in read):
         rows = dataset[order]
         for place, row in enumerate(order):
             batch = collate({name: values[place : place + 1] for name, values in rows.items()})
@@ -111,7 +112,7 @@ def check_repeatable(dataset: Dataset, collate: Callable[[Mapping[str, Sequence[
     if changed:
         row, name = min(changed.items())
         raise ValueError(
-            f"Rows of this dataset are not the same twice: of {len(chosen)} rows that were read {_READS} times, {len(changed)} changed, "
+            f"Rows of this dataset are not the same twice: of {len(chosen)} rows that were read {len(reads)} times, {len(changed)} changed, "
             f"such as row {row} in {name!r}. A random transform (augmentation, masking), or one that depends on the rows read with it "
             "(padding without an 'attention_mask'), makes a new input at each reading, and features of it mean nothing. Give the dataset "
             "without it: `dataset.with_transform(evaluation_transform)`, `dataset.with_format(None)`, or draw once and keep the result with "

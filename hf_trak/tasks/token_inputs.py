@@ -22,7 +22,7 @@ from hf_trak.tasks.formats import refuse_unserved
 from hf_trak.tasks.further_inputs import as_numbers, further_inputs, is_along, pad_inputs
 from hf_trak.tasks.inputs import Rows
 from hf_trak.tasks.packing import PACKING_COLUMNS, is_packed, packed_positions, pad_positions, refuse_packed
-from hf_trak.tasks.padding import position_limit
+from hf_trak.tasks.padding import position_limit, vocabulary_size
 from hf_trak.tasks.row_faults import Faults
 from hf_trak.tasks.token_outputs import IGNORED
 
@@ -76,6 +76,7 @@ class TokenInputs(abc.ABC):
         skip_unscored (`bool`): Keep rows without any scored token, with a gradient of zero.
         chat_template_kwargs (`dict`, *optional*): Of the chat template.
         decoder (`DecoderInputs`, *optional*): What a decoder reads.
+        vocabulary (`int`, *optional*): Token ids that the model has an embedding for.
         vmapped (`bool`): Whether gradients are taken under `vmap`, where packed rows cannot be served.
     """
 
@@ -94,6 +95,7 @@ class TokenInputs(abc.ABC):
     chat_template_kwargs: Mapping[str, Any] | None = field(default=None, compare=False)
     decoder: DecoderInputs | None = field(default=None, compare=False)
     vmapped: bool = False
+    vocabulary: int | None = None
 
     @classmethod
     def for_model(cls, model: PreTrainedModel, config: TrakConfig) -> TokenInputs:
@@ -113,6 +115,7 @@ class TokenInputs(abc.ABC):
             chat_template_kwargs=json.loads(config.chat_template_kwargs) if config.chat_template_kwargs else None,
             decoder=cls._decoder(model),
             vmapped=config.gradients == "functional",
+            vocabulary=vocabulary_size(model),
         )
 
     @staticmethod
@@ -294,6 +297,11 @@ class TokenInputs(abc.ABC):
         return np.where(kept, labels, IGNORED)
 
     def _check(self, example: Example) -> None:
+        if self.vocabulary is not None and len(wrong := example.ids[(example.ids < 0) | (example.ids >= self.vocabulary)]):
+            raise ValueError(
+                f"its input_ids must lie in 0 to {self.vocabulary - 1}, the model's vocabulary, but one is {wrong[0]}; tokenize with the "
+                "model's own tokenizer"
+            )
         for name, values in (("inputs", example.ids), ("labels", example.labels)):
             if self.positions is not None and len(values) > self.positions and not is_packed(example.positions):
                 raise ValueError(
@@ -385,7 +393,14 @@ class TokenInputs(abc.ABC):
         truncation = options.pop("truncation", True)
         if limit == _NO_LIMIT:
             return processing_class(*texts, **options), 0
-        found = processing_class(*texts, **options, truncation=truncation, max_length=limit)
+        try:
+            found = processing_class(*texts, **options, truncation=truncation, max_length=limit)
+        except Exception as error:  # tokenizers raises nothing more special
+            if "runcation" not in str(error):
+                raise
+            raise ValueError(
+                f"its first text leaves no room for the second within {self._describe_limit(processing_class)}; shorten it, or filter it out"
+            ) from error
         if len(found["input_ids"]) < limit:
             return found, 0
         whole = processing_class(*texts, **options, verbose=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hf_trak.members import Members
 from hf_trak.storage.files import write_folder, write_json
 from hf_trak.storage.snapshots import is_snapshot, refuse_other
+from hf_trak.training.losses import list_unknown_losses_of_run, warning_of_losses
 from hf_trak.training.model_upload import MEMBERS_FOLDER, find_indexes
 from hf_trak.training.snapshots import check_can_save, check_room, discard_snapshot, save_snapshot
 
@@ -22,7 +24,8 @@ class AttributionCallback(TrainerCallback):
 
     Snapshots are ordinary `save_pretrained` folders under `<output_dir>/members`; of a module that is no model of transformers, its
     `state_dict`. Taking them draws no random number: training is the same with and without. What cannot be kept is refused before the
-    first step. Only snapshots are ever replaced or deleted.
+    first step. Only snapshots are ever replaced or deleted. Label smoothing, NEFTune and a loss of the model's own that attribution does
+    not know are told by a warning; a callback cannot see `compute_loss_func` or an overridden `compute_loss`.
 
     Args:
         members (`str`): Which to keep: "final", "epoch:K" for those of the last K epochs, or "steps:[S, ...]".
@@ -31,7 +34,9 @@ class AttributionCallback(TrainerCallback):
         ValueError: If `members` is none of these.
     """
 
-    _uploads_indexes = True  # an AttributionTrainer leaves them out
+    # An AttributionTrainer leaves indexes out of uploads, and tells losses itself: those too that a callback does not see.
+    _uploads_indexes = True
+    _tells_losses = True
 
     def __init__(self, members: str = "final") -> None:
         self.members = Members.parse(members)
@@ -50,6 +55,9 @@ class AttributionCallback(TrainerCallback):
                 f"`members` asks for the weights after step {late[0]}, but the run ends at step {state.max_steps}."
             )
         _check_rows(kwargs.get("train_dataloader"))
+        losses = list_unknown_losses_of_run(args, model) if self._tells_losses and state.is_world_process_zero else []
+        if losses:
+            warnings.warn(warning_of_losses(losses), UserWarning, stacklevel=2)
         if args.push_to_hub:
             self._check_upload(args)
         if not state.is_world_process_zero:

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import Trainer
+from transformers import DataCollatorWithPadding, Trainer, default_data_collator
 
 from hf_trak.tasks import TaskCollator
 
 if TYPE_CHECKING:
     from hf_trak.tasks import Task
+
+
+_STOCK_COLLATORS = (default_data_collator,)
 
 
 def check_training_set(dataset: Any, name: str = "train_dataset") -> None:
@@ -128,6 +131,17 @@ def check_labels(trainer: Trainer, task: Task) -> None:
     Raises:
         ValueError: If attribution turns the dataset's labels into the model's by their names, and training takes them as they are.
     """
+    kind = trainer.train_dataset.features.get(task.label_column)
+    if (
+        task.needs_labels
+        and getattr(kind, "dtype", None) in ("string", "large_string")
+        and not is_transformed(trainer.train_dataset)
+    ):
+        if trainer.data_collator in _STOCK_COLLATORS or isinstance(trainer.data_collator, DataCollatorWithPadding):
+            raise ValueError(
+                f"The labels in {task.label_column!r} are strings, of which the collator of `Trainer` makes no tensor. Map them to "
+                "the model's numbers, for example `dataset.map(lambda row: {'label': model.config.label2id[row['label']]})`."
+            )
     changed = task.translation is not None and list(task.translation) != list(range(len(task.translation)))
     if changed and not isinstance(trainer.data_collator, TaskCollator):
         raise ValueError(

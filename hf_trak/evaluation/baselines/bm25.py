@@ -18,19 +18,21 @@ import numpy as np
 from datasets import Dataset
 from jaxtyping import Float64, Int64
 
-from hf_trak.config import TrakConfig
 from hf_trak.evaluation.baselines.base import Checkpoints, check_scores
+from hf_trak.sources.read_columns import names_read
+from hf_trak.tasks.columns import find_text_columns, is_string
 
 
 @dataclass(frozen=True)
 class BM25:
     """BM25 scores of training texts for query texts, through `bm25s`.
 
-    The texts are the columns named in `config.text_columns`, or all columns of strings, joined. Rows that are only tokenized are
-    compared by their token ids.
+    The texts are the columns that the model reads, joined: those named in `config.text_columns`, or those that its task reads of the training
+    set. Without `checkpoints`, they are found as a text classifier finds them. Rows that are only tokenized are compared by their token
+    ids.
 
     Args:
-        checkpoints (`Checkpoints`, *optional*): Only its `config.text_columns` is looked at.
+        checkpoints (`Checkpoints`, *optional*): Tells which columns are read; the model computes nothing.
         k1, b (`float`): Saturation of a word's count, and how far long texts are held back.
         stopwords (`str`, *optional*): A language code for words not counted, such as `"en"`; none by default.
     """
@@ -44,8 +46,7 @@ class BM25:
         bm25s = _bm25s()
         if len(train) == 0 or len(queries) == 0:
             raise ValueError("There is nothing to score: a dataset is empty.")
-        config = TrakConfig() if self.checkpoints is None else self.checkpoints.config
-        columns = config.text_columns or _text_columns(train)
+        columns = self._columns(train)
         words, query_words = (self._words(bm25s, dataset, columns) for dataset in (train, queries))
         if not any(words):
             raise ValueError("No training text has a word to compare: the texts are empty, or all their words are stop words.")
@@ -57,6 +58,23 @@ class BM25:
             if known:
                 scores[:, column] = retriever.get_scores(known)
         return check_scores(scores, train, queries)
+
+    def _columns(self, train: Dataset) -> tuple[str, ...]:
+        if self.checkpoints is None:
+            return _text_columns(train)
+        if self.checkpoints.config.text_columns:
+            return self.checkpoints.config.text_columns
+        featurizer = self.checkpoints.featurizer(0, sketched=False)
+        featurizer.read_from(train)
+        read: dict[str, Any] = featurizer.task.columns_read(train.features)
+        no_texts = (
+            "image",
+            "tokens",
+            *(("label",) if featurizer.task.needs_labels else ()),
+        )  # others' label may be a target text
+        names = names_read({kind: columns for kind, columns in read.items() if kind not in no_texts})
+        texts = tuple(name for name in names if is_string(train.features[name]))
+        return texts or (("input_ids",) if "tokens" in read else _text_columns(train))
 
     def _words(self, bm25s: Any, dataset: Dataset, columns: tuple[str, ...]) -> list[list[str]]:
         missing = [column for column in columns if column not in dataset.column_names]
@@ -129,10 +147,17 @@ class BM25PlusIndex:
 
 
 def _text_columns(dataset: Dataset) -> tuple[str, ...]:
-    strings = [name for name, kind in dataset.features.items() if getattr(kind, "dtype", None) in ("string", "large_string")]
-    if not strings and "input_ids" not in dataset.column_names:
+    """Return the columns of texts by their names and contents: never identifiers or labels."""
+    is_tokenized = "input_ids" in dataset.column_names
+    if not is_tokenized and not any(map(is_string, dataset.features.values())):
         raise ValueError(f"BM25 compares texts, but the dataset has none: its columns are {', '.join(dataset.column_names)}.")
-    return tuple(strings) or ("input_ids",)
+    label = next((name for name in ("labels", "label") if name in dataset.column_names), None)
+    try:
+        return find_text_columns(dataset.features, label_column=label, dataset=dataset)
+    except ValueError:
+        if is_tokenized:
+            return ("input_ids",)
+        raise
 
 
 def _token_ids(dataset: Dataset) -> list[list[int]]:

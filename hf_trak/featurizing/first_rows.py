@@ -1,0 +1,117 @@
+"""Checks of a model on a first row, before work begins: its own loss is the one assumed, and packed documents are kept apart."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hf_trak.featurizing.batching import read_rows
+from hf_trak.featurizing.collated import to_device
+from hf_trak.gradients.batch import evaluation_mode
+from hf_trak.tasks.packing import PACKING_COLUMNS, check_documents, is_packed, packed_positions
+from hf_trak.tasks.rows import is_transformed
+from hf_trak.tasks.token_inputs import TokenInputs
+from hf_trak.tasks.token_outputs import IGNORED, SpanOutput, TokenOutput
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from hf_trak.featurizing.featurizer import Featurizer
+
+_ROWS = 8  # among which one with a scored token is looked for
+_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}  # relative; of a mean over tokens
+
+
+def check_first_rows(featurizer: Featurizer, dataset: Dataset) -> str | None:
+    """Check a language model on one row of a data set; return a line on its own loss if that is not the one that attribution assumes.
+
+    Raises:
+        ValueError: If rows are packed and the model does not keep documents apart.
+    """
+    if not isinstance(featurizer.task.inputs, TokenInputs):
+        return None
+    packed = next(_packed_rows(dataset), None)
+    if packed is not None:
+        batch = featurizer.collate(read_rows(dataset, [packed]))
+        check_documents(featurizer.model, to_device(batch, featurizer.device))
+    for row in range(min(_ROWS, len(dataset))):
+        batch = to_device(featurizer.collate(read_rows(dataset, [row])), featurizer.device)
+        found = compare_losses(featurizer.model, featurizer.task.output_function, batch)
+        if found is not None:
+            own, assumed = found
+            tolerance = _TOLERANCE.get(next(featurizer.model.parameters()).dtype, 3e-2)
+            if abs(own - assumed) <= tolerance * max(1.0, abs(assumed)):
+                return None
+            return (
+                f"The loss that {type(featurizer.model).__name__} itself computes for row {row} is {own:.6g}, but the mean of −log p over the "
+                f"scored tokens is {assumed:.6g}, which attribution takes for the loss. The model adds something to it, such as the "
+                "load-balancing loss of a mixture of experts (`output_router_logits`), or weighs or shifts tokens in another way. If it was "
+                "trained with its own loss, state that as `task=Task.custom(...)`: docs/custom_tasks.md."
+            )
+    return None
+
+
+@torch.no_grad()
+def compare_losses(model: nn.Module, output_function: Any, batch: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Return a model's own loss of a batch, and the mean of −log p over its scored tokens; None where there is no such loss or token.
+
+    Args:
+        output_function (`Callable`): The task's, which knows how labels belong to logits.
+    """
+    accepted = inspect.signature(model.forward).parameters
+    spans = isinstance(output_function, SpanOutput)
+    names = ("start_positions", "end_positions") if spans else ("labels",)
+    if not isinstance(output_function, (TokenOutput, SpanOutput)) or not set(names) <= set(accepted) or set(names) - set(batch):
+        return None
+    pairs = _scored_labels(output_function, batch, names)
+    if not all(bool((labels != IGNORED).any()) for labels in pairs):
+        return None
+    with evaluation_mode(model), _without_advice():
+        result = model(**batch)
+    if not isinstance(own := getattr(result, "loss", None), Tensor) or own.numel() != 1:
+        return None
+    logits = [result.start_logits, result.end_logits] if spans else [result.logits]
+    losses = [
+        F.cross_entropy(values.double().flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
+        for values, labels in zip(logits, pairs, strict=True)
+    ]
+    return float(own), float(torch.stack(losses).mean())
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Hush what transformers says of choosing a loss: which one it is shows in the number."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _scored_labels(output_function: TokenOutput | SpanOutput, batch: Mapping[str, Any], names: Sequence[str]) -> list[Tensor]:
+    if isinstance(output_function, SpanOutput):
+        return [batch[name] for name in names]
+    labels = batch["labels"]
+    if output_function.shifted:
+        labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], 1)
+    return [labels]
+
+
+def _packed_rows(dataset: Dataset) -> Iterator[int]:
+    """Yield the rows of several documents; of a dataset with a transform, none, since each is looked at when it is read."""
+    names = [name for name in (*PACKING_COLUMNS, "position_ids") if name in dataset.column_names]
+    if not names or "input_ids" not in dataset.column_names or is_transformed(dataset):
+        return
+    for number, row in enumerate(dataset.select_columns(["input_ids", *names])):
+        columns = {name: row[name] for name in names if row[name] is not None}
+        if columns and is_packed(packed_positions(columns, len(row["input_ids"]))):
+            yield number
