@@ -84,7 +84,7 @@ def test_a_frozen_layer_has_the_output_and_the_gradient_of_linear(shape: tuple[i
         result.sin().sum().backward()
     torch.testing.assert_close(results[0], results[1])
     assert ours.grad is not None
-    torch.testing.assert_close(ours.grad, torchs.grad)
+    torch.testing.assert_close(ours.grad, torchs.grad, rtol=1e-5, atol=1e-4)  # sums of 40 numbers of about 5
     assert len(counted) == 2  # forward and backward
 
 

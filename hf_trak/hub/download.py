@@ -52,9 +52,11 @@ class HubIndex:
                 f"{repo_id!r} is neither a folder here nor the name of a dataset repository: there is no such folder. Check the path."
             ) from error
         except (LocalEntryNotFoundError, HfHubHTTPError) as error:
-            raise FileNotFoundError(
-                f"{repo_id!r} is neither a folder here nor a dataset repository within reach: {_reason(error)}"
-            ) from error
+            raise _out_of_reach(repo_id, error) from error
+        except (ValueError, OSError):
+            raise
+        except Exception as error:  # the types of a connection's errors depend on the version of huggingface_hub
+            raise _out_of_reach(repo_id, error) from error
         if not (folder / CONFIG_NAME).is_file():
             raise FileNotFoundError(
                 f"The dataset repository {repo_id!r} holds no {CONFIG_NAME}, so it is not an attribution index."
@@ -89,9 +91,18 @@ class HubIndex:
                 "again."
             ) from error
         except (LocalEntryNotFoundError, HfHubHTTPError) as error:
-            raise FileNotFoundError(
-                f"{name} of {self.repo_id!r} is not in the cache and cannot be fetched: {_reason(error)}"
-            ) from error
+            raise self._not_fetched(name, error) from error
+        except (ValueError, OSError):
+            raise
+        except Exception as error:  # the types of a connection's errors depend on the version of huggingface_hub
+            raise self._not_fetched(name, error) from error
+
+    def _not_fetched(self, name: str, error: Exception) -> FileNotFoundError:
+        return FileNotFoundError(f"{name} of {self.repo_id!r} is not in the cache and cannot be fetched: {_reason(error)}")
+
+
+def _out_of_reach(repo_id: str, error: Exception) -> FileNotFoundError:
+    return FileNotFoundError(f"{repo_id!r} is neither a folder here nor a dataset repository within reach: {_reason(error)}")
 
 
 def _reason(error: Exception) -> str:
