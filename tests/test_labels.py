@@ -104,6 +104,19 @@ def test_beginnings_match_only_where_one_name_begins_so():
     assert is_informative(["LABEL_0", "good"])
 
 
+def test_names_in_a_column_beside_the_numbers_are_compared():
+    texts = ["negative", "positive", "positive", "negative"]
+    dataset = rows([0, 1, 1, 0]).add_column("label_text", texts)
+    with pytest.raises(ValueError, match=r"another order.*0: 'negative', 1: 'positive'.*0: 'POSITIVE', 1: 'NEGATIVE'"):
+        labels(model("POSITIVE", "NEGATIVE"), dataset)
+    assert labels(model("POSITIVE", "NEGATIVE"), dataset, label_mapping="by_name") == [1, 0, 0, 1]
+    assert labels(model("POSITIVE", "NEGATIVE"), dataset, label_mapping="by_id") == [0, 1, 1, 0]
+    for net in (model("NEGATIVE", "POSITIVE"), model(), model("1 star", "5 stars")):
+        assert labels(net, dataset) == [0, 1, 1, 0]
+    noisy = rows([0, 1, 1, 0]).add_column("label_text", ["positive", *texts[1:]])  # says something else
+    assert labels(model("POSITIVE", "NEGATIVE"), noisy) == [0, 1, 1, 0]
+
+
 NUMBERED = [
     str(number) for number in sorted(range(12), key=str)
 ]  # as `class_encode_column` sorts numbers: 0, 1, 10, 11, 2, ...

@@ -118,7 +118,9 @@ class Task:
         if not self.needs_labels:
             return replace(self, inputs=inputs)
         assert label is not None
-        translation = self._labels().of(features[label], label).translation
+        labels, kind = self._labels(), features[label]
+        labels = labels.of(kind, label) if is_transformed(dataset) else labels.of_dataset(dataset, kind, label)
+        translation = labels.translation
         return replace(self, inputs=inputs, label_column=label, translation=translation)
 
     def with_columns(self, *, text_columns: tuple[str, ...] | None, image_column: str | None, label_column: str | None) -> Task:

@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,11 +16,13 @@ from torch import Tensor
 from hf_trak.tasks.rows import name_rows
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
 _SHOWN = 10
+_BESIDE = ("{}_text", "{}_name", "{}_str", "label_text", "label_name")
 _WAYS_OUT = (
     'label_mapping="by_name" (--label_mapping by_name) translates the dataset\'s numbers by these names, label_mapping="by_id" '
     "(--label_mapping by_id) takes the numbers as they are"
@@ -84,6 +87,17 @@ class Labels:
         if found != tuple(range(len(names))):
             raise self._another_order(names, found, column)
         return self
+
+    def of_dataset(self, dataset: Dataset, kind: Any, column: str) -> Labels:
+        """Return these labels for a dataset, whose names may stand in a column beside the numbers, such as `label_text`."""
+        if getattr(kind, "names", None) or self.n_classes is None or self.several or self.mapping == "by_id":
+            return self.of(kind, column)
+        names = find_names_beside(dataset, column)
+        if names is None or len(names) != self.n_classes or not is_informative(names):
+            return self.of(kind, column)
+        if match_names(names, self._own_names()) is None:  # another wording says nothing for sure
+            return self.of(kind, column)
+        return self.of(SimpleNamespace(names=names), column)
 
     def _of_numbers(self, names: Sequence[str] | None, kind: Any, column: str) -> Labels:
         """Return these labels for a dataset whose names, if any, are numbers or `LABEL_0` and the like: a number may name another class."""
@@ -329,6 +343,26 @@ def match_numbers(names: Sequence[str], label2id: Mapping[str, int]) -> tuple[in
     if set(numbers) != set(known) or len(numbers) != len(label2id) or len(known) != len(label2id):
         return None
     return tuple(known[number] for number in numbers)
+
+
+def find_names_beside(dataset: Dataset, column: str) -> list[str] | None:
+    """Return the names of a dataset's classes from a column of texts with one value for each number; None where there is no such column.
+
+    The numbers must be 0, 1, ... without a gap.
+    """
+    if getattr(dataset.features.get(column), "dtype", None) in (None, "string", "large_string"):
+        return None
+    for beside in dict.fromkeys(name.format(column) for name in _BESIDE):
+        if getattr(dataset.features.get(beside), "dtype", None) not in ("string", "large_string"):
+            continue
+        table = dataset.select_columns([column, beside]).with_format("arrow")[:]
+        pairs = table.group_by([column, beside]).aggregate([]).to_pylist()
+        if any(value is None for pair in pairs for value in pair.values()):
+            continue
+        names = {pair[column]: pair[beside] for pair in pairs}
+        if len(names) == len(pairs) == len(set(names.values())) and set(names) == set(range(len(names))):
+            return [names[number] for number in range(len(names))]
+    return None
 
 
 def _is_default(label2id: Mapping[str, int]) -> bool:

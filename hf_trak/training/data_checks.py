@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     from hf_trak.tasks import Task
 
 
-_STOCK_COLLATORS = (default_data_collator,)
-
-
 def check_training_set(dataset: Any, name: str = "train_dataset") -> None:
     """Check that a training set can be attributed to.
 
@@ -132,16 +129,14 @@ def check_labels(trainer: Trainer, task: Task) -> None:
         ValueError: If attribution turns the dataset's labels into the model's by their names, and training takes them as they are.
     """
     kind = trainer.train_dataset.features.get(task.label_column)
-    if (
-        task.needs_labels
-        and getattr(kind, "dtype", None) in ("string", "large_string")
-        and not is_transformed(trainer.train_dataset)
-    ):
-        if trainer.data_collator in _STOCK_COLLATORS or isinstance(trainer.data_collator, DataCollatorWithPadding):
-            raise ValueError(
-                f"The labels in {task.label_column!r} are strings, of which the collator of `Trainer` makes no tensor. Map them to "
-                "the model's numbers, for example `dataset.map(lambda row: {'label': model.config.label2id[row['label']]})`."
-            )
+    are_strings = task.needs_labels and getattr(kind, "dtype", None) in ("string", "large_string")
+    collator = trainer.data_collator
+    makes_tensors = collator is default_data_collator or isinstance(collator, DataCollatorWithPadding)
+    if are_strings and makes_tensors and not is_transformed(trainer.train_dataset):
+        raise ValueError(
+            f"The labels in {task.label_column!r} are strings, of which the collator of `Trainer` makes no tensor. Map them to the model's "
+            f"numbers, for example `dataset.map(lambda row: {{'label': model.config.label2id[row[{task.label_column!r}]]}})`."
+        )
     changed = task.translation is not None and list(task.translation) != list(range(len(task.translation)))
     if changed and not isinstance(trainer.data_collator, TaskCollator):
         raise ValueError(
