@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Value, load_dataset
+from datasets import ClassLabel, Dataset, Features, load_dataset
 from datasets_for_tests import image_rows, save_model, token_rows
 from models import N_CLASSES, make_model
 from reference import label_suspicion

@@ -12,10 +12,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from hf_trak.hashing import hash_json
 from hf_trak.storage.object_store import ObjectPath
 
 TEMPORARY = ".tmp"  # ends the names of files that are not whole
 
+_SEAL = "sha256"
 _LARGEST_JSON = 64 << 20
 _KINDS: dict[type, str] = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
 _TEMPORARY_NAME = re.compile(rf"\.(?P<name>.+)\.(?P<host>[^.]+)\.(?P<process>\d+){re.escape(TEMPORARY)}")
@@ -72,6 +74,23 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 def write_json_once(path: Path, value: dict[str, Any]) -> bool:
     """Write a JSON file as [`write_once`] does, and return whether it was written here."""
     return write_once(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n"))
+
+
+def write_sealed(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON file atomically, with a hash of its content, which [`read_sealed`] checks."""
+    write_json(path, {**value, _SEAL: hash_json(value)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Read a JSON file that [`write_sealed`] wrote.
+
+    Raises:
+        ValueError: If it is damaged, or has been changed since.
+    """
+    value = read_json(path)
+    if value.pop(_SEAL, None) != hash_json(value):
+        raise _damaged_json(path, "it has been changed since it was written")
+    return value
 
 
 def read_jsons(folder: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
