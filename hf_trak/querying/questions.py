@@ -82,7 +82,8 @@ class Questions:
                 from those of the bank; or "caption", how the caption tells its image.
             reference_rescale (`bool`): Only to reproduce MadryLab/trak's numbers, with `damping=0, out_to_loss_power=1`.
             output_file (`str` or `Path`, *optional*): A `.npy` file to memory-map the result to. Room for it is reserved before work
-                begins, and it appears under its name when it is whole. Without it, results above 1 GiB, or
+                begins, and it appears under its name when it is whole. Stopped at any moment, the same call goes on where it stopped
+                (of one process). Without it, results above 1 GiB, or
                 above what `max_memory` leaves, are mapped to a temporary file that vanishes with the array. Several processes fill
                 one file together; without a file, each computes all.
             max_memory (`int` or `str`, *optional*): Bytes that solving and scoring may take, such as "2GB", beside the model and

@@ -257,19 +257,32 @@ def advise(error: OSError, path: Path) -> str | None:
     return None
 
 
-def remove_leftovers(folder: Path, is_ours: Callable[[str], bool], *, shared: bool) -> None:
+def ended_temporaries(path: Path) -> list[Path]:
+    """Return the temporary files of one file that processes of this machine left which are not there now, or this one did."""
+    found = []
+    for temporary in path.parent.glob(f".*{TEMPORARY}"):
+        parts = _TEMPORARY_NAME.fullmatch(temporary.name)
+        if parts is None or parts["name"] != path.name or parts["host"] != _host() or not temporary.is_file():
+            continue
+        if not temporary.is_symlink() and not is_running(int(parts["process"])):
+            found.append(temporary)
+    return sorted(found)
+
+
+def remove_leftovers(folder: Path, is_ours: Callable[[str], bool], *, shared: bool, keep: Sequence[Path] = ()) -> None:
     """Remove the temporary files of processes that were killed while writing.
 
     Args:
         is_ours (`Callable`): Given the name that the whole file would have had, whether such a file is written here. Other temporary
             files are left alone.
         shared (`bool`): Other processes may be writing here: what may be theirs is left alone.
+        keep (`Sequence[Path]`): Temporary files that are left alone.
     """
     if isinstance(folder, ObjectPath):
         return  # what is not whole has no name there
     for temporary in folder.glob(f".*{TEMPORARY}"):
         found = _TEMPORARY_NAME.fullmatch(temporary.name)
-        if found is None or not is_ours(found["name"]) or not temporary.is_file():
+        if found is None or not is_ours(found["name"]) or not temporary.is_file() or temporary in keep:
             continue
         is_written = is_running(int(found["process"])) if found["host"] == _host() else shared
         if not is_written:
