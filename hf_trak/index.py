@@ -287,6 +287,10 @@ class AttributionIndex(Questions, HubMixin):
     def _record_damping(self) -> None:
         """Choose λ where it is to be chosen, and keep the choice and its curve with the index."""
         stored = self.folder / DAMPING_NAME
+        try:
+            DampingChoice.load(self.folder, self.members)
+        except ValueError:
+            remove_file(stored)  # damaged: it is computed again
         choice = self.damping_choice() if self.config.damping == "auto" else None
         if choice is None:
             for path in (stored, self.folder / CURVE_NAME):

@@ -74,7 +74,8 @@ def main(args: JobArguments, setting: Setting, recipe: Recipe) -> None:
     prepared = prepare(setting, **options)
     jobs = make_jobs(args, recipe, prepared, state)  # refuses a folder of something else before anything is written
     if not setting.on_demand:
-        prepared.save_data(Path(args.output) / "data", overwrite=args.overwrite)
+        with state.main_process_first():
+            prepared.save_data(Path(args.output) / "data", overwrite=args.overwrite)
     for job in jobs.values():
         job.work(
             prepared.make_model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def store_index(
     n_rows, proj_dim = members[0][0].shape
     config = TrakConfig(task="text-classification", proj_dim=proj_dim, dtype=dtype)
     config.save_pretrained(folder)
+    drawn = hashlib.sha256(b"".join(part.tobytes() for member in members for part in member)).hexdigest()
     for number, (features, out_to_loss) in enumerate(members):
         identity = {
             "task": config.task,
@@ -37,7 +39,7 @@ def store_index(
             "model_class": "Model",
             "parameters": {},
             "model_sha256": str(number),
-            "dataset": {"sha256": "drawn", "columns": {}, "label_names": None},
+            "dataset": {"sha256": drawn, "columns": {}, "label_names": None},
             "config": config.identity(),
         }
         writer = MemberWriter(folder / f"member_{number}", identity=identity, n_rows=n_rows, shard_rows=shard_rows)

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -412,3 +414,55 @@ def test_columns_that_cannot_be_kept_are_refused_before_anything_is_written(mode
     with pytest.raises(ValueError, match=message):
         build(tmp_path / "index", model, rows, keep_columns=columns, config=TrakConfig(proj_dim=16, text_columns="text"))
     assert not (tmp_path / "index").exists()
+
+
+def custom_task(weights, skipped="a"):
+    def output(model, batch):
+        words = {"a", "b", "c", "d", "e", "f", "g"}
+        logits = model(input_ids=batch["input_ids"]).logits
+        return (logits * weights).sum(1) + (1 if skipped in words else 0)
+
+    def collate(rows):
+        import torch
+
+        return {"input_ids": torch.tensor([[1 + len(row["text"]) % 7, 2] for row in rows])}
+
+    return Task.custom(output, collator=collate, name="weighted")
+
+
+def test_custom_tasks_of_one_name_are_told_apart_by_the_tensors_and_the_code_of_queries(model, tmp_path):
+    import torch
+
+    weights = torch.ones(N_CLASSES)
+    rows = text_rows(8)
+    index = build(tmp_path / "index", model, rows, task=custom_task(weights))
+    assert index.n_rows == build(tmp_path / "index", model, rows, task=custom_task(torch.ones(N_CLASSES))).n_rows
+    other = custom_task(2 * weights)
+    with pytest.raises(ValueError, match=r"dataset\.task_code: .* there, .* here"):
+        build(tmp_path / "index", model, rows, task=other)
+    asked = AttributionIndex.from_pretrained(tmp_path / "index", task=other)
+    with pytest.raises(ValueError, match="task_code: "):
+        asked.attribute(rows, progress=False)
+    assert (
+        len(AttributionIndex.from_pretrained(tmp_path / "index", task=custom_task(weights)).attribute(rows, progress=False))
+        == 8
+    )
+
+
+def test_the_code_of_a_task_is_the_same_in_every_process():
+    script = (
+        "from hf_trak.sources.transforms import hash_callable\n"
+        "def f(x): return x in {'a', 'b', 'c', 'd', 'e', 'f'} and x not in {1.5, ('u', 'v'), b'w'}\n"
+        "print(hash_callable(f))"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "PYTHONHASHSEED": str(seed)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in range(3)
+    }
+    assert len(found) == 1

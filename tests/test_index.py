@@ -322,7 +322,7 @@ def test_a_future_format_is_refused(index):
 def test_what_is_no_index_is_refused(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="holds no trak_config.json"):
         AttributionIndex.from_pretrained(tmp_path)
-    with pytest.raises(FileNotFoundError, match="neither a folder here nor a dataset repository"):
+    with pytest.raises(FileNotFoundError, match="neither a folder here nor the name of a dataset repository"):
         AttributionIndex.from_pretrained(str(tmp_path / "nowhere"))
     CONFIG.save_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="holds no finished member"):
@@ -366,7 +366,7 @@ def test_an_empty_dataset_is_refused_and_leaves_nothing(tmp_path, checkpoints, b
 
 def test_labels_the_model_does_not_have_are_refused_before_anything_is_written(tmp_path, checkpoints):
     wrong = TRAIN.map(lambda row, i: {"label": 7 if i in (3, 4) else row["label"]}, with_indices=True)
-    with pytest.raises(ValueError, match="0 to 2, the model's 3 classes, but 2 of 50 do not: 7 at row 3"):
+    with pytest.raises(ValueError, match="0 to 2, the model's 3 classes, but 2 of 50 do not: 7 in rows 3, 4"):
         build(tmp_path / "index", checkpoints, dataset=wrong)
     assert not (tmp_path / "index").exists()
 

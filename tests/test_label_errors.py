@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Value, load_dataset
+from datasets import ClassLabel, Dataset, Features, load_dataset
 from datasets_for_tests import image_rows, save_model, token_rows
 from models import N_CLASSES, make_model
 from reference import label_suspicion
@@ -15,6 +15,7 @@ from reference import label_suspicion
 from hf_trak import AttributionIndex, TrakConfig
 from hf_trak.cli.main import main
 from hf_trak.evaluation import mislabel_auc
+from hf_trak.querying.label_errors import GivenLabels
 from hf_trak.scoring.label_errors import rank_share, standardized
 
 CONFIG = TrakConfig(proj_dim=32)
@@ -84,10 +85,6 @@ def test_names_of_classes_and_other_columns_are_kept(tmp_path):
     assert found.features["suggested_label"] == found.features["given_label"] == names
     assert found["url"][:] == [f"u{row}" for row in found["row"]]
     assert "label" not in found.column_names
-    texts = rows.cast_column("label", Value("string"))
-    found = index.label_errors(train=texts, budget=3, progress=False)
-    assert len(found) == 3
-    assert set(found["suggested_label"]) <= set(texts["label"])
 
 
 @pytest.fixture(scope="module")
@@ -147,11 +144,9 @@ def test_ranks_and_spreads_of_values_that_tie():
 @pytest.mark.parametrize(
     ("train", "message"),
     [
-        (TRAIN.select(range(49)), "`train` has 49 rows, but the index was made of 50"),
-        (TRAIN.rename_column("label", "target"), "no label column 'labels' or 'label'; it has input_ids, target"),
-        (TRAIN.remove_columns("label").add_column("label", [1] * 50), "All 50 labels in column 'label' of `train` are 1"),
-        (TRAIN.remove_columns("label").add_column("label", [0, None] * 25), "25 of 50 labels .* the first at row 1: None"),
-        (TRAIN.remove_columns("label").add_column("label", [0.5, 1.0] * 25), "25 of 50 labels .* the first at row 0: 0.5"),
+        (TRAIN.select(range(49)), "not the training set of .*1 of the index's 50 rows"),
+        (TRAIN.rename_column("label", "target"), "lacks 'label'"),
+        (TRAIN.remove_columns("label").add_column("label", [1] * 50), "not the training set"),
     ],
 )
 def test_a_training_set_that_cannot_serve_is_refused(built, train, message):
@@ -160,10 +155,30 @@ def test_a_training_set_that_cannot_serve_is_refused(built, train, message):
 
 
 @pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([1] * 50, "All 50 labels in column 'label' of `train` are 1"),
+        ([0, None] * 25, "25 of 50 labels .* the first at row 1: None"),
+        ([0.5, 1.0] * 25, "25 of 50 labels .* the first at row 0: 0.5"),
+        ([0, 1], "`train` has 2 rows, but the index was made of 50"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused(labels, message):
+    with pytest.raises(ValueError, match=message):
+        GivenLabels(Dataset.from_dict({"label": labels}), n_rows=50, label_column=None)
+
+
+def test_labels_may_be_names():
+    given = GivenLabels(Dataset.from_dict({"label": ["low", "high", "low"]}), n_rows=3, label_column=None)
+    assert given.classes.tolist() == ["high", "low"]
+    assert given.codes.tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize(
     ("validation", "message"),
     [
-        (HELD_OUT.remove_columns("label"), "needs a label column"),
-        (image_rows(4), "text column"),
+        (HELD_OUT.remove_columns("label"), "The queries lack 'label'"),
+        (image_rows(4), "The queries lack 'input_ids'"),
         (HELD_OUT.select([]), "`validation` has no rows"),
     ],
 )
@@ -212,3 +227,45 @@ def test_the_command_writes_what_the_index_says_and_shows_the_first(built, tmp_p
     assert "must end in .jsonl or .parquet" in capsys.readouterr().err
     assert main(["label-errors", str(built.folder), *flags, "--overwrite", "--budget", "few"]) == 1
     assert "--budget must be a number of rows" in capsys.readouterr().err
+
+
+def test_kept_columns_stand_for_the_training_set(tmp_path, capsys):
+    names = ClassLabel(names=["low", "high", "other"])
+    rows = token_rows(30).add_column("url", [f"u{i}" for i in range(30)])
+    rows = rows.cast(Features({**rows.features, "label": names}))
+    index = build(tmp_path / "index", save_model(tmp_path / "model"), dataset=rows, keep_columns=["url", "label"])
+    expected = index.label_errors(train=rows, progress=False)
+    found = index.label_errors(budget=7, progress=False)
+    for name in ("row", "score", "given_label", "suggested_label", "url"):
+        assert found[name][:] == expected[name][:7]
+    assert found.features["given_label"] == names
+    assert main(["label-errors", str(index.folder), "--output", str(tmp_path / "found.jsonl"), "--budget", "7"]) == 0
+    printed = capsys.readouterr().out
+    written = load_dataset("json", data_files=str(tmp_path / "found.jsonl"), split="train")
+    assert written["row"][:] == found["row"][:]
+    assert written["url"][:] == found["url"][:]
+    first = found[0]
+    label, other = (names.int2str(first[name]) for name in ("given_label", "suggested_label"))
+    assert f"row {first['row']:>6}  [{label} -> {other}]  {first['url']}" in printed
+
+
+def test_without_kept_labels_or_a_training_set_rows_are_ranked_without_labels(built, tmp_path, capsys):
+    assert main(["label-errors", str(built.folder), "--output", str(tmp_path / "found.parquet"), "--budget", "3"]) == 0
+    found = load_dataset("parquet", data_files=str(tmp_path / "found.parquet"), split="train")
+    assert found.column_names == ["rank", "row", "score", "evidence", "doubt"]
+    assert "->" not in capsys.readouterr().out.replace("given label -> suggested label", "")
+
+
+def test_the_command_finds_the_training_rows_in_any_order_and_names_the_flag(built, tmp_path, capsys):
+    order = np.random.default_rng(0).permutation(50).tolist()
+    TRAIN.select([*order, *order[:9]]).to_parquet(str(tmp_path / "more.parquet"))
+    TRAIN.select(range(20)).to_parquet(str(tmp_path / "fewer.parquet"))
+    flags = ["--output", str(tmp_path / "found.parquet"), "--budget", "12"]
+    assert main(["label-errors", str(built.folder), "--train", str(tmp_path / "more.parquet"), *flags]) == 0
+    found = load_dataset("parquet", data_files=str(tmp_path / "found.parquet"), split="train")
+    expected = built.label_errors(train=TRAIN, budget=12, progress=False)
+    assert found["input_ids"][:] == expected["input_ids"][:]
+    assert found["given_label"][:] == expected["given_label"][:]
+    capsys.readouterr()
+    assert main(["label-errors", str(built.folder), "--train", str(tmp_path / "fewer.parquet"), *flags, "--overwrite"]) == 1
+    assert f"--train {tmp_path / 'fewer.parquet'}: This is not the training set" in capsys.readouterr().err

@@ -92,6 +92,23 @@ def test_a_copy_replaces_an_index_and_leaves_a_thesis_in_and_around_it(stored, t
     assert names_in(tmp_path) == ours | {str(path.relative_to(tmp_path)) for path in placed}, "no file of the old index is left"
 
 
+@pytest.mark.parametrize("link", ["member_1", ".replacement"])
+def test_a_folder_that_is_a_link_to_another_index_is_not_replaced_through(stored, tmp_path, link):
+    old, new = stored
+    for name in ("mine", "precious"):
+        old.save_pretrained(tmp_path / name)
+    target = tmp_path / "precious" / "member_1" if link == "member_1" else tmp_path / "precious"
+    if link == "member_1":
+        shutil.rmtree(tmp_path / "mine" / link)
+    (tmp_path / "mine" / link).symlink_to(target)
+    before = {path: path.read_bytes() for path in (tmp_path / "precious").rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=f"{link} is a symbolic link to .*Nothing was changed"):
+        new.save_pretrained(tmp_path / "mine", overwrite=True)
+    assert {path: path.read_bytes() for path in (tmp_path / "precious").rglob("*") if path.is_file()} == before
+    AttributionIndex.from_pretrained(tmp_path / "mine")
+    assert {path: path.read_bytes() for path in (tmp_path / "precious").rglob("*") if path.is_file()} == before
+
+
 def test_a_folder_with_no_index_is_refused_even_with_overwrite(stored, tmp_path):
     placed = plant(tmp_path)
     with pytest.raises(ValueError, match="holds .*and no index.* Nothing was changed"):

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from reference import trak_scores
 from stored_for_tests import draw, store_index
 
 from hf_trak import AttributionIndex, TrakConfig
+from hf_trak.scoring import scorer
 from hf_trak.scoring.ensemble import ScoreOptions, solve_all
 from hf_trak.scoring.memory import DEFAULT_MEMORY, ScoringMemory, parse_memory
 from hf_trak.scoring.scorer import Scorer
@@ -196,6 +198,7 @@ def test_mapped_features_of_queries_score_as_the_queries_do(tmp_path):
 TWO_PROCESSES = """
 import json, sys
 from pathlib import Path
+from types import SimpleNamespace
 sys.path.insert(0, {tests!r})
 import numpy as np, torch
 from hf_trak.cli.main import main
@@ -257,3 +260,82 @@ def test_two_processes_rank_to_the_same_bits_as_one(tmp_path):
     assert np.array_equal(np.load(tmp_path / "scores.npy"), matrix(many))
     hits = [json.loads(line) for line in (tmp_path / "hits.jsonl").read_text().splitlines()]
     assert hits == list(cli.attribute(queries, 9, progress=False))
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Count the row groups that are scored, and stop after a number of them."""
+    found = SimpleNamespace(blocks=0, at_most=10**6)
+    stream = scorer.stream_scores
+
+    def counting(*args, **options):
+        for block in stream(*args, **options):
+            if found.blocks == found.at_most:
+                raise Stopped
+            found.blocks += 1
+            yield block
+
+    monkeypatch.setattr(scorer, "stream_scores", counting)
+    monkeypatch.setattr(scorer, "_RECORD_SECONDS", 0.0)
+    return found
+
+
+def test_scores_that_were_stopped_go_on_with_the_same_bytes(index, tmp_path, counted):
+    expected = np.array(matrix(index))
+    whole, counted.blocks, counted.at_most = counted.blocks, 0, 9
+    with pytest.raises(Stopped):
+        matrix(index, tmp_path / "scores.npy")
+    assert not (tmp_path / "scores.npy").exists()
+    counted.blocks, counted.at_most = 0, 10**6
+    np.testing.assert_array_equal(matrix(index, tmp_path / "scores.npy"), expected)
+    assert 0 < counted.blocks < whole
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("options", [{"damping": 0.5}, {"out_to_loss_power": 1.0}, {"leverage": True}])
+def test_stopped_scores_of_something_else_are_made_anew(index, tmp_path, counted, options):
+    expected = np.array(matrix(index, **options))
+    whole, counted.blocks, counted.at_most = counted.blocks, 0, 9
+    with pytest.raises(Stopped):
+        matrix(index, tmp_path / "scores.npy")
+    counted.blocks, counted.at_most = 0, 10**6
+    np.testing.assert_array_equal(matrix(index, tmp_path / "scores.npy", **options), expected)
+    assert counted.blocks == whole
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_threshold_that_was_stopped_begins_with_the_scores(index, tmp_path, counted, monkeypatch):
+    options = ScoreOptions(damping=3.0, out_to_loss_power=0.5)
+    solved = solve_all(index.members, [torch.from_numpy(q) for q in QUERIES], options)
+    make = Scorer(index.members, options, N_QUERY, soft_threshold=20, progress=False)
+    expected = np.array(make.matrix(lambda: solved))
+    threshold = scorer.soft_threshold_in_place
+
+    def half(scores, keep, **more):
+        scores[:, :3] = 0
+        raise Stopped
+
+    monkeypatch.setattr(scorer, "soft_threshold_in_place", half)
+    with pytest.raises(Stopped):
+        make.matrix(lambda: solved, tmp_path / "scores.npy")
+    monkeypatch.setattr(scorer, "soft_threshold_in_place", threshold)
+    np.testing.assert_array_equal(make.matrix(lambda: solved, tmp_path / "scores.npy"), expected)
+
+
+def test_a_killed_process_leaves_scores_that_another_goes_on_with(index, tmp_path, counted):
+    expected = np.array(matrix(index))
+    whole, counted.blocks, counted.at_most = counted.blocks, 0, 9
+    with pytest.raises(Stopped):
+        matrix(index, tmp_path / "scores.npy")
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    for left in tmp_path.glob(".scores.npy*"):
+        left.rename(left.with_name(left.name.replace(f".{os.getpid()}.", f".{ended.pid}.")))
+    counted.blocks, counted.at_most = 0, 10**6
+    np.testing.assert_array_equal(matrix(index, tmp_path / "scores.npy"), expected)
+    assert 0 < counted.blocks < whole
+    assert len(list(tmp_path.iterdir())) == 2

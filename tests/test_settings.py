@@ -312,9 +312,19 @@ def test_processes_that_do_not_know_each_other_are_refused(script, monkeypatch):
         script.check_processes(SimpleNamespace(num_processes=1))
 
 
-def test_data_of_another_setting_is_replaced_only_when_asked(image_folder, tmp_path):
-    prepare(IMAGES, data_folder=image_folder).save_data(tmp_path)
-    other = prepare(replace(IMAGES, n_train=7), data_folder=image_folder)
-    for overwrite, expected in ((False, 12), (True, 7)):
-        other.save_data(tmp_path, overwrite=overwrite)
-        assert len(Dataset.from_parquet(str(tmp_path / "train.parquet"))) == expected
+def test_data_of_another_setting_is_set_aside_only_when_asked_and_never_deleted(image_folder, tmp_path):
+    first, other = (prepare(setting, data_folder=image_folder) for setting in (IMAGES, replace(IMAGES, n_train=7)))
+    first.save_data(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    first.save_data(tmp_path, overwrite=True)  # the same rows: nothing is set aside
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match=r"train.parquet holds other rows than these.*--overwrite"):
+        other.save_data(tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    other.save_data(tmp_path, overwrite=True)
+    assert len(Dataset.from_parquet(str(tmp_path / "train.parquet"))) == 7
+    assert (tmp_path / "replaced-1" / "train.parquet").read_bytes() == before["train.parquet"]
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+    (tmp_path / "queries.parquet").write_text("a thesis under that name")
+    other.save_data(tmp_path, overwrite=True)
+    assert (tmp_path / "replaced-2" / "queries.parquet").read_text() == "a thesis under that name"

@@ -17,6 +17,7 @@ from stored_for_tests import draw, store_index
 from hf_trak import AttributionIndex, TrakConfig
 from hf_trak.cli.main import main
 from hf_trak.hashing import hash_file
+from hf_trak.scoring.damping import DampingChoice
 from hf_trak.storage import verified
 from hf_trak.storage.files import read_json
 from hf_trak.storage.member_writer import MemberWriter
@@ -350,3 +351,81 @@ def test_a_finished_index_on_a_read_only_disk_is_returned_and_nothing_is_written
         assert contents(disk) == before
     finally:
         subprocess.run(["umount", "-l", str(disk)], capture_output=True)
+
+
+LIST, CONFIG = "member_0/member.json", "trak_config.json"
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        (LIST, lambda text: text[:300]),
+        (LIST, lambda text: b""),
+        (LIST, lambda text: text.replace(b'"sha256": "', b'"sha256": "x', 3)),
+        (LIST, None),
+        (CONFIG, lambda text: text[:-40]),
+        (CONFIG, lambda text: text.replace(b'"seed": 0', b'"seed": 4')),
+        (CONFIG, lambda text: text.replace(b'"damping": "auto"', b'"damping": "outo"')),
+        (CONFIG, None),
+        ("damping.json", lambda text: b'{"damping": 1e9, "grid": [1e9], "curve": [1.0]}'),
+    ],
+)
+def test_a_damaged_description_is_mended_by_the_same_command_without_featurizing(model, tmp_path, monkeypatch, name, damage):
+    folder = tmp_path / "index"
+    build(folder, model)
+    expected = contents(folder)
+    if damage is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(damage((folder / name).read_bytes() if (folder / name).exists() else b""))
+        with pytest.raises(ValueError, match=Path(name).name if name != CONFIG else CONFIG + "|does not belong"):
+            AttributionIndex.from_pretrained(folder).damping_choice()
+    written = []
+    write = MemberWriter.write
+    monkeypatch.setattr(
+        MemberWriter, "write", lambda self, shard, columns: written.append(shard) or write(self, shard, columns)
+    )
+    build(folder, model)
+    assert written == []
+    assert contents(folder) == expected
+
+
+def test_of_a_member_without_its_list_damaged_rows_are_made_again(model, tmp_path, monkeypatch):
+    folder = tmp_path / "index"
+    build(folder, model)
+    expected = contents(folder)
+    (folder / LIST).write_bytes(b"{")
+    path = folder / sorted(name for name in expected if name.endswith(".parquet"))[1]
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    path.write_bytes(content)
+    written = []
+    write = MemberWriter.write
+    monkeypatch.setattr(
+        MemberWriter, "write", lambda self, shard, columns: written.append(shard) or write(self, shard, columns)
+    )
+    build(folder, model)
+    assert written == [1]
+    assert contents(folder) == expected
+
+
+def test_a_damaged_list_of_another_index_is_not_taken_over(model, tmp_path):
+    folder = tmp_path / "index"
+    build(folder, model)
+    (folder / LIST).write_bytes(b"{")
+    before = contents(folder)
+    rows = token_rows(22, seed=9)
+    with pytest.raises(ValueError, match="member.json is damaged"):
+        AttributionIndex.build(
+            folder, models=model, dataset=rows, config=TrakConfig(proj_dim=8), shard_rows=SHARD_ROWS, progress=False
+        )
+    assert contents(folder) == before
+
+
+def test_a_changed_choice_of_damping_is_refused(tmp_path):
+    choice = DampingChoice(3.0, (1.0, 3.0), (0.1, 0.2), 4, 10, "none")
+    choice.save(tmp_path)
+    path = tmp_path / "damping.json"
+    path.write_text(path.read_text().replace("3.0", "8.0", 1))
+    with pytest.raises(ValueError, match="damping.json is damaged: .*changed since it was written"):
+        DampingChoice.load(tmp_path, [])

@@ -26,7 +26,7 @@ from hf_trak.sources.checkpoints import check_is_checkpoint
 from hf_trak.storage.differences import list_differences
 from hf_trak.storage.files import read_json, remove_leftovers, write_folder, write_json, write_json_once
 from hf_trak.storage.layout import is_index_name, member_folders
-from hf_trak.storage.member_writer import replace_members
+from hf_trak.storage.member_writer import recorded_identity, replace_members
 from hf_trak.storage.replacing import (
     begin_replacement,
     drop_replacement,
@@ -62,6 +62,8 @@ def begin_index(folder: Path, config: TrakConfig, n_members: int, *, overwrite: 
     remove_leftovers(folder, is_index_name, shared=shared)
     if not foreign_names(folder) and write_json_once(folder / CONFIG_NAME, config.to_dict()):
         return
+    if not shared:
+        _mend_config(folder, config)
     if not holds_index(folder):
         raise ValueError(
             f"{folder} is not empty and holds no {CONFIG_NAME} of an index; choose another folder. What is there is never replaced."
@@ -85,6 +87,27 @@ def begin_index(folder: Path, config: TrakConfig, n_members: int, *, overwrite: 
             drop_replacement(folder)  # of another index, or of none
     if not shared and read_json(folder / CONFIG_NAME) != config.to_dict():
         write_json(folder / CONFIG_NAME, config.to_dict())
+
+
+def _mend_config(folder: Path, config: TrakConfig) -> None:
+    """Write the configuration of the index in `folder` again if it is damaged or lost, and all members are of this one."""
+    members = member_folders(folder)
+    try:
+        if TrakConfig.from_pretrained(folder).identity() == config.identity():
+            return
+    except (ValueError, FileNotFoundError):
+        pass
+    if members and all(_config_of(member) == config.identity() for member in members):
+        write_json(folder / CONFIG_NAME, config.to_dict())
+
+
+def _config_of(member: Path) -> dict[str, Any] | None:
+    """Return the part of the configuration that decides a member's rows, as the member has it; None if it does not tell."""
+    try:
+        found = recorded_identity(member)
+    except ValueError:
+        return None
+    return None if found is None else found.get("config")
 
 
 def _differences(config: TrakConfig, folder: Path) -> list[str]:

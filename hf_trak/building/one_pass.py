@@ -193,7 +193,10 @@ def _with_recorded_libraries(member: Path, identity: dict[str, Any]) -> dict[str
     """
     if not (member / MEMBER_NAME).exists():
         return identity
-    recorded = read_json(member / MEMBER_NAME).get("identity", {})
+    try:
+        recorded = read_json(member / MEMBER_NAME).get("identity", {})
+    except ValueError:  # damaged: the writer goes by the shards, or refuses
+        return identity
     if not isinstance(recorded, dict) or any(
         recorded.get(key) != value for key, value in identity.items() if key != "libraries"
     ):

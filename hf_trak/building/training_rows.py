@@ -11,13 +11,13 @@ import pyarrow as pa
 from jaxtyping import UInt8
 
 from hf_trak.config import TrakConfig
+from hf_trak.featurizing.descriptions import describe_task_code
 from hf_trak.sources.kept_columns import check_kept, take_kept
 from hf_trak.sources.read_columns import columns_to_digest, file_columns, in_order, label_names
 from hf_trak.sources.row_digests import digest_rows, hash_digests, spell_digests
-from hf_trak.sources.transforms import describe_transform, hash_callable
+from hf_trak.sources.transforms import describe_transform
 from hf_trak.storage.columns import ROW_DIGEST
 from hf_trak.tasks import Task
-from hf_trak.tasks.inputs import CustomInputs
 from hf_trak.tasks.rows import features_of
 
 if TYPE_CHECKING:
@@ -61,8 +61,7 @@ class TrainingRows:
             described["transform"] = transform
         if task.translation is not None:
             described["label_translation"] = list(task.translation)
-        if isinstance(task.inputs, CustomInputs):
-            described["task_code"] = hash_callable(task.output_function, task.inputs.collator)
+        described |= describe_task_code(task)
         digests = digest_rows(dataset, digested, file_columns=file_columns(features, columns))
         return cls(dataset, columns, label_names(features, columns), digested, digests, described, kept)
 

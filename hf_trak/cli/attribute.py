@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,7 @@ from hf_trak.cli.parsing import Collect, make_parser, parse, rows_at_a_time
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from hf_trak.cli.hit_blocks import HitBlocks
     from hf_trak.cli.language_rows import LanguageRows
     from hf_trak.index import AttributionIndex
 
@@ -119,14 +122,18 @@ def run(args: AttributeArguments) -> None:
     damping = None if args.damping is None else replace(index.config, damping=args.damping).damping  # type: ignore[arg-type]
     options: dict[str, Any] = {"damping": damping, "direction": args.direction, "batch_size": batch_size}
     options.update(max_memory=args.max_memory, progress=first)
+    ask, blocks = _asking(args, index, queries, output, options)
     if not first:  # processes share the ranking; one writes
-        index.attribute(queries, args.top_k, **options)
+        ask()
         return
-    n_bytes = most_bytes(len(queries), min(args.top_k, index.n_rows), index.n_rows)
+    kept = index.kept_rows.mean_bytes if output.suffix == ".parquet" else index.kept_rows.mean_bytes_as_text
+    n_bytes = most_bytes(len(queries), min(args.top_k, index.n_rows), index.n_rows, kept=kept)
     with output_file(output, n_bytes=n_bytes) as unfinished:
-        hits = index.attribute(queries, args.top_k, **options)
+        hits = ask()
         with naming(output):
             write_hits(hits, unfinished, is_parquet=output.suffix == ".parquet")
+    if blocks is not None:
+        blocks.remove()
 
     columns: dict[str, Any] = {name: getattr(index.config, name) for name in ("text_columns", "image_column", "label_column")}
     shown_as: dict[str, Any] = {"language": _language_rows(args, index), "captions": index.config.task == "contrastive"}
@@ -139,9 +146,33 @@ def run(args: AttributeArguments) -> None:
             print(f"Report: {path}")
 
 
-def most_bytes(n_query: int, top_k: int, n_rows: int) -> int:
-    """Return how large a file of hits is at most: a number has 24 characters and a separator, a row as many as `n_rows`."""
-    return n_query * (256 + 2 * top_k * (26 + len(str(n_rows)) + 2)) + (1 << 16)
+def _asking(
+    args: AttributeArguments, index: AttributionIndex, queries: Dataset, output: Path, options: dict[str, Any]
+) -> tuple[Callable[[], Dataset], HitBlocks | None]:
+    """Return what ranks the queries, and what keeps the blocks of them that are done, where there are several."""
+    from hf_trak.cli import hit_blocks
+
+    if len(queries) <= hit_blocks.BLOCK_QUERIES:
+        return lambda: index.attribute(queries, args.top_k, **options), None
+    decisive = {"top_k": args.top_k, "damping": index.resolve_damping(options["damping"]), "direction": args.direction}
+    blocks = hit_blocks.HitBlocks(output, hit_blocks.identity_of_hits(index, queries, decisive))
+    say = partial(print, file=sys.stderr) if options["progress"] else lambda text: None
+
+    def ask() -> Dataset:
+        return hit_blocks.attribute_in_blocks(
+            queries, lambda some: index.attribute(some, args.top_k, **options), blocks, say=say
+        )
+
+    return ask, blocks
+
+
+def most_bytes(n_query: int, top_k: int, n_rows: int, *, kept: int = 0) -> int:
+    """Return how large a file of hits is: a number has at most 24 characters and a separator, a row as many as `n_rows`.
+
+    Args:
+        kept (`int`): Bytes of the kept columns of a training row, in the mean.
+    """
+    return n_query * (256 + 2 * top_k * (26 + len(str(n_rows)) + 2 + kept)) + (1 << 16)
 
 
 def write_hits(hits: Dataset, path: Path, *, is_parquet: bool) -> None:

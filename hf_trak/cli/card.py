@@ -88,6 +88,10 @@ def _rows_of(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"--results: there is no file {path}.")
     rows = read_json(path).get("rows")
-    if not isinstance(rows, list) or not all({"case", "method", "metric", "value"} <= set(row) for row in rows):
+    if not isinstance(rows, list) or not all(_is_row(row) for row in rows):
         raise ValueError(f"{path} is no results file of `hf-trak evaluate`: it has no rows of case, method, metric and value.")
     return rows
+
+
+def _is_row(row: Any) -> bool:
+    return isinstance(row, dict) and {"case", "method", "metric", "value"} <= row.keys()

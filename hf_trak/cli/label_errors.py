@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_trak.cli.parsing import Collect, make_parser, name_positions, parse
+from hf_trak.cli.parsing import Collect, make_parser, name_positions, parse, rows_at_a_time
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -16,13 +15,15 @@ if TYPE_CHECKING:
     from hf_trak.index import AttributionIndex
 
 _SHOWN = 10
-_USAGE = "INDEX --train DATASET [--validation DATASET] --output FILE [options]"
+_BYTES_PER_ROW = 160  # of the numbers of a row, as text
+_USAGE = "INDEX [--train DATASET] [--validation DATASET] --output FILE [options]"
 _DESCRIPTION = """\
 List the training rows of a classifier whose labels look wrong, the most suspicious first: other rows oppose the label, or the model doubts
 it. Held-out rows whose labels can be trusted (--validation) help most where many training labels are wrong. The file has each row's rank,
-row number, score, given and suggested label, and the columns of the training set.
+row number, score, given and suggested label, and the columns of the training set; without --train, the columns that the index kept.
 
 examples:
+  hf-trak label-errors my-index --output suspicious.parquet      (of an index with --keep_columns text,label)
   hf-trak label-errors my-index --train train.parquet --output suspicious.parquet
   hf-trak label-errors my-index --train train.parquet --validation validation.parquet --budget 0.05 --output suspicious.parquet
 """
@@ -33,13 +34,15 @@ class LabelErrorsArguments:
     """Which index, which rows, and where the answer goes."""
 
     index: str = field(metadata={"help": "Folder, dataset repository or object store URL of an index."})
-    train: str = field(
-        metadata={
-            "help": "The training set: a Parquet, CSV or JSON file, a folder, or a dataset of the Hub; the index's rows in their order."
-        }
-    )
     output: str = field(
         metadata={"help": "File for the rows, .parquet or .jsonl: one line per row, the most suspicious first."}
+    )
+    train: str | None = field(
+        default=None,
+        metadata={
+            "help": "The training set: a Parquet, CSV or JSON file, a folder, or a dataset of the Hub, in any order and among other rows. "
+            "An index that kept its label column needs none."
+        },
     )
     validation: str | None = field(
         default=None, metadata={"help": "Held-out rows whose labels can be trusted, with the columns of the training set."}
@@ -75,29 +78,46 @@ def main(arguments: Sequence[str]) -> None:
 def run(args: LabelErrorsArguments) -> None:
     """Rank the rows, write them, and show the first."""
     output, budget = Path(args.output), _budget(args.budget)
+    batch_size = rows_at_a_time(args.batch_size, "--batch_size")
     if output.suffix not in (".jsonl", ".parquet"):
         raise ValueError(f"--output must end in .jsonl or .parquet, but is {output}.")
     if output.exists() and not args.overwrite:
         raise ValueError(f"{output} exists. Choose another place, or pass --overwrite.")
 
+    from hf_trak.cli.attribute import write_hits
     from hf_trak.cli.data import load_rows
     from hf_trak.cli.quiet import hush
     from hf_trak.index import AttributionIndex
+    from hf_trak.storage.outputs import naming, output_file
 
     hush()
     index = AttributionIndex.from_pretrained(
         args.index, revision=args.revision, models=args.model, trust_remote_code=args.trust_remote_code
     )
-    train = load_rows(args.train, split=args.train_split, config=args.train_config)
+    train = load_train(args, index)
     validation = None
     if args.validation is not None:
         options: dict[str, Any] = {"config": args.validation_config, "max_rows": args.max_validation_rows}
         validation = load_rows(args.validation, split=args.validation_split, **options)
-    batch_size = int(args.batch_size) if args.batch_size.isdigit() else args.batch_size
     damping = None if args.damping is None else replace(index.config, damping=args.damping).damping  # type: ignore[arg-type]
-    found = index.label_errors(validation, train=train, budget=budget, damping=damping, batch_size=batch_size)
-    write_rows(found, output)
+    with output_file(output, n_bytes=_BYTES_PER_ROW * index.n_rows) as unfinished:
+        found = index.label_errors(validation, train=train, budget=budget, damping=damping, batch_size=batch_size)
+        with naming(output):
+            write_hits(found, unfinished, is_parquet=output.suffix == ".parquet")
     print(f"\n{suspects(found, train, index)}\n\n{len(found):,} of {index.n_rows:,} training rows, by suspicion: {output}")
+
+
+def load_train(args: LabelErrorsArguments, index: AttributionIndex) -> Dataset | None:
+    """Return the training set in the index's order, if one was given."""
+    from hf_trak.cli.data import load_rows
+
+    if args.train is None:
+        return None
+    train = load_rows(args.train, split=args.train_split, config=args.train_config)
+    try:
+        return index.align(train)
+    except ValueError as error:
+        raise ValueError(f"--train {args.train}: {error}") from error
 
 
 def _budget(text: str | None) -> int | float | None:
@@ -109,32 +129,23 @@ def _budget(text: str | None) -> int | float | None:
         raise ValueError(f"--budget must be a number of rows or a share of them, but is {text!r}.") from None
 
 
-def write_rows(found: Dataset, path: Path) -> None:
-    """Write the rows so that the file is either whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        if path.suffix == ".parquet":
-            found.to_parquet(str(temporary))
-        else:
-            found.to_json(str(temporary), lines=True)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def suspects(found: Dataset, train: Dataset, index: AttributionIndex) -> str:
+def suspects(found: Dataset, train: Dataset | None, index: AttributionIndex) -> str:
     """Return a table of the first rows: suspicion, given and suggested label, and the row itself."""
     from hf_trak.cli.examples import ExampleReader
     from hf_trak.cli.report import label_errors_table
 
-    config = index.config
-    reader = ExampleReader(
-        train, text_columns=config.text_columns, image_column=config.image_column, label_column=config.label_column
-    )
-    names = getattr(found.features["suggested_label"], "names", None)
+    config, kept = index.config, index.kept_rows
+    source = train if train is not None else kept if kept.column_names else None
+    names: dict[str, Any] = {name: getattr(config, name) for name in ("text_columns", "image_column", "label_column")}
+    if source is not None:
+        there = set(source.column_names)
+        names["text_columns"] = tuple(name for name in names["text_columns"] or () if name in there) or None
+        names = {name: value for name, value in names.items() if name == "text_columns" or value in there}
+    reader = ExampleReader(source, **(names if source is not None else {}))
+    suggested = found.features.get("suggested_label")
+    classes = getattr(suggested, "names", None)
     shown = []
     for row in found.select(range(min(_SHOWN, len(found)))):
-        suggested = row["suggested_label"]
-        shown.append((reader[row["row"]], names[suggested] if names else str(suggested), row["score"], row["doubt"]))
-    return label_errors_table(shown)
+        label = None if suggested is None else row["suggested_label"]
+        shown.append((reader[row["row"]], classes[label] if classes else label, row["score"], row["doubt"]))
+    return label_errors_table([(example, None if label is None else str(label), *rest) for example, label, *rest in shown])

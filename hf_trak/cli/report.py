@@ -87,11 +87,12 @@ def suspects_table(suspects: Sequence[Hit]) -> str:
     return "\n".join(["Most suspicious labels, by self-influence", *lines])
 
 
-def label_errors_table(suspects: Sequence[tuple[Example, str, float, float]]) -> str:
-    """Return a table of training examples, each with a suggested label, its suspicion and the model's doubt of the given label."""
+def label_errors_table(suspects: Sequence[tuple[Example, str | None, float, float]]) -> str:
+    """Return a table of training examples, each with a suggested label, where there is one, its suspicion and the model's doubt of the
+    given label."""
     lines = ["Most suspicious labels", "   score   1 - p   row and given label -> suggested label"]
     for example, suggested, score, doubt in suspects:
-        shown = replace(example, label=f"{example.label} -> {suggested}")
+        shown = example if suggested is None else replace(example, label=f"{example.label} -> {suggested}")
         lines.append(f"  {score:>6.3f}  {doubt:>6.3f}   {_line(shown, _TABLE_WIDTH - 19)}")
     return "\n".join(lines)
 

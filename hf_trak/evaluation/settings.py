@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,6 +14,7 @@ import torch
 
 from hf_trak.evaluation.training import Recipe, Rows, RowsInMemory, RowsOnDemand, save_checkpoint, train
 from hf_trak.hashing import hash_tensors
+from hf_trak.sources.row_digests import digest_rows
 from hf_trak.storage.files import write_atomically
 from hf_trak.tasks import AutoTask, Task
 
@@ -79,11 +81,44 @@ class Prepared:
         return {"model": model, "train_rows": self.train_rows.fingerprint(), "query_rows": self.query_rows.fingerprint()}
 
     def save_data(self, folder: Path, *, overwrite: bool = False) -> None:
-        """Write the rows as they are trained on, unless some are there already, for whoever scores these models."""
+        """Write the rows as they are trained on, unless they are there already, for whoever scores these models.
+
+        Args:
+            overwrite (`bool`): Move files of other rows to `replaced-1`, or the next number; nothing is deleted.
+
+        Raises:
+            ValueError: If a file of another content is there; nothing is written then.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        for name, rows in {"train": self.train_dataset, "queries": self.query_dataset}.items():
-            if overwrite or not (folder / f"{name}.parquet").exists():
-                write_atomically(folder / f"{name}.parquet", partial(_write_rows, rows))
+        tables = {folder / "train.parquet": self.train_dataset, folder / "queries.parquet": self.query_dataset}
+        other = [path for path, rows in tables.items() if path.exists() and not _holds_rows(path, rows)]
+        if other and not overwrite:
+            raise ValueError(
+                f"{', '.join(map(str, other))} holds other rows than these. Choose another folder, or pass overwrite=True (--overwrite) to "
+                "set it aside."
+            )
+        if other:
+            number = 1
+            while (folder / f"replaced-{number}").exists():
+                number += 1
+            (folder / f"replaced-{number}").mkdir()
+            for path in other:
+                os.rename(path, folder / f"replaced-{number}" / path.name)
+        for path, rows in tables.items():
+            if not path.exists():
+                write_atomically(path, partial(_write_rows, rows))
+
+
+def _holds_rows(path: Path, rows: Dataset) -> bool:
+    """Return whether a Parquet file holds these rows."""
+    from datasets import Dataset
+
+    try:
+        found = Dataset.from_parquet(str(path), keep_in_memory=True)
+    except Exception:  # whatever it is, it is not these rows
+        return False
+    same = sorted(found.column_names) == sorted(rows.column_names) and len(found) == len(rows)
+    return same and bool((digest_rows(found, found.column_names) == digest_rows(rows, rows.column_names)).all())
 
 
 def _write_rows(rows: Dataset, path: Path) -> None:

@@ -17,9 +17,12 @@ from hf_trak.sources.model_configs import describe_model_config
 from hf_trak.sources.processing import describe_processing, tokenizer_of
 from hf_trak.sources.revisions import pinned_revision
 from hf_trak.sources.training_sets import describe_source
+from hf_trak.sources.transforms import hash_callable
 from hf_trak.storage.differences import list_differences
 from hf_trak.storage.member_reader import MemberReader
 from hf_trak.storage.object_store import seen_from
+from hf_trak.tasks import Task
+from hf_trak.tasks.inputs import CustomInputs
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -76,6 +79,13 @@ def describe_featurizer(featurizer: Featurizer, columns: Mapping[str, Any]) -> d
         **_describe_processing(featurizer, columns),
         **({"gpu_model": featurizer.gpu_model} if featurizer.gpu_model is not None else {}),
     }
+
+
+def describe_task_code(task: Task) -> dict[str, str]:
+    """Return what tells a custom task from others of its name: a hash of its functions. Nothing for a built-in task."""
+    if not isinstance(task.inputs, CustomInputs):
+        return {}
+    return {"task_code": hash_callable(task.output_function, task.inputs.collator)}
 
 
 def _describe_processing(featurizer: Featurizer, columns: Mapping[str, Any]) -> dict[str, Any]:

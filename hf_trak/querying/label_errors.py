@@ -8,9 +8,14 @@ import numpy as np
 import torch
 from jaxtyping import Int64
 
+from hf_trak.querying.alignment import align_rows
+from hf_trak.querying.kept_rows import KeptRows
 from hf_trak.scoring.label_errors import LabelEvidence, Suspicion, suggest_labels
+from hf_trak.storage.member_reader import MemberReader
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from datasets import Dataset
 
 _LABEL_COLUMNS = ("labels", "label")
@@ -72,14 +77,41 @@ class GivenLabels:
             )
 
 
+def given_labels(train: Dataset | None, member: MemberReader, *, label_column: str | None, index: Path) -> GivenLabels | None:
+    """Return the labels of a training set, brought to the index's order; without one, those that the index kept, if it did.
+
+    Raises:
+        ValueError: As [`align_rows`] and [`GivenLabels`].
+    """
+    if train is not None:
+        return GivenLabels(align_rows(train, member, index=index), n_rows=member.n_rows, label_column=label_column)
+    kept = KeptRows(member)
+    candidates = (label_column,) if label_column else _LABEL_COLUMNS
+    found = next((name for name in candidates if name in kept.column_names), None)
+    if found is None:
+        return None
+    labels = kept.take(range(len(kept)), columns=[found])
+    return GivenLabels(labels, n_rows=member.n_rows, label_column=found)
+
+
 def _is_class(value: Any) -> bool:
     if isinstance(value, float):
         return value.is_integer()
     return isinstance(value, (int, str))
 
 
-def label_error_rows(evidence: LabelEvidence, suspicion: Suspicion, given: GivenLabels | None, n_reported: int) -> Dataset:
-    """Return the most suspicious rows, the worst first; equally suspicious ones in the training set's order."""
+def label_error_rows(
+    evidence: LabelEvidence,
+    suspicion: Suspicion,
+    given: GivenLabels | None,
+    n_reported: int,
+    kept_rows: KeptRows | None = None,
+) -> Dataset:
+    """Return the most suspicious rows, the worst first; equally suspicious ones in the training set's order.
+
+    Args:
+        kept_rows ([`KeptRows`], *optional*): Whose columns are returned in place of those of a training set.
+    """
     from datasets import Dataset, Features, Value, concatenate_datasets
 
     rows = torch.argsort(suspicion.score, descending=True, stable=True)[:n_reported]
@@ -87,14 +119,20 @@ def label_error_rows(evidence: LabelEvidence, suspicion: Suspicion, given: Given
     kinds |= {name: Value("float64") for name in ("score", "evidence", "doubt")}
     columns: dict[str, Any] = {"rank": np.arange(1, len(rows) + 1), "row": rows.numpy()}
     columns |= {name: getattr(suspicion, name)[rows].numpy() for name in ("score", "evidence", "doubt")}
-    if given is None:
-        return Dataset.from_dict(columns, features=Features(kinds))
-    suggested = suggest_labels(evidence, given.codes)
-    for name, codes in (("given_label", given.codes), ("suggested_label", suggested)):
-        kinds[name] = given.train.features[given.column]
-        columns[name] = given.classes[codes[rows].numpy()].tolist()
+    if given is not None:
+        suggested = suggest_labels(evidence, given.codes)
+        for name, codes in (("given_label", given.codes), ("suggested_label", suggested)):
+            kinds[name] = given.train.features[given.column]
+            columns[name] = given.classes[codes[rows].numpy()].tolist()
     found = Dataset.from_dict(columns, features=Features(kinds))
-    kept = [name for name in given.train.column_names if name != given.column and name not in columns]
+    source = kept_rows if kept_rows is not None else given.train if given is not None else None
+    label = given.column if given is not None else None
+    kept = [] if source is None else [name for name in source.column_names if name != label and name not in columns]
     if not kept:
         return found
-    return concatenate_datasets([found, given.train.select_columns(kept).select(rows.tolist()).flatten_indices()], axis=1)
+    if kept_rows is not None:
+        beside = kept_rows.take(rows.tolist(), columns=kept)
+    else:
+        assert given is not None
+        beside = given.train.select_columns(kept).select(rows.tolist()).flatten_indices()
+    return concatenate_datasets([found, beside], axis=1)

@@ -15,10 +15,9 @@ from torch import Tensor
 from hf_trak.config import TrakConfig
 from hf_trak.linalg import damped, default_damping
 from hf_trak.members import Pass
-from hf_trak.querying.alignment import align_rows
 from hf_trak.querying.given_features import mean_output, read_query_features
 from hf_trak.querying.kept_rows import KeptRows
-from hf_trak.querying.label_errors import GivenLabels, check_budget, label_error_rows
+from hf_trak.querying.label_errors import check_budget, given_labels, label_error_rows
 from hf_trak.querying.recorded_featurizers import QuerySide
 from hf_trak.scoring.damping import DampingChoice, choose_damping
 from hf_trak.scoring.ensemble import ScoreOptions, SolvedQueries, check_residuals, default_power, self_influence, solve_all
@@ -83,7 +82,8 @@ class Questions:
                 from those of the bank; or "caption", how the caption tells its image.
             reference_rescale (`bool`): Only to reproduce MadryLab/trak's numbers, with `damping=0, out_to_loss_power=1`.
             output_file (`str` or `Path`, *optional*): A `.npy` file to memory-map the result to. Room for it is reserved before work
-                begins, and it appears under its name when it is whole. Without it, results above 1 GiB, or
+                begins, and it appears under its name when it is whole. Stopped at any moment, the same call goes on where it stopped
+                (of one process). Without it, results above 1 GiB, or
                 above what `max_memory` leaves, are mapped to a temporary file that vanishes with the array. Several processes fill
                 one file together; without a file, each computes all.
             max_memory (`int` or `str`, *optional*): Bytes that solving and scoring may take, such as "2GB", beside the model and
@@ -247,14 +247,15 @@ class Questions:
             validation (`Dataset`, *optional*): Held-out rows with the columns of the training set, whose labels can be trusted. A few
                 hundred help most where many training labels are wrong.
             train (`Dataset`, *optional*): The training set, in any order; see [`AttributionIndex.align`]. Labels are suggested and its columns
-                are returned.
+                are returned. By default, the columns that the index kept (`keep_columns`) stand for it.
             budget (`int` or `float`, *optional*): Rows to return, or their share; by default all.
             damping (`float` or `"auto"`, *optional*): By default, the configuration's.
 
         Returns:
             `Dataset`: `rank`, `row` (of the training set), `score` (above 0 and at most 1), `evidence` (positive where other rows support the
-            label) and `doubt` (the model's 1 − p of the label). With `train` also `given_label`, `suggested_label` (of the other classes, the one
-            whose rows oppose the given label most: where the given one is wrong, the likeliest right one), and the other columns of `train`.
+            label) and `doubt` (the model's 1 − p of the label). With `train`, or a label column that was kept, also `given_label` and
+            `suggested_label` (of the other classes, the one whose rows oppose the given label most: where the given one is wrong, the likeliest
+            right one); and the other columns of `train`, or those that were kept.
 
         Raises:
             ValueError: If the task has no class labels, `validation` has no labels or other columns, `train` is not the training set, or
@@ -262,13 +263,8 @@ class Questions:
         """
         check_labels_task(self.members[0].identity["task"])
         n_reported = check_budget(budget, self.n_rows)
-        given = (
-            None
-            if train is None
-            else GivenLabels(
-                align_rows(train, self.members[0], index=self.folder), n_rows=self.n_rows, label_column=self.config.label_column
-            )
-        )
+        given = given_labels(train, self.members[0], label_column=self.config.label_column, index=self.folder)
+        kept = KeptRows(self.members[0]) if train is None else None
         options = self._options(damping, False, False, None)
         features, doubt, n_classes = None, None, 2
         if validation is not None:
@@ -278,7 +274,8 @@ class Questions:
             doubt = torch.sigmoid(-torch.from_numpy(output))
             n_classes = self._queries.featurizer(self.passes[0]).task.n_classes or 2
         evidence = LabelEvidence(self.members, damping=options.damping)
-        return label_error_rows(evidence, label_suspicion(evidence, features, doubt, n_classes=n_classes), given, n_reported)
+        suspicion = label_suspicion(evidence, features, doubt, n_classes=n_classes)
+        return label_error_rows(evidence, suspicion, given, n_reported, kept)
 
     def resolve_damping(self, damping: float | str | None = None) -> float:
         """Return λ as a number: the one given, else the configuration's. "auto" is chosen by the members' subset masks where they are

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from hf_trak.config import TrakConfig
 from hf_trak.featurizing.descriptions import (
     describe_featurizer,
+    describe_task_code,
     library_minors,
     recorded_checkpoint,
     recorded_processor,
@@ -177,6 +178,10 @@ class QuerySide:
             warn_of_libraries(self.members[member].folder, recorded.get("libraries"))
             for description in (wanted, found):  # a tokenizer's content is written differently by another version
                 description.get("processing", {}).get("tokenizer", {}).pop("sha256", None)
+        code, here = self._recorded.get("task_code"), describe_task_code(featurizer.task).get("task_code")
+        # Bytecode is another one under another version of Python, which the hash names at its end.
+        if code is not None and here is not None and code.partition(" ")[2] == here.partition(" ")[2]:
+            wanted["task_code"], found["task_code"] = code, here
         return list_differences(wanted, found)
 
     def _model(self, plan: Pass) -> PreTrainedModel | str | Path | None:

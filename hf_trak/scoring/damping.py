@@ -25,7 +25,7 @@ from torch import Tensor
 from hf_trak.hashing import hash_json, random_bits, stream_key
 from hf_trak.linalg import factor, solve
 from hf_trak.scoring.blocks import weigh
-from hf_trak.storage.files import read_json, write_json
+from hf_trak.storage.files import read_sealed, write_sealed
 from hf_trak.storage.layout import DAMPING_NAME
 from hf_trak.storage.member_reader import MemberReader
 
@@ -62,18 +62,18 @@ class DampingChoice:
 
     def save(self, folder: Path) -> None:
         """Write `damping.json`."""
-        write_json(folder / DAMPING_NAME, asdict(self))
+        write_sealed(folder / DAMPING_NAME, asdict(self))
 
     @classmethod
     def load(cls, folder: Path, members: Sequence[MemberReader]) -> DampingChoice | None:
         """Return the choice recorded for these members; None if there is none, or it is another ensemble's."""
         if not (folder / DAMPING_NAME).is_file():
             return None
-        values: dict[str, Any] = read_json(folder / DAMPING_NAME)
         try:
+            values: dict[str, Any] = read_sealed(folder / DAMPING_NAME)
             choice = cls(**{**values, "grid": tuple(values["grid"]), "curve": tuple(values["curve"])})
-        except (TypeError, KeyError) as error:
-            raise ValueError(f"{folder / DAMPING_NAME} is damaged: {error}. Delete it: it will be computed again.") from error
+        except (TypeError, KeyError, ValueError) as error:
+            raise ValueError(f"{folder / DAMPING_NAME} is damaged: {error} Delete it: it will be computed again.") from error
         return choice if choice.members_sha256 == hash_members(members) else None
 
 

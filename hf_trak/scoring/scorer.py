@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +17,9 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hf_trak.hashing import hash_json
 from hf_trak.processes.gathering import gather, rank_and_size, share_of, wait_for_all
+from hf_trak.scoring.damping import hash_members
 from hf_trak.scoring.ensemble import ScoreOptions, SolvedQueries, stream_scores
 from hf_trak.scoring.matrix import allocate, check_keep, map_npy, npy_bytes, soft_threshold_in_place
 from hf_trak.scoring.memory import ScoringMemory, parse_memory
@@ -23,11 +27,14 @@ from hf_trak.scoring.thresholds import soft_threshold_top_k
 from hf_trak.scoring.top_k import TopK, merge_top_k, top_k
 from hf_trak.storage.files import TEMPORARY
 from hf_trak.storage.member_reader import MemberReader
-from hf_trak.storage.outputs import output_file
+from hf_trak.storage.outputs import output_file, resumable_file
 from hf_trak.storage.shard_blocks import block_size
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+_RECORD_SECONDS = 20.0  # how much of a file of scores a process that is stopped loses at most
 
 
 def check_top_k(top_k: int) -> int:
@@ -111,6 +118,9 @@ class Scorer:
                 soft_threshold_in_place(scores, self.soft_threshold, at_most=free)
             return scores
         target, is_first = Path(path), rank_and_size()[0] == 0
+        if rank_and_size()[1] == 1:
+            self._resume(target, solve, free)
+            return np.load(target, mmap_mode="r+")
         with self._file(target, shape) as file:
             if is_first:
                 map_npy(file, shape)
@@ -124,6 +134,36 @@ class Scorer:
                 scores.flush()
         wait_for_all()
         return np.load(target, mmap_mode="r+")
+
+    def _resume(self, target: Path, solve: Callable[[], Sequence[SolvedQueries]], free: int) -> None:
+        """Fill a file, from where an earlier process was stopped that scored the same queries."""
+        shape, n_shards = (self.n_rows, self.n_query), len(self.members[0].shard_paths)
+        with resumable_file(target, n_bytes=npy_bytes(shape)) as progress:
+            solved = solve()
+            done = progress.begin(self._identity(solved))
+            scores = np.load(progress.file, mmap_mode="r+") if done else map_npy(progress.file, shape)
+            last = time.monotonic()
+
+            def record(shard: int) -> None:
+                nonlocal last
+                if time.monotonic() - last >= _RECORD_SECONDS:
+                    scores.flush()
+                    progress.record(shard)
+                    last = time.monotonic()
+
+            self._fill(scores, solved, range(done, n_shards), record)
+            if self.soft_threshold is not None:
+                if progress.done:
+                    progress.record(0)  # it is done in place: a process that is stopped meanwhile begins again
+                soft_threshold_in_place(scores, self.soft_threshold, at_most=free)
+                scores.flush()
+
+    def _identity(self, solved: Sequence[SolvedQueries]) -> str:
+        """Return a hash of everything that decides the scores before they are thresholded."""
+        queries = hashlib.sha256()
+        for one in solved:
+            queries.update(one.preconditioned.contiguous().numpy().tobytes())
+        return hash_json([hash_members(self.members), queries.hexdigest(), repr(self.options), self.n_query])
 
     @contextmanager
     def _file(self, target: Path, shape: tuple[int, int]) -> Iterator[Path]:
@@ -140,11 +180,21 @@ class Scorer:
             assert unfinished is not None
             yield unfinished
 
-    def _fill(self, scores: np.ndarray, solved: Sequence[SolvedQueries], shards: range) -> None:
-        row = shards.start * self.members[0].identity["shard_rows"]
+    def _fill(
+        self,
+        scores: np.ndarray,
+        solved: Sequence[SolvedQueries],
+        shards: range,
+        on_shard: Callable[[int], None] = lambda done: None,
+    ) -> None:
+        """Fill the rows of some shards; `on_shard` is called with how many shards are full."""
+        shard_rows = self.members[0].identity["shard_rows"]
+        row = shards.start * shard_rows
         for block in self._blocks(solved, shards):
             scores[row : row + len(block)] = block.numpy()
             row += len(block)
+            if row % shard_rows == 0:
+                on_shard(row // shard_rows)
         if isinstance(scores, np.memmap):
             scores.flush()
 

@@ -84,14 +84,27 @@ def _is_empty(cell: Any) -> bool:
 
 def _describe_code(code: CodeType) -> Any:
     """Return a function's bytecode, names and constants: not its file or lines."""
-    constants = [_describe_code(value) if isinstance(value, CodeType) else repr(value) for value in code.co_consts]
+    constants = [_describe_code(value) if isinstance(value, CodeType) else _spell(value) for value in code.co_consts]
     return [code.co_code.hex(), list(code.co_names), list(code.co_varnames), constants]
 
 
+def _spell(value: Any) -> str:
+    """Return a constant as text; the elements of a set, whose order differs from process to process, are sorted."""
+    if isinstance(value, (set, frozenset)):
+        return f"{{{', '.join(sorted(map(_spell, value)))}}}"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_spell, value))})"
+    return repr(value)
+
+
 def _plain(value: Any, depth: int) -> Any:
-    """Return what JSON holds of a value; None where that is nothing, and only its effect can tell."""
+    """Return what JSON holds of a value, and a hash of tensors and arrays; None where that is nothing, and only its effect can tell."""
     if isinstance(value, (bool, int, float, str)):
         return value
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        return _hash_array(value)
+    if isinstance(value, (set, frozenset)):
+        return _spell(value) if all(isinstance(one, (bool, int, float, str)) for one in value) else None
     if isinstance(value, (list, tuple, dict)):
         try:
             return json.loads(json.dumps(value))
@@ -101,6 +114,16 @@ def _plain(value: Any, depth: int) -> Any:
         return hash_tokenizer(tokenizer)
     is_function = isinstance(value, (FunctionType, MethodType, functools.partial))
     return describe_callable(value, depth=depth - 1) if is_function and depth else None
+
+
+def _hash_array(value: torch.Tensor | np.ndarray) -> str | None:
+    array = value.detach().cpu() if isinstance(value, torch.Tensor) else value
+    if isinstance(array, torch.Tensor):
+        array = array.contiguous().view(torch.uint8).numpy() if array.dtype == torch.bfloat16 else array.numpy()
+    if array.dtype.kind not in "biufcSU":
+        return None
+    content = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:32]
+    return f"{array.dtype} {list(array.shape)} {content}"
 
 
 def _canonical(value: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float, Int64
@@ -97,6 +98,28 @@ def check_place(path: Path, origin: Origin) -> None:
     except (pa.ArrowException, OSError, KeyError) as error:
         raise ValueError(f"{path} is damaged: {error}. Restore it from a copy, or featurize again.") from error
     check_example_ids(path, example_id, origin.first_row)
+
+
+def check_shard(path: Path, origin: Origin, *, n_rows: int) -> None:
+    """Check everything that a shard says of itself: its place, the checksum of every page, its row numbers, and that numbers are finite.
+
+    Raises:
+        ValueError, KeyError, OSError, pa.ArrowException: Saying what is wrong.
+    """
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        refuse_other_origin(path, read_origin(file.schema_arrow.metadata), origin)
+        if file.metadata.num_rows != n_rows:
+            raise ValueError(f"it has {file.metadata.num_rows:,} rows, where {n_rows:,} were written")
+        row = origin.first_row
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group, use_threads=False)
+            check_example_ids(path, _tensor(table, "example_id"), row)
+            row += len(table)
+            for name in ("trak_features", "trak_out_to_loss", "trak_output"):
+                column = table.column(name).combine_chunks()
+                flat = column.flatten() if name == "trak_features" else column
+                if not pc.all(pc.is_finite(flat.cast(pa.float32()))).as_py():
+                    raise ValueError(f"{name} of rows {row - len(table)} to {row - 1} holds numbers that are not finite")
 
 
 def read_shard(path: Path, origin: Origin | None = None) -> Shard:

@@ -12,10 +12,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from hf_trak.hashing import hash_json
 from hf_trak.storage.object_store import ObjectPath
 
 TEMPORARY = ".tmp"  # ends the names of files that are not whole
 
+_SEAL = "sha256"
 _LARGEST_JSON = 64 << 20
 _KINDS: dict[type, str] = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
 _TEMPORARY_NAME = re.compile(rf"\.(?P<name>.+)\.(?P<host>[^.]+)\.(?P<process>\d+){re.escape(TEMPORARY)}")
@@ -72,6 +74,23 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 def write_json_once(path: Path, value: dict[str, Any]) -> bool:
     """Write a JSON file as [`write_once`] does, and return whether it was written here."""
     return write_once(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n"))
+
+
+def write_sealed(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON file atomically, with a hash of its content, which [`read_sealed`] checks."""
+    write_json(path, {**value, _SEAL: hash_json(value)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Read a JSON file that [`write_sealed`] wrote.
+
+    Raises:
+        ValueError: If it is damaged, or has been changed since.
+    """
+    value = read_json(path)
+    if value.pop(_SEAL, None) != hash_json(value):
+        raise _damaged_json(path, "it has been changed since it was written")
+    return value
 
 
 def read_jsons(folder: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -238,19 +257,32 @@ def advise(error: OSError, path: Path) -> str | None:
     return None
 
 
-def remove_leftovers(folder: Path, is_ours: Callable[[str], bool], *, shared: bool) -> None:
+def ended_temporaries(path: Path) -> list[Path]:
+    """Return the temporary files of one file that processes of this machine left which are not there now, or this one did."""
+    found = []
+    for temporary in path.parent.glob(f".*{TEMPORARY}"):
+        parts = _TEMPORARY_NAME.fullmatch(temporary.name)
+        if parts is None or parts["name"] != path.name or parts["host"] != _host() or not temporary.is_file():
+            continue
+        if not temporary.is_symlink() and not is_running(int(parts["process"])):
+            found.append(temporary)
+    return sorted(found)
+
+
+def remove_leftovers(folder: Path, is_ours: Callable[[str], bool], *, shared: bool, keep: Sequence[Path] = ()) -> None:
     """Remove the temporary files of processes that were killed while writing.
 
     Args:
         is_ours (`Callable`): Given the name that the whole file would have had, whether such a file is written here. Other temporary
             files are left alone.
         shared (`bool`): Other processes may be writing here: what may be theirs is left alone.
+        keep (`Sequence[Path]`): Temporary files that are left alone.
     """
     if isinstance(folder, ObjectPath):
         return  # what is not whole has no name there
     for temporary in folder.glob(f".*{TEMPORARY}"):
         found = _TEMPORARY_NAME.fullmatch(temporary.name)
-        if found is None or not is_ours(found["name"]) or not temporary.is_file():
+        if found is None or not is_ours(found["name"]) or not temporary.is_file() or temporary in keep:
             continue
         is_written = is_running(int(found["process"])) if found["host"] == _host() else shared
         if not is_written:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from hf_trak.hashing import hash_file
-from hf_trak.storage.columns import Shard, check_place, join_columns, read_shard, to_table
+from hf_trak.storage.columns import Shard, check_place, check_shard, join_columns, read_shard, to_table
 from hf_trak.storage.differences import list_differences
 from hf_trak.storage.files import (
     field_of,
@@ -25,6 +25,7 @@ from hf_trak.storage.files import (
     name_of_temporary,
     read_json,
     read_jsons,
+    remove_file,
     remove_leftovers,
     write_atomically,
     write_folder,
@@ -97,6 +98,8 @@ class MemberWriter:
         self.n_shards = math.ceil(n_rows / shard_rows)
         self.progress = folder / PROGRESS
         self._beside = beside
+        if not shared:
+            self._recover_list()
         found = self._found_identity()
         if found is not None and found != self.identity:
             raise self._other_features(found)
@@ -142,7 +145,7 @@ class MemberWriter:
         if not overwrite:
             return cls(home, **options)
         wanted = {**identity, "n_rows": n_rows, "shard_rows": shard_rows}
-        found, is_apart = _identity_in(home), True
+        found, is_apart = recorded_identity(home), True
         if found == wanted or (found is None and not holds_index(staging_folder(folder))):
             is_apart = False
         else:
@@ -153,7 +156,7 @@ class MemberWriter:
             ]
             new = [f"{home.name}/{name}" for name in (*names, KERNEL_NAME, MASK_NAME, BANK_NAME, MEMBER_NAME)]
             refuse_foreign(folder, new, written_files(folder))
-        if not shared and _identity_in(staged) not in ((wanted, None) if is_apart else (None,)):
+        if not shared and recorded_identity(staged) not in ((wanted, None) if is_apart else (None,)):
             remove_files(staged, _names_of(staged))  # of another run that was to replace this index
         return cls(staged if is_apart else home, **options)
 
@@ -192,13 +195,41 @@ class MemberWriter:
         )
 
     def _found_identity(self) -> dict[str, Any] | None:
-        found = _identity_in(self.folder)
+        found = recorded_identity(self.folder)
         # Killed before its identity was written, a member's folder holds an empty `.progress` and temporary files at most.
         if found is None and any(
             name != PROGRESS and not is_member_name(name_of_temporary(name) or "") for name in file_sizes(self.folder)
         ):
             raise ValueError(f"{self.folder} is not empty and holds no features of hf_trak; choose another folder.")
         return found
+
+    def _recover_list(self) -> None:
+        """Make a member whose `member.json` is damaged or lost an unfinished one that has the shards which are whole: each says which
+        identity it is of, and has a checksum per page. Without such a shard, nothing is changed."""
+        there = {} if isinstance(self.folder, ObjectPath) else file_sizes(self.folder)
+        if BANK_NAME in there or (MEMBER_NAME not in there and (self.progress / IDENTITY_NAME).exists()):
+            return  # nothing tells whether a bank is whole; or it is unfinished anyway
+        if MEMBER_NAME in there:
+            with suppress(ValueError):
+                read_member_info(self.folder)
+                return
+        whole = [shard for shard in range(self.n_shards) if self.path(shard).name in there and self._is_whole(shard)]
+        if not whole:
+            return
+        write_folder(self.progress)
+        write_json(self.progress / IDENTITY_NAME, self.identity)
+        for shard in whole:
+            path = self.path(shard)
+            described = _describe_file(path.name, path)
+            write_json(self._record(shard), {"file": path.name, "rows": len(self.rows(shard)), **described})
+        remove_file(self.folder / MEMBER_NAME)
+
+    def _is_whole(self, shard: int) -> bool:
+        try:
+            check_shard(self.path(shard), self._origin(shard), n_rows=len(self.rows(shard)))
+        except (ValueError, KeyError, OSError, pa.ArrowException):
+            return False
+        return True
 
     def _reopen_if_damaged(self) -> None:
         """Make a finished member whose files are damaged or missing an unfinished one, which lacks these alone."""
@@ -417,7 +448,7 @@ def replace_members(folder: Path, n_members: int) -> None:
     commit_replacement(folder, written_files(folder, lambda number: number in new or number >= n_members))
 
 
-def _identity_in(folder: Path) -> dict[str, Any] | None:
+def recorded_identity(folder: Path) -> dict[str, Any] | None:
     """Return what the member in a folder is of, finished or not; None if there is none."""
     if (folder / MEMBER_NAME).exists():
         return field_of(folder / MEMBER_NAME, read_json(folder / MEMBER_NAME), "identity", dict)

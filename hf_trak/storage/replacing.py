@@ -135,6 +135,7 @@ def remove_files(folder: Path, names: Iterable[str]) -> None:
 
 def begin_replacement(folder: Path, config: dict[str, Any]) -> Path:
     """Return where a new index of the configuration `config` is made until it is whole; one that was begun is gone on with."""
+    refuse_linked_folders(folder, [])
     staging = staging_folder(folder)
     path = staging / CONFIG_NAME
     if not (path.is_file() and holds_index(staging) and read_json(path) == config):
@@ -147,7 +148,7 @@ def begin_replacement(folder: Path, config: dict[str, Any]) -> Path:
 def drop_replacement(folder: Path) -> None:
     """Remove what is left of a new index that never became whole."""
     staging = staging_folder(folder)
-    if not isinstance(staging, ObjectPath) and not staging.is_dir():
+    if not isinstance(staging, ObjectPath) and (not staging.is_dir() or staging.is_symlink()):
         return
     remove_files(staging, _staged_files(staging))
     if not isinstance(staging, ObjectPath):
@@ -187,12 +188,13 @@ def commit_replacement(folder: Path, old: Sequence[str]) -> None:
     finish_replacement(folder)
 
 
-def refuse_foreign(folder: Path, new: Iterable[str], old: Iterable[str]) -> None:
-    """Refuse names that files have which no index wrote.
+def refuse_foreign(folder: Path, new: Sequence[str], old: Sequence[str]) -> None:
+    """Refuse names that files have which no index wrote, and files in folders that are links.
 
     Raises:
         ValueError: Naming them.
     """
+    refuse_linked_folders(folder, [*old, *new])
     known = {*old, CARD_NAME}
     taken = [name for name in new if name not in known and ((folder / name).exists() or _is_link(folder / name))]
     taken += [CARD_NAME] if _is_link(folder / CARD_NAME) else []
@@ -200,6 +202,23 @@ def refuse_foreign(folder: Path, new: Iterable[str], old: Iterable[str]) -> None
         raise ValueError(
             f"{folder / taken[0]} was not written by an index, and would be replaced. Move it to another folder, or choose another folder "
             "for the index. Nothing was changed."
+        )
+
+
+def refuse_linked_folders(folder: Path, names: Iterable[str]) -> None:
+    """Refuse to replace files in a folder that is a symbolic link: they may be another index's.
+
+    Args:
+        names (`Iterable[str]`): Files as seen from `folder`.
+
+    Raises:
+        ValueError: Naming the link.
+    """
+    below = {name.rsplit("/", depth)[0] for name in names for depth in range(1, name.count("/") + 1)}
+    for link in sorted(one for one in {*below, STAGING} if _is_link(folder / one)):
+        raise ValueError(
+            f"{folder / link} is a symbolic link to {os.readlink(folder / link)}, whose files may be another index's; they are not replaced. "
+            "Remove the link, or choose another folder. Nothing was changed."
         )
 
 
@@ -215,7 +234,7 @@ def finish_replacement(folder: Path) -> None:
         ValueError: If the list of files that go is damaged; none is removed then.
     """
     staging = staging_folder(folder)
-    if not (staging / _PLAN).is_file():
+    if not (staging / _PLAN).is_file() or _is_link(staging):
         return
     removes = read_json(staging / _PLAN).get("removes")
     if not isinstance(removes, list) or not all(isinstance(name, str) and _may_go(name) for name in removes):

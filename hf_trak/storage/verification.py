@@ -7,17 +7,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from hf_trak.config import CONFIG_NAME, TrakConfig
 from hf_trak.hashing import hash_file
-from hf_trak.storage.columns import check_example_ids
+from hf_trak.storage.columns import check_shard
 from hf_trak.storage.differences import list_differences
-from hf_trak.storage.files import file_sizes, name_of_temporary, read_json
+from hf_trak.storage.files import file_sizes, name_of_temporary, read_sealed
 from hf_trak.storage.layout import (
     DAMPING_NAME,
     KERNEL_NAME,
@@ -28,12 +26,13 @@ from hf_trak.storage.layout import (
     member_numbers,
 )
 from hf_trak.storage.member_info import read_member_info
-from hf_trak.storage.origins import Origin, origin_of, read_origin, refuse_other_origin
+from hf_trak.storage.origins import Origin, origin_of
 from hf_trak.storage.replacing import STAGING, is_member_file
 
 AGAIN = "Run the command that made the index again: only files that are missing or damaged are made again."
 RESTORE = (
-    "Restore it from a copy, or delete {folder} and run the command that made the index again: it makes that member again."
+    "Restore it from a copy, or run the command that made the index again: it goes by the files of rows that are whole. If it refuses, "
+    "delete {folder} first: it makes that member again."
 )
 
 
@@ -77,7 +76,7 @@ def verify_index(folder: Path, fetch: Callable[[str], Any] | None = None, mend: 
     for number in range(max(numbers, default=0) + 1):
         yield from _verify_member(folder, number, config, fetch, mend)
     if (folder / DAMPING_NAME).exists():
-        yield _verify_json(folder, DAMPING_NAME, "Delete it: it is computed again.")
+        yield _verify_sealed(folder, DAMPING_NAME, "Delete it: it is computed again.")
     if fetch is None:
         yield from _leftovers(folder, numbers)
 
@@ -86,13 +85,15 @@ def _read_config(folder: Path) -> tuple[TrakConfig | None, Finding]:
     try:
         config = TrakConfig.from_pretrained(folder)
     except ValueError as error:
-        return None, Finding(CONFIG_NAME, "damaged", str(error), "Restore it from a copy, or featurize to another folder.")
+        return None, Finding(
+            CONFIG_NAME, "damaged", str(error), "Restore it from a copy, or run the command that made the index again."
+        )
     return config, Finding(CONFIG_NAME, "whole", bytes=(folder / CONFIG_NAME).stat().st_size)
 
 
-def _verify_json(folder: Path, name: str, mend: str) -> Finding:
+def _verify_sealed(folder: Path, name: str, mend: str) -> Finding:
     try:
-        read_json(folder / name)
+        read_sealed(folder / name)
     except ValueError as error:
         return Finding(name, "damaged", str(error), mend)
     return Finding(name, "whole", bytes=(folder / name).stat().st_size)
@@ -155,7 +156,7 @@ def _problem_inside(path: Path, entry: dict[str, Any], origin: Origin | None) ->
     """Return what is wrong with the content of a file."""
     try:
         if origin is not None:
-            _check_shard(path, entry, origin)
+            check_shard(path, origin, n_rows=entry["rows"])
         elif path.name == KERNEL_NAME:
             kernel = load_file(path)["kernel"]
             if kernel.ndim != 2 or kernel.shape[0] != kernel.shape[1] or not torch.isfinite(kernel).all():
@@ -163,24 +164,6 @@ def _problem_inside(path: Path, entry: dict[str, Any], origin: Origin | None) ->
     except (ValueError, KeyError, OSError, pa.ArrowException, SafetensorError) as error:
         return str(error)
     return ""
-
-
-def _check_shard(path: Path, entry: dict[str, Any], origin: Origin) -> None:
-    with pq.ParquetFile(path, page_checksum_verification=True) as file:
-        refuse_other_origin(path, read_origin(file.schema_arrow.metadata), origin)
-        if file.metadata.num_rows != entry["rows"]:
-            raise ValueError(f"it has {file.metadata.num_rows:,} rows, where {entry['rows']:,} were written")
-        row = origin.first_row
-        for group in range(file.num_row_groups):
-            table = file.read_row_group(group, use_threads=False)
-            ids = torch.from_numpy(table.column("example_id").to_numpy().copy())
-            check_example_ids(path, ids, row)
-            row += len(ids)
-            for name in ("trak_features", "trak_out_to_loss", "trak_output"):
-                column = table.column(name).combine_chunks()
-                flat = column.flatten() if name == "trak_features" else column
-                if not pc.all(pc.is_finite(flat.cast(pa.float32()))).as_py():
-                    raise ValueError(f"{name} of rows {row - len(ids)} to {row - 1} holds numbers that are not finite")
 
 
 def _leftovers(folder: Path, numbers: list[int]) -> Iterator[Finding]:
