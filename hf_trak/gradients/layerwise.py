@@ -22,7 +22,7 @@ from hf_trak.gradients.calls import Axis, Call, CallPlan
 from hf_trak.gradients.frozen import frozen_layers
 from hf_trak.gradients.loop import add_gradients
 from hf_trak.gradients.rules import Contribution, Dense, Outer, Rows, find_rule, looks_at_values, own_parameters, owners
-from hf_trak.gradients.shared import SharedGradients, StandIns
+from hf_trak.gradients.shared import SharedGradients, StandIns, plain
 from hf_trak.gradients.taps import Taps
 from hf_trak.projectors import Projector
 
@@ -194,7 +194,7 @@ class _Watch:
             if self.recomputing or not torch.is_grad_enabled():
                 return None
             call = self._next_call(module)
-            inputs = (args[0] if args else next(iter(kwargs.values()))).detach()
+            inputs = plain(args[0] if args else next(iter(kwargs.values())))
             axis = _axis_of(call.inputs, 0) if call is not None else None
             if not self.expanded.pop(module, False):
                 # Ids of shape (seq,) or (query, key), the same for all examples, must not pass for rows that make an example.
@@ -230,7 +230,7 @@ class _Watch:
             return affine
         # Autocast may have handed the module bfloat16; run again outside of it, it computes in its parameters' dtype.
         dtype = next(iter(own.values())).dtype
-        leaves = [_as_dtype(leaf.detach(), dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        leaves = [_as_dtype(plain(leaf), dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         axes = {i: _axis_of(call.outputs, i) if call is not None else None for i in differentiable}
         for i, tensor in zip(differentiable, outputs, strict=True):
             self._require_examples(module, tensor, axes[i], parts=self.plan is not None)
@@ -291,7 +291,7 @@ class _Watch:
         if not isinstance(output, Tensor) or not may_be_affine(module, own, output):
             return None
         dtype = working_dtype(output.dtype)
-        leaves = [_as_dtype(leaf.detach(), dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        leaves = [_as_dtype(plain(leaf), dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         like = {name: torch.empty_like(parameter, dtype=dtype) for name, parameter in own.items()}
 
         def run(parameters: dict[str, Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ Which operation is the first to meet the examples is learned as `calls.py` learn
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple, cast
 
@@ -23,6 +23,7 @@ from hf_trak.gradients.batch import BatchRefused, OutputFunction, evaluation_mod
 from hf_trak.gradients.calls import Axis, CallPlan, SharedPlan, axis_of_sizes
 from hf_trak.gradients.taps import Taps
 
+_MOST = 1 << 27  # entries of a parameter's gradients that are kept for all examples of a batch
 _LOST = "Parameters that the examples share are used in a way that loses the examples' axis"
 # Operations that give the same for an operand and for the operand repeated along a new or single first axis.
 _BROADCASTS = {
@@ -51,6 +52,7 @@ class _Step(NamedTuple):
     meets_examples: bool
     operands: tuple[bool, ...]  # whether each is a stand-in
     laid: tuple[bool, ...]
+    sliced: tuple[bool, ...]  # whether each has an axis of examples
 
 
 class StandIn(Tensor):
@@ -68,6 +70,12 @@ class StandIn(Tensor):
                 args, kwargs = tree_unflatten(leaves, structure)
                 return func(*args, **kwargs)
             return first.on_call(func, leaves, structure)
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """Return a tensor's values, detached, whether it is a stand-in or not."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.detach().as_subclass(Tensor)
 
 
 def _stand_in(tensor: Tensor, on_call: Callable[[Any, list[Any], Any], Any], token: int) -> StandIn:
@@ -246,9 +254,12 @@ def _steps(records: Sequence[Sequence[_Operation]], batch_sizes: Sequence[int]) 
                 shared[number] |= set(op.results)
         laid = tuple(stands and axis != "shared" for axis, stands in zip(axes, operands, strict=True))
         alone = any(stands and not lies for stands, lies in zip(operands, laid, strict=True))
+        sliced = tuple(axis != "shared" for axis in axes)
         if meets and alone and name not in _BROADCASTS:
-            raise BatchRefused(f"{_LOST}, by `{name}` with shapes {now[0].shapes}.")
-        steps.append(_Step(name, meets, operands, laid))
+            results = _first_axes(batch_sizes, [op.result_shapes for op in now], name)
+            if any(laid) or len(results) > 1 or results[0] == "shared" or name.endswith("_"):
+                raise BatchRefused(f"{_LOST}, by `{name}` with shapes {now[0].shapes}.")
+        steps.append(_Step(name, meets, operands, laid, sliced))
 
 
 def _first_axes(batch_sizes: Sequence[int], shapes: Sequence[Sequence[tuple[int, ...]]], name: str) -> list[Axis]:
@@ -279,7 +290,11 @@ class SharedGradients:
     def __call__(self, func: Any, leaves: list[Any], structure: Any) -> Any:
         at = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         step = self.steps[self.place] if self.place < len(self.steps) else None
-        is_expected = step is not None and (func.__name__, len(at)) == (step.name, len(step.operands))
+        operands = tuple(isinstance(leaves[place], StandIn) for place in at)
+        # What needs a gradient depends on the examples.
+        mixed = any(leaves[place].requires_grad and not stands for place, stands in zip(at, operands, strict=True))
+        is_expected = step is not None and (func.__name__, operands) == (step.name, step.operands)
+        is_expected = is_expected and step is not None and (step.meets_examples or not mixed)
         if not (is_expected and step is not None and step.meets_examples):
             args, kwargs = tree_unflatten(leaves, structure)
             results, result_structure = tree_flatten(func(*args, **kwargs))
@@ -289,6 +304,9 @@ class SharedGradients:
             return tree_unflatten(results, result_structure)
         assert step is not None
         self._next(is_expected, func)
+        alone = any(stands and not lies for stands, lies in zip(step.operands, step.laid, strict=True))
+        if alone and step.name not in _BROADCASTS:
+            return self._run_each(func, leaves, structure, at, step)
         sizes = [
             leaves[place].shape for place, stands in zip(at, step.operands, strict=True) if not stands and leaves[place].ndim
         ]
@@ -299,16 +317,59 @@ class SharedGradients:
         args, kwargs = tree_unflatten(leaves, structure)
         return func(*args, **kwargs)
 
+    def _run_each(self, func: Any, leaves: list[Any], structure: Any, at: list[int], step: _Step) -> Tensor:
+        """For an operation that takes a stand-in as a weight, such as a convolution: differentiate it again, example by example."""
+        standing = {place: leaves[place] for place, stands in zip(at, step.operands, strict=True) if stands}
+        sliced = [place for place, slices in zip(at, step.sliced, strict=True) if slices]
+        self._check_size(standing.values())
+        for place in standing:
+            leaves[place] = plain(leaves[place])
+        args, kwargs = tree_unflatten(leaves, structure)
+        output = func(*args, **kwargs)
+        values = [plain(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        versions = [values[place]._version for place in sliced]
+        device = output.device.type
+        precision = {"enabled": torch.is_autocast_enabled(device), "dtype": torch.get_autocast_dtype(device)}
+
+        def catch(grads: list[Tensor]) -> None:
+            if [values[place]._version for place in sliced] != versions:
+                raise BatchRefused(f"An operand of `{step.name}` is written to in place after its use.")
+            by_example = grads[0].unflatten(0, (self.batch_size, -1))
+            found = []
+            for example in range(self.batch_size):
+                weights = {place: values[place].detach().requires_grad_() for place, s in standing.items() if s.requires_grad}
+                filled = [weights.get(place, value) for place, value in enumerate(values)]
+                for place in sliced:
+                    filled[place] = values[place].unflatten(0, (self.batch_size, -1))[example]
+                args, kwargs = tree_unflatten(filled, structure)
+                with torch.enable_grad(), torch.autocast(device, **precision):
+                    again = func(*args, **kwargs)
+                found.append(torch.autograd.grad(again, list(weights.values()), by_example[example]))
+            for place, of_place in zip(weights, zip(*found, strict=True), strict=True):
+                self._catch(standing[place], False, torch.stack(of_place))
+
+        return self.taps.tap([output], catch)[0]
+
+    def _check_size(self, standing: Iterable[Tensor]) -> None:
+        entries = max(tensor.numel() for tensor in standing) * self.batch_size
+        if entries > _MOST:
+            raise BatchRefused(f"{_LOST} but for {entries:,} numbers, which would not fit in memory.")
+
+    def _catch(self, standing: Tensor, laid: bool, found: Tensor) -> None:
+        before = self._caught.get(id(standing))
+        self._caught[id(standing)] = (standing, laid, found if before is None else before[2] + found)
+
     def _next(self, is_expected: bool, func: Any) -> None:
         if not is_expected:
             raise BatchRefused(f"{_LOST}, in another way than in the batches that were checked (by `{func.__name__}`).")
         self.place += 1
 
     def _tap(self, standing: Tensor, laid: bool, like: torch.Size) -> Tensor:
-        values = standing.detach().as_subclass(Tensor)
+        values = plain(standing)
         if not values.is_floating_point() or not standing.requires_grad:
             return values
         if not laid:
+            self._check_size([values])
             missing = len(like) - values.ndim
             if missing < 0 or (missing == 0 and values.shape[0] != 1) or like[0] % self.batch_size:
                 raise BatchRefused(f"{_LOST}: a tensor of shape {tuple(values.shape)} meets one of {tuple(like)}.")
@@ -320,13 +381,14 @@ class SharedGradients:
             if not laid:
                 # (batch · parts, 1, ..., *shape) -> (batch, *shape)
                 found = found.unflatten(0, (self.batch_size, -1)).sum(1).reshape(self.batch_size, *standing.shape)
-            before = self._caught.get(id(standing))
-            self._caught[id(standing)] = (standing, laid, found if before is None else before[2] + found)
+            self._catch(standing, laid, found)
 
         return self.taps.tap([values], catch)[0]
 
     def per_example(self, leaves: Mapping[str, Tensor], use: Callable[[int, dict[str, Tensor]], None]) -> None:
         """Call `use` with the number of each example and its gradients, by the name of the parameter."""
+        if self.place != len(self.steps):
+            raise BatchRefused(f"{_LOST}, in another way than in the batches that were checked ({self.place} operations).")
         if not self._caught:
             return
         caught = list(self._caught.values())
