@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from datasets_for_tests import token_rows
+from datasets_for_tests import image_rows, token_rows
 from models import N_CLASSES, VOCAB_SIZE, make_model
 from torch import Tensor, nn
 
@@ -137,6 +137,46 @@ class ProjectsATable(Base):
         return self.second(x) + self.project(self.rows).tanh().sum(0)
 
 
+class RepeatsATable(ProjectsATable):
+    """A projection, repeated for each example and head, as DeBERTa's."""
+
+    def mix(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = self.second(x)
+        tables = self.project(self.rows).view(6, 2, 2).permute(1, 0, 2).repeat(len(x), 1, 1)  # (batch · heads, rows, 2)
+        heads = x.view(len(x), -1, 2, 2).permute(0, 2, 1, 3).flatten(0, 1)
+        scores = torch.bmm(heads, tables.mT).tanh().sum(2).view(len(x), 2, -1)
+        return x + scores.mT.repeat(1, 1, 2)
+
+
+class LooksAtATableByWidth(ProjectsATable):
+    """Does other things with its table where rows are long."""
+
+    def mix(self, x: Tensor, mask: Tensor) -> Tensor:
+        table = self.project(self.rows)
+        if x.shape[1] > 6:
+            table = (table * 2).exp()
+        return self.second(x) + table.tanh().sum(0)
+
+
+class TokensFirst(ProjectsATable):
+    """Its table meets tensors of (tokens, batch, 4)."""
+
+    def mix(self, x: Tensor, mask: Tensor) -> Tensor:
+        return (self.second(x).transpose(0, 1) + self.project(self.rows[:1])).transpose(0, 1)
+
+
+class ConvolvesByHand(Base):
+    """Uses a convolution's weight without calling it, as Mamba does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(4, 4, 3, groups=4)
+
+    def mix(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = nn.functional.pad(self.second(x).mT, (2, 0))
+        return nn.functional.conv1d(x, self.conv.weight, self.conv.bias, groups=4).mT
+
+
 class Sinks(nn.Module):
     """Returns its weights beside its output, which is made of them, as attention does."""
 
@@ -203,9 +243,13 @@ MODELS: dict[type[nn.Module], str] = {
     MixesExamples: "loop",
     Experts: "any",
     SharesATable: "layerwise",
-    ProjectsATable: "loop",
+    ProjectsATable: "layerwise",
+    RepeatsATable: "layerwise",
+    LooksAtATableByWidth: "layerwise",
+    TokensFirst: "loop",
+    ConvolvesByHand: "layerwise",
     ReturnsAnIntermediate: "layerwise",
-    HasAFaintParameter: "loop",
+    HasAFaintParameter: "layerwise",
     Recurrent: "loop",
     OnePicture: "layerwise",
 }
@@ -420,14 +464,86 @@ def mamba() -> nn.Module:
     return MambaForCausalLM(MambaConfig(**sizes))
 
 
-FAMILIES = {mixtral: "layerwise", deberta: "loop", fnet: "loop", mamba: "loop"}
+_SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+
+
+def mpnet() -> nn.Module:
+    """A bias for each pair of tokens, computed once and shared by its layers."""
+    from transformers import MPNetConfig, MPNetForSequenceClassification
+
+    sizes = {"vocab_size": VOCAB_SIZE, "num_labels": N_CLASSES, "max_position_embeddings": 30, "pad_token_id": 0}
+    return MPNetForSequenceClassification(MPNetConfig(**_SIZES, **sizes))
+
+
+def t5() -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "vocab_size": VOCAB_SIZE}
+    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+
+
+def swinv2() -> nn.Module:
+    """Windows that are shifted, and a bias that a small network makes of distances."""
+    from transformers import Swinv2Config, Swinv2ForImageClassification
+
+    sizes = {"image_size": 8, "patch_size": 1, "embed_dim": 8, "depths": [2, 1], "num_heads": [2, 2], "window_size": 4}
+    return Swinv2ForImageClassification(Swinv2Config(**sizes, num_labels=N_CLASSES))
+
+
+def swin() -> nn.Module:
+    from transformers import SwinConfig, SwinForImageClassification
+
+    sizes = {"image_size": 8, "patch_size": 1, "embed_dim": 8, "depths": [2, 1], "num_heads": [2, 2], "window_size": 4}
+    return SwinForImageClassification(SwinConfig(**sizes, num_labels=N_CLASSES))
+
+
+def beit() -> nn.Module:
+    from transformers import BeitConfig, BeitForImageClassification
+
+    sizes = {"image_size": 8, "patch_size": 2, "num_labels": N_CLASSES, "use_shared_relative_position_bias": True}
+    return BeitForImageClassification(BeitConfig(**_SIZES, **sizes))
+
+
+def gpt_oss() -> nn.Module:
+    """Experts, and attention sinks."""
+    from transformers import GptOssConfig, GptOssForSequenceClassification
+
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 1, "head_dim": 8}
+    sizes = {"vocab_size": VOCAB_SIZE, "num_labels": N_CLASSES, "pad_token_id": 0}
+    return GptOssForSequenceClassification(GptOssConfig(**_SIZES, **experts, **sizes))
+
+
+def qwen3_next() -> nn.Module:
+    """Linear attention: a convolution whose weight is used by hand, decays, a gated norm."""
+    from transformers import Qwen3NextConfig, Qwen3NextForSequenceClassification
+
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 12}
+    heads = {"num_key_value_heads": 1, "head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 2}
+    sizes = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"]}
+    text = {"vocab_size": VOCAB_SIZE, "num_labels": N_CLASSES, "pad_token_id": 0}
+    return Qwen3NextForSequenceClassification(Qwen3NextConfig(**_SIZES, **experts, **heads, **sizes, **text))
+
+
+def biogpt() -> nn.Module:
+    from transformers import BioGptConfig, BioGptForSequenceClassification
+
+    sizes = {"vocab_size": VOCAB_SIZE, "num_labels": N_CLASSES, "pad_token_id": 0, "max_position_embeddings": 30}
+    return BioGptForSequenceClassification(BioGptConfig(**_SIZES, **sizes))
+
+
+PICTURES, EXPERTS = (swin, swinv2, beit), (mixtral, gpt_oss, qwen3_next)
+BY_LAYER = (deberta, mamba, mpnet, t5, biogpt, *PICTURES, *EXPERTS)
+FAMILIES = {**dict.fromkeys(BY_LAYER, "layerwise"), fnet: "loop"}
 
 
 @pytest.mark.parametrize("kind", FAMILIES, ids=lambda kind: kind.__name__)
 def test_families_that_are_hard_to_serve_are_right_by_whichever_engine(kind: Callable[[], nn.Module]):
     model = make(kind).eval()
-    dataset = token_rows(6)
-    if kind is mamba:
+    with torch.no_grad():  # tables of positions may be zero at first
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    dataset = image_rows(6) if kind in PICTURES else token_rows(6)
+    if kind in (mamba, t5):
         dataset = dataset.remove_columns("label").add_column("labels", dataset["input_ids"][:])
     featurizer = Featurizer(model, identity(model))
     found = featurizer(dataset[:])["trak_features"]
@@ -436,9 +552,9 @@ def test_families_that_are_hard_to_serve_are_right_by_whichever_engine(kind: Cal
     task = featurizer.task
 
     def collator(chosen: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        return task.collate({key: [row[key] for row in chosen] for key in chosen[0]}, None)
+        return task.collate({key: [row[key] for row in chosen] for key in chosen[0]}, featurizer.processing_class)
 
-    dtype = torch.float32 if kind is mixtral else torch.float64  # its kernels know no float64
+    dtype = torch.float32 if kind in EXPERTS else torch.float64  # their kernels know no float64
     expected = reference(model, dataset, collator, lambda model, batch: task.output_function(model, batch)[0], dtype=dtype)
     assert_right(model, found, expected, relative=1e-4)
 
@@ -489,8 +605,6 @@ def test_an_interrupted_run_goes_on_with_the_engine_it_began_with(tmp_path, monk
 
 @pytest.mark.parametrize("name", ["bert", "llama", "resnet"])
 def test_the_loop_is_what_layerwise_computes(name: str):
-    from datasets_for_tests import image_rows
-
     dataset = image_rows(5) if name == "resnet" else token_rows(5)
     found = {}
     for engine in ("auto", "layerwise", "functional", "loop"):
