@@ -26,6 +26,7 @@ Rows = Mapping[str, Sequence[Any]]
 
 _LABELS = ("labels", "label")
 _TOKENS = ("input_ids", "attention_mask", "token_type_ids")
+_PIXELS = ("pixel_values", "pixel_values_videos", "input_ids")
 _NOT_PER_TOKEN = ("pixel_values", "pixel_mask", "pixel_attention_mask", "spatial_shapes", "image_sizes")
 
 
@@ -360,19 +361,22 @@ class ImageInputs:
         mode (`str`): "RGB", or "L" for models of one channel.
         accepted (`frozenset[str]`): Names the model's `forward` takes; what the processor makes under these names is passed on.
         dtype (`torch.dtype`): Of the model's weights, in which it gets its pixels.
+        main (`str`): What the image becomes: `pixel_values`, `pixel_values_videos`, or the `input_ids` of ImageGPT.
     """
 
     image_column: str | None
     mode: str
     accepted: frozenset[str] = frozenset({"pixel_values"})
     dtype: torch.dtype = torch.float32
+    main: str = "pixel_values"
 
     @classmethod
     def for_model(cls, model: PreTrainedModel, image_column: str | None) -> ImageInputs:
         mode = "L" if getattr(model.config, "num_channels", 3) == 1 else "RGB"
         accepted = frozenset(inspect.signature(model.forward).parameters)
         floating = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-        return cls(image_column, mode, accepted, next(floating, torch.float32))
+        main = next((name for name in _PIXELS if name in accepted), "pixel_values")
+        return cls(image_column, mode, accepted, next(floating, torch.float32), main)
 
     def check(self, features: Features, processing_class: Any) -> None:
         if self._has_pixels(features):
@@ -385,7 +389,7 @@ class ImageInputs:
         if is_transformed(dataset):
             return
         if self._has_pixels(dataset.features):
-            _refuse(_list_lengths(dataset, "pixel_values") == -1, "have no 'pixel_values' (None)")
+            _refuse(_list_lengths(dataset, self.main) == -1, f"have no {self.main!r} (None)")
             return
         check_pictures(dataset, self._column(dataset.features))
 
@@ -393,10 +397,10 @@ class ImageInputs:
         return self if self._has_pixels(features) else replace(self, image_column=self._column(features))
 
     def columns_read(self, features: Features) -> dict[str, Any]:
-        return {"image": "pixel_values" if self._has_pixels(features) else self._column(features)}
+        return {"image": self.main if self._has_pixels(features) else self._column(features)}
 
     def _has_pixels(self, columns: Mapping[str, Any]) -> bool:
-        return "pixel_values" in columns and self.image_column is None
+        return self.main in columns and self.image_column is None
 
     def _column(self, features: Mapping[str, Any]) -> str:
         if self.image_column is not None:
@@ -407,7 +411,7 @@ class ImageInputs:
         if len(images) != 1:
             several = f" Images may be in {', '.join(map(repr, images))}." if images else ""
             raise ValueError(
-                f"Expected 'pixel_values' or one image column, but the dataset has {', '.join(features)}.{several} Set `image_column` "
+                f"Expected {self.main!r} or one image column, but the dataset has {', '.join(features)}.{several} Set `image_column` "
                 "(--image_column)."
             )
         return images[0]
@@ -416,15 +420,16 @@ class ImageInputs:
         if self._has_pixels(rows):
             names = extra_columns(list(rows), self.accepted, _LABELS)
             found = {name: _stack(name, rows[name]) for name in names}
-            found["pixel_values"] = found["pixel_values"].float()
+            if self.main != "input_ids":
+                found[self.main] = found[self.main].float()
         else:
             column = self._column_of(rows)
             images = open_pictures(rows[column], self.mode, column)
             encoded = processing_class(images, return_tensors="pt")
             found = {name: torch.as_tensor(values) for name, values in encoded.items() if name in self.accepted}
-            if "pixel_values" not in found:
+            if self.main not in found:
                 raise ValueError(
-                    f"The image processor {type(processing_class).__name__} makes {', '.join(encoded)}, but no 'pixel_values'. Pass the "
+                    f"The image processor {type(processing_class).__name__} makes {', '.join(encoded)}, but no {self.main!r}. Pass the "
                     "model's own image processor as `processing_class`."
                 )
         return {name: values.to(self.dtype) if values.is_floating_point() else values for name, values in found.items()}
