@@ -307,3 +307,112 @@ def test_semantic_segmentation_is_the_mean_over_pixels_at_the_size_of_the_map(ki
         return of_tokens(torch.stack([logits[:, y, x] for y, x in pixels]), [labels[y, x] for y, x in pixels])
 
     assert_right(model, rows, reference)
+
+
+# Images in text.
+
+
+def media_model(kind: str) -> Any:
+    text = {**TEXT, "num_key_value_heads": 1, "head_dim": 8}
+    vision = {**SIZES, "num_hidden_layers": 1, "image_size": 16, "patch_size": 8}
+    if kind == "llava":
+        config = transformers.LlavaConfig(
+            vision_config=transformers.CLIPVisionConfig(**vision, projection_dim=16), text_config=transformers.LlamaConfig(**text),
+            image_token_index=50, image_seq_length=4, vision_feature_layer=-1,
+        )  # fmt: skip
+        return build("LlavaForConditionalGeneration", config)
+    if kind == "paligemma":
+        text["num_key_value_heads"] = 2
+        config = transformers.PaliGemmaConfig(
+            vision_config=transformers.SiglipVisionConfig(**vision).to_dict(),
+            text_config=transformers.GemmaConfig(**text).to_dict(), projection_dim=16, image_token_index=50,
+        )  # fmt: skip
+        return build("PaliGemmaForConditionalGeneration", config)
+    if kind == "idefics3":
+        config = transformers.Idefics3Config(
+            vision_config={**vision, "model_type": "idefics3_vision"}, text_config={**text, "model_type": "llama"}, image_token_id=50, scale_factor=2
+        )  # fmt: skip
+        return build("Idefics3ForConditionalGeneration", config)
+    config = transformers.Qwen2VLConfig(
+        vision_config={"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "patch_size": 4, "mlp_ratio": 2, "spatial_merge_size": 2,
+                       "temporal_patch_size": 1},
+        text_config={**text, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}},
+        image_token_id=50, vision_start_token_id=51, vision_end_token_id=52, video_token_id=53,
+    )  # fmt: skip
+    return build("Qwen2VLForConditionalGeneration", config)
+
+
+def media_row(kind: str, place: int, *, batched: bool, n_images: int = 1) -> dict[str, Any]:
+    """Return a row as a processor makes it, with the batch's axis or without."""
+    rng = random(place)
+    if kind == "qwen2_vl":
+        grid = np.asarray([[1, 4, 2 + 2 * place]] * n_images)
+        tokens = [n // 4 for n in grid.prod(1)]
+        media = {"pixel_values": rng.standard_normal((int(grid.prod(1).sum()), 48)), "image_grid_thw": grid}
+    else:
+        shape = (n_images, 3, 16, 16) if kind != "idefics3" else (1, n_images, 3, 16, 16)
+        tokens = [1 if kind == "idefics3" else 4] * n_images
+        pixels = rng.standard_normal(shape)
+        media = {"pixel_values": pixels if batched else pixels[0]}
+    ids = rng.integers(3, 40, 3).tolist()
+    for count in tokens:
+        ids += [50] * count
+    prompt = len(ids)
+    answer = rng.integers(3, 40, 3 + place).tolist()
+    row = {"input_ids": ids + answer, "attention_mask": [1] * (prompt + len(answer)), "labels": [-100] * prompt + answer}
+    if kind == "qwen2_vl":
+        row["mm_token_type_ids"] = [int(token == 50) for token in row["input_ids"]]
+    if kind == "paligemma":
+        row["token_type_ids"] = [0] * prompt + [1] * len(answer)
+    return {**row, **{name: value.astype(np.float32 if value.dtype.kind == "f" else np.int64).tolist() for name, value in media.items()}}
+
+
+def media_reference(kind: str) -> Reference:
+    axes = {"pixel_values": {"qwen2_vl": 2, "idefics3": 5}.get(kind, 4), "image_grid_thw": 2}
+
+    def reference(m: nn.Module, row: Row) -> tuple[Tensor, Tensor]:
+        inputs = one(row, "input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+        for name, count in axes.items():
+            if row.get(name) is not None:
+                value = torch.as_tensor(np.asarray(row[name]))
+                value = value if value.ndim == count else value.unsqueeze(0)
+                inputs[name] = value.double() if value.is_floating_point() else value
+        logits = m(**inputs, use_cache=False).logits[0]
+        return of_tokens(logits[:-1], row["labels"][1:])
+
+    return reference
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("kind", ["llava", "paligemma", "qwen2_vl", "idefics3"])
+def test_prepared_rows_with_images(kind, batched):
+    model = media_model(kind)
+    assert AutoTask.from_model(model).name == "image-text-to-text"
+    assert_right(model, [media_row(kind, place, batched=batched) for place in range(3)], media_reference(kind))
+
+
+def test_rows_with_different_numbers_of_images_are_computed_apart():
+    model = media_model("llava")
+    rows = [media_row("llava", place, batched=True, n_images=count) for place, count in enumerate((1, 3, 2))]
+    featurizer = assert_right(model, rows, media_reference("llava"))
+    assert featurizer.engine.name == "loop"
+    assert "images differ in number" in featurizer.engine.reason
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl"])
+def test_rows_of_text_alone(kind):
+    rng = random()
+    rows = [{"input_ids": rng.integers(3, 40, length).tolist()} for length in (5, 9, 7)]
+
+    def reference(m: nn.Module, row: Row) -> tuple[Tensor, Tensor]:
+        logits = m(**one(row, "input_ids"), use_cache=False).logits[0]
+        return of_tokens(logits[:-1], row["input_ids"][1:])
+
+    assert_right(media_model(kind), rows, reference)
+
+
+def test_placeholders_of_images_are_not_scored_where_no_labels_are_given():
+    model, row = media_model("llava"), media_row("llava", 1, batched=True)
+    del row["labels"]
+    batch = AutoTask.from_model(model).collate({name: [value] for name, value in row.items()}, None)
+    assert batch["labels"][0].tolist() == [-100 if token == 50 else token for token in row["input_ids"]]

@@ -148,9 +148,7 @@ class MediaInputs(CausalInputs):
         labels = example.labels
         if (self.label_column or "labels") not in row:
             labels = np.where(np.isin(example.ids, self.placeholders), IGNORED, labels)
-        return example._replace(
-            labels=labels, further={**(example.further or {}), **{f"{_MEDIA}{k}": v for k, v in media.items()}}
-        )
+        return example._replace(labels=labels, media=media)
 
     def _axes(self, name: str) -> int | None:
         if name == "pixel_values":
@@ -177,13 +175,16 @@ class MediaInputs(CausalInputs):
         labels = np.where(scored & ~np.isin(ids, self.placeholders), ids, IGNORED)
         n_tokens = len(ids)
         further: dict[str, np.ndarray] = {}
+        media: dict[str, np.ndarray] = {}
         for name, value in encoded.items():
             if name not in self.accepted or name in ("input_ids", "attention_mask", "labels"):
                 continue
             array = as_numbers(name, value)
-            along = array.ndim == 2 and array.shape == (1, n_tokens)
-            further[name if along else f"{_MEDIA}{name}"] = array[0] if along else array
-        return Example(np.asarray(ids, dtype=np.int64), labels.astype(np.int64), further)
+            if array.shape == (1, n_tokens):
+                further[name] = array[0]
+            else:
+                media[name] = array
+        return Example(np.asarray(ids, dtype=np.int64), labels.astype(np.int64), further, media=media)
 
     def _completion_with_images(self, row: Mapping[str, Any], images: list[Any], processor: Any) -> tuple[Any, np.ndarray]:
         """Return the processor's result for a prompt with its completion, and which tokens are of the completion."""
@@ -209,20 +210,14 @@ class MediaInputs(CausalInputs):
         return encoded, scored
 
     def _pad(self, examples: list[Example]) -> dict[str, Tensor]:
-        media = [{n: v for n, v in (example.further or {}).items() if n.startswith(_MEDIA)} for example in examples]
-        plain = [
-            example._replace(further={n: v for n, v in (example.further or {}).items() if not n.startswith(_MEDIA)})
-            for example in examples
-        ]
-        batch: dict[str, Any] = super()._pad(plain)
-        names = dict.fromkeys(name for row in media for name in row)
-        shapes = [{name: row[name].shape for name in row} for row in media]
+        batch: dict[str, Any] = super()._pad(examples)
+        media = [example.media or {} for example in examples]
+        shapes = [{name: array.shape for name, array in row.items()} for row in media]
         if any(row != shapes[0] for row in shapes):
             # Of a batch that is not computed, the media are left out.
             return {**batch, APART: "their images differ in number or size, or some have none"}
-        for name in names:
-            values = torch.from_numpy(np.concatenate([row[name] for row in media]))
-            batch[name.removeprefix(_MEDIA)] = values
+        for name in media[0]:
+            batch[name] = torch.from_numpy(np.concatenate([row[name] for row in media]))
         return batch
 
 
@@ -231,9 +226,6 @@ class AudioTextInputs(MediaInputs):
     """Rows of a language model that reads sounds among its tokens: prepared, or text alone."""
 
     task_name = "audio-text-to-text"
-
-
-_MEDIA = "media:"
 
 
 class _TextOf:

@@ -57,6 +57,8 @@ class Example(NamedTuple):
     """Tokens cut off by the limit on length."""
     unscored: str | None = None
     """Why no token is scored, where it is not that all labels are -100."""
+    media: Mapping[str, np.ndarray] | None = None
+    """Images and what belongs to them, with the axes of a batch of one."""
 
 
 @dataclass(frozen=True)
