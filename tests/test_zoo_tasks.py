@@ -364,7 +364,10 @@ def media_row(kind: str, place: int, *, batched: bool, n_images: int = 1) -> dic
         row["mm_token_type_ids"] = [int(token == 50) for token in row["input_ids"]]
     if kind == "paligemma":
         row["token_type_ids"] = [0] * prompt + [1] * len(answer)
-    return {**row, **{name: value.astype(np.float32 if value.dtype.kind == "f" else np.int64).tolist() for name, value in media.items()}}
+    return {
+        **row,
+        **{name: value.astype(np.float32 if value.dtype.kind == "f" else np.int64).tolist() for name, value in media.items()},
+    }
 
 
 def media_reference(kind: str) -> Reference:

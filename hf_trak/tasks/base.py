@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hf_trak.tasks.calls import APART
 from hf_trak.tasks.inputs import CustomInputs, ImageInputs, Inputs, Rows, TextInputs
 from hf_trak.tasks.labels import Labels
 from hf_trak.tasks.pairs import PairInputs
@@ -238,4 +239,10 @@ class TaskCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Return the model's inputs and `labels`."""
-        return self.task.collate({key: [row[key] for row in rows] for key in rows[0]}, self.processing_class)
+        batch = self.task.collate({key: [row[key] for row in rows] for key in rows[0]}, self.processing_class)
+        if APART in batch:
+            raise ValueError(
+                f"These rows cannot share a batch: {batch[APART]}. Train with per_device_train_batch_size=1, or pass a `data_collator` that joins "
+                "them."
+            )
+        return batch

@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_trak.errors import MissingProcessor
 from hf_trak.tasks.calls import APART
 from hf_trak.tasks.inputs import Rows
-from hf_trak.tasks.padding import NOT_DATA, has_learned_positions, position_limit
+from hf_trak.tasks.padding import NOT_DATA, has_learned_positions, position_limit, refuse_texts_without_boxes
 from hf_trak.tasks.rows import features_of, is_transformed, name_rows
 
 if TYPE_CHECKING:
@@ -95,10 +95,7 @@ class ChoiceInputs:
             self._names(features)
             return
         self._columns(features)
-        if "bbox" in self.accepted:
-            raise ValueError(
-                "The model reads a box for each token ('bbox'), which texts do not have. Tokenize the rows with the model's processor."
-            )
+        refuse_texts_without_boxes(self.accepted)
         if processing_class is None:
             raise MissingProcessor(
                 "Text columns need a tokenizer: pass it as `processing_class`, or tokenize the dataset first."

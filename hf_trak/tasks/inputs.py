@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_trak.errors import MissingProcessor
 from hf_trak.tasks.columns import find_text_columns, is_string
-from hf_trak.tasks.padding import extra_columns, has_learned_positions, pad_tokens, position_limit
+from hf_trak.tasks.padding import extra_columns, has_learned_positions, pad_tokens, position_limit, refuse_texts_without_boxes
 from hf_trak.tasks.pictures import check_pictures, find_image_columns, open_pictures
 from hf_trak.tasks.rows import is_transformed, missing_rows, name_rows
 
@@ -26,7 +26,7 @@ Rows = Mapping[str, Sequence[Any]]
 
 _LABELS = ("labels", "label")
 _TOKENS = ("input_ids", "attention_mask", "token_type_ids")
-_PIXELS = ("pixel_values", "pixel_values_videos", "input_ids")
+_PIXELS = ("pixel_values", "pixel_values_videos", "flattened_patches", "input_ids")
 _NOT_PER_TOKEN = ("pixel_values", "pixel_mask", "pixel_attention_mask", "spatial_shapes", "image_sizes")
 
 
@@ -107,6 +107,7 @@ class TextInputs:
         if self._is_tokenized(features):
             self._extra(features)
             return
+        refuse_texts_without_boxes(self.accepted)
         for column in self._columns(features):
             if not is_string(features[column]):
                 raise ValueError(

@@ -55,6 +55,12 @@ class SoundInputs:
 
     def check(self, features: Features, processing_class: Any) -> None:
         """Raise a ValueError that names the columns if a dataset cannot serve."""
+        read = (self.main, "attention_mask", "labels", self.sound_column)
+        if others := [name for name in features if name in self.accepted and name not in read]:
+            raise ValueError(
+                f"The model's `forward` takes {others[0]!r}, which the dataset has and this task does not read. Remove the column "
+                f"(`dataset.remove_columns({others[0]!r})`), or make a task with `Task.custom`."
+            )
         if self._is_prepared(features):
             return
         column = self._column(features)

@@ -86,6 +86,13 @@ class TranscriptInputs:
     def check(self, features: Features, processing_class: Any) -> None:
         """Raise a ValueError that names the columns if a dataset cannot serve."""
         self.media.check(features, _part(processing_class, "feature_extractor", "image_processor"))
+        if isinstance(self.media, ImageInputs):
+            if "input_ids" in self.media.accepted and not self.media._has_pixels(features):
+                raise ValueError(
+                    f"The model reads a text beside the image. Prepare the rows with its processor ('input_ids', {self.media.main!r} and 'labels')."
+                )
+            if "decoder_input_ids" in features:
+                raise ValueError("The column 'decoder_input_ids' is made of the labels, and not read. Remove it.")
         column, is_text = self._target(features)
         if is_text and not hasattr(_tokenizer(processing_class), "convert_tokens_to_ids"):
             raise MissingProcessor(
