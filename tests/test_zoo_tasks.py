@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -82,18 +82,14 @@ def assert_right(
         f, q = reference(double, row)
         found = torch.autograd.grad(f, parameters, allow_unused=True)
         grads = torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, found, strict=True)])
-        assert grads.norm() > 0 and bool(grads.isfinite().all())
+        assert grads.norm() > 0
+        assert grads.isfinite().all()
         assert float((got.features[place].double() - grads).norm() / grads.norm()) < tolerance
         torch.testing.assert_close(got.output[place].double(), f.detach(), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(got.out_to_loss[place].double(), q.detach(), rtol=1e-4, atol=1e-4)
     alone = featurizer.compute(featurizer.collate(dataset[:1]))
     torch.testing.assert_close(alone.features[0], got.features[0], rtol=1e-3, atol=1e-4 * float(got.features[0].abs().max()))
     return featurizer
-
-
-@pytest.fixture(autouse=True)
-def _quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    yield
 
 
 # Multiple choice.
@@ -292,11 +288,10 @@ def segmentation_model(kind: str) -> Any:
 def test_semantic_segmentation_is_the_mean_over_pixels_at_the_size_of_the_map(kind):
     model, rng = segmentation_model(kind), random()
     rows = []
-    for place in range(3):
+    for _ in range(3):
         classes = rng.integers(0, 3, (32, 32))
         classes[:3] = 255
         rows.append({"pixel_values": rng.standard_normal((3, 32, 32)).tolist(), "labels": classes.tolist()})
-        del place
 
     def reference(m: nn.Module, row: Row) -> tuple[Tensor, Tensor]:
         logits = nn.functional.interpolate(
