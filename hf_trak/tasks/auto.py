@@ -39,7 +39,7 @@ def _sound(model: PreTrainedModel, config: TrakConfig) -> SoundInputs:
     return SoundInputs.for_model(model, config)
 
 
-def _video(model: PreTrainedModel, config: TrakConfig) -> VideoInputs:
+def _video(model: PreTrainedModel, config: TrakConfig) -> ImageInputs:
     return VideoInputs.for_model(model, config.image_column)
 
 
