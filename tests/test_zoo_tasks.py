@@ -414,3 +414,67 @@ def test_placeholders_of_images_are_not_scored_where_no_labels_are_given():
     del row["labels"]
     batch = AutoTask.from_model(model).collate({name: [value] for name, value in row.items()}, None)
     assert batch["labels"][0].tolist() == [-100 if token == 50 else token for token in row["input_ids"]]
+
+
+def test_an_encoder_of_images_with_a_decoder_of_text():
+    encoder = transformers.ViTConfig(**SIZES, image_size=8, patch_size=4)
+    decoder = transformers.BertConfig(**TEXT, is_decoder=True, add_cross_attention=True)
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    config.decoder_start_token_id, config.pad_token_id = 5, 0
+    torch.manual_seed(0)
+    model = perturbed(transformers.VisionEncoderDecoderModel(config=config))
+    rng = random()
+    labels = ([6, 7, 2], [9, 8, 7, 2], [11, 2])
+    rows = [{"pixel_values": rng.standard_normal((3, 8, 8)).astype(np.float32).tolist(), "labels": tokens} for tokens in labels]
+
+    def reference(m: nn.Module, row: Row) -> tuple[Tensor, Tensor]:
+        result = m(**one(row, "pixel_values"), labels=torch.tensor([row["labels"]]))
+        nll = nn.functional.cross_entropy(result.logits[0], torch.tensor(row["labels"]))
+        torch.testing.assert_close(result.loss, nll)
+        return of_tokens(result.logits[0], row["labels"])
+
+    assert AutoTask.from_model(model).name == "image-text-to-text"
+    assert_right(model, rows, reference)
+
+
+# Documents.
+
+
+def document_model(kind: str, head: str) -> Any:
+    sizes = {**TEXT, "max_2d_position_embeddings": 50, "num_labels": 3}
+    if kind == "lilt":
+        return build(f"LiltFor{head}", transformers.LiltConfig(**sizes, channel_shrink_ratio=2))
+    if kind == "bros":
+        return build(f"BrosFor{head}", transformers.BrosConfig(**{**sizes, "hidden_size": 32}, dim_bbox=8))
+    return build(f"LayoutLMFor{head}", transformers.LayoutLMConfig(**sizes))
+
+
+@pytest.mark.parametrize(
+    ("kind", "head"),
+    [
+        ("layoutlm", "TokenClassification"),
+        ("layoutlm", "QuestionAnswering"),
+        ("lilt", "SequenceClassification"),
+        ("bros", "TokenClassification"),
+    ],
+)
+def test_documents_are_read_with_their_boxes(kind, head):
+    model, rng = document_model(kind, head), random()
+    rows = []
+    for place, length in enumerate((5, 9, 7)):
+        boxes = np.sort(rng.integers(0, 24, (length, 2, 2)), 1).reshape(length, 4)
+        row = {"input_ids": rng.integers(3, VOCAB, length).tolist(), "bbox": (boxes / 50 if kind == "bros" else boxes).tolist()}
+        answer = {"TokenClassification": {"labels": rng.integers(0, 3, length).tolist()}, "SequenceClassification": {"label": place},
+                  "QuestionAnswering": {"start_positions": 1, "end_positions": 3}}  # fmt: skip
+        rows.append({**row, **answer[head]})
+
+    def reference(m: nn.Module, row: Row) -> tuple[Tensor, Tensor]:
+        result = m(**one(row, "input_ids", "bbox"))
+        if head == "TokenClassification":
+            return of_tokens(result.logits[0], row["labels"])
+        if head == "SequenceClassification":
+            return of_class(result.logits[0], row["label"])
+        parts = [of_class(result.start_logits[0], 1), of_class(result.end_logits[0], 3)]
+        return torch.stack([f for f, _ in parts]).mean(), torch.stack([q for _, q in parts]).mean()
+
+    assert_right(model, rows, reference)

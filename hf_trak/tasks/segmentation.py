@@ -96,7 +96,7 @@ class SegmentationInputs:
         if len(empty):
             raise ValueError(f"{len(empty)} rows have no map in {column!r}: {name_rows(empty)}. Filter these rows.")
         if "pixel_values" in dataset.features:
-            for row, value in enumerate(dataset.select_columns([column])):
+            for row, value in enumerate(dataset.select_columns([column]).with_format("numpy")):
                 self._classes(np.asarray(value[column]), f"row {row}")
 
     def _classes(self, labels: np.ndarray, where: str) -> np.ndarray:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_trak.errors import MissingProcessor
 from hf_trak.tasks.calls import APART
-from hf_trak.tasks.inputs import Rows
+from hf_trak.tasks.inputs import Rows, _list_lengths
 from hf_trak.tasks.rows import is_transformed, missing_rows, name_rows
 
 if TYPE_CHECKING:
@@ -87,7 +87,8 @@ class SoundInputs:
         if prepared or type(dataset.features[column]).__name__ == "Audio":
             return
         expected = _extractor(processing_class).sampling_rate
-        table = dataset.with_format("arrow")[:]
+        names = [column] if isinstance(dataset.features[column], dict) else [_RATE]
+        table = dataset.select_columns(names).with_format("arrow")[:]
         if isinstance(dataset.features[column], dict):
             import pyarrow.compute as pc
 
@@ -194,7 +195,7 @@ class SoundInputs:
         """Return the number of frames of each row, where it is stored."""
         if is_transformed(dataset) or not self._is_prepared(dataset.features):
             return None
-        return [len(values) for values in dataset[self.main][:]]
+        return _list_lengths(dataset, self.main).tolist()
 
 
 def each(rows: Rows) -> list[dict[str, Any]]:
