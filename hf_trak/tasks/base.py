@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hf_trak.tasks.calls import APART
 from hf_trak.tasks.inputs import CustomInputs, ImageInputs, Inputs, Rows, TextInputs
 from hf_trak.tasks.labels import Labels
 from hf_trak.tasks.pairs import PairInputs
@@ -21,6 +22,9 @@ _LABEL_COLUMNS = ("labels", "label")
 BUILT_IN_TASKS = (
     "text-classification", "text-multi-label", "text-regression", "image-classification", "image-multi-label", "image-regression",
     "causal-lm", "masked-lm", "seq2seq", "question-answering", "token-classification", "contrastive",
+    "audio-classification", "audio-multi-label", "audio-regression", "video-classification", "video-multi-label", "video-regression",
+    "multiple-choice", "next-sentence-prediction", "ctc", "speech-to-text", "image-text-to-text", "audio-text-to-text",
+    "semantic-segmentation",
 )  # fmt: skip
 OUT_TO_LOSS_KINDS = ("one_minus_p", "mean_one_minus_p", "residual", "one", "other")
 
@@ -243,4 +247,9 @@ class TaskCollator:
                 name in batch
             ):  # transformers leaves positions behind the last token out of its loss, and takes -100 for the first one
                 batch[name] = batch[name].where(batch[name] >= 0, batch["input_ids"].shape[1])
+        if APART in batch:
+            raise ValueError(
+                f"These rows cannot share a batch: {batch[APART]}. Train with per_device_train_batch_size=1, or pass a `data_collator` that joins "
+                "them."
+            )
         return batch
