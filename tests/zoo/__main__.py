@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--tasks", default=",".join(TASKS), help=f"of {', '.join(TASKS)}")
     parser.add_argument("--only", default="", help="model types, separated by commas")
     parser.add_argument("--part", default="0/1", help="I/N: every N-th case, from the I-th, so that N processes share the work")
-    parser.add_argument("--limit", type=int, default=120, help="seconds for one case")
+    parser.add_argument("--limit", type=int, default=60, help="seconds of CPU time for one case")
     parser.add_argument("--again", default="", help="outcomes whose cases run once more, such as 'not built,crash'")
     parser.add_argument("--one", nargs=2, metavar=("TASK", "TYPE"), help="run one case here")
     options = parser.parse_args()

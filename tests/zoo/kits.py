@@ -191,10 +191,12 @@ class CausalLM(Kit):
         return mean_margins(result.logits[0, :-1], row["labels"][1:])
 
 
-class Seq2Seq(Kit):
+class Seq2Seq(CausalLM):
+    """Pairs of texts; for models of sound, pictures and text that have one decoder alone, texts as of a causal language model."""
+
     def rows(self) -> list[Row]:
         if not self.config.is_encoder_decoder:
-            raise ValueError("a model of speech or pictures and text, which this kit has no rows for")
+            return super().rows()
         rows = []
         for n, m in zip(LENGTHS, TARGET_LENGTHS, strict=True):
             labels = self.ids(m)
@@ -210,6 +212,8 @@ class Seq2Seq(Kit):
         return inputs
 
     def outputs(self, result: Any, row: Row) -> Outputs:
+        if not self.config.is_encoder_decoder:
+            return super().outputs(result, row)
         return mean_margins(result.logits[0][-len(row["labels"]) :], row["labels"])
 
 
