@@ -406,7 +406,7 @@ def test_an_architecture_that_is_not_served_is_answered_with_those_that_are(task
 
     model = BertModel(BertConfig(hidden_size=4, num_attention_heads=1, num_hidden_layers=1, intermediate_size=4, vocab_size=9))
     with pytest.raises(
-        ValueError, match=r"No task serves BertModel yet.*\*ForSequenceClassification, \*ForImageClassification.*Task\.custom"
+        ValueError, match=r"No task serves BertModel yet.*text-classification, .*semantic-segmentation.*Task\.custom"
     ):
         AutoTask.from_model(model, TrakConfig(task=task))
 

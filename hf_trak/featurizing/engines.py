@@ -21,6 +21,7 @@ from hf_trak.gradients import (
     loop_features,
 )
 from hf_trak.projectors import Projector
+from hf_trak.tasks.calls import APART
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -131,9 +132,10 @@ def cost_of_loop(
         with evaluation_mode(model), torch.enable_grad():
             for parameter in parameters.values():
                 parameter.requires_grad_(True)
-            output = output_function(model, together)[0].sum()
-            if output.requires_grad:
-                torch.autograd.grad(output, list(parameters.values()), allow_unused=True)
+            for batch in alone if APART in together else [together]:
+                output = output_function(model, batch)[0].sum()
+                if output.requires_grad:
+                    torch.autograd.grad(output, list(parameters.values()), allow_unused=True)
 
     def loop() -> None:
         loop_features(model, alone, output_function=output_function, parameters=parameters, projector=projector)

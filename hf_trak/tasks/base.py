@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hf_trak.tasks.calls import APART
 from hf_trak.tasks.inputs import CustomInputs, ImageInputs, Inputs, Rows, TextInputs
 from hf_trak.tasks.labels import Labels
 from hf_trak.tasks.pairs import PairInputs
@@ -21,6 +22,9 @@ _LABEL_COLUMNS = ("labels", "label")
 BUILT_IN_TASKS = (
     "text-classification", "text-multi-label", "text-regression", "image-classification", "image-multi-label", "image-regression",
     "causal-lm", "masked-lm", "seq2seq", "question-answering", "token-classification", "contrastive",
+    "audio-classification", "audio-multi-label", "audio-regression", "video-classification", "video-multi-label", "video-regression",
+    "multiple-choice", "next-sentence-prediction", "ctc", "speech-to-text", "image-text-to-text", "audio-text-to-text",
+    "semantic-segmentation",
 )  # fmt: skip
 OUT_TO_LOSS_KINDS = ("one_minus_p", "mean_one_minus_p", "residual", "one", "other")
 
@@ -235,4 +239,10 @@ class TaskCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Return the model's inputs and `labels`."""
-        return self.task.collate({key: [row[key] for row in rows] for key in rows[0]}, self.processing_class)
+        batch = self.task.collate({key: [row[key] for row in rows] for key in rows[0]}, self.processing_class)
+        if APART in batch:
+            raise ValueError(
+                f"These rows cannot share a batch: {batch[APART]}. Train with per_device_train_batch_size=1, or pass a `data_collator` that joins "
+                "them."
+            )
+        return batch

@@ -34,12 +34,26 @@ if TYPE_CHECKING:
 
 DUAL_ENCODERS = {
     "CLIPModel": "softmax",
+    "MetaClip2Model": "softmax",
+    "AltCLIPModel": "softmax",
+    "CLIPSegModel": "softmax",
+    "AlignModel": "softmax",
+    "BlipModel": "softmax",
     "ChineseCLIPModel": "softmax",
     "VisionTextDualEncoderModel": "softmax",
     "SiglipModel": "sigmoid",
     "Siglip2Model": "sigmoid",
 }
 """Class -> the kind of its loss."""
+
+REFUSED_ENCODERS = {
+    "Tipsv2Model": "its text tower is pooled with a mask of its own, which the contrastive task does not make",
+    "Blip2ForImageTextRetrieval": "an image has several embeddings, of which the best counts for each text",
+    "VideoPrismClipModel": "it embeds videos, and the contrastive task reads images",
+    "OwlViTModel": "it is trained to detect objects",
+    "Owlv2Model": "it is trained to detect objects",
+}
+"""Class -> why no task serves it."""
 
 DIRECTIONS = ("pair", "image", "caption")
 
@@ -101,6 +115,7 @@ class ContrastiveOutput:
         bank (`Bank`, *optional*): What examples are held against; a [`Featurizer`] makes it, or an index has it.
         direction (`str`): pair; or, for queries, image (against captions alone) or caption (against images alone).
         minus_loss (`bool`): Whether the output is minus the training loss against the bank, in place of f; out-to-loss is then 1.
+        divides (`bool`): Whether the scale is a temperature that similarities are divided by (ALIGN), and not the logarithm of a factor.
     """
 
     loss: str
@@ -111,6 +126,7 @@ class ContrastiveOutput:
     bank: Bank | None = None
     direction: str = "pair"
     minus_loss: bool = False
+    divides: bool = False
 
     def __call__(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         if self.bank is None:
@@ -120,7 +136,8 @@ class ContrastiveOutput:
             )
         images, captions = self.embed(model, batch)
         with torch.autocast(images.device.type, enabled=False):  # a temperature of 100 magnifies round-off
-            scale = _as_column(model, self.scale, images).exp()
+            scale = _as_column(model, self.scale, images)
+            scale = 1 / scale if self.divides else scale.exp()
             bias = _as_column(model, self.bias, images) if self.bias is not None else None
             own = self.bank.owned_by(batch["pair_keys"])
             parts = [self._contrast(images, texts, own, scale, bias) for texts in captions]
@@ -193,7 +210,9 @@ def contrastive_task(model: PreTrainedModel, config: TrakConfig) -> Task:
     loss = DUAL_ENCODERS[architecture]
     inputs = PairInputs.for_model(base, config, fixed_length=loss == "sigmoid")
     names = {name.rpartition(".")[2]: name for name, _ in model.named_parameters()}  # an adapter's model puts more before it
-    output = ContrastiveOutput(loss, names["logit_scale"], names.get("logit_bias"), inputs.image_names, inputs.text_names)
+    divides = "logit_scale" not in names
+    scale = names["temperature" if divides else "logit_scale"]
+    output = ContrastiveOutput(loss, scale, names.get("logit_bias"), inputs.image_names, inputs.text_names, divides=divides)
     return Task("contrastive", inputs, output, needs_labels=False, out_to_loss_kind="mean_one_minus_p")
 
 

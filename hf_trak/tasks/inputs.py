@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_trak.errors import MissingProcessor
 from hf_trak.tasks.columns import find_text_columns, is_string
-from hf_trak.tasks.padding import extra_columns, has_learned_positions, pad_tokens, position_limit
+from hf_trak.tasks.padding import extra_columns, has_learned_positions, pad_tokens, position_limit, refuse_texts_without_boxes
 from hf_trak.tasks.pictures import check_pictures, find_image_columns, open_pictures
 from hf_trak.tasks.rows import is_transformed, missing_rows, name_rows
 
@@ -26,6 +26,7 @@ Rows = Mapping[str, Sequence[Any]]
 
 _LABELS = ("labels", "label")
 _TOKENS = ("input_ids", "attention_mask", "token_type_ids")
+_PIXELS = ("pixel_values", "pixel_values_videos", "flattened_patches", "input_ids")
 _NOT_PER_TOKEN = ("pixel_values", "pixel_mask", "pixel_attention_mask", "spatial_shapes", "image_sizes")
 
 
@@ -106,6 +107,7 @@ class TextInputs:
         if self._is_tokenized(features):
             self._extra(features)
             return
+        refuse_texts_without_boxes(self.accepted)
         for column in self._columns(features):
             if not is_string(features[column]):
                 raise ValueError(
@@ -360,19 +362,22 @@ class ImageInputs:
         mode (`str`): "RGB", or "L" for models of one channel.
         accepted (`frozenset[str]`): Names the model's `forward` takes; what the processor makes under these names is passed on.
         dtype (`torch.dtype`): Of the model's weights, in which it gets its pixels.
+        main (`str`): What the image becomes: `pixel_values`, `pixel_values_videos`, or the `input_ids` of ImageGPT.
     """
 
     image_column: str | None
     mode: str
     accepted: frozenset[str] = frozenset({"pixel_values"})
     dtype: torch.dtype = torch.float32
+    main: str = "pixel_values"
 
     @classmethod
     def for_model(cls, model: PreTrainedModel, image_column: str | None) -> ImageInputs:
         mode = "L" if getattr(model.config, "num_channels", 3) == 1 else "RGB"
         accepted = frozenset(inspect.signature(model.forward).parameters)
         floating = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-        return cls(image_column, mode, accepted, next(floating, torch.float32))
+        main = next((name for name in _PIXELS if name in accepted), "pixel_values")
+        return cls(image_column, mode, accepted, next(floating, torch.float32), main)
 
     def check(self, features: Features, processing_class: Any) -> None:
         if self._has_pixels(features):
@@ -385,7 +390,7 @@ class ImageInputs:
         if is_transformed(dataset):
             return
         if self._has_pixels(dataset.features):
-            _refuse(_list_lengths(dataset, "pixel_values") == -1, "have no 'pixel_values' (None)")
+            _refuse(_list_lengths(dataset, self.main) == -1, f"have no {self.main!r} (None)")
             return
         check_pictures(dataset, self._column(dataset.features))
 
@@ -393,10 +398,10 @@ class ImageInputs:
         return self if self._has_pixels(features) else replace(self, image_column=self._column(features))
 
     def columns_read(self, features: Features) -> dict[str, Any]:
-        return {"image": "pixel_values" if self._has_pixels(features) else self._column(features)}
+        return {"image": self.main if self._has_pixels(features) else self._column(features)}
 
     def _has_pixels(self, columns: Mapping[str, Any]) -> bool:
-        return "pixel_values" in columns and self.image_column is None
+        return self.main in columns and self.image_column is None
 
     def _column(self, features: Mapping[str, Any]) -> str:
         if self.image_column is not None:
@@ -407,7 +412,7 @@ class ImageInputs:
         if len(images) != 1:
             several = f" Images may be in {', '.join(map(repr, images))}." if images else ""
             raise ValueError(
-                f"Expected 'pixel_values' or one image column, but the dataset has {', '.join(features)}.{several} Set `image_column` "
+                f"Expected {self.main!r} or one image column, but the dataset has {', '.join(features)}.{several} Set `image_column` "
                 "(--image_column)."
             )
         return images[0]
@@ -416,15 +421,16 @@ class ImageInputs:
         if self._has_pixels(rows):
             names = extra_columns(list(rows), self.accepted, _LABELS)
             found = {name: _stack(name, rows[name]) for name in names}
-            found["pixel_values"] = found["pixel_values"].float()
+            if self.main != "input_ids":
+                found[self.main] = found[self.main].float()
         else:
             column = self._column_of(rows)
             images = open_pictures(rows[column], self.mode, column)
             encoded = processing_class(images, return_tensors="pt")
             found = {name: torch.as_tensor(values) for name, values in encoded.items() if name in self.accepted}
-            if "pixel_values" not in found:
+            if self.main not in found:
                 raise ValueError(
-                    f"The image processor {type(processing_class).__name__} makes {', '.join(encoded)}, but no 'pixel_values'. Pass the "
+                    f"The image processor {type(processing_class).__name__} makes {', '.join(encoded)}, but no {self.main!r}. Pass the "
                     "model's own image processor as `processing_class`."
                 )
         return {name: values.to(self.dtype) if values.is_floating_point() else values for name, values in found.items()}

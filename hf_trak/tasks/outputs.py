@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from hf_trak.tasks.calls import call_model, logits_of
+
 
 def margin(logits: Float[Tensor, "batch classes"], labels: Int64[Tensor, " batch"]) -> Float[Tensor, " batch"]:
     r"""Return $\text{logit}_y - \text{logsumexp}_{c \ne y}\,\text{logit}_c = \log\frac{p_y}{1 - p_y}$ of each example.
@@ -22,17 +24,13 @@ def margin(logits: Float[Tensor, "batch classes"], labels: Int64[Tensor, " batch
 
 def classification_margin(model: Callable[..., Any], batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """The margin, and 1 − p of the label, in at least float32."""
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    logits = model(**inputs).logits
-    output = margin(logits.to(torch.promote_types(logits.dtype, torch.float32)), batch["labels"])
+    output = margin(logits_of(call_model(model, batch)), batch["labels"])
     return output, torch.sigmoid(-output.detach())  # 1 − p = σ(−margin), exact where p rounds to 1
 
 
 def regression_prediction(model: Callable[..., Any], batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """The prediction ŷ, and y − ŷ."""
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    logits = model(**inputs).logits
-    output = logits.to(torch.promote_types(logits.dtype, torch.float32)).squeeze(-1)
+    output = logits_of(call_model(model, batch)).squeeze(-1)
     return output, batch["labels"].to(output.dtype) - output.detach()
 
 
@@ -42,8 +40,6 @@ def sum_of_log_odds(model: Callable[..., Any], batch: Mapping[str, Any]) -> tupl
     With $y_j$ of 0 or 1, $f = \sum_j (2 y_j - 1)\,\text{logit}_j$. A label that does not apply counts as one that does: its log-odds are
     those of its absence. The training loss is $\sum_j \log(1 + e^{-f_j})$, or its mean.
     """
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    logits = model(**inputs).logits
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits_of(call_model(model, batch))
     each = (2 * batch["labels"].to(logits.dtype) - 1) * logits
     return each.sum(-1), torch.sigmoid(-each.detach()).mean(-1)

@@ -95,6 +95,19 @@ def pad_tokens(values: Sequence[np.ndarray], fill: float = 0) -> Tensor:
     return result
 
 
+def refuse_texts_without_boxes(accepted: frozenset[str]) -> None:
+    """Refuse texts for a model of documents, which would take every word to lie in one corner of the page.
+
+    Raises:
+        ValueError: If the model's `forward` takes boxes.
+    """
+    if "bbox" in accepted:
+        raise ValueError(
+            "The model reads a box for each token ('bbox'), and rows of texts would be read without any. Prepare the rows with the model's "
+            "processor ('input_ids', 'bbox' and what else it makes)."
+        )
+
+
 def extra_columns(names: Sequence[str], accepted: frozenset[str], known: Sequence[str]) -> list[str]:
     """Return the columns that a model's `forward` takes besides those in `known`, in order.
 

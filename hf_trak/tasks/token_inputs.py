@@ -22,7 +22,7 @@ from hf_trak.tasks.formats import refuse_unserved
 from hf_trak.tasks.further_inputs import as_numbers, further_inputs, is_along, pad_inputs
 from hf_trak.tasks.inputs import Rows
 from hf_trak.tasks.packing import PACKING_COLUMNS, is_packed, packed_positions, pad_positions, refuse_packed
-from hf_trak.tasks.padding import position_limit
+from hf_trak.tasks.padding import position_limit, refuse_texts_without_boxes
 from hf_trak.tasks.row_faults import Faults
 from hf_trak.tasks.token_outputs import IGNORED
 
@@ -57,6 +57,8 @@ class Example(NamedTuple):
     """Tokens cut off by the limit on length."""
     unscored: str | None = None
     """Why no token is scored, where it is not that all labels are -100."""
+    media: Mapping[str, np.ndarray] | None = None
+    """Images and what belongs to them, with the axes of a batch of one."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ class TokenInputs(abc.ABC):
     def check(self, features: Features, processing_class: Any) -> None:
         """Raise a ValueError that names the columns if a dataset cannot serve."""
         if not self._is_tokenized(features):
+            refuse_texts_without_boxes(self.accepted)
             self._refuse_formats(features)
             for name, kind in features.items():
                 if name in self.accepted and name not in _HANDLED and name != self.label_column and _holds_numbers(kind):

@@ -27,11 +27,10 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from hf_trak.tasks.calls import call_model
+
 IGNORED = -100
 """The label of a token that is not scored."""
-
-_NOT_INPUTS = ("labels", "start_positions", "end_positions")
-
 
 # Logits copied at one time: what fits the cache; a GPU is kept busy with more.
 _PIECE, _PIECE_ON_CUDA = 1 << 18, 1 << 26
@@ -137,8 +136,13 @@ class TokenOutput(_Reduced):
 
     def __call__(self, model: Callable[..., Any], batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Return f and Q of every example."""
-        logits = _run(model, batch, **({"use_cache": False} if self.decodes else {})).logits
+        logits = call_model(model, batch, **({"use_cache": False} if self.decodes else {})).logits
         labels = batch["labels"]
+        if logits.shape[:2] != labels.shape:
+            raise ValueError(
+                f"The model returns logits of shape {tuple(logits.shape)} for labels of shape {tuple(labels.shape)}, so that positions and "
+                "labels cannot be matched. Make a task with `Task.custom`."
+            )
         if self.shifted:  # labels move, not logits, which would be copied
             labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], 1)
         scored = labels != IGNORED
@@ -154,14 +158,10 @@ class SpanOutput(_Reduced):
 
     def __call__(self, model: Callable[..., Any], batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Return f and Q of every example."""
-        result = _run(model, batch)
+        result = call_model(model, batch)
         logits = torch.stack([result.start_logits, result.end_logits], 1)  # (batch, 2, tokens)
         if "attention_mask" in batch:
             logits = logits.masked_fill(~batch["attention_mask"].bool().unsqueeze(1), float("-inf"))
         positions = torch.stack([batch["start_positions"], batch["end_positions"]], 1)
         scored = positions != IGNORED
         return reduce_tokens(token_margins(logits, positions.where(scored, 0)), scored, self.reduction, exact=self.exact)
-
-
-def _run(model: Callable[..., Any], batch: Mapping[str, Any], **options: Any) -> Any:
-    return model(**{key: value for key, value in batch.items() if key not in _NOT_INPUTS}, **options)
