@@ -24,14 +24,19 @@ BERT = Case("text-classification", "bert", "BertForSequenceClassification")
 
 # Families and tasks, popular ones and those that engines or padding get wrong.
 SAMPLE = {
-    "text-classification": ["bert", "deberta-v2", "mpnet", "xlnet", "t5", "mixtral", "fnet"],
+    "text-classification": ["bert", "deberta-v2", "mpnet", "t5", "fnet"],
     "token-classification": ["layoutlm", "canine", "funnel"],
-    "question-answering": ["roberta", "longformer", "layoutlmv3"],
+    "question-answering": ["longformer", "layoutlmv3"],
     "masked-lm": ["modernbert", "xlm", "convbert"],
-    "causal-lm": ["gpt2", "llama", "mamba", "qwen3_next", "gpt_oss", "deepseek_v3"],
+    "causal-lm": ["gpt2", "mamba", "qwen3_next", "gpt_oss"],
     "seq2seq": ["bart", "marian"],
     "image-classification": ["vit", "swin", "convnext", "levit"],
     "contrastive": ["clip", "siglip2"],
+    "multiple-choice": ["roberta"],
+    "audio-classification": ["wav2vec2"],
+    "ctc": ["hubert"],
+    "speech-to-text": ["whisper"],
+    "semantic-segmentation": ["segformer"],
 }
 
 
@@ -50,7 +55,7 @@ def test_gradients_are_those_of_a_loop_over_unpadded_rows(case):
 
 def test_the_sample_has_thirty_cases_of_every_common_task():
     assert len(list(sample())) == 30
-    assert set(SAMPLE) == set(TASKS) - {"document-question-answering"}
+    assert set(SAMPLE) == set(TASKS) - {"document-question-answering", "image-text-to-text"}
 
 
 @pytest.mark.slow

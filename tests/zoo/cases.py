@@ -33,6 +33,12 @@ TASKS: dict[str, tuple[str, type[kits.Kit]]] = {
     "image-classification": ("IMAGE_CLASSIFICATION", sense_kits.ImageClassification),
     "contrastive": ("ZERO_SHOT_IMAGE_CLASSIFICATION", sense_kits.Contrastive),
     "document-question-answering": ("DOCUMENT_QUESTION_ANSWERING", kits.QuestionAnswering),
+    "multiple-choice": ("MULTIPLE_CHOICE", kits.MultipleChoice),
+    "audio-classification": ("AUDIO_CLASSIFICATION", sense_kits.AudioClassification),
+    "ctc": ("CTC", sense_kits.CTC),
+    "speech-to-text": ("SPEECH_SEQ_2_SEQ", sense_kits.SpeechToText),
+    "semantic-segmentation": ("SEMANTIC_SEGMENTATION", sense_kits.SemanticSegmentation),
+    "image-text-to-text": ("IMAGE_TEXT_TO_TEXT", kits.Seq2Seq),  # of texts alone
 }
 """By task: the automatic mapping of transformers whose classes are asked, and their kit."""
 
@@ -120,7 +126,7 @@ def _outcome_of(error: Exception) -> str:
     frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     if not isinstance(error, ValueError) or "/hf_trak/" not in frames[-1]:
         return "crash"
-    return "no task" if frames[-1].endswith("tasks/auto.py") else "refused"
+    return "no task" if frames[-1].endswith(("tasks/auto.py", "tasks/architectures.py")) else "refused"
 
 
 def _described(error: Exception) -> dict[str, Any]:
