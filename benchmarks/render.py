@@ -2,7 +2,7 @@
 
 After the metrics, `case=PATTERN`, `method=PATTERN` or any other field of a row keep the rows that have the regular expression there, which
 can hold no space (`\\s` is one). Each metric is a column; with `columns=case`, each case is, and with
-`columns=damping`, or another field, each value that rows have there.
+`columns=damping`, or another field, each value that rows have there. Tables of models, `<!-- zoo: NAME -->`, are those of render_zoo.py.
 
 python benchmarks/render.py            # rewrite the files
 python benchmarks/render.py --check    # exit 1 if a table is not what its results say
@@ -122,7 +122,9 @@ def line(columns: list[str]) -> str:
 
 
 def render(text: str) -> str:
-    return BLOCK.sub(lambda match: match[1] + table(match[2], match[3].split()) + match[4], text)
+    import render_zoo
+
+    return render_zoo.render(BLOCK.sub(lambda match: match[1] + table(match[2], match[3].split()) + match[4], text))
 
 
 def main() -> None:

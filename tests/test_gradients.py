@@ -892,3 +892,50 @@ def test_features_are_the_same_on_cuda(name: str):
     actual = gradients_of(model.cuda(), {key: value.cuda() for key, value in batch.items()})
     assert actual.features.is_cuda
     assert_rows_close(actual.features.cpu(), expected, relative=1e-10)
+
+
+class ScaleKept(nn.Module):
+    """Keeps in evaluation mode what it made of its table, as LeViT's and timm's attention do, until `train` drops it."""
+
+    def __init__(self, *, keeps: bool) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(8))
+        self.keeps = keeps
+        self.kept: dict[str, Tensor] = {}
+
+    def train(self, mode: bool = True) -> nn.Module:
+        super().train(mode)
+        if mode:
+            self.kept = {}
+        return self
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self.training or not self.keeps or "scale" not in self.kept:
+            self.kept["scale"] = self.table.tanh() * 2
+        return hidden * self.kept["scale"]
+
+
+class Kept(nn.Module):
+    def __init__(self, *, keeps: bool) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB_SIZE, 8)
+        self.scale = ScaleKept(keeps=keeps)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, input_ids: Tensor, **others: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.head(self.scale(self.embedding(input_ids)).tanh().mean(1)))
+
+
+@pytest.mark.parametrize("engine", ["layerwise", "loop"])
+def test_what_a_module_keeps_from_pass_to_pass_costs_no_parameter_its_gradient(engine: str):
+    torch.manual_seed(0)
+    model, plain, batch = Kept(keeps=True).eval(), Kept(keeps=False), text_batch()
+    plain.load_state_dict(model.state_dict())
+    names = list(select_parameters(model).parameters)
+    _, _, expected = gradient_loop(plain, batch, classification_margin, names)
+    with torch.no_grad():
+        model(**batch)  # an evaluation, which leaves a constant behind
+    first, again = (gradients_of(model, batch, engine=engine).features for _ in range(2))
+    assert_rows_close(first, expected, relative=ROUND_OFF[torch.float32])
+    assert torch.equal(first, again)
+    assert not model.scale.kept

@@ -51,6 +51,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         model.disable_input_require_grads()  # type: ignore[operator]
     norms = [module for module in model.modules() if _is_batch_norm(module)]
     model.eval()
+    forget_caches(model)
     model.requires_grad_(False)
     for norm in norms:
         norm.forward = partial(_batch_norm, norm)  # type: ignore[arg-type]
@@ -59,6 +60,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        forget_caches(model)
         for norm in norms:
             del norm.forward
         if forces_gradients:
@@ -69,6 +71,18 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
         for module, flag in training.items():
             module.training = flag
+
+
+def forget_caches(model: nn.Module) -> None:
+    """Have modules drop what they keep from one pass in eval mode to the next, such as LeViT's and timm's attention biases.
+
+    What they keep is either a constant, whose parameter would get no gradient, or the graph of an earlier pass. They drop it when they are
+    put in training mode, by their own `train`.
+    """
+    for module in model.modules():
+        if type(module).train is not nn.Module.train and not module.training:
+            module.train(True)
+            module.train(False)
 
 
 def _is_batch_norm(module: nn.Module) -> bool:

@@ -17,7 +17,15 @@ from torch.func import functional_call, vjp, vmap
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from hf_trak.gradients.affine import factors, is_affine, may_be_affine
-from hf_trak.gradients.batch import BatchFeatures, BatchRefused, OutputFunction, check_outputs, evaluation_mode, working_dtype
+from hf_trak.gradients.batch import (
+    BatchFeatures,
+    BatchRefused,
+    OutputFunction,
+    check_outputs,
+    evaluation_mode,
+    forget_caches,
+    working_dtype,
+)
 from hf_trak.gradients.calls import Axis, Call, CallPlan
 from hf_trak.gradients.frozen import frozen_layers
 from hf_trak.gradients.loop import add_gradients
@@ -250,6 +258,7 @@ class _Watch:
                 filled[i] = example.unsqueeze(0) if axis == "examples" else example
             args, kwargs = tree_unflatten(filled, structure)
             # Children keep their own parameters: a tied one is differentiated where the child uses it.
+            forget_caches(module)
             result = functional_call(module, parameters, args, kwargs, tie_weights=False)
             found = tree_flatten(result)[0]
             return [found[i] if axis == "parts" else found[i][0] for i, axis in axes.items()]
@@ -297,10 +306,12 @@ class _Watch:
         def run(parameters: dict[str, Tensor]) -> Tensor:
             args, kwargs = tree_unflatten(leaves, structure)
             self.recomputing, before = True, self.recomputing
+            forget_caches(module)
             try:
                 with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
                     return functional_call(module, parameters, args, kwargs, tie_weights=False)
             finally:
+                forget_caches(module)
                 self.recomputing = before
 
         if not is_affine(module, like, run):

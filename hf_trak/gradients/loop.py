@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_trak.gradients.batch import BatchFeatures, OutputFunction, check_outputs, evaluation_mode, working_dtype
+from hf_trak.gradients.batch import BatchFeatures, OutputFunction, check_outputs, evaluation_mode, forget_caches, working_dtype
 from hf_trak.gradients.rules import Rows, embedding, find_rule
 from hf_trak.projectors import Projector
 
@@ -43,7 +43,14 @@ def loop_features(
             parameter.requires_grad_(True)
         for row in rows:
             found.clear()
-            output, out_to_loss = output_function(model, row)
+            forget_caches(model)
+            try:
+                output, out_to_loss = output_function(model, row)
+            except (AssertionError, NotImplementedError) as error:
+                raise ValueError(
+                    f"{type(model).__name__} itself refuses a forward pass with gradients in evaluation mode, where features are computed: "
+                    f"{error}"
+                ) from error
             check_outputs(output, out_to_loss, 1)
             accumulator = projector.start(1, dtype=working_dtype(output.dtype), device=output.device)
             if output.requires_grad:
