@@ -84,8 +84,15 @@ def _is_empty(cell: Any) -> bool:
 
 def _describe_code(code: CodeType) -> Any:
     """Return a function's bytecode, names and constants: not its file or lines."""
-    constants = [_describe_code(value) if isinstance(value, CodeType) else repr(value) for value in code.co_consts]
+    constants = [_describe_constant(value) for value in code.co_consts]
     return [code.co_code.hex(), list(code.co_names), list(code.co_varnames), constants]
+
+
+def _describe_constant(value: Any) -> Any:
+    if isinstance(value, CodeType):
+        return _describe_code(value)
+    # Sets of strings have another order in every process.
+    return sorted(map(repr, value)) if isinstance(value, frozenset) else repr(value)
 
 
 def _plain(value: Any, depth: int) -> Any:
