@@ -15,6 +15,7 @@ from hf_trak.tasks.language_inputs import CausalInputs, MaskedInputs, Seq2SeqInp
 from hf_trak.tasks.outputs import classification_margin, regression_prediction, sum_of_log_odds
 from hf_trak.tasks.token_inputs import TokenInputs
 from hf_trak.tasks.token_outputs import SpanOutput, TokenOutput
+from hf_trak.tasks.virtual_tokens import with_virtual_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -118,7 +119,7 @@ class AutoTask:
             ValueError: If the task is unknown, the architecture is not served, or the two do not fit.
         """
         config = config or TrakConfig()
-        model = _without_adapter(model)
+        adapted, model = model, _without_adapter(model)
         name = config.task
         if name == "auto":
             name = AutoTask.name_for(model)
@@ -129,7 +130,7 @@ class AutoTask:
             )
         elif name != (expected := AutoTask.name_for(model)):
             raise ValueError(f"{type(model).__name__} with {model.config.num_labels} labels serves {expected}, not {name}.")
-        return TASKS[name](model, config)
+        return with_virtual_tokens(TASKS[name](model, config), adapted)
 
     @staticmethod
     def name_for(model: PreTrainedModel) -> str:

@@ -130,15 +130,25 @@ class TokenOutput(_Reduced):
         exact (`bool`): Whether gradients are those of training examples with `token_out_to_loss="exact"`.
         shifted (`bool`): Whether a position's logits are about the next token, as a causal language model's are.
         decodes (`bool`): Whether the model may keep a cache of keys and values, for which there is no use here.
+        n_virtual_tokens (`int`): Positions of a learned prompt in front of a row's own, which have logits and no labels.
     """
 
     shifted: bool = False
     decodes: bool = False
+    n_virtual_tokens: int = 0
 
     def __call__(self, model: Callable[..., Any], batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Return f and Q of every example."""
         logits = _run(model, batch, **({"use_cache": False} if self.decodes else {})).logits
         labels = batch["labels"]
+        if logits.shape[1] != labels.shape[1] + self.n_virtual_tokens:
+            raise ValueError(
+                f"The model gives logits of {logits.shape[1]} positions for rows of {labels.shape[1]} tokens"
+                f"{f' behind {self.n_virtual_tokens} virtual ones' * bool(self.n_virtual_tokens)}. A task of your own (`Task.custom`) can say "
+                "which of them are scored."
+            )
+        if self.n_virtual_tokens:
+            logits = logits[:, self.n_virtual_tokens :]
         if self.shifted:  # labels move, not logits, which would be copied
             labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], 1)
         scored = labels != IGNORED
