@@ -44,11 +44,25 @@ def part_of(batch: Mapping[str, Any], numbers: Sequence[int]) -> Mapping[str, An
         return batch.of(numbers)
     part = {key: value[list(numbers)] if isinstance(value, Tensor) else value for key, value in batch.items()}
     if len(numbers) == 1 and has_padding(part):
+        part = _without_padding(part)
+    if len(numbers) == 1 and has_padding(part):
         raise ValueError(
             "This batch has padding, and its rows are needed one by one without it. Make batches by `Featurizer.collate`, which "
             "keeps the rows beside them, or pass rows to the Featurizer itself."
         )
     return part
+
+
+def _without_padding(row: dict[str, Any]) -> dict[str, Any]:
+    """Cut the padding off a batch of one row of tokens, where it lies on the right and nothing but tokens is as wide."""
+    mask = row.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return row
+    width, length = mask.shape[1], int(mask.ne(0).sum())
+    as_wide = [name for name, value in row.items() if isinstance(value, Tensor) and value.ndim > 1 and value.shape[1] == width]
+    if not mask[:, :length].ne(0).all() or any(row[name].ndim > 2 or row[name].is_floating_point() for name in as_wide):
+        return row
+    return {name: value[:, :length] if name in as_wide else value for name, value in row.items()}
 
 
 def has_padding(batch: Mapping[str, Any]) -> bool:
