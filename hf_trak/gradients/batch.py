@@ -18,7 +18,15 @@ itself reads it must get by `model.get_parameter(name)`, which may have one copy
 
 
 class BatchRefused(ValueError):
-    """An engine cannot tell the gradients of a batch's examples apart; another can."""
+    """An engine cannot tell the gradients of a batch's examples apart; another can.
+
+    Args:
+        module (`nn.Module`, *optional*): Whose parameters it is about, where they may be tried as tensors that the examples share.
+    """
+
+    def __init__(self, message: str, module: nn.Module | None = None) -> None:
+        super().__init__(message)
+        self.module = module
 
 
 class BatchFeatures(NamedTuple):

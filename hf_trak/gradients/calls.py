@@ -19,18 +19,32 @@ from hf_trak.gradients.batch import OutputFunction, evaluation_mode
 Axis = Literal["examples", "parts", "shared"]
 
 
+class SharedPlan(NamedTuple):
+    """What happens to tensors that the examples share and that are made of parameters: see `shared.py`."""
+
+    modules: frozenset[nn.Module]
+    """Those that have stand-ins for their parameters all the time."""
+    steps: tuple[Any, ...]
+
+
 class Call(NamedTuple):
     """The first axis of each leaf of a call's arguments and of its output; None for what is no tensor."""
 
     inputs: tuple[Axis | None, ...]
     outputs: tuple[Axis | None, ...]
+    is_single: bool = False  # the first argument has one row, whatever the size of the batch
 
 
 class CallPlan:
     """The calls of each module, in their order."""
 
-    def __init__(self, calls: Mapping[nn.Module, Sequence[Call]]) -> None:
+    def __init__(self, calls: Mapping[nn.Module, Sequence[Call]], shared: SharedPlan | None = None) -> None:
         self._calls = calls
+        self.shared = shared
+
+    def with_shared(self, shared: SharedPlan) -> CallPlan:
+        """Return this plan with another of what the examples share."""
+        return CallPlan(self._calls, shared)
 
     def call(self, module: nn.Module, number: int) -> Call | None:
         """Return what is known of a module's call; None for one that was not seen, and is not like all that were."""
@@ -38,6 +52,21 @@ class CallPlan:
         if number < len(calls):
             return calls[number]
         return calls[0] if calls and all(call == calls[0] for call in calls) else None
+
+    def is_shared(self, module: nn.Module, number: int) -> bool:
+        """Return whether a call of a module makes something that the examples of a batch share."""
+        call = self.call(module, number)
+        if call is None or (call.is_single and isinstance(module, nn.Embedding)):  # its ids are expanded instead
+            return False
+        return "shared" in call.outputs and not {"examples", "parts"} & set(call.outputs)
+
+    def sees_shared(self, module: nn.Module) -> bool:
+        """Return whether any call of a module makes something that the examples of a batch share."""
+        return any(self.is_shared(module, number) for number in range(len(self._calls.get(module, ()))))
+
+    def is_called(self, module: nn.Module) -> bool:
+        """Return whether a module is called at all; the parameters of one that is not may be used all the same."""
+        return module in self._calls
 
 
 def watch_calls(
@@ -76,16 +105,18 @@ def _sizes(values: Any) -> _Sizes:
 
 def _summary(call: Sequence[tuple[int, _Sizes, _Sizes]]) -> Call:
     batch_sizes = [batch_size for batch_size, _, _ in call]
-    return Call(_axes(batch_sizes, [inputs for _, inputs, _ in call]), _axes(batch_sizes, [outputs for _, _, outputs in call]))
+    inputs, outputs = [inputs for _, inputs, _ in call], [outputs for _, _, outputs in call]
+    return Call(_axes(batch_sizes, inputs), _axes(batch_sizes, outputs), all(sizes[:1] == (1,) for sizes in inputs))
 
 
 def _axes(batch_sizes: Sequence[int], sizes: Sequence[_Sizes]) -> tuple[Axis | None, ...]:
     if len({len(of_batch) for of_batch in sizes}) > 1:
         return ()
-    return tuple(_axis(batch_sizes, leaf) for leaf in zip(*sizes, strict=True))
+    return tuple(axis_of_sizes(batch_sizes, leaf) for leaf in zip(*sizes, strict=True))
 
 
-def _axis(batch_sizes: Sequence[int], sizes: Sequence[int | None]) -> Axis | None:
+def axis_of_sizes(batch_sizes: Sequence[int], sizes: Sequence[int | None]) -> Axis | None:
+    """Return what an axis of these sizes is, in batches of these sizes; None for what is no tensor."""
     if None in sizes:
         return None
     per_example = {size / batch_size for size, batch_size in zip(sizes, batch_sizes, strict=True) if size is not None}

@@ -14,11 +14,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hf_trak.gradients.batch import BatchFeatures, OutputFunction, evaluation_mode
+from hf_trak.gradients.batch import BatchFeatures, BatchRefused, OutputFunction, evaluation_mode
 from hf_trak.gradients.calls import CallPlan, watch_calls
 from hf_trak.gradients.functional import functional_features
 from hf_trak.gradients.layerwise import layerwise_features, watched_modules
 from hf_trak.gradients.loop import loop_features
+from hf_trak.gradients.rules import find_rule
+from hf_trak.gradients.shared import watch_shared
 from hf_trak.projectors import BlockCountSketch, Projector
 
 Collate = Callable[[Sequence[int]], Mapping[str, Any]]
@@ -80,21 +82,58 @@ def check_gradients(
         for number in range(min(n_examples, 3)):
             alone.append(loop_features(model, [collate([number])], **arguments))
             expected.append(sketch.take())
-        if engine == "layerwise":
-            watched = list(watched_modules(model, parameters))
-            plan = watch_calls(model, [collate(numbers) for numbers in batches], watched, output_function)
-            compute = _with_plan(plan)
-        else:
-            plan, compute = None, functional_features
-        for numbers in batches[:2]:
-            numbers = [number % len(alone) for number in numbers]
-            batch = collate(numbers)
-            together = compute(model, batch, **arguments)
-            found = sketch.take()
-            wrong = _disagreements(model, numbers, together, found, alone, expected, parameters)
-            if wrong:
-                raise CheckFailed(_explain(model, batch, engine, wrong, found, arguments, sketch, len(numbers)))
-    return plan
+
+        def compare(compute: Callable[..., BatchFeatures]) -> None:
+            for numbers in batches[:2]:
+                numbers = [number % len(alone) for number in numbers]
+                batch = collate(numbers)
+                together = compute(model, batch, **arguments)
+                found = sketch.take()
+                wrong = _disagreements(model, numbers, together, found, alone, expected, parameters)
+                if wrong:
+                    raise CheckFailed(_explain(model, batch, engine, wrong, found, arguments, sketch, len(numbers)))
+
+        if engine == "functional":
+            compare(functional_features)
+            return None
+        whole = [collate(numbers) for numbers in batches]
+        return _plan(model, whole, output_function, parameters, lambda plan: compare(_with_plan(plan)))
+
+
+def _plan(
+    model: nn.Module,
+    batches: Sequence[Mapping[str, Any]],
+    output_function: OutputFunction,
+    parameters: Mapping[str, nn.Parameter],
+    compare: Callable[[CallPlan], None],
+) -> CallPlan:
+    """Return a plan of the model's calls that passes; parameters of modules that no rule serves are tried as shared ones."""
+    owned = watched_modules(model, parameters)
+    plan = watch_calls(model, batches, list(owned), output_function)
+    shared = frozenset(module for module in owned if module is not model and not plan.is_called(module))
+    first: BatchRefused | None = None
+    while True:
+        try:
+            plan = plan.with_shared(
+                watch_shared(
+                    model,
+                    batches,
+                    owned=owned,
+                    parameters=parameters,
+                    plan=plan,
+                    always=shared,
+                    output_function=output_function,
+                )
+            )
+            compare(plan)
+            return plan
+        except BatchRefused as error:
+            first = first or error
+            kind = type(error.module)
+            more = {module for module in owned if type(module) is kind and find_rule(module) is None and module is not model}
+            if not more - shared:
+                raise first from None
+            shared |= more
 
 
 def _with_plan(plan: CallPlan) -> Callable[..., BatchFeatures]:
@@ -206,16 +245,20 @@ class _PerParameter(Projector):
     def start(self, batch_size: int, *, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "batch width"]:
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self._found = {name: self._sketch.start(batch_size, dtype=dtype, device=device) for name in self._names}
-        return torch.zeros(batch_size, 1, dtype=dtype, device=device)
+        return torch.arange(batch_size, dtype=dtype, device=device).unsqueeze(1)  # which rows a part of it is
+
+    def _rows(self, name: str, accumulator: Tensor) -> Tensor:
+        first = int(accumulator[0, 0])
+        return self._found[name][first : first + len(accumulator)]
 
     def add(self, accumulator: Tensor, name: str, grads: Tensor) -> None:
-        self._sketch.add(self._found[name], name, grads)
+        self._sketch.add(self._rows(name, accumulator), name, grads)
 
     def add_outer(self, accumulator: Tensor, name: str, left: Tensor, right: Tensor) -> None:
-        self._sketch.add_outer(self._found[name], name, left, right)
+        self._sketch.add_outer(self._rows(name, accumulator), name, left, right)
 
     def add_rows(self, accumulator: Tensor, name: str, shape: tuple[int, int], rows: Tensor, values: Tensor) -> None:
-        self._sketch.add_rows(self._found[name], name, shape, rows, values)
+        self._sketch.add_rows(self._rows(name, accumulator), name, shape, rows, values)
 
     def take(self) -> dict[str, Tensor]:
         """Return the sketches of the last batch, by parameter."""

@@ -7,7 +7,7 @@ the two give each example's gradient of that layer, sketched at once. Autograd i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -20,12 +20,13 @@ from hf_trak.gradients.affine import factors, is_affine, may_be_affine
 from hf_trak.gradients.batch import BatchFeatures, BatchRefused, OutputFunction, check_outputs, evaluation_mode, working_dtype
 from hf_trak.gradients.calls import Axis, Call, CallPlan
 from hf_trak.gradients.frozen import frozen_layers
+from hf_trak.gradients.loop import add_gradients
 from hf_trak.gradients.rules import Contribution, Dense, Outer, Rows, find_rule, looks_at_values, own_parameters, owners
+from hf_trak.gradients.shared import SharedGradients, StandIns
 from hf_trak.gradients.taps import Taps
 from hf_trak.projectors import Projector
 
 _WAY_OUT = "Use gradients='loop', or 'auto', which takes it where it must, or leave these parameters out with `parameters`."
-_COUNTED_POSITIONS = ("BartLearnedPositionalEmbedding", "MBartLearnedPositionalEmbedding")
 
 
 def layerwise_features(
@@ -51,7 +52,8 @@ def layerwise_features(
     """
     batch_size = next(len(value) for value in batch.values() if isinstance(value, Tensor))
     with evaluation_mode(model), torch.enable_grad(), _Watch(model, parameters, projector, batch_size, plan) as watch:
-        output, out_to_loss = output_function(model, batch)
+        with watch.stand_ins():
+            output, out_to_loss = output_function(model, batch)
         check_outputs(output, out_to_loss, batch_size)
         if output.requires_grad:
             output.sum().backward()
@@ -93,6 +95,8 @@ class _Watch:
         self.model = model
         self.parameters = parameters
         self.owned = watched_modules(model, parameters)
+        self.standing: StandIns | None = None
+        self.shared: SharedGradients | None = None
 
     def __enter__(self) -> _Watch:
         self.stack = ExitStack()
@@ -104,50 +108,38 @@ class _Watch:
             if isinstance(module, nn.Embedding) and rule is not None:
                 handle = module.register_forward_pre_hook(self._expand_shared_rows)
                 self.stack.callback(handle.remove)
-            hook = self._catch_functional if rule is None else self._catch(rule)
-            if type(module).__name__ in _COUNTED_POSITIONS:
-                hook = self._catch_counted_positions
+            hook = self._unless_shared(self._catch_functional if rule is None else self._catch(rule))
             self.stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
-
-        for module in self.model.modules():
-            bias = getattr(module, "relative_attention_bias", None)
-            if isinstance(bias, nn.Embedding) and bias in self.owned and hasattr(module, "compute_bias"):
-                self._watch_bias(module, bias)
         # An output function may read parameters itself, such as a temperature: see `OutputFunction`.
         self.model.__dict__["get_parameter"] = self._hand_out
         self.stack.callback(self.model.__dict__.pop, "get_parameter")
         return self
 
-    def _watch_bias(self, attention: nn.Module, bias: nn.Embedding) -> None:
-        """Give every example its own copy of T5's relative attention bias, which is computed once for the whole batch."""
-        compute: Callable[..., Tensor] = attention.compute_bias  # type: ignore[assignment]
+    def stand_ins(self) -> AbstractContextManager[Any]:
+        """Put stand-ins in place of the parameters that the examples share, for the forward pass: see `shared.py`."""
+        if self.plan is None or self.plan.shared is None or not (self.plan.shared.modules or self.plan.shared.steps):
+            return nullcontext()
+        self.shared = SharedGradients(self.plan.shared, self.taps, self.batch_size)
+        self.standing = StandIns(
+            self.owned,
+            self.parameters,
+            self.plan,
+            self.plan.shared.modules,
+            self.shared,
+            unless=lambda: self.recomputing or not torch.is_grad_enabled(),
+        )
+        return self.standing
 
-        def compute_for_each(*args: Any, **kwargs: Any) -> Tensor:
-            buckets: list[Tensor] = []
-            handle = bias.register_forward_pre_hook(lambda module, inputs: buckets.append(inputs[0]))
-            self.recomputing, before = True, self.recomputing
-            try:
-                values = compute(*args, **kwargs)  # (1, heads, query, key)
-            finally:
-                self.recomputing = before
-                handle.remove()
-            if before or not torch.is_grad_enabled():
-                return values
+    def _unless_shared(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            if self.standing is None or not self.standing.has(module):
+                return hook(module, args, kwargs, output)
+            if module not in self.standing.always:
+                self._next_call(module)
+                self.standing.take_away(module)
+            return None
 
-            def catch(grads: Tensor) -> None:
-                if self.accumulator is None:
-                    self._start(grads)
-                with torch.no_grad():
-                    # (batch, heads, query, key) -> (batch, query · key, heads) -> (batch, buckets, heads)
-                    flat = grads.permute(0, 2, 3, 1).flatten(1, 2).to(working_dtype(grads.dtype))
-                    total = flat.new_zeros(len(flat), *bias.weight.shape).index_add_(1, buckets[0].flatten(), flat)
-                    self._add(bias, {"weight": Dense(total)})
-
-            expanded = values.expand(self.batch_size, *values.shape[1:])
-            return self._tap(expanded, catch)
-
-        attention.compute_bias = compute_for_each  # type: ignore[assignment]
-        self.stack.callback(attention.__dict__.pop, "compute_bias", None)
+        return call
 
     def _tap(self, output: Tensor, catch: Callable[[Tensor], None]) -> Tensor:
         return self.taps.tap([output], lambda grads: catch(grads[0]))[0]
@@ -158,8 +150,13 @@ class _Watch:
     def finish(self, output: Tensor) -> Float[Tensor, "batch proj_dim"]:
         if self.accumulator is None:  # no selected parameter was reached: its gradient is zero
             self._start(output)
-        assert self.accumulator is not None
-        return self.projector.finish(self.accumulator)
+        accumulator = self.accumulator
+        assert accumulator is not None
+        if self.shared is not None and self.standing is not None:
+            self.shared.per_example(
+                self.standing.leaves, lambda row, grads: add_gradients(self.projector, accumulator[row : row + 1], grads)
+            )
+        return self.projector.finish(accumulator)
 
     def _hand_out(self, name: str) -> Tensor:
         """Return a copy of a parameter per example, so that each one's gradient comes back by itself."""
@@ -183,33 +180,14 @@ class _Watch:
 
     def _expand_shared_rows(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Give every example its own copy of ids fed once for the whole batch, such as position ids of shape (1, seq)."""
-        if not self.recomputing and args and args[0].ndim == 2 and args[0].shape[0] == 1 < self.batch_size:
+        if self.recomputing or not args or (self.standing is not None and self.standing.has(module)):
+            return None
+        call = self.plan.call(module, self.numbers.get(module, -1) + 1) if self.plan is not None else None
+        is_single = call.is_single if call is not None else True
+        if is_single and args[0].ndim == 2 and args[0].shape[0] == 1 < self.batch_size:
             self.expanded[module] = True
             return (args[0].expand(self.batch_size, -1), *args[1:])
         return None
-
-    def _catch_counted_positions(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-    ) -> Tensor | None:
-        """Give every example its own copy of BART's position embeddings, which the module counts itself, from the first token on."""
-        if self.recomputing or not torch.is_grad_enabled():
-            return None
-        positions = kwargs.get("position_ids")
-        if positions is None:
-            positions = torch.arange(output.shape[1], device=output.device)
-        rows = (positions + module.offset).expand(self.batch_size, -1)  # type: ignore[operator]
-
-        def catch(grads: Tensor) -> None:
-            if self.accumulator is None:
-                self._start(grads)
-            with torch.no_grad():
-                values = grads.to(working_dtype(grads.dtype))
-                if module.padding_idx is not None:
-                    values = values * rows.ne(int(module.padding_idx)).unsqueeze(-1)  # type: ignore[arg-type]
-                self._add(module, {"weight": Rows(rows, values)})
-
-        expanded = output.expand(self.batch_size, *output.shape[1:])
-        return self._tap(expanded, catch)
 
     def _catch(self, rule: Callable[..., dict[str, Contribution]]) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
@@ -294,7 +272,8 @@ class _Watch:
             except Exception as error:
                 raise BatchRefused(
                     f"`layerwise` has no rule for {self._describe(module)}, and differentiating it on its own failed "
-                    f"({type(error).__name__}: {error}). {_WAY_OUT}"
+                    f"({type(error).__name__}: {error}). {_WAY_OUT}",
+                    module,
                 ) from error
             finally:
                 self.recomputing = False
@@ -371,7 +350,8 @@ class _Watch:
     def _refuse(self, module: nn.Module, tensor: Tensor) -> None:
         raise BatchRefused(
             f"{self._describe(module)} does not keep the examples of a batch apart: for a batch of {self.batch_size} it sees a "
-            f"tensor of shape {tuple(tensor.shape)}. {_WAY_OUT}"
+            f"tensor of shape {tuple(tensor.shape)}. {_WAY_OUT}",
+            module,
         )
 
     def _unchanged(self, module: nn.Module, inputs: list[Any]) -> Callable[[], None]:

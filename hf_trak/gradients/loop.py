@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_trak.gradients.batch import BatchFeatures, OutputFunction, check_outputs, evaluation_mode, working_dtype
+from hf_trak.gradients.rules import Rows, embedding, find_rule
 from hf_trak.projectors import Projector
 
-_FEW = 4  # a table's gradient is sketched by its rows where fewer than one in so many have any
+_FEW = 4  # a table's gradient is sketched by its rows where at most one row in this many has any
+_SAMPLE = 64  # rows of a table that are looked at first
 
 
 def loop_features(
@@ -33,20 +38,24 @@ def loop_features(
     """
     rows = rows_of(batch) if isinstance(batch, Mapping) else batch
     outputs, out_to_losses, features = [], [], []
-    with evaluation_mode(model), torch.enable_grad():
+    with evaluation_mode(model), torch.enable_grad(), _lookups(model, parameters) as found:
         for parameter in parameters.values():
             parameter.requires_grad_(True)
         for row in rows:
+            found.clear()
             output, out_to_loss = output_function(model, row)
             check_outputs(output, out_to_loss, 1)
             accumulator = projector.start(1, dtype=working_dtype(output.dtype), device=output.device)
             if output.requires_grad:
-                grads = torch.autograd.grad(output.sum(), list(parameters.values()), allow_unused=True)
+                leaves = [*parameters.values(), *(lookup.leaf for lookup in found)]
+                grads = torch.autograd.grad(output.sum(), leaves, allow_unused=True)
                 with torch.no_grad():
-                    for name, grad in zip(parameters, grads, strict=True):
+                    dense = {name: grad for name, grad in zip(parameters, grads, strict=False) if grad is not None}
+                    add_gradients(projector, accumulator, dense)
+                    for lookup, grad in zip(found, grads[len(parameters) :], strict=True):
                         if grad is not None:
-                            _add(projector, accumulator, name, grad)
-                    del grads, grad  # before the next row's are made
+                            _add_lookup(projector, accumulator, lookup, grad)
+                    del grads, dense  # before the next row's are made
             outputs.append(output.detach())
             out_to_losses.append(out_to_loss.detach())
             features.append(projector.finish(accumulator))
@@ -62,12 +71,76 @@ def rows_of(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _add(projector: Projector, accumulator: Tensor, name: str, grad: Tensor) -> None:
-    grad = grad.to(accumulator.dtype)
-    if grad.ndim == 2 and grad.shape[0] > _FEW:
-        # Of an embedding table, few rows have a gradient. `any` would take four times as long.
-        rows = torch.linalg.vector_norm(grad, ord=1, dim=1).nonzero().flatten()
-        if len(rows) * _FEW < grad.shape[0]:
+class _Lookup(NamedTuple):
+    """One call of an embedding: what it looked up, as a leaf whose gradient is asked for in place of the table's."""
+
+    module: nn.Embedding
+    name: str
+    ids: Tensor
+    leaf: Tensor
+
+
+@contextmanager
+def _lookups(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[list[_Lookup]]:
+    """Collect the calls of the model's embeddings within the block: a table's gradient, nearly all zeros, is then never formed.
+
+    A table that is used in another way too, such as one tied to a language model's head, has the gradient of that use as well.
+    """
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    modules = list(model.modules())
+    is_compiled = any(m._compiled_call_impl is not None or isinstance(m, torch._dynamo.OptimizedModule) for m in modules)
+    tables = [
+        module
+        for module in modules
+        if type(module) is nn.Embedding and find_rule(module) is embedding and id(module.weight) in names
+        if "forward" not in module.__dict__ and not is_compiled
+    ]
+    found: list[_Lookup] = []
+    for table in tables:
+        table.forward = partial(_look_up, table, names[id(table.weight)], found)  # type: ignore[arg-type, method-assign]
+    try:
+        yield found
+    finally:
+        for table in tables:
+            del table.forward
+
+
+def _look_up(module: nn.Embedding, name: str, found: list[_Lookup], input: Tensor) -> Tensor:
+    leaf = F.embedding(input, module.weight.detach(), module.padding_idx)
+    if not torch.is_grad_enabled():
+        return leaf
+    found.append(_Lookup(module, name, input, leaf.requires_grad_()))
+    return leaf.clone()  # which may be written to in place
+
+
+def _add_lookup(projector: Projector, accumulator: Tensor, lookup: _Lookup, grad: Tensor) -> None:
+    """Sketch the gradient of one row's call of an embedding, whatever the shape of its ids."""
+    contribution = embedding(
+        lookup.module, lookup.ids.reshape(1, -1), grad.to(accumulator.dtype).reshape(1, -1, grad.shape[-1])
+    )
+    rows = contribution["weight"]
+    assert isinstance(rows, Rows)
+    shape = (lookup.module.num_embeddings, lookup.module.embedding_dim)
+    projector.add_rows(accumulator, lookup.name, shape, rows.rows, rows.values)
+
+
+def add_gradients(projector: Projector, accumulator: Tensor, grads: Mapping[str, Tensor]) -> None:
+    """Sketch one example's gradients, given whole by the names of their parameters."""
+    for name, grad in grads.items():
+        grad = grad.to(accumulator.dtype)
+        rows = _touched_rows(grad)
+        if rows is None:
+            projector.add(accumulator, name, grad.unsqueeze(0))
+        else:
             projector.add_rows(accumulator, name, (grad.shape[0], grad.shape[1]), rows.unsqueeze(0), grad[rows].unsqueeze(0))
-            return
-    projector.add(accumulator, name, grad.unsqueeze(0))
+
+
+def _touched_rows(grad: Tensor) -> Tensor | None:
+    """Return which rows of a table have a gradient, if few have; None for what is no table, and where many may."""
+    if grad.ndim != 2 or grad.shape[0] <= _SAMPLE * _FEW:
+        return None
+    sample = grad[:: grad.shape[0] // _SAMPLE]
+    if int(sample.any(1).sum()) * _FEW > len(sample):
+        return None
+    rows = (grad.amax(1).ne(0) | grad.amin(1).ne(0)).nonzero().flatten()  # as fast as memory; `any` is not
+    return rows if len(rows) * _FEW <= grad.shape[0] else None

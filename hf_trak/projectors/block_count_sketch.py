@@ -8,7 +8,7 @@ left is cut into tiles; in a tile, entry (o, i) of rows of `width` entries has
 
 The ring is an odd number a little below proj_dim, drawn by hash among those that share no factor with `width`; the offset is
 hashed too. Signs that factor over rows and columns are applied to the *factors* of an outer product before it is formed, and laying
-rows end to end makes the buckets of a whole chunk of rows a few contiguous additions. No state per entry is kept.
+rows end to end makes the buckets of a whole chunk of rows a few contiguous additions. Only the signs of small parameters are kept.
 
 **Why it is as good as dense signs.** The error of ⟨φ(x), φ(y)⟩ is the sum of σσ'ττ' x y' over entries that share a bucket. A tile has
 at most `ring` rows, and the ring shares no factor with the width, so no two rows start at one place: two entries of a tile that
@@ -37,6 +37,8 @@ from hf_trak.projectors.ring import Ring, add_rows_around, draw_ring, laps_aroun
 
 # Gradient entries materialised at one time by `add_outer`: well within the cache that cores share; a GPU is kept busy with more.
 _CHUNK, _CHUNK_ON_CUDA = 1 << 20, 1 << 26
+# Up to so many entries, what `add` costs on a CPU is the number of its operations: the signs are then kept.
+_SMALL = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,16 @@ class _TileColumn:
         return folded[:, :, self.columns]
 
 
+def _add_around(accumulator: Float[Tensor, "batch width"], entries: Float[Tensor, "batch entries"], ring: Ring) -> None:
+    """Add a few laps of entries around a ring, from its beginning on."""
+    target = accumulator[:, ring.offset : ring.offset + ring.length]
+    whole = entries.shape[1] // ring.length * ring.length
+    if whole:
+        target += entries[:, :whole].view(len(entries), -1, ring.length).sum(1)
+    if whole < entries.shape[1]:
+        target[:, : entries.shape[1] - whole] += entries[:, whole:]
+
+
 def _spans(length: int, most: int) -> list[slice]:
     """Cut `length` into as few ranges of like size as hold `most` entries each at most."""
     size = math.ceil(length / math.ceil(length / most))
@@ -95,6 +107,7 @@ class BlockCountSketch(Projector):
             raise ValueError(f"`fold` must be at least 1, but is {fold}.")
         self.fold = fold
         self._layout = cache(self._draw_layout)
+        self._small = cache(self._draw_small)
 
     def __getstate__(self) -> dict[str, int]:
         return {"proj_dim": self.proj_dim, "seed": self.seed, "fold": self.fold}  # tables are drawn again where they are needed
@@ -131,8 +144,12 @@ class BlockCountSketch(Projector):
     def add(self, accumulator: Float[Tensor, "batch width"], name: str, grads: Float[Tensor, "batch *shape"]) -> None:
         shape = as_matrix(tuple(grads.shape[1:]))
         matrices = grads.reshape(grads.shape[0], *shape)
+        if grads.device.type == "cpu" and math.prod(shape) <= _SMALL and (small := self._small(name, shape, grads.dtype)):
+            ring, signs = small
+            _add_around(accumulator, matrices.flatten(1) * signs, ring)
+            return
         for column in self._layout(name, shape, grads.device):
-            whole = column.rows(matrices.transpose(1, 2)).transpose(1, 2) if column.rows.is_folded else matrices
+            whole = column.rows(matrices, dim=-2) if column.rows.is_folded else matrices
             row_signs = torch.ones_like(column.rows.signs) if column.rows.is_folded else column.rows.signs
             for tile in column.tiles:
                 entries = tile.columns(whole[:, tile.rows]) if tile.columns.is_folded else whole[:, tile.rows]
@@ -141,6 +158,16 @@ class BlockCountSketch(Projector):
                 signs = torch.outer(row_signs[tile.rows], column_signs[: entries.shape[2]][column.columns])
                 laps.add(entries[:, :, column.columns].flatten(1), signs.to(grads).flatten())
                 laps.close()
+
+    def _draw_small(
+        self, name: str, shape: tuple[int, int], dtype: torch.dtype
+    ) -> tuple[Ring, Float[Tensor, " entries"]] | None:
+        """Return the ring and the sign of each entry of a parameter that lies in one tile; None for one that does not."""
+        columns = self._layout(name, shape, torch.device("cpu"))
+        if len(columns) > 1 or len(columns[0].tiles) > 1 or columns[0].rows.is_folded or columns[0].tiles[0].columns.is_folded:
+            return None
+        (tile,) = columns[0].tiles
+        return tile.ring, torch.outer(columns[0].rows.signs, tile.columns.signs).flatten().to(dtype)
 
     def add_outer(
         self,

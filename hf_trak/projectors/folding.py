@@ -67,16 +67,19 @@ class Fold:
         rotations = torch.tensor(self.rotations, device=self.signs.device)
         return (position + rotations[position // self.n_buckets]) % self.n_buckets
 
-    def __call__(self, values: Float[Tensor, "*batch length"]) -> Float[Tensor, "*batch n_buckets"]:
-        """Fold the last axis of `values`."""
-        signs = self.signs.to(values)
+    def __call__(self, values: Float[Tensor, "*batch"], *, dim: int = -1) -> Float[Tensor, "*batch"]:
+        """Fold one axis of `values`, by default the last."""
+        signs = self.signs.to(values).reshape(-1, *[1] * (-1 - dim))
         if not self.is_folded:
             return values * signs
-        result = values.new_zeros(*values.shape[:-1], self.n_buckets)
+        shape = list(values.shape)
+        shape[dim] = self.n_buckets
+        result = values.new_zeros(shape)
         for block, rotation in enumerate(self.rotations):
             start = block * self.n_buckets
             stop = min(start + self.n_buckets, len(signs))
             turn = min(start + self.n_buckets - rotation, stop)  # where the rotated block runs over the end
-            result[..., rotation : rotation + turn - start].addcmul_(values[..., start:turn], signs[start:turn])
-            result[..., : stop - turn].addcmul_(values[..., turn:stop], signs[turn:stop])
+            for first, end, to in ((start, turn, rotation), (turn, stop, 0)):
+                place = result.narrow(dim, to, end - first)
+                place.addcmul_(values.narrow(dim, first, end - first), signs[first:end])
         return result
