@@ -35,7 +35,7 @@ from hf_trak.storage.layout import member_folders, member_numbers
 from hf_trak.storage.member_reader import MemberReader
 from hf_trak.storage.object_store import ObjectPath, place
 from hf_trak.storage.replacing import finish_replacement
-from hf_trak.tasks import Task
+from hf_trak.tasks import Task, TaskMaker
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -55,7 +55,7 @@ class AttributionIndex(Questions, HubMixin):
             `s3://bucket/my-index`, of which files come to a local cache when they are used.
         models (`Sequence`, *optional*): One model, folder or repository per checkpoint, in place of the recorded ones.
         processing_class (*optional*): In place of the one saved beside the recorded checkpoint.
-        task (`Task`, *optional*): Needed again for an index made with a task of your own.
+        task (`Task` or a function, *optional*): Needed again for an index made with a task of your own; or `(model, config) -> Task`.
         trust_remote_code (`bool`): Run code that recorded checkpoints bring along. Without it, such checkpoints are refused.
         repository (`HubIndex`, *optional*): What `folder` is the cache of; files that are not in it are fetched when they are used.
     """
@@ -66,7 +66,7 @@ class AttributionIndex(Questions, HubMixin):
         *,
         models: Sequence[PreTrainedModel | str | Path] | None = None,
         processing_class: Any = None,
-        task: Task | None = None,
+        task: Task | TaskMaker | None = None,
         trust_remote_code: bool = False,
         repository: HubIndex | ObjectIndex | None = None,
     ) -> None:
@@ -78,6 +78,7 @@ class AttributionIndex(Questions, HubMixin):
         self._repository = repository
         self.folder = repository.folder if isinstance(repository, ObjectIndex) else self.home
         self.config = TrakConfig.from_pretrained(self.folder)
+        self.task = task
         self.members = [
             MemberReader(path, None if repository is None else repository.fetcher(path.name))
             for path in member_folders(self.folder)
@@ -120,7 +121,7 @@ class AttributionIndex(Questions, HubMixin):
         dataset: Dataset,
         config: TrakConfig | None = None,
         processing_class: Any = None,
-        task: Task | None = None,
+        task: Task | TaskMaker | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
         sketch_seeds_per_checkpoint: int = 1,
@@ -203,7 +204,7 @@ class AttributionIndex(Questions, HubMixin):
         dataset: Dataset,
         config: TrakConfig | None = None,
         processing_class: Any = None,
-        task: Task | None = None,
+        task: Task | TaskMaker | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
         sketch_seeds_per_checkpoint: int = 1,

@@ -212,11 +212,116 @@ def test_damaged_weights_are_named(adapter):
         load_model(str(adapter[0]))
 
 
-def test_a_prompt_is_refused_in_one_line(tmp_path):
+def test_a_prompt_that_would_not_be_used_is_refused_by_name(tmp_path):
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     save_adapter(tmp_path / "a", AutoModelForCausalLM, gpt2(tmp_path / "base"), None, config=config)
-    with pytest.raises(ValueError, match="is a prompt or prefix .PROMPT_TUNING."):
+    assert load_model(str(tmp_path / "a")).prompt_encoder["default"].embedding.weight.requires_grad
+    (tmp_path / "a" / "adapter_config.json").write_text(
+        json.dumps(json.loads((tmp_path / "a" / "adapter_config.json").read_text()) | {"task_type": None})
+    )
+    with pytest.raises(ValueError, match=r"prompt or prefix \(PROMPT_TUNING\) without a task_type.*Set task_type"):
         load_model(str(tmp_path / "a"))
+
+
+def test_several_adapters_in_one_folder_are_named(tmp_path, base):
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=N_LABELS)
+    options = {"task_type": "SEQ_CLS", "init_lora_weights": False}
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["query"], **options), adapter_name="first")
+    model.add_adapter("second", peft.LoraConfig(r=3, target_modules=["value"], **options))
+    model.save_pretrained(tmp_path / "two")
+    with pytest.raises(
+        FileNotFoundError, match=r"it holds 2 adapters in folders of their own, first, second\. Name one.*two/first"
+    ):
+        load_model(str(tmp_path / "two"))
+    for name in ("first", "second"):
+        model.set_adapter(name)
+        assert torch.equal(load_model(str(tmp_path / "two" / name)).eval()(IDS).logits, model.eval()(IDS).logits)
+
+
+def write_repository(cache, name, folder):
+    """Lay a folder out as a repository of the Hub in a cache, as a download does."""
+    commit = "0123456789" * 4
+    place = cache / f"models--{name.replace('/', '--')}"
+    shutil.copytree(folder, place / "snapshots" / commit)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text(commit)
+
+
+def test_the_base_model_is_found_in_the_cache_without_a_network(tmp_path, base):
+    import os
+    import subprocess
+    import sys
+
+    folder = tmp_path / "adapter"
+    expected = save_adapter(folder, AutoModelForSequenceClassification, base, "SEQ_CLS", num_labels=N_LABELS)
+    write_repository(tmp_path / "home" / "hub", "me/base", base)
+    source = changed(folder, tmp_path / "b", base_model_name_or_path="me/base")
+    code = (
+        "import sys, torch; from hf_trak.sources.checkpoints import load_model; "
+        "print(load_model(sys.argv[1]).eval()(torch.arange(3, 9)[None]).logits.tolist())"
+    )
+    environment = os.environ | {
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_CACHE": str(tmp_path / "home" / "hub"),
+    }
+    run = subprocess.run([sys.executable, "-c", code, source], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    torch.testing.assert_close(torch.tensor(json.loads(run.stdout)), expected(IDS).logits, rtol=1e-6, atol=1e-6)
+
+
+def train_with(kind, folder, model, config, dataset, **options):
+    """Train a few steps, and return the model and the folder of the last checkpoint."""
+    from transformers import Trainer, TrainingArguments
+
+    args = {"max_steps": 2, "save_steps": 2, "learning_rate": 0.1, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+    if kind == "SFTTrainer":
+        trl = pytest.importorskip("trl")
+        arguments = trl.SFTConfig(str(folder), bf16=False, max_length=16, **args)
+        trainer = trl.SFTTrainer(model, args=arguments, train_dataset=dataset, peft_config=config, **options)
+    else:
+        trainer = Trainer(peft.get_peft_model(model, config), TrainingArguments(str(folder), **args), train_dataset=dataset)
+    trainer.train()
+    return trainer.model.eval(), folder / "checkpoint-2"
+
+
+ROUND_TRIPS = {
+    "SFTTrainer, LoRA": ("SFTTrainer", peft.LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM")),
+    "SFTTrainer, saved head": (
+        "SFTTrainer",
+        peft.LoraConfig(r=2, target_modules=["c_attn"], modules_to_save=["wte", "lm_head"], task_type="CAUSAL_LM"),
+    ),
+    "SFTTrainer, prompt": ("SFTTrainer", peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")),
+    "Trainer, LoRA": ("Trainer", peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")),
+    "Trainer, IA3": (
+        "Trainer",
+        peft.IA3Config(target_modules=["query", "value"], feedforward_modules=[], task_type="SEQ_CLS"),
+    ),
+    "Trainer, modules_to_save": (
+        "Trainer",
+        peft.LoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier"]),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROUND_TRIPS)
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_checkpoint_of_a_trainer_loads_as_what_was_trained(tmp_path, base, name):
+    kind, config = ROUND_TRIPS[name]
+    if kind == "SFTTrainer":
+        gpt2(tmp_path / "gpt2")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2")
+        dataset = Dataset.from_list([{"text": text} for text in ("a b c", "d e f g", "b a", "e")])
+        options = {"processing_class": word_tokenizer()}
+    else:
+        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=N_LABELS)
+        dataset, options = token_rows(6, longest=3), {}
+    trained, folder = train_with(kind, tmp_path / "run", model, config, dataset, **options)
+    assert not (folder / "config.json").exists()
+    found = load_model(str(folder)).eval()
+    torch.testing.assert_close(found(IDS).logits, trained(IDS).logits, rtol=0, atol=1e-6)
+    trainable = {one for one, parameter in found.named_parameters() if parameter.requires_grad}
+    assert trainable == {one for one, parameter in trained.named_parameters() if parameter.requires_grad}
 
 
 def test_an_adapter_without_a_tokenizer_has_its_base_models_and_says_so(adapter, base, tmp_path, caplog):

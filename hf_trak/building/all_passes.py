@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel
 
-    from hf_trak.tasks import Task
+    from hf_trak.tasks import Task, TaskMaker
 
 
 logger = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ def build_members(
     processes: Processes,
     part: Part | None = None,
     processing_class: Any,
-    task: Task | None,
+    task: Task | TaskMaker | None,
     revision: str | None,
     sketch_seeds_per_checkpoint: int,
     dropout_seeds: int,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from torch import nn
 
-    from hf_trak.tasks import Task
+    from hf_trak.tasks import Task, TaskMaker
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def rehearse(
     config: TrakConfig,
     *,
     processing_class: Any,
-    task: Task | None,
+    task: Task | TaskMaker | None,
     dropout_seed: int | None,
     device: torch.device,
 ) -> Featurizer:

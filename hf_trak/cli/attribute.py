@@ -62,6 +62,12 @@ class AttributeArguments:
             "one, or the checkpoint's own."
         },
     )
+    task: str | None = field(
+        default=None,
+        metadata={
+            "help": "The index's own task, module:name, as `hf-trak featurize --task` takes it. Its code is run; an index does not hold it."
+        },
+    )
     revision: str | None = field(default=None, metadata={"help": "Revision of an index repository."})
     trust_remote_code: bool = field(
         default=False,
@@ -105,6 +111,7 @@ def run(args: AttributeArguments) -> None:
     from hf_trak.processes.launchers import current_processes
     from hf_trak.scoring.memory import parse_memory
     from hf_trak.storage.outputs import naming, output_file
+    from hf_trak.tasks import import_task
 
     hush()
     parse_memory(args.max_memory)
@@ -115,6 +122,7 @@ def run(args: AttributeArguments) -> None:
         revision=args.revision,
         models=args.model,
         processing_class=args.processor,
+        task=None if args.task is None else import_task(args.task),
         trust_remote_code=args.trust_remote_code,
     )
     queries = load_rows(args.queries, split=args.split, config=args.queries_config, max_rows=args.max_queries)

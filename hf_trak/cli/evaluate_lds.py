@@ -72,6 +72,12 @@ class LDSArguments:
             "one, or the checkpoint's own."
         },
     )
+    task: str | None = field(
+        default=None,
+        metadata={
+            "help": "The index's own task, module:name, as `hf-trak featurize --task` takes it. Its code is run; an index does not hold it."
+        },
+    )
     revision: str | None = field(default=None, metadata={"help": "Revision of an index repository."})
     trust_remote_code: bool = field(
         default=False,
@@ -135,8 +141,8 @@ def _check(args: LDSArguments) -> None:
         raise ValueError("Whose score? Give --index and --queries, or --scores.")
     if args.index is not None and args.queries is None:
         raise ValueError("--index needs --queries: the rows whose outputs the ground truth holds, in its order.")
-    if args.index is None and (args.damping or args.model or args.processor):
-        raise ValueError("--damping, --model and --processor say how an index scores, but there is no --index.")
+    if args.index is None and (args.damping or args.model or args.processor or args.task):
+        raise ValueError("--damping, --model, --processor and --task say how an index scores, but there is no --index.")
     rows_at_a_time(args.batch_size, "--batch_size")
     if args.n_bootstrap < 0 or not 0 < args.confidence < 1:
         raise ValueError(

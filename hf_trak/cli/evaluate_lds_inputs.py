@@ -17,6 +17,7 @@ from hf_trak.evaluation import GroundTruth, ground_truth_from
 from hf_trak.evaluation.baselines import Checkpoints, make_baseline
 from hf_trak.featurizing.descriptions import recorded_processor
 from hf_trak.index import AttributionIndex
+from hf_trak.tasks import import_task
 
 if TYPE_CHECKING:
     from hf_trak.cli.evaluate_lds import LDSArguments
@@ -92,6 +93,7 @@ class Inputs:
                 models,
                 self.index.config,
                 processing_class=self.args.processor or recorded_processor(self.index.folder, self.index.members[0].info),
+                task=self.index.task,
                 batch_size=_rows_at_a_time(self.args),
             )
         return make_baseline(name, self.checkpoints)(self.train, self.queries)
@@ -140,6 +142,7 @@ def load_inputs(args: LDSArguments, truth: GroundTruth) -> Inputs:
     loading: dict[str, Any] = {
         "models": args.model,
         "processing_class": args.processor,
+        "task": None if args.task is None else import_task(args.task),
         "trust_remote_code": args.trust_remote_code,
     }
     index = None if args.index is None else AttributionIndex.from_pretrained(args.index, revision=args.revision, **loading)

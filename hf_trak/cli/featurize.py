@@ -27,6 +27,7 @@ examples:
   hf-trak featurize --model my-bert --dataset train.parquet --output my-index --keep_columns text,label
   hf-trak featurize --model run/members/epoch-0002 run/members/epoch-0003 --dataset stanfordnlp/sst2 --output my-index
   accelerate launch --multi_gpu scripts/featurize.py --model my-bert --dataset train.parquet --output my-index
+  hf-trak featurize --model my-bert --dataset train.parquet --output my-index --task my_tasks:weighted   (docs/custom_tasks.md)
   hf-trak featurize ... --shard-index 0 --num-shards 8      (the first of eight jobs; then: hf-trak merge my-index)
 """
 
@@ -46,6 +47,12 @@ class FeaturizeArguments:
         metadata={
             "help": "Folder or repository of the tokenizer, image processor or both, for checkpoints that have none; by default the "
             "checkpoint's own."
+        },
+    )
+    task: str | None = field(
+        default=None,
+        metadata={
+            "help": "A task of your own, module:name: a Task, or a function (model, config) -> Task, which can be imported here. By default, the task follows from the model."
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
@@ -94,12 +101,14 @@ def run(args: FeaturizeArguments, features: FeatureArguments, given: Sequence[st
         from hf_trak.cli.quiet import hush, say_which_columns
         from hf_trak.index import AttributionIndex
         from hf_trak.processes.launchers import current_processes, warn_of_lone_process
+        from hf_trak.tasks import import_task
 
         hush()
         say_which_columns()
     if args.shard_index is None and (warning := warn_of_lone_process()):
         print(f"hf-trak: warning: {warning}", file=sys.stderr)
     is_first = args.shard_index is not None or current_processes().is_first
+    task = None if args.task is None else import_task(args.task)
     dataset = load_rows(
         args.dataset, split=args.split, config=args.dataset_config, revision=args.dataset_revision, max_rows=args.max_rows
     )
@@ -109,6 +118,7 @@ def run(args: FeaturizeArguments, features: FeatureArguments, given: Sequence[st
         "dataset": dataset,
         "config": config,
         "processing_class": args.processor,
+        "task": task,
         "revision": args.revision,
         "trust_remote_code": args.trust_remote_code,
         **counts,

@@ -60,6 +60,12 @@ class LabelErrorsArguments:
     model: list[str] | None = field(
         default=None, metadata={"help": "Checkpoints, in order, in place of the recorded ones.", "action": Collect}
     )
+    task: str | None = field(
+        default=None,
+        metadata={
+            "help": "The index's own task, module:name, as `hf-trak featurize --task` takes it. Its code is run; an index does not hold it."
+        },
+    )
     revision: str | None = field(default=None, metadata={"help": "Revision of an index repository."})
     trust_remote_code: bool = field(
         default=False,
@@ -89,10 +95,15 @@ def run(args: LabelErrorsArguments) -> None:
     from hf_trak.cli.quiet import hush
     from hf_trak.index import AttributionIndex
     from hf_trak.storage.outputs import naming, output_file
+    from hf_trak.tasks import import_task
 
     hush()
     index = AttributionIndex.from_pretrained(
-        args.index, revision=args.revision, models=args.model, trust_remote_code=args.trust_remote_code
+        args.index,
+        revision=args.revision,
+        models=args.model,
+        task=None if args.task is None else import_task(args.task),
+        trust_remote_code=args.trust_remote_code,
     )
     train = load_train(args, index)
     validation = None

@@ -48,6 +48,7 @@ def describe_member(folder: Path, plan: Pass, featurizer: Featurizer, dataset: D
         "coverage": featurizer.selection.coverage,
         "grad_dim": featurizer.selection.grad_dim,
         "engine": featurizer.engine.to_dict() if featurizer.engine is not None else None,
+        **({"task_import_path": path} if (path := featurizer.task.import_path) is not None else {}),
         "versions": library_versions(),
         "hardware": hardware_name(featurizer.device),
         **_describe_bank(featurizer),

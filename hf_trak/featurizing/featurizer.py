@@ -45,7 +45,19 @@ from hf_trak.sources.processors import check_vocabulary, describe_absence, find_
 from hf_trak.sources.revisions import pinned_revision
 from hf_trak.sources.weights import check_dtype
 from hf_trak.storage.passes import encode_pass
-from hf_trak.tasks import AutoTask, Bank, Task, bank_of, draw_rows, embed_bank, needs_bank, vmappable_attention, with_bank
+from hf_trak.tasks import (
+    AutoTask,
+    Bank,
+    Task,
+    TaskMaker,
+    bank_of,
+    draw_rows,
+    embed_bank,
+    make_task,
+    needs_bank,
+    vmappable_attention,
+    with_bank,
+)
 from hf_trak.tasks.packing import check_documents
 from hf_trak.tasks.token_inputs import TokenInputs
 
@@ -74,7 +86,7 @@ class Featurizer:
         config (`TrakConfig`, *optional*): What features mean.
         processing_class (*optional*): Tokenizer or image processor, or the folder or repository of one; by default the one saved with
             the weights. Rows that are tokenized or pixels already need none.
-        task (`Task`, *optional*): In place of the one `config` names.
+        task (`Task` or a function, *optional*): In place of the one `config` names; or `(model, config) -> Task`.
         seed (`int` or a sequence, *optional*): The member's sketch seed; by default the configuration's. With several, every
             column comes once per seed, its name ending in `_seed_<seed>`.
         dropout_seed (`int`, *optional*): Of the units removed from the network, the same for every row; by default none are.
@@ -89,7 +101,7 @@ class Featurizer:
         config: TrakConfig | None = None,
         processing_class: Any = None,
         *,
-        task: Task | None = None,
+        task: Task | TaskMaker | None = None,
         seed: int | Sequence[int] | None = None,
         dropout_seed: int | None = None,
         revision: str | None = None,
@@ -145,8 +157,7 @@ class Featurizer:
         """
         if self._ready is None:
             processing_class, task = self._given
-            if task is None:
-                task = AutoTask.from_model(self.model, self.config)
+            task = AutoTask.from_model(self.model, self.config) if task is None else make_task(task, self.model, self.config)
             processing_class = self._find_processing_class(processing_class)
             check_dtype(self.model, self.config.compute_dtype)
             selection = select_parameters(self.model, self.config.parameters)
@@ -520,7 +531,7 @@ def _longest_first(batch: Mapping[str, Any], n_rows: int) -> list[int]:
     return list(dict.fromkeys([order[0], order[-1], *between[:1], *order[1:-1]]))[:_CHECKED_ROWS]
 
 
-def _fingerprint(task: Task) -> str:
+def _fingerprint(task: Task | TaskMaker) -> str:
     """Return what `Dataset.map` caches a given task by: the functions it is made of, and not its name.
 
     Functions that cannot be pickled give a value that never comes again, so that nothing is read from a cache.

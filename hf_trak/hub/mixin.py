@@ -12,7 +12,7 @@ from hf_trak.hub.download import HubIndex
 from hf_trak.hub.upload import is_main_process
 from hf_trak.storage.member_reader import MemberReader
 from hf_trak.storage.object_store import ObjectPath, place
-from hf_trak.tasks import Task
+from hf_trak.tasks import Task, TaskMaker
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,7 +35,7 @@ class HubMixin:
         revision: str | None = None,
         models: PreTrainedModel | str | Path | Sequence[PreTrainedModel | str | Path] | None = None,
         processing_class: Any = None,
-        task: Task | None = None,
+        task: Task | TaskMaker | None = None,
         trust_remote_code: bool = False,
     ) -> _Index:
         """Load an index from a folder, a dataset repository of the Hub, or an object store such as `s3://bucket/my-index`.

@@ -23,10 +23,12 @@ from hf_trak.featurizing.featurize import featurize_rows
 from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.members import Pass
 from hf_trak.sources.read_columns import describe_columns, in_order, label_names, names_read
+from hf_trak.sources.transforms import hash_callable
 from hf_trak.storage.differences import list_differences
 from hf_trak.storage.member_reader import MemberReader
 from hf_trak.storage.passes import encode_pass
-from hf_trak.tasks import Bank, Task, in_direction
+from hf_trak.tasks import TASKS, Bank, Task, TaskMaker, in_direction
+from hf_trak.tasks.inputs import CustomInputs
 from hf_trak.tasks.rows import as_stored, features_of
 
 if TYPE_CHECKING:
@@ -53,7 +55,7 @@ class QuerySide:
         passes: Sequence[Pass],
         models: Sequence[PreTrainedModel | str | Path] | None,
         processing_class: Any,
-        task: Task | None,
+        task: Task | TaskMaker | None,
         trust_remote_code: bool = False,
     ) -> None:
         self.folder = folder
@@ -80,6 +82,7 @@ class QuerySide:
             ValueError: If the model, task or parameters are not those recorded; the message lists what differs.
         """
         first = plan.members[0]
+        self._check_task()
         place, given = self.members[first].info["checkpoint"], self._model(plan)
         featurizer = Featurizer(
             recorded_checkpoint(self.folder, place) if given is None else given,
@@ -113,6 +116,7 @@ class QuerySide:
         Raises:
             ValueError: Naming what is missing or different.
         """
+        self._check_task()
         read, names = self._recorded["columns"], self._recorded["label_names"]
         found: Any = features_of(queries)
         if missing := [name for name in names_read(read) if name not in found]:
@@ -153,6 +157,35 @@ class QuerySide:
             self.check_read(featurizer, queries)
         return featurize_queries(featurizer, queries, batch_size, progress, description)
 
+    def _check_task(self) -> None:
+        """Check that a task of the user's own was given again: an index does not hold its code, and nothing is imported that it names.
+
+        Raises:
+            ValueError: If it was not, or comes from another place than the recorded one.
+        """
+        recorded = self.members[0].info.get("task_import_path")
+        place = recorded if isinstance(recorded, str) else None
+        if self.task is None and self.config.task not in TASKS:
+            flag = "module:name" if place is None else place
+            raise ValueError(
+                f"{self.folder} was made with a task of your own, {self.config.task!r}, whose code an index does not hold. Give it again: "
+                f"`task=...` in Python, --task {flag} on the command line."
+            )
+        given = getattr(self.task, "import_path", None)
+        if place is not None and given is not None and given != place:
+            raise ValueError(
+                f"{self.folder} was made with the task {place!r}, but {given!r} is given. Give the recorded one; if it has moved and its "
+                "code is the same, load the index in Python with `task=...`."
+            )
+
+    def _task_code(self, featurizer: Featurizer) -> str | None:
+        """Return a hash of the code of a task of the user's own; None where none was recorded, or by another version of Python."""
+        recorded, task = self._recorded.get("task_code"), featurizer.task
+        if recorded is None or not isinstance(task.inputs, CustomInputs):
+            return None
+        found = hash_callable(task.output_function, task.inputs.collator)
+        return found if found.split(" ", 1)[1:] == str(recorded).split(" ", 1)[1:] else None
+
     @property
     def _recorded(self) -> dict[str, Any]:
         """What was read of the training set."""
@@ -164,6 +197,8 @@ class QuerySide:
         found = describe_featurizer(featurizer, self._recorded["columns"])
         is_same_library = recorded.get("libraries") == library_minors()
         wanted: dict[str, Any] = {key: recorded.get(key) for key in found}
+        if (code := self._task_code(featurizer)) is not None:
+            wanted["task_code"], found["task_code"] = self._recorded["task_code"], code
         # Another version of transformers may name more settings, or fewer.
         for key in ("model_config", "processing"):
             if key in found and wanted[key] is not None and not is_same_library:

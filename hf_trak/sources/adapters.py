@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
 
 from hf_trak.sources.repositories import Listing, look_up, reached
 from hf_trak.sources.weights import check_weights, load_with_report
+
+logger = logging.getLogger(__name__)
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _HEADS = {
@@ -94,13 +97,10 @@ def load_adapter(source: str, listing: Listing, revision: str | None = None, *, 
     check_weights(model, info, base, elsewhere=[name for name in info["missing_keys"] if name in own] + _replaced(info, own))
     _resize(model, shapes)
     config = PeftConfig.from_pretrained(source, revision=revision)
-    if config.is_prompt_learning:
-        raise ValueError(
-            f"{source} is a prompt or prefix ({values['peft_type']}), which PEFT cannot load as trainable parameters. {_YOURSELF}, with the "
-            "prompt's parameters set to requires_grad."
-        )
     try:
-        loaded = PeftModel.from_pretrained(model, source, revision=revision, is_trainable=True, config=config)
+        # PEFT trains no prompt that was loaded; `_train_prompt` makes it a parameter again.
+        trainable = not config.is_prompt_learning
+        loaded = PeftModel.from_pretrained(model, source, revision=revision, is_trainable=trainable, config=config)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300].rstrip(".")
         raise ValueError(
@@ -108,7 +108,35 @@ def load_adapter(source: str, listing: Listing, revision: str | None = None, *, 
             f"{_WEIGHTS} and {_CONFIG} are complete, and the base model in base_model_name_or_path."
         ) from error
     _check_adapter(loaded, source, own)
+    if config.is_prompt_learning:
+        _train_prompt(loaded, source, values)
     return loaded
+
+
+def _train_prompt(model: Any, source: str, values: dict[str, Any]) -> None:
+    """Make a loaded prompt and the heads that were trained with it the trainable parameters.
+
+    A prompt's file holds its virtual tokens, as PEFT writes it, and not the network that made them during training.
+
+    Raises:
+        ValueError: If the model would not use the prompt.
+    """
+    kind = str(values["peft_type"])
+    if type(model).__name__ in ("PeftModel", "PeftMixedModel"):
+        raise ValueError(
+            f"{source} is a prompt or prefix ({kind}) without a task_type, which PEFT loads and does not use. Set task_type in its {_CONFIG} (one "
+            f"of {', '.join(_HEADS)})."
+        )
+    prompt = model.prompt_encoder[model.active_adapter]
+    trainable = {id(prompt.embedding.weight)} if hasattr(prompt, "embedding") else {id(one) for one in prompt.parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(id(parameter) in trainable or f".modules_to_save.{model.active_adapter}." in name)
+    if values.get("prefix_projection") or kind == "P_TUNING":
+        logger.warning(
+            "%s holds the virtual tokens that %s learned, and not the network that made them in training: gradients are of the virtual tokens.",
+            source,
+            kind,
+        )
 
 
 def _shapes(source: str, revision: str | None) -> dict[str, tuple[int, ...]]:

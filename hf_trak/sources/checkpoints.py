@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_trak.processes.garbage import uncollected
@@ -50,6 +51,14 @@ def check_is_checkpoint(source: str, revision: str | None = None) -> None:
 def _check_holds_config(source: str, listing: Listing) -> None:
     if "config.json" not in listing.files:
         held = ", ".join(sorted(listing.files)[:8]) or "nothing"
+        adapters = (
+            sorted(path.parent.name for path in Path(source).glob("*/adapter_config.json")) if Path(source).is_dir() else []
+        )
+        if adapters:  # PEFT saves several adapters of a model in folders of their names
+            raise FileNotFoundError(
+                f"{source} is no checkpoint itself: it holds {len(adapters)} adapter{'s' * (len(adapters) > 1)} in folders of their own, "
+                f"{', '.join(adapters[:8])}. Name one of them: {Path(source) / adapters[0]}."
+            )
         raise FileNotFoundError(
             f"{source} holds no config.json, so it is not a checkpoint of transformers; it holds {held}. A folder that "
             "`save_pretrained` or a Trainer wrote (such as checkpoint-500) is expected."

@@ -17,6 +17,7 @@ from hf_trak.tasks.contrastive import (
 )
 from hf_trak.tasks.inputs import CustomInputs, ImageInputs, Inputs, TextInputs
 from hf_trak.tasks.language_inputs import CausalInputs, MaskedInputs, Seq2SeqInputs
+from hf_trak.tasks.named import NamedTaskMaker, TaskMaker, import_task, make_task
 from hf_trak.tasks.outputs import classification_margin, margin, regression_prediction
 from hf_trak.tasks.pair_collator import PairCollator
 from hf_trak.tasks.pairs import PairInputs
@@ -32,6 +33,7 @@ __all__ = [
     "ImageInputs",
     "Inputs",
     "MaskedInputs",
+    "NamedTaskMaker",
     "PairCollator",
     "PairInputs",
     "Seq2SeqInputs",
@@ -39,6 +41,7 @@ __all__ = [
     "SpanOutput",
     "Task",
     "TaskCollator",
+    "TaskMaker",
     "TextInputs",
     "TokenInputs",
     "TokenLabelInputs",
@@ -48,9 +51,11 @@ __all__ = [
     "contrastive_task",
     "draw_rows",
     "embed_bank",
+    "import_task",
     "in_direction",
     "is_dual_encoder",
     "is_language_model",
+    "make_task",
     "margin",
     "minus_loss",
     "needs_bank",

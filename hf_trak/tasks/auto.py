@@ -22,6 +22,7 @@ from hf_trak.tasks.token_inputs import TokenInputs
 from hf_trak.tasks.token_outputs import SpanOutput, TokenOutput
 from hf_trak.tasks.transcripts import CtcOutput, TranscriptInputs
 from hf_trak.tasks.video import VideoInputs
+from hf_trak.tasks.virtual_tokens import with_virtual_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -171,7 +172,7 @@ class AutoTask:
             ValueError: If the task is unknown, the architecture is not served, or the two do not fit.
         """
         config = config or TrakConfig()
-        model = _without_adapter(model)
+        adapted, model = model, _without_adapter(model)
         name = config.task
         if name == "auto":
             name = AutoTask.name_for(model)
@@ -182,7 +183,7 @@ class AutoTask:
             )
         elif name != (expected := AutoTask.name_for(model)):
             raise ValueError(f"{type(model).__name__} with {model.config.num_labels} labels serves {expected}, not {name}.")
-        return TASKS[name](model, config)
+        return with_virtual_tokens(TASKS[name](model, config), adapted)
 
     @staticmethod
     def name_for(model: PreTrainedModel) -> str:

@@ -44,6 +44,7 @@ class Task:
         several_labels (`bool`): Whether a row's label is a list of zeros and ones, one for each class.
         label2id (`tuple`): The model's names of its classes with their ids.
         label_mapping (`str`): How the numbers of a dataset become ids of the model; see [`TrakConfig`].
+        import_path (`str`, *optional*): `module:name`, for a task that was imported by its name.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Task:
     label2id: tuple[tuple[str, int], ...] = ()
     label_mapping: str = "auto"
     translation: tuple[int, ...] | None = None
+    import_path: str | None = None
 
     @classmethod
     def custom(

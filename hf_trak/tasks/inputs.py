@@ -13,7 +13,14 @@ from torch import Tensor
 
 from hf_trak.errors import MissingProcessor
 from hf_trak.tasks.columns import find_text_columns, is_string
-from hf_trak.tasks.padding import extra_columns, has_learned_positions, pad_tokens, position_limit, refuse_texts_without_boxes, vocabulary_size
+from hf_trak.tasks.padding import (
+    extra_columns,
+    has_learned_positions,
+    pad_tokens,
+    position_limit,
+    refuse_texts_without_boxes,
+    vocabulary_size,
+)
 from hf_trak.tasks.pictures import check_pictures, find_image_columns, open_pictures
 from hf_trak.tasks.rows import is_transformed, missing_rows, name_rows
 

@@ -129,20 +129,25 @@ class TokenOutput(_Reduced):
         exact (`bool`): Whether gradients are those of training examples with `token_out_to_loss="exact"`.
         shifted (`bool`): Whether a position's logits are about the next token, as a causal language model's are.
         decodes (`bool`): Whether the model may keep a cache of keys and values, for which there is no use here.
+        n_virtual_tokens (`int`): Positions of a learned prompt in front of a row's own, which have logits and no labels.
     """
 
     shifted: bool = False
     decodes: bool = False
+    n_virtual_tokens: int = 0
 
     def __call__(self, model: Callable[..., Any], batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Return f and Q of every example."""
         logits = call_model(model, batch, **({"use_cache": False} if self.decodes else {})).logits
         labels = batch["labels"]
-        if logits.shape[:2] != labels.shape:
+        if logits.shape[0] != labels.shape[0] or logits.shape[1] != labels.shape[1] + self.n_virtual_tokens:
             raise ValueError(
-                f"The model returns logits of shape {tuple(logits.shape)} for labels of shape {tuple(labels.shape)}, so that positions and "
-                "labels cannot be matched. Make a task with `Task.custom`."
+                f"The model returns logits of shape {tuple(logits.shape)} for labels of shape {tuple(labels.shape)}"
+                f"{f' behind {self.n_virtual_tokens} virtual tokens' * bool(self.n_virtual_tokens)}, so that positions and labels cannot be "
+                "matched. Make a task with `Task.custom`."
             )
+        if self.n_virtual_tokens:
+            logits = logits[:, self.n_virtual_tokens :]
         if self.shifted:  # labels move, not logits, which would be copied
             labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], 1)
         scored = labels != IGNORED

@@ -20,7 +20,7 @@ from hf_trak.featurizing.featurize import featurize_rows
 from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.gradients import BatchFeatures
 from hf_trak.projectors import Projector
-from hf_trak.tasks import Task, minus_loss, needs_bank
+from hf_trak.tasks import Task, TaskMaker, minus_loss, needs_bank
 
 GradientOf = Literal["loss", "output"]
 
@@ -67,7 +67,7 @@ class Checkpoints:
     models: PreTrainedModel | str | Path | Sequence[PreTrainedModel | str | Path]
     config: TrakConfig = field(default_factory=TrakConfig)
     processing_class: Any = None
-    task: Task | None = None
+    task: Task | TaskMaker | None = None
     batch_size: int | str = "auto"
     device: str | torch.device | None = None
     _columns: dict[tuple[int, str, str, str], Columns] = field(default_factory=dict, init=False, repr=False)
