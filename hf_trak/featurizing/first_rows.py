@@ -41,8 +41,7 @@ def check_first_rows(featurizer: Featurizer, dataset: Dataset) -> str | None:
         return None
     packed = next(_packed_rows(dataset), None)
     if packed is not None:
-        batch = featurizer.collate(read_rows(dataset, [packed]))
-        check_documents(featurizer.model, to_device(batch, featurizer.device))
+        check_documents(featurizer.model, to_device(featurizer.collate(read_rows(dataset, [packed])), featurizer.device))
     for row in range(min(_ROWS, len(dataset))):
         batch = to_device(featurizer.collate(read_rows(dataset, [row])), featurizer.device)
         found = compare_losses(featurizer.model, featurizer.task.output_function, batch)
