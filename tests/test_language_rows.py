@@ -745,6 +745,15 @@ def test_the_loss_of_transformers_classes_is_the_one_assumed(name: str, caplog):
     assert caplog.text == ""
 
 
+def test_a_model_that_fails_to_compute_its_own_loss_is_featurized():
+    model = make_model("llama lm")
+    model.loss_function = lambda **_: 1 / 0
+    rows = datasets.Dataset.from_dict({"input_ids": [[5, 6, 7, 8]]})
+    featurizer = Featurizer(model, TrakConfig(proj_dim=16))
+    featurizer.check_first_rows(rows)
+    assert featurizer.compute(featurizer.collate(rows[:])).features.abs().sum() > 0
+
+
 def test_a_loss_with_an_addition_is_told_once(tmp_path: Path, caplog):
     from transformers import MixtralConfig, MixtralForCausalLM
 

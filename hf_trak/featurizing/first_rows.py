@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from hf_trak.featurizing.featurizer import Featurizer
 
+logger = logging.getLogger(__name__)
+
 _ROWS = 8  # among which one with a scored token is looked for
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}  # relative; of a mean over tokens
 
@@ -39,8 +41,7 @@ def check_first_rows(featurizer: Featurizer, dataset: Dataset) -> str | None:
         return None
     packed = next(_packed_rows(dataset), None)
     if packed is not None:
-        batch = featurizer.collate(read_rows(dataset, [packed]))
-        check_documents(featurizer.model, to_device(batch, featurizer.device))
+        check_documents(featurizer.model, to_device(featurizer.collate(read_rows(dataset, [packed])), featurizer.device))
     for row in range(min(_ROWS, len(dataset))):
         batch = to_device(featurizer.collate(read_rows(dataset, [row])), featurizer.device)
         found = compare_losses(featurizer.model, featurizer.task.output_function, batch)
@@ -73,8 +74,12 @@ def compare_losses(model: nn.Module, output_function: Any, batch: Mapping[str, A
     pairs = _scored_labels(output_function, batch, names)
     if not all(bool((labels != IGNORED).any()) for labels in pairs):
         return None
-    with evaluation_mode(model), _without_advice():
-        result = model(**batch)
+    try:
+        with evaluation_mode(model), _without_advice():
+            result = model(**batch)
+    except Exception as error:  # whatever the model's code raises; features need no loss of its own
+        logger.info("%s computes no loss of its own to compare with: %s", type(model).__name__, error)
+        return None
     if not isinstance(own := getattr(result, "loss", None), Tensor) or own.numel() != 1:
         return None
     logits = [result.start_logits, result.end_logits] if spans else [result.logits]
@@ -88,13 +93,13 @@ def compare_losses(model: nn.Module, output_function: Any, batch: Mapping[str, A
 @contextmanager
 def _without_advice() -> Iterator[None]:
     """Hush what transformers says of choosing a loss: which one it is shows in the number."""
-    logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    theirs = logging.getLogger("transformers.modeling_utils")
+    level = theirs.level
+    theirs.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        theirs.setLevel(level)
 
 
 def _scored_labels(output_function: TokenOutput | SpanOutput, batch: Mapping[str, Any], names: Sequence[str]) -> list[Tensor]:

@@ -123,7 +123,7 @@ class TokenLabelInputs(TokenInputs):
         if self._is_tokenized(row):
             example, kept = self._tokens_of(row)
             labels = labels_like(row, self.label_column or "labels", kept)
-            return example._replace(labels=np.asarray(self._to_ids(labels), dtype=np.int64))
+            return example._replace(labels=np.asarray(self._to_ids(labels.tolist()), dtype=np.int64))
         for column in (self._words(), self._tags(row)):
             if row[column] is None:
                 raise ValueError(f"its {column!r} are None; filter it out")
