@@ -19,7 +19,7 @@ N_QUERIES = 8
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("blocks")
-    rows = token_rows(20).add_column("note", [f"{i} " * 300 for i in range(20)])
+    rows = token_rows(20).add_column("note", [f"{i:02d} " * 300 for i in range(20)])
     model = save_model(folder / "bert")
     options = {"config": TrakConfig(proj_dim=8), "shard_rows": 8, "progress": False}
     return AttributionIndex.build(folder / "index", models=model, dataset=rows, keep_columns=["note"], **options)

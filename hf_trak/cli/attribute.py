@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,7 +163,10 @@ def _asking(
         return lambda: index.attribute(queries, args.top_k, **options), None
     decisive = {"top_k": args.top_k, "damping": index.resolve_damping(options["damping"]), "direction": args.direction}
     blocks = hit_blocks.HitBlocks(output, hit_blocks.identity_of_hits(index, queries, decisive))
-    say = partial(print, file=sys.stderr) if options["progress"] else lambda text: None
+
+    def say(text: str) -> None:
+        if options["progress"]:
+            print(text, file=sys.stderr)
 
     def ask() -> Dataset:
         return hit_blocks.attribute_in_blocks(

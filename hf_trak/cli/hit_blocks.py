@@ -96,7 +96,8 @@ def identity_of_hits(index: AttributionIndex, queries: Dataset, options: Mapping
     """Return what decides the hits of some queries: the index's files, the content of the queries, and the options."""
     columns = index.config.columns_read or {}
     digested = columns_to_digest(queries, columns)
-    files = file_columns(features_of(queries), columns)  # type: ignore[arg-type]
+    features: Any = features_of(queries)
+    files = file_columns(features, columns)
     return {
         "members": [member.info["files"] for member in index.members],
         "queries": hash_digests(digest_rows(queries, digested, file_columns=files)),

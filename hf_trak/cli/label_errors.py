@@ -12,6 +12,7 @@ from hf_trak.cli.parsing import Collect, make_parser, name_positions, parse, row
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from hf_trak.cli.examples import Example
     from hf_trak.index import AttributionIndex
 
 _SHOWN = 10
@@ -153,10 +154,11 @@ def suspects(found: Dataset, train: Dataset | None, index: AttributionIndex) -> 
         names["text_columns"] = tuple(name for name in names["text_columns"] or () if name in there) or None
         names = {name: value for name, value in names.items() if name == "text_columns" or value in there}
     reader = ExampleReader(source, **(names if source is not None else {}))
-    suggested = found.features.get("suggested_label")
-    classes = getattr(suggested, "names", None)
-    shown = []
+    has_labels = "suggested_label" in found.features
+    classes = getattr(found.features.get("suggested_label"), "names", None)
+    shown: list[tuple[Example, str | None, float, float]] = []
     for row in found.select(range(min(_SHOWN, len(found)))):
-        label = None if suggested is None else row["suggested_label"]
-        shown.append((reader[row["row"]], classes[label] if classes else label, row["score"], row["doubt"]))
-    return label_errors_table([(example, None if label is None else str(label), *rest) for example, label, *rest in shown])
+        label = row["suggested_label"] if has_labels else None
+        suggested = None if label is None else str(classes[label]) if classes else str(label)
+        shown.append((reader[row["row"]], suggested, row["score"], row["doubt"]))
+    return label_errors_table(shown)
