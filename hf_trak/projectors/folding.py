@@ -67,7 +67,7 @@ class Fold:
         rotations = torch.tensor(self.rotations, device=self.signs.device)
         return (position + rotations[position // self.n_buckets]) % self.n_buckets
 
-    def __call__(self, values: Float[Tensor, "*batch"], *, dim: int = -1) -> Float[Tensor, "*batch"]:
+    def __call__(self, values: Float[Tensor, "*shape"], *, dim: int = -1) -> Float[Tensor, "*folded"]:
         """Fold one axis of `values`, by default the last."""
         signs = self.signs.to(values).reshape(-1, *[1] * (-1 - dim))
         if not self.is_folded:
