@@ -441,11 +441,14 @@ def test_an_encoder_of_images_with_a_decoder_of_text():
 
 
 def document_model(kind: str, head: str) -> Any:
-    sizes = {**TEXT, "max_2d_position_embeddings": 50, "num_labels": 3}
+    sizes = {**TEXT, "max_2d_position_embeddings": 50, "num_labels": 2 if head == "QuestionAnswering" else 3}
     if kind == "lilt":
-        return build(f"LiltFor{head}", transformers.LiltConfig(**sizes, channel_shrink_ratio=2))
+        return build(
+            f"LiltFor{head}",
+            transformers.LiltConfig(**{**sizes, "hidden_size": 48, "num_attention_heads": 4}, channel_shrink_ratio=4),
+        )
     if kind == "bros":
-        return build(f"BrosFor{head}", transformers.BrosConfig(**{**sizes, "hidden_size": 32}, dim_bbox=8))
+        return build(f"BrosFor{head}", transformers.BrosConfig(**{**sizes, "hidden_size": 64}))
     return build(f"LayoutLMFor{head}", transformers.LayoutLMConfig(**sizes))
 
 

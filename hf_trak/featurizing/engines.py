@@ -21,7 +21,6 @@ from hf_trak.gradients import (
     loop_features,
 )
 from hf_trak.projectors import Projector
-from hf_trak.tasks.calls import APART
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -126,13 +125,19 @@ def cost_of_loop(
     projector: Projector,
 ) -> float:
     """Measure the loop over some examples, as a multiple of a plain forward and backward pass over all of them together."""
-    together, alone = collate(range(n_examples)), [collate([number]) for number in range(n_examples)]
+    alone = [collate([number]) for number in range(n_examples)]
+    batches = [collate(range(n_examples))]
+    try:
+        with evaluation_mode(model), torch.no_grad():
+            output_function(model, batches[0])
+    except ValueError:  # rows that cannot share a batch are passed alone
+        batches = alone
 
     def plain() -> None:
         with evaluation_mode(model), torch.enable_grad():
             for parameter in parameters.values():
                 parameter.requires_grad_(True)
-            for batch in alone if APART in together else [together]:
+            for batch in batches:
                 output = output_function(model, batch)[0].sum()
                 if output.requires_grad:
                     torch.autograd.grad(output, list(parameters.values()), allow_unused=True)

@@ -231,6 +231,8 @@ def _frames(model: Any, batch: Mapping[str, Any], logits: Tensor) -> Tensor:
     whole = torch.full((len(logits),), logits.shape[1], dtype=torch.int64, device=logits.device)
     if mask is None or bool((mask != 0).all()):
         return whole
+    if hasattr(model, "_get_output_attention_mask"):  # Parakeet, LASR
+        return model._get_output_attention_mask(mask, target_length=logits.shape[1]).sum(-1).long()
     if not hasattr(model, "_get_feat_extract_output_lengths"):
         raise ValueError(f"{type(model).__name__} does not say how many frames of a padded batch belong to each row.")
     return model._get_feat_extract_output_lengths(mask.sum(-1)).long()
