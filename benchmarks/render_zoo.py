@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+_FEW = 5  # models: tasks with fewer share a line
 BLOCK = re.compile(r"(<!-- zoo: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -31,16 +32,20 @@ def by_task(result: dict[str, Any]) -> str:
         ("crash", None),
         ("silently wrong", None),
     ]
-    cases: dict[str, dict[tuple[str, str | None], int]] = {}
+    cases: dict[str, Counter[tuple[str, str | None]]] = {}
     built: dict[str, int] = {}
     for row in result["rows"]:
-        cases.setdefault(row["case"], {})[row["outcome"], row["engine"]] = row["count"]
-        built[row["case"]] = row["n_built"]
+        case = row["case"] if row["n_built"] >= _FEW else "other tasks"
+        counts = cases.setdefault(case, Counter())
+        counts[row["outcome"], row["engine"]] += row["count"]
+        built[case] = built.get(case, 0) + row["count"]
     lines = [
         "| task | models | right | by `layerwise` | by `loop` | refused | no task | crash | silently wrong |",
         "|" + "---|" * 9,
     ]
-    for case, counts in cases.items():
+    for case, counts in sorted(
+        cases.items(), key=lambda item: ("other tasks", "all tasks").index(item[0]) + 1 if " tasks" in item[0] else 0
+    ):
         right = counts["right", "layerwise"] + counts["right", "loop"]
         share = f"{right} ({right / max(1, built[case]):.1%})"
         lines.append(f"| {' | '.join(map(str, [case, built[case], share, *(counts[column] for column in columns)]))} |")

@@ -28,7 +28,7 @@ SAMPLE = {
     "token-classification": ["layoutlm", "canine", "funnel"],
     "question-answering": ["longformer", "layoutlmv3"],
     "masked-lm": ["modernbert", "xlm", "convbert"],
-    "causal-lm": ["gpt2", "mamba", "qwen3_next", "gpt_oss"],
+    "causal-lm": ["gpt2", "mamba", "deepseek_v32", "gpt_oss"],
     "seq2seq": ["bart", "marian"],
     "image-classification": ["vit", "swin", "convnext", "levit"],
     "contrastive": ["clip", "siglip2"],

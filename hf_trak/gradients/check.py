@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from hf_trak.gradients.batch import BatchFeatures, BatchRefused, OutputFunction, evaluation_mode
 from hf_trak.gradients.calls import CallPlan, watch_calls
@@ -36,6 +37,7 @@ class _Tolerance(NamedTuple):
 
 
 _TOLERANCE = {torch.float64: _Tolerance(1e-6, 1e-9), torch.float32: _Tolerance(1e-3, 1e-5)}
+_WAY_OUT = "Use gradients='loop', which computes one example at a time, or 'auto', which takes it where it must."
 _COARSE = _Tolerance(0.15, 2e-2)  # half precision, and weights in 8 bits, under which activations are rounded too
 
 
@@ -78,10 +80,17 @@ def check_gradients(
     sketch = _PerParameter(parameters)
     arguments: dict[str, Any] = {"output_function": output_function, "parameters": parameters, "projector": sketch}
     with _exact_products():
-        alone, expected = [], []
+        alone, expected, chosen_among = [], [], []
         for number in range(min(n_examples, 3)):
-            alone.append(loop_features(model, [collate([number])], **arguments))
+            with _Choices() as choices:
+                alone.append(loop_features(model, [collate([number])], **arguments))
             expected.append(sketch.take())
+            chosen_among.append(choices.sizes)
+        if any(sizes != chosen_among[0] for sizes in chosen_among):
+            raise CheckFailed(
+                f"{type(model).__name__} chooses among the tokens of an example by `topk`, as sparse attention does: where several count the "
+                f"same, padding decides which is taken, in some rows and not in others. {_WAY_OUT}"
+            )
 
         def compare(compute: Callable[..., BatchFeatures]) -> None:
             for numbers in batches[:2]:
@@ -136,6 +145,24 @@ def _plan(
             shared |= more
 
 
+class _Choices(TorchFunctionMode):
+    """Collects among how many values `topk` chooses within the block: experts are as many in every example, tokens are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function in (torch.topk, Tensor.topk):
+            values = args[0] if args else kwargs["input"]
+            dim = args[2] if len(args) > 2 else kwargs.get("dim", -1)
+            self.sizes.append(values.shape[dim])
+        return function(*args, **kwargs)
+
+
 def _with_plan(plan: CallPlan) -> Callable[..., BatchFeatures]:
     return lambda model, batch, **arguments: layerwise_features(model, batch, plan=plan, **arguments)
 
@@ -188,7 +215,6 @@ def _explain(
     batch_size: int,
 ) -> str:
     """Say whether the engine misses something, or the model lets examples or padding change each other's gradients."""
-    way_out = "Use gradients='loop', which computes one example at a time, or 'auto', which takes it where it must."
     total = _total_gradients(model, batch, arguments["output_function"], arguments["parameters"], sketch)
     tolerance = _tolerance(model, arguments["parameters"])
     whole = torch.stack([values.norm() for values in total.values()]).norm()
@@ -202,13 +228,13 @@ def _explain(
         return (
             f"`{engine}` does not find the whole gradient of {', '.join(missing[:10])}{', ...' if len(missing) > 10 else ''}: the "
             "model uses them outside the modules that own them, or these modules see the whole batch at a time. "
-            f"{way_out} Or leave them out with `parameters`."
+            f"{_WAY_OUT} Or leave them out with `parameters`."
         )
     first = max(wrong, key=lambda disagreement: disagreement.share)
     what = "output" if first.name is None else f"gradient of {first.name}"
     return (
         f"The gradient of row {first.place} changes with the examples it shares a batch with, or with its padding: its {what} by "
-        f"{first.share:.1%}. {type(model).__name__} mixes the examples of a batch, or reads padding. {way_out}"
+        f"{first.share:.1%}. {type(model).__name__} mixes the examples of a batch, or reads padding. {_WAY_OUT}"
     )
 
 

@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--part", default="0/1", help="I/N: every N-th case, from the I-th, so that N processes share the work")
     parser.add_argument("--limit", type=int, default=60, help="seconds of CPU time for one case")
     parser.add_argument("--again", default="", help="outcomes whose cases run once more, such as 'not built,crash'")
+    parser.add_argument("--summarize", action="store_true", help="run nothing, and write the summary of the lines there are")
     parser.add_argument("--one", nargs=2, metavar=("TASK", "TYPE"), help="run one case here")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -51,7 +52,8 @@ def main() -> None:
     lines = options.lines or options.output.with_suffix(".jsonl")
     part, n_parts = map(int, options.part.split("/"))
     cases = list(all_cases(tasks, only))
-    run_all(cases[part::n_parts], lines, limit=options.limit, again=options.again.split(","))
+    if not options.summarize:
+        run_all(cases[part::n_parts], lines, limit=options.limit, again=options.again.split(","))
     records = read_lines(lines)
     found = [records[case] for case in cases if case in records]
     options.output.write_text(json.dumps(summarize(found, n_cases=len(cases)), indent=1, ensure_ascii=False) + "\n")
