@@ -104,7 +104,7 @@ def _lookups(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterat
     ]
     found: list[_Lookup] = []
     for table in tables:
-        table.forward = partial(_look_up, table, names[id(table.weight)], found)  # type: ignore[arg-type, method-assign]
+        table.forward = partial(_look_up, table, names[id(table.weight)], found)  # type: ignore[method-assign]
     try:
         yield found
     finally:

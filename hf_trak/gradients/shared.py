@@ -229,7 +229,8 @@ def _steps(records: Sequence[Sequence[_Operation]], batch_sizes: Sequence[int]) 
     shared: list[set[int]] = [
         {token for op in record for token in op.tokens if token is not None and token < 0} for record in records
     ]
-    places, steps = [0] * len(records), []
+    places = [0] * len(records)
+    steps: list[_Step] = []
     while True:
         now = []
         for number, record in enumerate(records):
@@ -329,7 +330,7 @@ class SharedGradients:
         values = [plain(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         versions = [values[place]._version for place in sliced]
         device = output.device.type
-        precision = {"enabled": torch.is_autocast_enabled(device), "dtype": torch.get_autocast_dtype(device)}
+        precision: dict[str, Any] = {"enabled": torch.is_autocast_enabled(device), "dtype": torch.get_autocast_dtype(device)}
 
         def catch(grads: list[Tensor]) -> None:
             if [values[place]._version for place in sliced] != versions:

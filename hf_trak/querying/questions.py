@@ -261,7 +261,7 @@ class Questions:
             ValueError: If the task has no class labels, `validation` has no labels or other columns, `train` is not the training set, or
                 all its rows have the same label; before anything is computed.
         """
-        check_labels_task(self.members[0].identity["task"])
+        check_labels_task(self.members[0].identity["task"], self.members[0].identity["out_to_loss_kind"])
         n_reported = check_budget(budget, self.n_rows)
         given = given_labels(train, self.members[0], label_column=self.config.label_column, index=self.folder)
         kept = KeptRows(self.members[0]) if train is None else None

@@ -50,13 +50,13 @@ class Suspicion(NamedTuple):
     """1 − p of the given label."""
 
 
-def check_labels_task(task: str) -> None:
+def check_labels_task(task: str, out_to_loss_kind: str) -> None:
     """Refuse features of anything but one class label per row.
 
     Raises:
         ValueError: Naming the task.
     """
-    if not task.endswith("-classification") or task == "token-classification":
+    if out_to_loss_kind != "one_minus_p" or not task.endswith("-classification"):
         raise ValueError(
             f"Label errors are found among rows with one class label each, but this index is of the task {task!r}. For other tasks, "
             "`index.self_influence()` ranks the training rows that stand alone."

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -141,7 +141,7 @@ class Scorer:
         with resumable_file(target, n_bytes=npy_bytes(shape)) as progress:
             solved = solve()
             done = progress.begin(self._identity(solved))
-            scores = np.load(progress.file, mmap_mode="r+") if done else map_npy(progress.file, shape)
+            scores: Any = np.load(progress.file, mmap_mode="r+") if done else map_npy(progress.file, shape)
             last = time.monotonic()
 
             def record(shard: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,7 @@ from transformers.trainer_utils import TrainOutput
 from hf_trak.hashing import stream_key
 from hf_trak.members import Members
 from hf_trak.storage.files import write_atomically
-from hf_trak.storage.snapshots import is_snapshot, refuse_other, remove_snapshot
+from hf_trak.storage.snapshots import is_snapshot, refuse_other, remove_snapshot, remove_trained
 from hf_trak.training.callback import check_writable
 from hf_trak.training.model_upload import MEMBERS_FOLDER
 from hf_trak.training.random_state import random_state_kept
@@ -197,7 +196,7 @@ class MoreRuns:
         self.train_once(record, None, ignore_keys_for_eval)
         if trainer.is_world_process_zero():
             save_snapshot(self.folder / name, trainer.model, trainer.processing_class)
-            shutil.rmtree(work, ignore_errors=True)
+            remove_trained(work)
         trainer.accelerator.wait_for_everyone()
 
     @contextmanager
