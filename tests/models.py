@@ -360,3 +360,16 @@ def pair_columns(name: str, n_rows: int = 6, *, seed: int = 0) -> dict[str, list
     pixels = torch.randn(n_rows, 6, 12, generator=generator)
     extra = {"pixel_attention_mask": mask.tolist(), "spatial_shapes": shapes.tolist()}
     return {"pixel_values": pixels.tolist(), **extra, "input_ids": ids}
+
+
+def plan_for(model: nn.Module, batch, output_function, parameters):
+    """How a model calls its modules, learned from a batch as the start of a run learns it; what fails the check is raised."""
+    from hf_trak.gradients import check_gradients
+
+    n_rows = next(len(value) for value in batch.values() if isinstance(value, Tensor))
+
+    def collate(numbers):
+        rows = [number % n_rows for number in numbers]
+        return {key: value[rows] if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+    return check_gradients(model, collate, max(2, n_rows), output_function=output_function, parameters=parameters)

@@ -331,7 +331,7 @@ def test_a_model_that_is_no_dual_encoder_is_refused():
 
     tower = make_dual_encoder("clip").vision_model
     assert isinstance(tower, CLIPVisionModel)
-    with pytest.raises(ValueError, match="No task serves CLIPVisionModel yet.*dual encoders CLIPModel, ChineseCLIPModel"):
+    with pytest.raises(ValueError, match="No task serves CLIPVisionModel yet"):
         AutoTask.from_model(tower)
 
 

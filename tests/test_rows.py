@@ -158,7 +158,7 @@ def test_the_columns_found_are_part_of_the_index_and_queries_are_read_by_them(tm
     build(tmp_path / "index", model, train, tokenizer)
     queries = texts(review=SENTENCES)
     np.testing.assert_array_equal(index.score(queries, progress=False), plain.score(texts(), progress=False))
-    with pytest.raises(ValueError, match=r"no column 'text'; it has label, review"):
+    with pytest.raises(ValueError, match=r"queries lack 'text'.*they have label, review"):
         index.score(queries.remove_columns("text"), progress=False)
 
 

@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from models import LANGUAGE_MODELS, PAD, VOCAB_SIZE, make_model
+from models import LANGUAGE_MODELS, PAD, VOCAB_SIZE, make_model, plan_for
 from reference import gradient_loop
 from tokenizers_for_tests import word_tokenizer
 from torch import Tensor, nn
@@ -65,8 +65,10 @@ def features_of(
     parameters = select_parameters(model, patterns).parameters
     sizes = {name: parameter.numel() for name, parameter in parameters.items()}
     projector = Identity(proj_dim=sum(sizes.values()), sizes=sizes)
+    arguments: dict[str, Any] = {"output_function": task.output_function, "parameters": parameters}
+    plan = {"plan": plan_for(model, batch, **arguments)} if engine == "layerwise" else {}
     with vmappable_attention(model):
-        return GRADIENTS[engine](model, batch, output_function=task.output_function, parameters=parameters, projector=projector)
+        return GRADIENTS[engine](model, batch, **arguments, **plan, projector=projector)
 
 
 def assert_close(actual: Tensor, expected: Tensor, relative: float) -> None:
