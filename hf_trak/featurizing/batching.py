@@ -7,8 +7,8 @@ before it or of when it was begun; only then do interrupted and shared runs end 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
@@ -16,9 +16,12 @@ from accelerate.utils.memory import should_reduce_batch_size
 if TYPE_CHECKING:
     from datasets import Dataset
 
+T = TypeVar("T")
+
 logger = logging.getLogger(__name__)
 
 _FIRST_ROWS = 4
+_ROWS_NAMED = 256
 
 
 class Budget(NamedTuple):
@@ -144,3 +147,19 @@ def read_rows(dataset: Dataset, rows: list[int]) -> dict[str, list[Any]]:
                     "written."
                 ) from error
         raise
+
+
+def collate_rows(collate: Callable[[dict[str, list[Any]]], T], dataset: Dataset, rows: list[int]) -> T:
+    """Read and collate some rows; an error says which rows of the dataset they are.
+
+    Raises:
+        ValueError: If a row cannot be read or cannot serve.
+    """
+    columns = read_rows(dataset, rows)
+    try:
+        return collate(columns)
+    except ValueError as error:
+        some = ", ".join(map(str, rows[:_ROWS_NAMED]))
+        raise ValueError(
+            f"{error} Rows 0 to {len(rows) - 1} of this batch are the dataset's rows {some}{', ...' if len(rows) > _ROWS_NAMED else ''}."
+        ) from error

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from hf_trak.featurizing.batching import BatchSize, Budget, ShardBatches, read_rows
+from hf_trak.featurizing.batching import BatchSize, Budget, ShardBatches, collate_rows
 from hf_trak.gradients import BatchFeatures
 from hf_trak.processes.ahead import ahead, one_thread
 from hf_trak.processes.stopping import Terminated
@@ -25,9 +25,6 @@ from hf_trak.storage.passes import PassWriter
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-
-_ROWS_NAMED = 256
 
 
 class RowFeaturizer(Protocol):
@@ -71,7 +68,7 @@ def featurize_ranges(
             # Lengths of a whole dataset would keep the first row waiting.
             shard = ShardBatches(rows, featurizer.lengths(dataset.select(rows)), size)
             for chosen in shard.batches():
-                yield shard, chosen, _collate(featurizer, dataset, chosen)
+                yield shard, chosen, collate_rows(featurizer.collate, dataset, chosen)
 
     with one_thread("reader") as reader, closing(ahead(read(), reader)) as batches:
 
@@ -91,18 +88,6 @@ def featurize_ranges(
             if whole is not None and done == len(shard.rows):
                 yield whole
                 whole, done = None, 0
-
-
-def _collate(featurizer: RowFeaturizer, dataset: Dataset, rows: list[int]) -> Any:
-    """Read and collate some rows; an error says which rows of the dataset they are."""
-    columns = read_rows(dataset, rows)
-    try:
-        return featurizer.collate(columns)
-    except ValueError as error:
-        some = ", ".join(map(str, rows[:_ROWS_NAMED]))
-        raise ValueError(
-            f"{error} Rows 0 to {len(rows) - 1} of this batch are the dataset's rows {some}{', ...' if len(rows) > _ROWS_NAMED else ''}."
-        ) from error
 
 
 def _compute(

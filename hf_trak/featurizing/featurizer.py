@@ -20,7 +20,7 @@ from torch import Tensor
 from hf_trak.config import TrakConfig
 from hf_trak.errors import MissingProcessor
 from hf_trak.featurizing.autocast import in_bfloat16
-from hf_trak.featurizing.batching import Budget, automatic_budget, read_rows
+from hf_trak.featurizing.batching import Budget, automatic_budget, collate_rows, read_rows
 from hf_trak.featurizing.collated import Collated, count_rows, has_padding, part_of, to_device
 from hf_trak.featurizing.engines import EngineChoice, cost_of_loop, decide, rows_to_check
 from hf_trak.featurizing.fetching import check_finite, fetch, not_finite
@@ -350,8 +350,7 @@ class Featurizer:
             ValueError: If `config.gradients` names an engine that is not right for the model.
         """
         numbers = rows_to_check(dataset, self.lengths)
-        rows = read_rows(dataset, numbers)
-        self._decide(self.collate(rows), list(range(len(numbers))))
+        self._decide(collate_rows(self.collate, dataset, numbers), list(range(len(numbers))))
         return self._engine or EngineChoice("loop", reason="there is one row, which cannot be checked beside others")
 
     def use_engine(self, engine: EngineChoice) -> None:
