@@ -22,7 +22,8 @@ def hush() -> None:
     datasets.disable_progress_bars()
     for name in ("transformers", "datasets"):
         for handler in logging.getLogger(name).handlers:
-            if not any(isinstance(known, _OneLine) for known in handler.filters):
+            # The library's own handler: what else listens is not the command's.
+            if type(handler) is logging.StreamHandler and not any(isinstance(known, _OneLine) for known in handler.filters):
                 handler.addFilter(_OneLine())
 
 
