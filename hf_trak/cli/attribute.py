@@ -14,6 +14,7 @@ from hf_trak.cli.parsing import Collect, make_parser, parse, rows_at_a_time
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from hf_trak.cli.examples import ExampleReader
     from hf_trak.cli.hit_blocks import HitBlocks
     from hf_trak.cli.language_rows import LanguageRows
     from hf_trak.index import AttributionIndex

@@ -74,7 +74,7 @@ def featurize_ranges(
 
         def collate(rows: list[int]) -> Any:
             # By the thread that reads, too: a tokenizer serves one thread at a time.
-            return reader.submit(_collate, featurizer, dataset, rows).result()
+            return reader.submit(collate_rows, featurizer.collate, dataset, rows).result()
 
         whole: BatchFeatures | None = None
         done = 0

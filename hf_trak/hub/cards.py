@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from hf_trak.config import TrakConfig
 from hf_trak.hashing import hash_json
@@ -208,6 +209,11 @@ def _describe_training_set(member: Mapping[str, Any]) -> str:
         + (f"Labels: {_quote(dataset['label_names'])}. " if dataset["label_names"] else "")
         + f"Row order is the training set's. SHA-256 of the rows' content: {markdown_code(str(dataset['sha256']))}."
     )
+
+
+def _link(repository: str, kind: str = "") -> str:
+    """Return a link to a repository of the Hub."""
+    return f"[{markdown(str(repository))}](https://huggingface.co/{kind}{quote(str(repository))})"
 
 
 def _quote(names: str | Sequence[str]) -> str:
