@@ -286,7 +286,7 @@ def test_label_names_of_queries_are_those_of_the_training_set(model, tmp_path):
 
 def test_label_names_are_part_of_the_identity(model, tmp_path, monkeypatch):
     begin(tmp_path / "index", model, text_rows(names=NAMES), monkeypatch)
-    with pytest.raises(ValueError, match="label_names"):
+    with pytest.raises(ValueError, match="label names of dataset and model are in another order"):
         build(tmp_path / "index", model, text_rows(names=NAMES[::-1]))
 
 
