@@ -24,6 +24,7 @@ from hub_for_tests import (
     with_token,
 )
 from hub_server import OTHER_TOKEN, CuttingProxy
+from huggingface_hub.errors import RepositoryNotFoundError
 
 from hf_trak import AttributionIndex
 from hf_trak.cli.main import main
@@ -216,7 +217,8 @@ def test_a_file_that_has_changed_since_it_was_written_is_not_pushed(client, repo
     path.write_bytes(path.read_bytes()[:-1] + b"!")
     with pytest.raises(ValueError, match=r"member_0/kernel\.safetensors has changed since it was written"):
         client(push, tmp_path / "index", repo)
-    assert client(contents, repo) == {}
+    with pytest.raises(RepositoryNotFoundError, match="404"):  # it is refused before a repository is made
+        client(contents, repo)
 
 
 # Who may

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from hf_trak.config import TrakConfig
 from hf_trak.evaluation.training import Recipe, Rows, RowsInMemory, RowsOnDemand, save_checkpoint, train
 from hf_trak.hashing import hash_tensors
 from hf_trak.sources.row_digests import digest_rows
@@ -141,7 +142,8 @@ def prepare(setting: Setting, *, data_folder: Path | None = None, device: str = 
     def make_model() -> PreTrainedModel:
         return build_model(setting)
 
-    task = AutoTask.from_model(make_model())
+    # The head is trained on the numbers of the classes, whatever they are called.
+    task = AutoTask.from_model(make_model(), TrakConfig(label_mapping="by_id"))
     if setting.on_demand:
         n_workers = setting.n_workers
         train_rows: Rows = RowsOnDemand(train_dataset, task, transform=random_crop, n_workers=n_workers, device=device)
