@@ -131,7 +131,8 @@ class RowsOnDemand:
         device: str = "cpu",
     ) -> None:
         self.dataset = dataset
-        self.task = task.reading(dataset)
+        # What a transform makes of the columns is read by its names, which are known only then.
+        self.task = task if transform is not None else task.reading(dataset)
         self.processing_class = processing_class
         self.transform = transform
         self.n_workers = n_workers
