@@ -1,6 +1,7 @@
 """The benchmarks' workloads: the same in every environment, and without hf_trak in any."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -98,8 +99,28 @@ def test_the_benchmark_for_gpus_runs_without_one_at_a_size_of_its_own(tmp_path):
         "matmul_tflops",
         "sketch_gb_per_s",
         "featurize_time_ratio",
+        "featurize_rows_per_s",
+        "sketch_share",
     }
     ratios = [row for row in rows if row["metric"] == "featurize_time_ratio"]
-    assert sorted(row["case"].split(", ")[2] for row in ratios) == ["bfloat16", "bfloat16", "float32", "float32"]
+    assert sorted(row["case"].split(", ")[2] for row in ratios) == sorted(["bfloat16", "float32", "tf32"] * 5)
     assert all(row["interval"][0] <= row["value"] <= row["interval"][1] for row in rows)
     assert all(row["relative_error_to_cpu"] < 1e-9 for row in ratios)
+
+
+def test_the_day_of_a_gpu_runs_without_one_and_goes_on_where_a_stage_fails(tmp_path):
+    environment = {
+        **os.environ,
+        "PYTHON": sys.executable,
+        "LOGS": str(tmp_path / "logs"),
+        "CIFAR2": str(tmp_path / "nothing here"),
+    }
+    command = [str(BENCHMARKS / "gpu_day.sh"), str(tmp_path / "out"), "--dry", "versions", "cifar2", "index"]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    stages = (tmp_path / "out" / "stages.txt").read_text()
+    assert "versions: exit 0" in stages, run.stdout
+    assert "cifar2: exit 0" not in stages
+    assert "index: exit 0" in stages, run.stdout
+    metrics = {row["metric"] for row in json.loads((tmp_path / "out" / "gpu_index.json").read_text())["rows"]}
+    assert metrics == {"index_rows_per_s", "index_time_ratio", "attribute_s"}
+    assert (tmp_path / "out" / "logs.tar.gz").stat().st_size > 0
