@@ -45,7 +45,7 @@ run_tests() {
   if [ -n "$dry" ]; then
     HF_TRAK_TEST_DEVICE=cpu stage tests 300 "$python" -m pytest -q -n 0 -p no:cacheprovider -k "trainer or llama-2048" tests/test_on_cuda.py
   else
-    stage tests 200 "$python" -m pytest -q -n "${TEST_WORKERS:-6}" -p no:cacheprovider -m gpu tests --ignore tests/test_fast_jl.py
+    stage tests 200 "$python" -m pytest -q -n "${TEST_WORKERS:-6}" -p no:cacheprovider -m gpu $(grep -l "mark.gpu" tests/test_*.py | grep -v fast_jl)
   fi
 }
 run_fast_jl_tests() { stage fast_jl_tests 60 "$python" -m pytest -q -n 0 -p no:cacheprovider tests/test_fast_jl.py; }

@@ -10,11 +10,12 @@ sources of fast_jl are compiled there. Prints what the parcel weighs, and fails 
 from __future__ import annotations
 
 import argparse
-import os
+import hashlib
 import re
 import shutil
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 WHEELS = ("pyarrow", "datasets", "dill", "multiprocess", "beartype")
@@ -45,9 +46,23 @@ def download(folder: Path, python: str) -> None:
     platforms = [flag for platform in PLATFORMS for flag in ("--platform", platform)]
     binary = ["--only-binary=:all:", "--python-version", python, "--implementation", "cp", *platforms]
     subprocess.run([*pip, *binary, *map(requirement, WHEELS)], check=True)
-    # Its setup imports torch, which this environment has, and asks where CUDA lies, which need not be true until it is compiled.
-    environment = {"CUDA_HOME": "/usr/local/cuda", **os.environ}
-    subprocess.run([*pip, "--no-binary=:all:", "--no-build-isolation", FAST_JL], check=True, env=environment)
+    # Not by pip, which would run its setup, which needs torch built for CUDA.
+    name, version = FAST_JL.split("==")
+    request = urllib.request.Request(
+        f"https://pypi.org/simple/{name.replace('_', '-')}/",
+        headers={"Accept": "application/vnd.pypi.simple.v1+json, text/html;q=0.1"},
+    )
+    with urllib.request.urlopen(request) as answer:
+        page = answer.read().decode()
+    link = re.search(rf'https://[^"]+/({name}-{version}\.tar\.gz)', page)
+    digest = re.search(rf"{name}-{version}\.tar\.gz.{{0,400}}?sha256\W+([0-9a-f]{{64}})", page, re.DOTALL)
+    if link is None or digest is None:
+        raise SystemExit(f"The registry has no sources of {FAST_JL}.")
+    with urllib.request.urlopen(link.group()) as answer:
+        archive = answer.read()
+    if hashlib.sha256(archive).hexdigest() != digest.group(1):
+        raise SystemExit(f"What was downloaded from {link.group()} is not what the registry says it is. Try again.")
+    (folder / link.group(1)).write_bytes(archive)
 
 
 def main() -> None:
