@@ -96,7 +96,6 @@ SETTINGS = {
         resnet9,
         _IMAGES,
         files=("train.parquet", "test.parquet"),
-        index={"gradients": "functional"},  # the check of layerwise refused one of these checkpoints, by .2 %
     ),
     "digits": Setting(
         "digits, ResNet", 1437, 10, small_resnet, {**_IMAGES, "per_device_train_batch_size": 64}, index={"proj_dim": 1024}
