@@ -1,4 +1,4 @@
-"""`hf-trak attribute` as a script: `accelerate launch scripts/attribute.py --index ... --queries ... --output ...`."""
+"""`hf-trak attribute` as a script: `accelerate launch scripts/attribute.py INDEX --queries ... --output ...`."""
 
 import sys
 

@@ -49,7 +49,7 @@ def featurize_arguments(files: SimpleNamespace, output: Path) -> list[str]:
 
 def attribute_arguments(files: SimpleNamespace, output: Path) -> list[str]:
     queries = str(files.folder / "queries.parquet")
-    return ["attribute", "--index", str(files.index.folder), "--queries", queries, "--output", str(output), "--top_k", "4"]
+    return ["attribute", str(files.index.folder), "--queries", queries, "--output", str(output), "--top_k", "4"]
 
 
 def test_cli_featurizes_what_the_api_does(files: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -154,7 +154,7 @@ def test_kept_columns_are_shown_and_written_without_the_training_set(
     capsys.readouterr()
     output = tmp_path / f"hits.{kind}"
     arguments = attribute_arguments(files, output)
-    arguments[2] = str(tmp_path / "index")
+    arguments[1] = str(tmp_path / "index")
     assert main([*arguments, "--report", str(tmp_path / "report")]) == 0
     hits = load_dataset("json" if kind == "jsonl" else "parquet", data_files=str(output), split="train")
     first = hits[0]["proponents"]

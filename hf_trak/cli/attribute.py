@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_trak.cli.parsing import Collect, make_parser, parse, rows_at_a_time
+from hf_trak.cli.parsing import Collect, make_parser, name_positions, parse, rows_at_a_time
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -23,14 +23,14 @@ _SHOWN_QUERIES = 3
 _WRITTEN_QUERIES = 1000  # at a time
 _REPORTED_QUERIES = 20
 _SHOWN_HITS = 5
-_USAGE = "--index INDEX --queries DATASET --output FILE [options]"
+_USAGE = "INDEX --queries DATASET --output FILE [options]"
 _DESCRIPTION = """\
 Ask an index which training examples raised (proponents) and lowered (opponents) the model's output on your queries. Queries
 have the columns of the training set; their labels say which output is meant.
 
 examples:
-  hf-trak attribute --index my-index --queries validation.parquet --output hits.jsonl
-  hf-trak attribute --index me/sst2-trak --queries stanfordnlp/sst2 --train stanfordnlp/sst2 --output hits.parquet --report report
+  hf-trak attribute my-index --queries validation.parquet --output hits.jsonl
+  hf-trak attribute me/sst2-trak --queries stanfordnlp/sst2 --train stanfordnlp/sst2 --output hits.parquet --report report
 """
 
 
@@ -93,7 +93,7 @@ class AttributeArguments:
 def main(arguments: Sequence[str]) -> None:
     """Parse and run."""
     parser = make_parser([AttributeArguments], command="attribute", usage=_USAGE, description=_DESCRIPTION)
-    run(*parse(parser, arguments))
+    run(*parse(parser, name_positions(arguments, ["index"])))
 
 
 def run(args: AttributeArguments) -> None:

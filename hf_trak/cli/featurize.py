@@ -154,7 +154,7 @@ def describe_index(index: AttributionIndex, output: str, *, seconds: float) -> s
     return (
         f"\n{index.n_rows:,} rows, {n_members} member{'s' * (n_members > 1)}, "
         f"{index.members[0].info['coverage']:.1%} of the trainable parameters covered, {seconds:.1f} s.\n\n"
-        f"{how_to_load(index.home)}\n\nNow ask it:\n\n    hf-trak attribute --index {output} --queries DATASET --output hits.jsonl"
+        f"{how_to_load(index.home)}\n\nNow ask it:\n\n    hf-trak attribute {output} --queries DATASET --output hits.jsonl"
     )
 
 
