@@ -53,6 +53,8 @@ PUBLISHED = "TRAK as published: damping 0, out_to_loss_power 1"
 REFERENCE = "MadryLab/trak's scores: damping 0, rescaled, out_to_loss_power 1"
 DAMPINGS = (0.3, 1.0, 10.0)
 """Besides `damping="auto"`."""
+LEAST = 1e-6
+"""Damping where 0 is impossible."""
 SECOND_SEEDS = 8
 """Subsets that must have been trained twice for a ceiling."""
 
@@ -64,6 +66,7 @@ class Scale(NamedTuple):
     recipe: Recipe
     kept_epochs: tuple[int, ...]
     epochs_of_interest: tuple[int, ...]
+    line: tuple[float, ...]
     proj_dim: int
     n_subsets: int
     n_draws: int
@@ -75,12 +78,11 @@ class Scale(NamedTuple):
 # learning rate, momentum, weight decay, epochs and their peak as in the paper; see "Training recipes" in docs/paper_index.md.
 _PAPERS = Recipe(epochs=100, peak_epoch=5, flip=True, translate=2, mixed_precision="bf16")
 SCALES = {
-    "real": Scale(64, _PAPERS, (0, 1, 2, 4, 8, 16, 32, 64, 100), (8, 16, 4, 32, 2, 64, 1), 2048, 64, 500),
+    "real": Scale(64, _PAPERS, (0, 1, 2, 4, 8, 16, 32, 64, 100), (8, 16, 4, 32, 2, 64, 1), (0.5, 0.7, 0.3), 2048, 64, 500),
     "tiny": Scale(
-        4, replace(_PAPERS, epochs=3, peak_epoch=1), (0, 1, 3), (1,), 32, 6, 20, n_train=48, n_query=12, largest_batch=8
+        4, replace(_PAPERS, epochs=3, peak_epoch=1), (0, 1, 3), (1,), (0.5,), 32, 6, 20, n_train=48, n_query=12, largest_batch=8
     ),
 }
-LINE = (0.5, 0.7, 0.3)
 N_FULL = 3
 
 
@@ -274,7 +276,8 @@ class Gradients:
 
     def __init__(self, scale: Scale, train: Images, queries: Images, results: Results) -> None:
         self.scale = scale
-        self.train, self.queries = train, queries
+        self.train = train
+        self.both = Images(*(torch.cat(parts) for parts in zip(train, queries, strict=True)))
         self.results = results
         config = ResNet9Config(width=scale.width, num_labels=2)
         self.model = ResNet9ForImageClassification(config).to(train.pixels.device).eval()
@@ -298,24 +301,27 @@ class Gradients:
             measure_statistics(self.model, self.train)
 
     def member(self) -> Member:
-        start = time.perf_counter()
-        features, out_to_loss = self._features(self.train)
-        queries, _ = self._features(self.queries)
-        proj_dim = self.scale.proj_dim
-        kernel = accumulate_kernel(torch.zeros(proj_dim, proj_dim, dtype=torch.float64, device=features.device), features)
-        finite = torch.stack([values.isfinite().all() for values in (features, out_to_loss, queries)]).all()
-        if not finite.item():
-            raise FloatingPointError("Some features are not finite.")
-        self.rates.append((len(self.train) + len(self.queries)) / (time.perf_counter() - start))
-        return Member(features, out_to_loss, kernel, queries)
+        """Return the features at the weights that were loaded.
 
-    def _features(self, images: Images) -> tuple[Tensor, Tensor]:
-        batches = [self.featurizer.features(batch) for batch in images.batches(500)]
-        return torch.cat([batch.features for batch in batches]), torch.cat([batch.out_to_loss for batch in batches])
+        Raises:
+            FloatingPointError: If one is not finite.
+        """
+        start = time.perf_counter()
+        batches = [self.featurizer.features(batch) for batch in self.both.batches(500)]
+        features, out_to_loss = (
+            torch.cat(parts) for parts in zip(*((b.features, b.out_to_loss) for b in batches), strict=True)
+        )
+        if not (features.isfinite().all() and out_to_loss.isfinite().all()):
+            raise FloatingPointError("Some features are not finite.")
+        self.rates.append(len(features) / (time.perf_counter() - start))
+        n_train, proj_dim = len(self.train), self.scale.proj_dim
+        kernel = torch.zeros(proj_dim, proj_dim, dtype=torch.float64, device=features.device)
+        accumulate_kernel(kernel, features[:n_train])
+        return Member(features[:n_train], out_to_loss[:n_train], kernel, features[n_train:])
 
     def error(self) -> float:
         """Return the median relative error of a few queries' features, beside autograd in float64 on the CPU."""
-        few = {key: values[:6] for key, values in next(self.queries.batches(6)).items()}
+        few = {key: values[-6:] for key, values in zip(("pixel_values", "labels"), self.both, strict=True)}
         ours = self.featurizer.features(few).features.cpu().double()
         model = ResNet9ForImageClassification(self.model.config).double().eval()
         model.load_state_dict({name: values.cpu() for name, values in self.model.state_dict().items()})
@@ -359,6 +365,7 @@ class Method:
     damping: float
     power: float
     reference_rescale: bool = False
+    role: str = ""
 
     def scores(self, members: Sequence[Member]) -> Tensor:
         """Return the scores of an ensemble, (n_train, n_query)."""
@@ -414,11 +421,11 @@ def _columns(values: Tensor) -> Tensor:
 def methods_at(point: str, *, final: bool, n_members: int) -> list[Method]:
     """Return what is judged at a point; what is published is so of final weights alone."""
     power, auto = default_power("one_minus_p"), default_damping(n_members)
-    found = [Method(f"{point}, damping auto", auto, power)]
+    found = [Method(f"{point}, damping auto", auto, power, role="default")]
     found += [Method(f"{point}, damping {damping:g}", damping, power) for damping in DAMPINGS]
     if final:
         found += [
-            Method(f"{point}, {PUBLISHED}", 0.0, 1.0),
+            Method(f"{point}, {PUBLISHED}", 0.0, 1.0, role="published"),
             Method(f"{point}, {REFERENCE}", 0.0, 1.0, reference_rescale=True),
             Method(f"{point}, damping auto, out_to_loss_power 1", auto, 1.0),
             Method(f"{point}, damping 0, out_to_loss_power {power:g}", 0.0, power),
@@ -439,7 +446,7 @@ class Comparison:
         for groups in ([[member] for member in members], [list(members)]):
             for method in methods_at(name, final=final, n_members=len(groups[0])):
                 self._judge(method, groups)
-        self._ratios()
+        self._differences()
         self.results.save()
         self.results.save_arrays("_predictions", **self.results.predictions)
 
@@ -447,8 +454,12 @@ class Comparison:
         n = len(groups[0])
         try:
             judged = [self.judge(method.scores(group)) for group in groups]
-        except ValueError as error:  # a kernel that is singular without damping
+        except ValueError as error:
+            if method.damping:
+                raise
+            # A kernel that is singular without any damping: what is as near to it as can be says what is published.
             self.results.note(f"{method.name}, of {n}: {error}")
+            self._judge(replace(method, name=f"{method.name} ({LEAST:g}, since the kernel is singular)", damping=LEAST), groups)
             return
         values = np.mean([one for one, _ in judged], axis=0)
         for number, (_, predictions) in enumerate(judged):
@@ -458,18 +469,20 @@ class Comparison:
         each = {"each_run": [float(one[0]) for one, _ in judged]} if len(judged) > 1 else {}
         interval = list(percentile_interval(values[1:].tolist(), 0.95))
         self.results.add(method.name, "lds", float(values[0]), "Spearman", interval, **settings, **each)
-        if method.name.endswith(PUBLISHED):
+        if method.role == "published":
             self.published[n] = values
-        if method.name.endswith("damping auto"):
+        if method.role == "default":
             self.pending.append((method.name, n, values))
 
-    def _ratios(self) -> None:
+    def _differences(self) -> None:
         """Hold every default beside what is published, draw by draw."""
         for name, n, values in self.pending:
             if n in self.published:
-                ratios = values / self.published[n]
-                interval = list(percentile_interval(ratios[1:].tolist(), 0.95))
-                self.results.add(f"{name} / as published", "lds_ratio", float(ratios[0]), "x", interval, n_checkpoints=n)
+                more = values - self.published[n]
+                interval = list(percentile_interval(more[1:].tolist(), 0.95))
+                self.results.add(
+                    f"{name}, less the published", "lds_difference", float(more[0]), "Spearman", interval, n_checkpoints=n
+                )
         self.pending.clear()
 
 
@@ -490,9 +503,10 @@ def points(scale: Scale, gradients: Gradients) -> list[tuple[str, Callable[[Traj
         name = f"line from the initial weights, α = {alpha:g}" + (", statistics measured there" if statistics else "")
         return name, functools.partial(gradients.load_line, alpha=alpha, statistics=statistics)
 
-    first = [epoch(last), line(LINE[0], statistics=False), *map(epoch, scale.epochs_of_interest[:3])]
-    lines = [line(LINE[0], statistics=True), *(line(alpha, statistics=False) for alpha in LINE[1:])]
-    rest = [*map(epoch, scale.epochs_of_interest[3:]), *(line(alpha, statistics=True) for alpha in LINE[1:])]
+    middle, *others = scale.line
+    first = [epoch(last), line(middle, statistics=False), *map(epoch, scale.epochs_of_interest[:3])]
+    lines = [line(middle, statistics=True), *(line(alpha, statistics=False) for alpha in others)]
+    rest = [*map(epoch, scale.epochs_of_interest[3:]), *(line(alpha, statistics=True) for alpha in others)]
     return [*first, *lines, *rest]
 
 
