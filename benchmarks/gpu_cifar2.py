@@ -53,8 +53,8 @@ PUBLISHED = "TRAK as published: damping 0, out_to_loss_power 1"
 REFERENCE = "MadryLab/trak's scores: damping 0, rescaled, out_to_loss_power 1"
 DAMPINGS = (0.3, 1.0, 10.0)
 """Besides `damping="auto"`."""
-LEAST = 1e-6
-"""Damping where 0 is impossible."""
+LEAST = (1e-6, 1e-4, 1e-2)
+"""Damping where 0 is impossible: the first that is not."""
 SECOND_SEEDS = 8
 """Subsets that must have been trained twice for a ceiling."""
 
@@ -84,6 +84,8 @@ SCALES = {
     ),
 }
 N_FULL = 3
+FULL_SEEDS, OTHER_SEEDS = 1_000_000, 10_000_000
+"""First seed of the runs on everything, and what is added to that of a run that diverged."""
 
 
 def parse() -> argparse.Namespace:
@@ -202,6 +204,29 @@ class GroundTruth:
         }
 
 
+def train_one(
+    runs: Runs,
+    seed: int,
+    subset: Tensor,
+    images: Sequence[Images],
+    results: Results,
+    *,
+    after_epoch: Callable[[int], None] = lambda epoch: None,
+) -> list[np.ndarray]:
+    """Train a network and return its outputs; a run that diverges is noted, and another seed takes its place.
+
+    Raises:
+        FloatingPointError: If three diverge.
+    """
+    for attempt in range(3):
+        try:
+            runs.run(seed + attempt * OTHER_SEEDS, subset, after_epoch=after_epoch)
+            return [runs.outputs(some) for some in images]
+        except FloatingPointError as error:
+            results.note(f"The run of seed {seed + attempt * OTHER_SEEDS} diverged: {error}")
+    raise FloatingPointError(f"Three runs on the same {len(subset)} rows diverged; try a lower learning rate.")
+
+
 def train_full(runs: Runs, scale: Scale, train: Images, queries: Images, results: Results) -> list[Trajectory]:
     """Train on everything, and keep the weights along the way."""
     trajectories: list[Trajectory] = []
@@ -214,8 +239,7 @@ def train_full(runs: Runs, scale: Scale, train: Images, queries: Images, results
                 states[epoch] = runs.state()
 
         start = time.perf_counter()
-        runs.run(1_000_000 + seed, torch.arange(len(train)), after_epoch=keep)
-        margins = [runs.outputs(images) for images in (train, queries)]
+        margins = train_one(runs, FULL_SEEDS + seed, torch.arange(len(train)), (train, queries), results, after_epoch=keep)
         seconds.append(time.perf_counter() - start)
         accuracies.append([float((one > 0).mean()) for one in margins])
         trajectories.append(states)
@@ -239,8 +263,7 @@ def train_halves(runs: Runs, scale: Scale, truth: GroundTruth, queries: Images, 
         start = time.perf_counter()
         subset, seed = truth.next()
         rows = torch.from_numpy(np.flatnonzero(truth.masks[subset]))
-        runs.run(subset + scale.n_subsets * seed, rows)
-        truth.outputs[subset, seed] = runs.outputs(queries)
+        (truth.outputs[subset, seed],) = train_one(runs, subset + scale.n_subsets * seed, rows, (queries,), results)
         seconds.append(time.perf_counter() - start)
         accuracies.append(float((truth.outputs[subset, seed] > 0).mean()))
         results.save_arrays("", **truth.arrays())
@@ -452,15 +475,11 @@ class Comparison:
 
     def _judge(self, method: Method, groups: Sequence[Sequence[Member]]) -> None:
         n = len(groups[0])
-        try:
-            judged = [self.judge(method.scores(group)) for group in groups]
-        except ValueError as error:
-            if method.damping:
-                raise
-            # A kernel that is singular without any damping: what is as near to it as can be says what is published.
-            self.results.note(f"{method.name}, of {n}: {error}")
-            self._judge(replace(method, name=f"{method.name} ({LEAST:g}, since the kernel is singular)", damping=LEAST), groups)
+        damped = self._score(method, groups)
+        if damped is None:
             return
+        method, scores = damped
+        judged = [self.judge(one) for one in scores]
         values = np.mean([one for one, _ in judged], axis=0)
         for number, (_, predictions) in enumerate(judged):
             key = f"{method.name}, of {n}" + (f", run {number}" if len(judged) > 1 else "")
@@ -473,6 +492,20 @@ class Comparison:
             self.published[n] = values
         if method.role == "default":
             self.pending.append((method.name, n, values))
+
+    def _score(self, method: Method, groups: Sequence[Sequence[Member]]) -> tuple[Method, list[Tensor]] | None:
+        """Return the scores of every group, and the method they are of; None where there are none.
+
+        Where a kernel is singular without damping, the least damping that serves takes its place, and the method's name says so.
+        """
+        for damping in (method.damping,) if method.damping else (0.0, *LEAST):
+            name = method.name if damping == method.damping else f"{method.name} ({damping:g}, since the kernel is singular)"
+            tried = replace(method, name=name, damping=damping)
+            try:
+                return tried, [tried.scores(group) for group in groups]
+            except ValueError as error:
+                self.results.note(f"{name}, of {len(groups[0])}: {error}")
+        return None
 
     def _differences(self) -> None:
         """Hold every default beside what is published, draw by draw."""
@@ -515,14 +548,18 @@ def attribute(gradients: Gradients, compare: Comparison, trajectories: Sequence[
     seconds: list[float] = []
     planned = points(gradients.scale, gradients)
     for number, (name, move) in enumerate(planned):
-        if number and results.used() + max(seconds) / results.options.seconds > SCORING_SHARE:
+        if seconds and results.used() + max(seconds) / results.options.seconds > SCORING_SHARE:
             results.note(f"No time for {len(planned) - number} points: {', '.join(left for left, _ in planned[number:])}.")
             break
         start = time.perf_counter()
         members = []
-        for trajectory in trajectories:
-            move(trajectory)
-            members.append(gradients.member())
+        try:
+            for trajectory in trajectories:
+                move(trajectory)
+                members.append(gradients.member())
+        except (FloatingPointError, ValueError, torch.OutOfMemoryError) as error:
+            results.note(f"{name} is left out: {error}")
+            continue
         if number == 0:
             error = gradients.error()
             results.add("features of final weights, beside float64", "relative_error", error, "")
@@ -530,8 +567,8 @@ def attribute(gradients: Gradients, compare: Comparison, trajectories: Sequence[
                 raise SystemExit(f"Wrong answer: features differ from float64 autograd by {error:.1e}.")
         compare.point(name, members, final=number == 0)
         seconds.append(time.perf_counter() - start)
-    rates = gradients.rates[1:]  # the first pass warms up
-    results.add("featurizing", "featurize_rows_per_s", float(np.median(rates)), "rows/s", [min(rates), max(rates)])
+    if rates := gradients.rates[1:]:  # the first pass warms up
+        results.add("featurizing", "featurize_rows_per_s", float(np.median(rates)), "rows/s", [min(rates), max(rates)])
 
 
 def main(options: argparse.Namespace) -> None:

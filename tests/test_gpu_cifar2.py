@@ -150,6 +150,26 @@ def test_times_sizes_and_departures_are_recorded(finished):
     assert any("as published, 512" in note for note in finished.json["notes"])
 
 
+def test_a_run_that_diverges_is_noted_and_another_seed_takes_its_place(tmp_path, runs):
+    _, images, ours = runs
+    benchmark = import_benchmark("gpu_cifar2")
+    results = benchmark.Results(options_in(tmp_path))
+    seeds, train = [], ours.run
+
+    def run(seed, subset, **arguments):
+        seeds.append(seed)
+        train(seed, subset, **arguments)
+        if len(seeds) == 1:
+            with torch.no_grad():
+                ours.parameters[-1].fill_(torch.nan)
+
+    ours.run = run
+    (found,) = benchmark.train_one(ours, 7, torch.arange(24), [images], results)
+    assert seeds == [7, 10_000_007]
+    assert np.isfinite(found).all()
+    assert results.notes == [f"The run of seed 7 diverged: {N_TRAIN} of {N_TRAIN} margins are not finite."]
+
+
 def test_a_run_that_is_stopped_leaves_what_it_found(tmp_path, monkeypatch):
     options, benchmark = options_in(tmp_path), import_benchmark("gpu_cifar2")
     before = signal.signal(signal.SIGTERM, benchmark.stop)
