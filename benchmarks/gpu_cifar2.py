@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import platform
 import signal
 import time
@@ -35,9 +36,10 @@ from torch import Tensor, nn
 from hf_trak import Featurizer, TrakConfig
 from hf_trak.evaluation import Recipe, make_masks, predicted_outputs, spearman
 from hf_trak.evaluation.lds import ground_truth_reliability, percentile_interval
+from hf_trak.gradients import layerwise_features
 from hf_trak.linalg import accumulate_kernel, default_damping
 from hf_trak.models import ResNet9Config, ResNet9ForImageClassification
-from hf_trak.projectors import make_projector
+from hf_trak.projectors import make_projector, ring
 from hf_trak.scoring.blocks import MemberBlock, precondition, score_blocks
 from hf_trak.scoring.damping import spearman as spearman_on_device
 from hf_trak.scoring.ensemble import default_power
@@ -51,6 +53,7 @@ TRAINING_SHARE = 0.65  # of the time, until runs on halves end
 SCORING_SHARE = 0.95  # until points end
 PUBLISHED = "TRAK as published: damping 0, out_to_loss_power 1"
 REFERENCE = "MadryLab/trak's scores: damping 0, rescaled, out_to_loss_power 1"
+KERNEL_TOLERANCE = 1e-3
 DAMPINGS = (0.3, 1.0, 10.0)
 """Besides `damping="auto"`."""
 LEAST = (1e-6, 1e-4, 1e-2)
@@ -308,6 +311,36 @@ class Gradients:
             self.model, TrakConfig(proj_dim=scale.proj_dim, label_mapping="by_id"), device=train.pixels.device
         )
         self.rates: list[float] = []
+        if ring.kernels_for(train.pixels.device) is not None:
+            self._check_kernels()
+
+    def _check_kernels(self) -> None:
+        """Turn the sketch's Triton kernels off where they fail, or differ from plain tensors."""
+
+        def no_kernels(device: torch.device) -> None: ...
+
+        kernels_for, found = ring.kernels_for, []
+        for chosen in (no_kernels, kernels_for):
+            ring.kernels_for = chosen  # type: ignore[assignment]
+            try:
+                found.append(self._features_of_few())
+            except Exception as error:  # a compiler raises whatever it likes
+                self.results.note(f"The sketch with {chosen.__name__} fails: {type(error).__name__}: {error}")
+        difference = ((found[0] - found[1]).norm() / found[0].norm()).item() if len(found) == 2 else math.inf
+        serve = difference < KERNEL_TOLERANCE
+        ring.kernels_for = kernels_for if serve else no_kernels  # type: ignore[assignment]
+        self.results.note(
+            f"The sketch's Triton kernels are {'on' if serve else 'off'}; they differ from plain tensors by {difference:.1e}."
+        )
+
+    def _few(self) -> dict[str, Tensor]:
+        """Return the last queries as a batch."""
+        return {key: values[-6:] for key, values in zip(("pixel_values", "labels"), self.both, strict=True)}
+
+    def _features_of_few(self) -> Tensor:
+        task, selection, projector, _ = self.featurizer.prepare()
+        arguments = {"output_function": task.output_function, "parameters": selection.parameters, "projector": projector}
+        return layerwise_features(self.model, self._few(), **arguments).features
 
     def load(self, trajectory: Trajectory, epoch: int) -> None:
         self.model.load_state_dict(trajectory[epoch])
@@ -344,7 +377,7 @@ class Gradients:
 
     def error(self) -> float:
         """Return the median relative error of a few queries' features, beside autograd in float64 on the CPU."""
-        few = {key: values[-6:] for key, values in zip(("pixel_values", "labels"), self.both, strict=True)}
+        few = self._few()
         ours = self.featurizer.features(few).features.cpu().double()
         model = ResNet9ForImageClassification(self.model.config).double().eval()
         model.load_state_dict({name: values.cpu() for name, values in self.model.state_dict().items()})
@@ -561,6 +594,7 @@ def attribute(gradients: Gradients, compare: Comparison, trajectories: Sequence[
             results.note(f"{name} is left out: {error}")
             continue
         if number == 0:
+            results.note(f"Gradients by {gradients.featurizer.engine}.")
             error = gradients.error()
             results.add("features of final weights, beside float64", "relative_error", error, "")
             if not error < 0.05:

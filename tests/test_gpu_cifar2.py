@@ -170,6 +170,34 @@ def test_a_run_that_diverges_is_noted_and_another_seed_takes_its_place(tmp_path,
     assert results.notes == [f"The run of seed 7 diverged: {N_TRAIN} of {N_TRAIN} margins are not finite."]
 
 
+class NoCompiler:
+    """Kernels that cannot be compiled."""
+
+    def __getattr__(self, name):
+        raise RuntimeError("there is no compiler")
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_kernels_of_the_sketch_are_off_where_they_fail(tmp_path, monkeypatch, runs, works):
+    from hf_trak.projectors import ring
+
+    benchmark, results = import_benchmark("gpu_cifar2"), []
+    asked = []
+
+    def kernels_for(device):
+        asked.append(device)
+        if works:  # whoever asks whether there are any is told so; the sketch itself gets none, and takes plain tensors
+            return None if len(asked) > 1 else object()
+        return NoCompiler()
+
+    monkeypatch.setattr(ring, "kernels_for", kernels_for)
+    note = SimpleNamespace(note=results.append)
+    benchmark.Gradients(benchmark.SCALES["tiny"], runs[1], runs[1], note)
+    assert (ring.kernels_for is kernels_for) == works
+    assert f"kernels are {'on' if works else 'off'}" in results[-1]
+    assert works or "there is no compiler" in results[0]
+
+
 def test_a_run_that_is_stopped_leaves_what_it_found(tmp_path, monkeypatch):
     options, benchmark = options_in(tmp_path), import_benchmark("gpu_cifar2")
     before = signal.signal(signal.SIGTERM, benchmark.stop)
