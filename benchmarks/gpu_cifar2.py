@@ -83,7 +83,17 @@ _PAPERS = Recipe(epochs=100, peak_epoch=5, flip=True, translate=2, mixed_precisi
 SCALES = {
     "real": Scale(64, _PAPERS, (0, 1, 2, 4, 8, 16, 32, 64, 100), (8, 16, 4, 32, 2, 64, 1), (0.5, 0.7, 0.3), 2048, 64, 500),
     "tiny": Scale(
-        4, replace(_PAPERS, epochs=3, peak_epoch=1), (0, 1, 3), (1,), (0.5,), 32, 6, 20, n_train=48, n_query=12, largest_batch=8
+        4,
+        replace(_PAPERS, epochs=2, peak_epoch=1),
+        (0, 1, 2),
+        (1,),
+        (0.5,),
+        32,
+        4,
+        20,
+        n_train=48,
+        n_query=12,
+        largest_batch=12,
     ),
 }
 N_FULL = 3
