@@ -17,6 +17,7 @@ import argparse
 import itertools
 import json
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -296,7 +297,8 @@ def main() -> None:
 
 
 def write(options: argparse.Namespace, rows: list[dict[str, Any]], *, command: str) -> None:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    git = shutil.which("git")  # a rented machine may have none
+    commit = subprocess.run([git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip() if git else ""
     result = {
         "name": options.output.stem,
         "command": command,

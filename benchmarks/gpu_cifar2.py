@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import platform
 import signal
 import time
@@ -35,9 +36,10 @@ from torch import Tensor, nn
 from hf_trak import Featurizer, TrakConfig
 from hf_trak.evaluation import Recipe, make_masks, predicted_outputs, spearman
 from hf_trak.evaluation.lds import ground_truth_reliability, percentile_interval
+from hf_trak.gradients import layerwise_features
 from hf_trak.linalg import accumulate_kernel, default_damping
 from hf_trak.models import ResNet9Config, ResNet9ForImageClassification
-from hf_trak.projectors import make_projector
+from hf_trak.projectors import make_projector, ring
 from hf_trak.scoring.blocks import MemberBlock, precondition, score_blocks
 from hf_trak.scoring.damping import spearman as spearman_on_device
 from hf_trak.scoring.ensemble import default_power
@@ -51,8 +53,11 @@ TRAINING_SHARE = 0.65  # of the time, until runs on halves end
 SCORING_SHARE = 0.95  # until points end
 PUBLISHED = "TRAK as published: damping 0, out_to_loss_power 1"
 REFERENCE = "MadryLab/trak's scores: damping 0, rescaled, out_to_loss_power 1"
+KERNEL_TOLERANCE = 1e-3
 DAMPINGS = (0.3, 1.0, 10.0)
 """Besides `damping="auto"`."""
+LEAST = (1e-6, 1e-4, 1e-2)
+"""Damping where 0 is impossible: the first that is not."""
 SECOND_SEEDS = 8
 """Subsets that must have been trained twice for a ceiling."""
 
@@ -64,6 +69,7 @@ class Scale(NamedTuple):
     recipe: Recipe
     kept_epochs: tuple[int, ...]
     epochs_of_interest: tuple[int, ...]
+    line: tuple[float, ...]
     proj_dim: int
     n_subsets: int
     n_draws: int
@@ -75,13 +81,24 @@ class Scale(NamedTuple):
 # learning rate, momentum, weight decay, epochs and their peak as in the paper; see "Training recipes" in docs/paper_index.md.
 _PAPERS = Recipe(epochs=100, peak_epoch=5, flip=True, translate=2, mixed_precision="bf16")
 SCALES = {
-    "real": Scale(64, _PAPERS, (0, 1, 2, 4, 8, 16, 32, 64, 100), (8, 16, 4, 32, 2, 64, 1), 2048, 64, 500),
+    "real": Scale(64, _PAPERS, (0, 1, 2, 4, 8, 16, 32, 64, 100), (8, 16, 4, 32, 2, 64, 1), (0.5, 0.7, 0.3), 2048, 64, 500),
     "tiny": Scale(
-        4, replace(_PAPERS, epochs=3, peak_epoch=1), (0, 1, 3), (1,), 32, 6, 20, n_train=48, n_query=12, largest_batch=8
+        4,
+        replace(_PAPERS, epochs=2, peak_epoch=1),
+        (0, 1, 2),
+        (1,),
+        (0.5,),
+        32,
+        4,
+        20,
+        n_train=48,
+        n_query=12,
+        largest_batch=12,
     ),
 }
-LINE = (0.5, 0.7, 0.3)
 N_FULL = 3
+FULL_SEEDS, OTHER_SEEDS = 1_000_000, 10_000_000
+"""First seed of the runs on everything, and what is added to that of a run that diverged."""
 
 
 def parse() -> argparse.Namespace:
@@ -200,6 +217,29 @@ class GroundTruth:
         }
 
 
+def train_one(
+    runs: Runs,
+    seed: int,
+    subset: Tensor,
+    images: Sequence[Images],
+    results: Results,
+    *,
+    after_epoch: Callable[[int], None] = lambda epoch: None,
+) -> list[np.ndarray]:
+    """Train a network and return its outputs; a run that diverges is noted, and another seed takes its place.
+
+    Raises:
+        FloatingPointError: If three diverge.
+    """
+    for attempt in range(3):
+        try:
+            runs.run(seed + attempt * OTHER_SEEDS, subset, after_epoch=after_epoch)
+            return [runs.outputs(some) for some in images]
+        except FloatingPointError as error:
+            results.note(f"The run of seed {seed + attempt * OTHER_SEEDS} diverged: {error}")
+    raise FloatingPointError(f"Three runs on the same {len(subset)} rows diverged; try a lower learning rate.")
+
+
 def train_full(runs: Runs, scale: Scale, train: Images, queries: Images, results: Results) -> list[Trajectory]:
     """Train on everything, and keep the weights along the way."""
     trajectories: list[Trajectory] = []
@@ -212,8 +252,7 @@ def train_full(runs: Runs, scale: Scale, train: Images, queries: Images, results
                 states[epoch] = runs.state()
 
         start = time.perf_counter()
-        runs.run(1_000_000 + seed, torch.arange(len(train)), after_epoch=keep)
-        margins = [runs.outputs(images) for images in (train, queries)]
+        margins = train_one(runs, FULL_SEEDS + seed, torch.arange(len(train)), (train, queries), results, after_epoch=keep)
         seconds.append(time.perf_counter() - start)
         accuracies.append([float((one > 0).mean()) for one in margins])
         trajectories.append(states)
@@ -237,8 +276,7 @@ def train_halves(runs: Runs, scale: Scale, truth: GroundTruth, queries: Images, 
         start = time.perf_counter()
         subset, seed = truth.next()
         rows = torch.from_numpy(np.flatnonzero(truth.masks[subset]))
-        runs.run(subset + scale.n_subsets * seed, rows)
-        truth.outputs[subset, seed] = runs.outputs(queries)
+        (truth.outputs[subset, seed],) = train_one(runs, subset + scale.n_subsets * seed, rows, (queries,), results)
         seconds.append(time.perf_counter() - start)
         accuracies.append(float((truth.outputs[subset, seed] > 0).mean()))
         results.save_arrays("", **truth.arrays())
@@ -274,7 +312,8 @@ class Gradients:
 
     def __init__(self, scale: Scale, train: Images, queries: Images, results: Results) -> None:
         self.scale = scale
-        self.train, self.queries = train, queries
+        self.train = train
+        self.both = Images(*(torch.cat(parts) for parts in zip(train, queries, strict=True)))
         self.results = results
         config = ResNet9Config(width=scale.width, num_labels=2)
         self.model = ResNet9ForImageClassification(config).to(train.pixels.device).eval()
@@ -282,6 +321,36 @@ class Gradients:
             self.model, TrakConfig(proj_dim=scale.proj_dim, label_mapping="by_id"), device=train.pixels.device
         )
         self.rates: list[float] = []
+        if ring.kernels_for(train.pixels.device) is not None:
+            self._check_kernels()
+
+    def _check_kernels(self) -> None:
+        """Turn the sketch's Triton kernels off where they fail, or differ from plain tensors."""
+
+        def no_kernels(device: torch.device) -> None: ...
+
+        kernels_for, found = ring.kernels_for, []
+        for chosen in (no_kernels, kernels_for):
+            ring.kernels_for = chosen  # type: ignore[assignment]
+            try:
+                found.append(self._features_of_few())
+            except Exception as error:  # a compiler raises whatever it likes
+                self.results.note(f"The sketch with {chosen.__name__} fails: {type(error).__name__}: {error}")
+        difference = ((found[0] - found[1]).norm() / found[0].norm()).item() if len(found) == 2 else math.inf
+        serve = difference < KERNEL_TOLERANCE
+        ring.kernels_for = kernels_for if serve else no_kernels  # type: ignore[assignment]
+        self.results.note(
+            f"The sketch's Triton kernels are {'on' if serve else 'off'}; they differ from plain tensors by {difference:.1e}."
+        )
+
+    def _few(self) -> dict[str, Tensor]:
+        """Return the last queries as a batch."""
+        return {key: values[-6:] for key, values in zip(("pixel_values", "labels"), self.both, strict=True)}
+
+    def _features_of_few(self) -> Tensor:
+        task, selection, projector, _ = self.featurizer.prepare()
+        arguments = {"output_function": task.output_function, "parameters": selection.parameters, "projector": projector}
+        return layerwise_features(self.model, self._few(), **arguments).features
 
     def load(self, trajectory: Trajectory, epoch: int) -> None:
         self.model.load_state_dict(trajectory[epoch])
@@ -298,24 +367,27 @@ class Gradients:
             measure_statistics(self.model, self.train)
 
     def member(self) -> Member:
-        start = time.perf_counter()
-        features, out_to_loss = self._features(self.train)
-        queries, _ = self._features(self.queries)
-        proj_dim = self.scale.proj_dim
-        kernel = accumulate_kernel(torch.zeros(proj_dim, proj_dim, dtype=torch.float64, device=features.device), features)
-        finite = torch.stack([values.isfinite().all() for values in (features, out_to_loss, queries)]).all()
-        if not finite.item():
-            raise FloatingPointError("Some features are not finite.")
-        self.rates.append((len(self.train) + len(self.queries)) / (time.perf_counter() - start))
-        return Member(features, out_to_loss, kernel, queries)
+        """Return the features at the weights that were loaded.
 
-    def _features(self, images: Images) -> tuple[Tensor, Tensor]:
-        batches = [self.featurizer.features(batch) for batch in images.batches(500)]
-        return torch.cat([batch.features for batch in batches]), torch.cat([batch.out_to_loss for batch in batches])
+        Raises:
+            FloatingPointError: If one is not finite.
+        """
+        start = time.perf_counter()
+        batches = [self.featurizer.features(batch) for batch in self.both.batches(500)]
+        features, out_to_loss = (
+            torch.cat(parts) for parts in zip(*((b.features, b.out_to_loss) for b in batches), strict=True)
+        )
+        if not (features.isfinite().all() and out_to_loss.isfinite().all()):
+            raise FloatingPointError("Some features are not finite.")
+        self.rates.append(len(features) / (time.perf_counter() - start))
+        n_train, proj_dim = len(self.train), self.scale.proj_dim
+        kernel = torch.zeros(proj_dim, proj_dim, dtype=torch.float64, device=features.device)
+        accumulate_kernel(kernel, features[:n_train])
+        return Member(features[:n_train], out_to_loss[:n_train], kernel, features[n_train:])
 
     def error(self) -> float:
         """Return the median relative error of a few queries' features, beside autograd in float64 on the CPU."""
-        few = {key: values[:6] for key, values in next(self.queries.batches(6)).items()}
+        few = self._few()
         ours = self.featurizer.features(few).features.cpu().double()
         model = ResNet9ForImageClassification(self.model.config).double().eval()
         model.load_state_dict({name: values.cpu() for name, values in self.model.state_dict().items()})
@@ -359,6 +431,7 @@ class Method:
     damping: float
     power: float
     reference_rescale: bool = False
+    role: str = ""
 
     def scores(self, members: Sequence[Member]) -> Tensor:
         """Return the scores of an ensemble, (n_train, n_query)."""
@@ -414,11 +487,11 @@ def _columns(values: Tensor) -> Tensor:
 def methods_at(point: str, *, final: bool, n_members: int) -> list[Method]:
     """Return what is judged at a point; what is published is so of final weights alone."""
     power, auto = default_power("one_minus_p"), default_damping(n_members)
-    found = [Method(f"{point}, damping auto", auto, power)]
+    found = [Method(f"{point}, damping auto", auto, power, role="default")]
     found += [Method(f"{point}, damping {damping:g}", damping, power) for damping in DAMPINGS]
     if final:
         found += [
-            Method(f"{point}, {PUBLISHED}", 0.0, 1.0),
+            Method(f"{point}, {PUBLISHED}", 0.0, 1.0, role="published"),
             Method(f"{point}, {REFERENCE}", 0.0, 1.0, reference_rescale=True),
             Method(f"{point}, damping auto, out_to_loss_power 1", auto, 1.0),
             Method(f"{point}, damping 0, out_to_loss_power {power:g}", 0.0, power),
@@ -439,17 +512,17 @@ class Comparison:
         for groups in ([[member] for member in members], [list(members)]):
             for method in methods_at(name, final=final, n_members=len(groups[0])):
                 self._judge(method, groups)
-        self._ratios()
+        self._differences()
         self.results.save()
         self.results.save_arrays("_predictions", **self.results.predictions)
 
     def _judge(self, method: Method, groups: Sequence[Sequence[Member]]) -> None:
         n = len(groups[0])
-        try:
-            judged = [self.judge(method.scores(group)) for group in groups]
-        except ValueError as error:  # a kernel that is singular without damping
-            self.results.note(f"{method.name}, of {n}: {error}")
+        damped = self._score(method, groups)
+        if damped is None:
             return
+        method, scores = damped
+        judged = [self.judge(one) for one in scores]
         values = np.mean([one for one, _ in judged], axis=0)
         for number, (_, predictions) in enumerate(judged):
             key = f"{method.name}, of {n}" + (f", run {number}" if len(judged) > 1 else "")
@@ -458,18 +531,34 @@ class Comparison:
         each = {"each_run": [float(one[0]) for one, _ in judged]} if len(judged) > 1 else {}
         interval = list(percentile_interval(values[1:].tolist(), 0.95))
         self.results.add(method.name, "lds", float(values[0]), "Spearman", interval, **settings, **each)
-        if method.name.endswith(PUBLISHED):
+        if method.role == "published":
             self.published[n] = values
-        if method.name.endswith("damping auto"):
+        if method.role == "default":
             self.pending.append((method.name, n, values))
 
-    def _ratios(self) -> None:
+    def _score(self, method: Method, groups: Sequence[Sequence[Member]]) -> tuple[Method, list[Tensor]] | None:
+        """Return the scores of every group, and the method they are of; None where there are none.
+
+        Where a kernel is singular without damping, the least damping that serves takes its place, and the method's name says so.
+        """
+        for damping in (method.damping,) if method.damping else (0.0, *LEAST):
+            name = method.name if damping == method.damping else f"{method.name} ({damping:g}, since the kernel is singular)"
+            tried = replace(method, name=name, damping=damping)
+            try:
+                return tried, [tried.scores(group) for group in groups]
+            except ValueError as error:
+                self.results.note(f"{name}, of {len(groups[0])}: {error}")
+        return None
+
+    def _differences(self) -> None:
         """Hold every default beside what is published, draw by draw."""
         for name, n, values in self.pending:
             if n in self.published:
-                ratios = values / self.published[n]
-                interval = list(percentile_interval(ratios[1:].tolist(), 0.95))
-                self.results.add(f"{name} / as published", "lds_ratio", float(ratios[0]), "x", interval, n_checkpoints=n)
+                more = values - self.published[n]
+                interval = list(percentile_interval(more[1:].tolist(), 0.95))
+                self.results.add(
+                    f"{name}, less the published", "lds_difference", float(more[0]), "Spearman", interval, n_checkpoints=n
+                )
         self.pending.clear()
 
 
@@ -490,9 +579,10 @@ def points(scale: Scale, gradients: Gradients) -> list[tuple[str, Callable[[Traj
         name = f"line from the initial weights, α = {alpha:g}" + (", statistics measured there" if statistics else "")
         return name, functools.partial(gradients.load_line, alpha=alpha, statistics=statistics)
 
-    first = [epoch(last), line(LINE[0], statistics=False), *map(epoch, scale.epochs_of_interest[:3])]
-    lines = [line(LINE[0], statistics=True), *(line(alpha, statistics=False) for alpha in LINE[1:])]
-    rest = [*map(epoch, scale.epochs_of_interest[3:]), *(line(alpha, statistics=True) for alpha in LINE[1:])]
+    middle, *others = scale.line
+    first = [epoch(last), line(middle, statistics=False), *map(epoch, scale.epochs_of_interest[:3])]
+    lines = [line(middle, statistics=True), *(line(alpha, statistics=False) for alpha in others)]
+    rest = [*map(epoch, scale.epochs_of_interest[3:]), *(line(alpha, statistics=True) for alpha in others)]
     return [*first, *lines, *rest]
 
 
@@ -501,23 +591,28 @@ def attribute(gradients: Gradients, compare: Comparison, trajectories: Sequence[
     seconds: list[float] = []
     planned = points(gradients.scale, gradients)
     for number, (name, move) in enumerate(planned):
-        if number and results.used() + max(seconds) / results.options.seconds > SCORING_SHARE:
+        if seconds and results.used() + max(seconds) / results.options.seconds > SCORING_SHARE:
             results.note(f"No time for {len(planned) - number} points: {', '.join(left for left, _ in planned[number:])}.")
             break
         start = time.perf_counter()
         members = []
-        for trajectory in trajectories:
-            move(trajectory)
-            members.append(gradients.member())
+        try:
+            for trajectory in trajectories:
+                move(trajectory)
+                members.append(gradients.member())
+        except (FloatingPointError, ValueError, torch.OutOfMemoryError) as error:
+            results.note(f"{name} is left out: {error}")
+            continue
         if number == 0:
+            results.note(f"Gradients by {gradients.featurizer.engine}.")
             error = gradients.error()
             results.add("features of final weights, beside float64", "relative_error", error, "")
             if not error < 0.05:
                 raise SystemExit(f"Wrong answer: features differ from float64 autograd by {error:.1e}.")
         compare.point(name, members, final=number == 0)
         seconds.append(time.perf_counter() - start)
-    rates = gradients.rates[1:]  # the first pass warms up
-    results.add("featurizing", "featurize_rows_per_s", float(np.median(rates)), "rows/s", [min(rates), max(rates)])
+    if rates := gradients.rates[1:]:  # the first pass warms up
+        results.add("featurizing", "featurize_rows_per_s", float(np.median(rates)), "rows/s", [min(rates), max(rates)])
 
 
 def main(options: argparse.Namespace) -> None:
