@@ -59,6 +59,25 @@ def trak_scores(
     return product / n_members * mean_out_to_loss[:, None]
 
 
+def points_scores(
+    features_per_member: Sequence[np.ndarray],
+    query_features_per_member: Sequence[np.ndarray],
+    out_to_loss_per_member: Sequence[np.ndarray],
+    damping: float,
+    power: float,
+) -> np.ndarray:
+    r"""Return $\frac1M\sum_m Q_m^p\,\bar r / r_m\,\Phi_m (\Phi_m^\top\Phi_m + \lambda\bar\mu_m I)^{-1}\phi_m(z)$, with $r_m$ the root mean
+    square of the influences of one query over the training set, and $\bar r$ its mean over members."""
+    influences = []
+    for features, queries in zip(features_per_member, query_features_per_member, strict=True):
+        ones = [np.ones(len(features))]
+        influences.append(trak_scores([features], [queries], ones, damping))
+    sizes = np.stack([np.sqrt((influence**2).mean(0)) for influence in influences])
+    weights = [values.astype(np.float64) ** power for values in out_to_loss_per_member]
+    scaled = [i * sizes.mean(0) / size * w[:, None] for i, size, w in zip(influences, sizes, weights, strict=True)]
+    return sum(scaled) / len(scaled)
+
+
 def madrylab_scores(
     grads_per_member: Sequence[np.ndarray],
     query_grads_per_member: Sequence[np.ndarray],

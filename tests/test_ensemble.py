@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets_for_tests import save_model, token_rows
 from models import make_model
-from reference import corrected_scores, trak_scores
+from reference import corrected_scores, points_scores, trak_scores
 
 from hf_trak import AttributionIndex, TrakConfig
 from hf_trak.featurizing.featurizer import Featurizer
@@ -73,18 +73,41 @@ def test_gradients_are_computed_once_per_checkpoint(checkpoints, tmp_path, monke
 
 def test_scores_of_many_members_are_the_product_of_two_means(built):
     expected = trak_scores(*columns_of(built), DEFAULT_DAMPING)
-    scores = built.score(QUERIES, out_to_loss_power=1, progress=False)
+    scores = built.score(QUERIES, out_to_loss_power=1, combination="means", progress=False)
     assert np.isfinite(scores).all()
     np.testing.assert_allclose(scores, expected, rtol=2e-6, atol=1e-7 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_scores_of_points_of_a_path_are_of_one_size_and_weighed_by_their_own_out_to_loss(built, power):
+    expected = points_scores(*columns_of(built), DEFAULT_DAMPING, power)
+    scores = built.score(QUERIES, out_to_loss_power=power, progress=False)
+    np.testing.assert_allclose(scores, expected, rtol=2e-6, atol=1e-6 * np.abs(expected).max())
+    hits = built.attribute(QUERIES, top_k=3, out_to_loss_power=power, progress=False)
+    np.testing.assert_allclose(np.array(hits["proponent_scores"]), np.sort(expected, axis=0)[::-1][:3].T, rtol=1e-5)
+    assert not np.allclose(
+        scores, built.score(QUERIES, out_to_loss_power=power, combination="means", progress=False), rtol=1e-2
+    )
+
+
+def test_one_member_is_the_same_by_either_combination(checkpoints, tmp_path):
+    index = build(tmp_path / "index", checkpoints[0])
+    points, means = (index.score(QUERIES, combination=kind, progress=False) for kind in ("points", "means"))
+    np.testing.assert_allclose(points, means, rtol=1e-6)
+
+
+def test_an_unknown_combination_is_refused(built):
+    with pytest.raises(ValueError, match="`combination` must be 'means' or 'points', but is 'sum'"):
+        built.score(QUERIES, combination="sum", progress=False)
+
+
 @pytest.mark.parametrize(("residual_weighting", "leverage"), [(True, False), (False, True), (True, True)])
 def test_corrections_are_those_of_the_equation(built, residual_weighting, leverage):
-    options = {"residual_weighting": residual_weighting, "leverage": leverage}
+    options = {"residual_weighting": residual_weighting, "leverage": leverage, "combination": "means"}
     expected = corrected_scores(*columns_of(built), 0.5, **options)
     scores = built.score(QUERIES, damping=0.5, out_to_loss_power=1, progress=False, **options)
     np.testing.assert_allclose(scores, expected, rtol=5e-6, atol=1e-6 * np.abs(expected).max())
-    plain = built.score(QUERIES, damping=0.5, out_to_loss_power=1, progress=False)
+    plain = built.score(QUERIES, damping=0.5, out_to_loss_power=1, combination="means", progress=False)
     assert not np.allclose(scores, plain, rtol=1e-3)
 
 

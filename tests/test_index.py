@@ -60,7 +60,7 @@ def test_scores_are_those_of_the_equation(built):
         queries.append(built.featurize_queries(QUERIES, number, progress=False)["trak_features"])
     for damping in (None, 0.5):
         expected = trak_scores(features, queries, out_to_loss, DEFAULT_DAMPING if damping is None else damping)
-        scores = built.score(QUERIES, damping=damping, out_to_loss_power=1, progress=False)
+        scores = built.score(QUERIES, damping=damping, out_to_loss_power=1, combination="means", progress=False)
         assert scores.shape == (50, 6)
         assert np.isfinite(scores).all()
         np.testing.assert_allclose(scores, expected, rtol=2e-6, atol=1e-7 * np.abs(expected).max())
@@ -88,7 +88,7 @@ def test_top_k_above_the_training_set_returns_all_of_it(built):
 
 
 def test_self_influence_is_an_examples_score_for_itself(built):
-    expected = np.diag(built.score(TRAIN, out_to_loss_power=1, progress=False))
+    expected = np.diag(built.score(TRAIN, out_to_loss_power=1, combination="means", progress=False))
     np.testing.assert_allclose(built.self_influence(), expected, rtol=1e-4)
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 from datasets_for_tests import save_model, token_rows
-from reference import trak_scores
+from reference import points_scores
 from stored_for_tests import draw, store_index
 
 from hf_trak import AttributionIndex, TrakConfig
@@ -41,8 +41,7 @@ def index(tmp_path):
 
 
 def expected_scores(damping=3.0):
-    scores = trak_scores([f for f, _ in MEMBERS], QUERIES, [q for _, q in MEMBERS], damping)
-    return scores / np.mean([q for _, q in MEMBERS], axis=0, dtype=np.float64)[:, None] ** 0.5
+    return points_scores([f for f, _ in MEMBERS], QUERIES, [q for _, q in MEMBERS], damping, 0.5)
 
 
 def matrix(index, output_file=None, **options):

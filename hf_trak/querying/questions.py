@@ -20,7 +20,15 @@ from hf_trak.querying.kept_rows import KeptRows
 from hf_trak.querying.label_errors import check_budget, given_labels, label_error_rows
 from hf_trak.querying.recorded_featurizers import QuerySide
 from hf_trak.scoring.damping import DampingChoice, choose_damping
-from hf_trak.scoring.ensemble import ScoreOptions, SolvedQueries, check_residuals, default_power, self_influence, solve_all
+from hf_trak.scoring.ensemble import (
+    COMBINATIONS,
+    ScoreOptions,
+    SolvedQueries,
+    check_residuals,
+    default_power,
+    self_influence,
+    solve_all,
+)
 from hf_trak.scoring.label_errors import LabelEvidence, check_labels_task, label_suspicion
 from hf_trak.scoring.scorer import Scorer, check_top_k, to_hits
 from hf_trak.scoring.search_index import SearchIndex, describe
@@ -58,6 +66,7 @@ class Questions:
         leverage: bool = False,
         soft_threshold: int | None = None,
         out_to_loss_power: float | None = None,
+        combination: str | None = None,
         reference_rescale: bool = False,
         direction: str = "pair",
         batch_size: int | str = "auto",
@@ -76,8 +85,11 @@ class Questions:
             leverage (`bool`): Divide each row's influence by 1 − its leverage. See [`ScoreOptions`].
             soft_threshold (`int`, *optional*): Scores per query to stay nonzero: all move towards 0 until no more are left. The
                 paper's last step, which picks the number by cross-validation.
-            out_to_loss_power (`float`, *optional*): What the mean of 1 − p over members is raised to; by default 1/2, and 1 where
-                `trak_out_to_loss` is no 1 − p. The paper's TRAK is `damping=0, out_to_loss_power=1`.
+            out_to_loss_power (`float`, *optional*): What 1 − p is raised to; by default 1/2, and 1 where
+                `trak_out_to_loss` is no 1 − p. The paper's TRAK is `damping=0, out_to_loss_power=1, combination="means"`.
+            combination (`str`, *optional*): How several members are combined: "means", the product of two means over members, as in
+                the paper, or "points", the mean over members of each one's influence, brought to one scale, times its own 1 − p; see
+                [`ScoreOptions`]. By default "points".
             direction (`str`): For image-caption pairs, what of a query is attributed: "pair"; "image", how the image tells its caption
                 from those of the bank; or "caption", how the caption tells its image.
             reference_rescale (`bool`): Only to reproduce MadryLab/trak's numbers, with `damping=0, out_to_loss_power=1`.
@@ -89,7 +101,7 @@ class Questions:
             max_memory (`int` or `str`, *optional*): Bytes that solving and scoring may take, such as "2GB", beside the model and
                 what is loaded already; by default 2 GB, or what it takes. It does not change a bit of the scores.
         """
-        options = self._options(damping, residual_weighting, leverage, out_to_loss_power, reference_rescale)
+        options = self._options(damping, residual_weighting, leverage, out_to_loss_power, combination, reference_rescale)
         scorer = Scorer(self.members, options, len(queries), 0, soft_threshold, max_memory, progress)
 
         def solve() -> Sequence[SolvedQueries]:
@@ -108,6 +120,7 @@ class Questions:
         leverage: bool = False,
         soft_threshold: int | None = None,
         out_to_loss_power: float | None = None,
+        combination: str | None = None,
         direction: str = "pair",
         batch_size: int | str = "auto",
         max_memory: int | str | None = None,
@@ -121,7 +134,7 @@ class Questions:
 
         Args:
             top_k (`int`): How many of each; at most the number of training examples are returned.
-            damping, residual_weighting, leverage, soft_threshold, out_to_loss_power, direction, max_memory (*optional*): As in
+            damping, residual_weighting, leverage, soft_threshold, out_to_loss_power, combination, direction, max_memory (*optional*): As in
                 [`AttributionIndex.score`].
             exact (`bool`): Score every training row, the default; False asks the index of [`AttributionIndex.add_search_index`].
 
@@ -130,7 +143,7 @@ class Questions:
             strongest first), `proponent_scores` and `opponent_scores`; where columns were kept (`keep_columns`), also
             `proponent_<column>` and `opponent_<column>`, lists in the same order.
         """
-        options = self._options(damping, residual_weighting, leverage, out_to_loss_power)
+        options = self._options(damping, residual_weighting, leverage, out_to_loss_power, combination)
         scorer = Scorer(self.members, options, len(queries), check_top_k(top_k), soft_threshold, max_memory, progress)
         rank = self._ranker(scorer, exact)
         features, output = self._featurize(queries, options, batch_size, progress, direction)
@@ -146,6 +159,7 @@ class Questions:
         leverage: bool = False,
         soft_threshold: int | None = None,
         out_to_loss_power: float | None = None,
+        combination: str | None = None,
         max_memory: int | str | None = None,
         exact: bool = True,
         progress: bool = True,
@@ -162,7 +176,7 @@ class Questions:
         Returns:
             `Dataset`: As [`AttributionIndex.attribute`]; `query_output` only where the features come with `trak_output`.
         """
-        options = self._options(damping, residual_weighting, leverage, out_to_loss_power)
+        options = self._options(damping, residual_weighting, leverage, out_to_loss_power, combination)
         found = self._read_features(features)
         scorer = Scorer(self.members, options, len(found[0]), check_top_k(top_k), soft_threshold, max_memory, progress)
         rank = self._ranker(scorer, exact)
@@ -176,6 +190,7 @@ class Questions:
         string_factory: str = "Flat",
         *,
         out_to_loss_power: float | None = None,
+        combination: str | None = None,
         file: str | Path | None = None,
         train_rows: int = 65_536,
         progress: bool = True,
@@ -190,7 +205,7 @@ class Questions:
         Args:
             string_factory (`str`): In the words of FAISS's index factory: "Flat" compares with every row, "IVF1024,Flat" with those of
                 some of 1,024 cells, "IVF1024,PQ256" keeps 256 bytes of each row.
-            out_to_loss_power (`float`, *optional*): As in [`AttributionIndex.score`]; fixed for this search index.
+            out_to_loss_power, combination (*optional*): As in [`AttributionIndex.score`]; fixed for this search index.
             file (`str` or `Path`, *optional*): Where it is kept; if it is there already, it is read.
             train_rows (`int`): Rows, drawn at random, that cells and codes are fitted to.
 
@@ -201,8 +216,12 @@ class Questions:
             ImportError: Without FAISS.
             ValueError: If FAISS knows no such index, there are too few rows to train it, or `file` holds another.
         """
-        power = self._options(None, False, False, out_to_loss_power).out_to_loss_power
-        kind: dict[str, Any] = {"string_factory": string_factory, "out_to_loss_power": power}
+        options = self._options(None, False, False, out_to_loss_power, combination)
+        kind: dict[str, Any] = {
+            "string_factory": string_factory,
+            "out_to_loss_power": options.out_to_loss_power,
+            "combination": options.combination,
+        }
         if file is not None and Path(file).exists():
             self.search_index = SearchIndex.load(file, describe(self.members, **kind))
         else:
@@ -265,7 +284,7 @@ class Questions:
         n_reported = check_budget(budget, self.n_rows)
         given = given_labels(train, self.members[0], label_column=self.config.label_column, index=self.folder)
         kept = KeptRows(self.members[0]) if train is None else None
-        options = self._options(damping, False, False, None)
+        options = self._options(damping, False, False, None, None)
         features, doubt, n_classes = None, None, 2
         if validation is not None:
             if len(validation) == 0:
@@ -296,6 +315,7 @@ class Questions:
         residual_weighting: bool,
         leverage: bool,
         out_to_loss_power: float | None,
+        combination: str | None,
         reference_rescale: bool = False,
     ) -> ScoreOptions:
         if residual_weighting:
@@ -303,7 +323,10 @@ class Questions:
         power = self._default_power if out_to_loss_power is None else float(out_to_loss_power)
         if not 0 <= power <= 1:
             raise ValueError(f"`out_to_loss_power` must lie in 0 to 1, but is {out_to_loss_power}.")
-        return ScoreOptions(self.resolve_damping(damping), residual_weighting, leverage, reference_rescale, power)
+        combination = combination or "points"
+        if combination not in COMBINATIONS:
+            raise ValueError(f"`combination` must be {' or '.join(map(repr, COMBINATIONS))}, but is {combination!r}.")
+        return ScoreOptions(self.resolve_damping(damping), residual_weighting, leverage, reference_rescale, power, combination)
 
     def damping_choice(self) -> DampingChoice | None:
         """Return the λ that ranks the members' own outputs best, and its curve; None where no subset masks tell.

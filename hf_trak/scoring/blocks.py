@@ -3,7 +3,12 @@ r"""Scores from features: a stream of blocks of training rows against a few prec
     τ(z_i, z) = [1/M Σ_m φ_m(z_i)ᵀ (K_m + λ μ̄_m I)⁻¹ φ_m(z)] · [1/M Σ_m Q_m,ii]
 
 A product of two means over members, as in the paper (Park et al., 2023) and MadryLab/trak. A positive score marks a proponent:
-training on z_i raises the query's output. The second mean may be taken to a power below 1.
+training on z_i raises the query's output. Q may be taken to a power below 1. By default, members are combined otherwise:
+
+    τ(z_i, z) = 1/M Σ_m Q_m,ii · r̄(z) / r_m(z) · φ_m(z_i)ᵀ (K_m + λ μ̄_m I)⁻¹ φ_m(z)
+
+with r_m(z) the root mean square over the training set of what follows it, and r̄(z) its mean over members. A member whose gradients have
+large influences does not drown the others, and one that knows an example by heart says little about it.
 """
 
 from __future__ import annotations
@@ -76,6 +81,7 @@ def score_blocks(
     preconditioned: Sequence[Float[Tensor, "n_query proj_dim"]],
     *,
     out_to_loss_power: float = 1.0,
+    combination: str = "means",
 ) -> Iterator[Float[Tensor, "_ n_query"]]:
     """Yield the scores of each block of training rows, in the dtype of `preconditioned`.
 
@@ -83,13 +89,36 @@ def score_blocks(
         blocks (`Iterator`): For each block of rows, those rows of every member.
         preconditioned (`Sequence`): The queries of every member, from [`precondition`]. Float32 is enough after a solve in float64:
             features are stored in no more (docs/decisions.md).
-        out_to_loss_power (`float`): What the mean `out_to_loss` is raised to. The paper has 1.
+        out_to_loss_power (`float`): What `out_to_loss` is raised to. The paper has 1.
+        combination (`str`): "means", the mean influence over members times the mean `out_to_loss`, as in the paper; or "points", the
+            mean over members of each one's influence times its own `out_to_loss`.
     """
     for members in blocks:
-        influence = functools.reduce(Tensor.add_, (_influence(*pair) for pair in zip(members, preconditioned, strict=True)))
-        out_to_loss = torch.stack([block.out_to_loss.double() for block in members]).mean(0)
-        weight = weigh(out_to_loss, out_to_loss_power) / len(members)
-        yield influence.mul_(weight.to(influence.dtype).unsqueeze(1))
+        yield _combined(members, preconditioned, member_weights(members, out_to_loss_power, combination))
+
+
+def member_weights(members: Sequence[MemberBlock], power: float, combination: str) -> list[Float64[Tensor, " rows"]]:
+    """Return what each member's influence on some rows is multiplied by before it is summed over members."""
+    each = torch.stack([block.out_to_loss.double() for block in members])
+    if combination == "means":
+        return [weigh(each.mean(0), power) / len(members)] * len(members)
+    return [weigh(values, power) / len(members) for values in each]
+
+
+def _combined(
+    members: Sequence[MemberBlock],
+    preconditioned: Sequence[Float[Tensor, "n_query proj_dim"]],
+    weights: Sequence[Float64[Tensor, " rows"]],
+) -> Float[Tensor, "rows n_query"]:
+    """Return the sum over members of influence times weight."""
+    influences = (_influence(*pair) for pair in zip(members, preconditioned, strict=True))
+    if all(weight is weights[0] for weight in weights):
+        total = functools.reduce(Tensor.add_, influences)
+        return total.mul_(weights[0].to(total.dtype).unsqueeze(1))
+    weighed = (
+        influence.mul_(weight.to(influence.dtype).unsqueeze(1)) for influence, weight in zip(influences, weights, strict=True)
+    )
+    return functools.reduce(Tensor.add_, weighed)
 
 
 def _influence(block: MemberBlock, preconditioned: Float[Tensor, "n_query proj_dim"]) -> Float[Tensor, "rows n_query"]:

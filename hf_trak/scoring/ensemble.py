@@ -13,10 +13,12 @@ from torch import Tensor
 from hf_trak.linalg import accumulate_kernel, factor
 from hf_trak.linalg import leverage as leverage_of
 from hf_trak.processes.ahead import ahead, one_thread
-from hf_trak.scoring.blocks import MemberBlock, precondition, residual_weights, score_blocks
+from hf_trak.scoring.blocks import SOLVED_AT_ONCE, MemberBlock, precondition, residual_weights, score_blocks
 from hf_trak.storage.columns import Shard
 from hf_trak.storage.member_reader import MemberReader
 from hf_trak.storage.shard_blocks import aligned_blocks, member_blocks
+
+COMBINATIONS = ("means", "points")
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,10 @@ class ScoreOptions:
         leverage (`bool`): Divide by $1 - h_i$, with $h_i$ the training row's leverage: what is left out cannot be relied upon to
             stay put. From the same approximation; the TRAK paper drops it too.
         reference_rescale (`bool`): Divide each inverse kernel by its mean absolute entry, only to reproduce MadryLab/trak's numbers.
-        out_to_loss_power (`float`): What the mean of Q over members is raised to; the paper has 1. See [`default_power`].
+        out_to_loss_power (`float`): What Q is raised to; the paper has 1. See [`default_power`].
+        combination (`str`): How several members become one. "points", the default: each member's influence is scaled, query by query,
+            to one size over the training set, and weighed by the member's own Q before the mean is taken. "means": the mean influence
+            times the mean Q, as in the paper.
     """
 
     damping: float
@@ -39,6 +44,8 @@ class ScoreOptions:
     leverage: bool = False
     reference_rescale: bool = False
     out_to_loss_power: float = 1.0
+    # Differs from the paper, whose members are runs on random subsets: docs/decisions.md has the LDS of both.
+    combination: str = "points"
 
 
 def default_power(out_to_loss_kind: str) -> float:
@@ -59,6 +66,8 @@ class SolvedQueries(NamedTuple):
 
     preconditioned: Float32[Tensor, "n_query proj_dim"]
     leverage: Float64[Tensor, " n_train"] | None
+    influence_rms: Float64[Tensor, " n_query"] | None = None
+    """Root of the mean square of each query's influences over the training set, before Q; of `combination="points"` alone."""
 
 
 def check_residuals(member: MemberReader) -> None:
@@ -101,8 +110,9 @@ def solve_queries(member: MemberReader, queries: Float[Tensor, "n_query proj_dim
         reference_rescale=options.reference_rescale,
         dtype=torch.float32,
     )
+    rms = influence_rms(preconditioned, kernel, n_rows=member.n_rows) if options.combination == "points" else None
     if not options.leverage:
-        return SolvedQueries(preconditioned, None)
+        return SolvedQueries(preconditioned, None, rms)
     cholesky = factor(kernel, n_rows=member.n_rows, damping=options.damping)
     leverage = torch.cat([_leverage(shard, cholesky, options.residual_weighting) for shard in member_blocks(member)])
     if (alone := int((leverage > 1 - 1e-9).sum())) > 0:
@@ -110,7 +120,28 @@ def solve_queries(member: MemberReader, queries: Float[Tensor, "n_query proj_dim
             f"{alone} training rows have a leverage of 1, so 1 / (1 - h) has no bounds: nothing else speaks for their directions. "
             "Use a positive damping."
         )
-    return SolvedQueries(preconditioned, leverage)
+    return SolvedQueries(preconditioned, leverage, rms)
+
+
+def influence_rms(
+    preconditioned: Float[Tensor, "n_query proj_dim"], kernel: Float64[Tensor, "proj_dim proj_dim"], *, n_rows: int
+) -> Float64[Tensor, " n_query"]:
+    r"""Return $\sqrt{v^\top K v / n}$ of each preconditioned query $v$: the kernel knows it without a pass over the features."""
+    squares = [((some := part.double()) @ kernel * some).sum(1) for part in preconditioned.split(SOLVED_AT_ONCE)]
+    return (torch.cat(squares).clamp_min(0) / n_rows).sqrt()
+
+
+def bring_to_one_scale(solved: Sequence[SolvedQueries]) -> list[SolvedQueries]:
+    """Scale every member's queries so that their influences have the members' mean size; those of one member stay as they are."""
+    sizes = [one.influence_rms for one in solved]
+    if any(size is None for size in sizes):
+        return list(solved)
+    stacked = torch.stack([size for size in sizes if size is not None])
+    factors = torch.where(stacked > 0, stacked.mean(0) / stacked, 1.0)
+    return [
+        one._replace(preconditioned=one.preconditioned * factor.to(one.preconditioned.dtype).unsqueeze(1))
+        for one, factor in zip(solved, factors, strict=True)
+    ]
 
 
 def solve_all(
@@ -120,7 +151,7 @@ def solve_all(
     solved: list[SolvedQueries] = []
     for member in members:
         solved.append(solve_queries(member, features.pop(0), options))
-    return solved
+    return bring_to_one_scale(solved)
 
 
 def self_influence(members: Sequence[MemberReader], *, damping: float) -> Float64[Tensor, " n_train"]:
@@ -146,6 +177,7 @@ def stream_scores(
     solved: Sequence[SolvedQueries],
     *,
     out_to_loss_power: float = 1.0,
+    combination: str = "means",
     shards: range | None = None,
     read_ahead: bool = True,
 ) -> Iterator[Float32[Tensor, "_ n_query"]]:
@@ -160,7 +192,7 @@ def stream_scores(
     with one_thread("scoring") as thread:
         coming = ahead(rows, thread, depth=1) if read_ahead else rows
         blocks = ([_block(shard, queries) for shard, queries in zip(row, solved, strict=True)] for row in coming)
-        yield from score_blocks(blocks, preconditioned, out_to_loss_power=out_to_loss_power)
+        yield from score_blocks(blocks, preconditioned, out_to_loss_power=out_to_loss_power, combination=combination)
 
 
 def _block(shard: Shard, queries: SolvedQueries) -> MemberBlock:

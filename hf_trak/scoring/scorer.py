@@ -214,6 +214,7 @@ class Scorer:
             self.members,
             solved,
             out_to_loss_power=self.options.out_to_loss_power,
+            combination=self.options.combination,
             shards=shards,
             read_ahead=self._given >= memory.least + memory.block,
         )

@@ -1,8 +1,8 @@
 """Approximate search: the features of all members in one FAISS index, built through Datasets, which ranks by the scores themselves.
 
-    τ(z_i, z) = ⟨ [φ_1(z_i), ..., φ_M(z_i)] · q_i / M,  [(K_1 + λ)⁻¹φ_1(z), ..., (K_M + λ)⁻¹φ_M(z)] ⟩
+    τ(z_i, z) = ⟨ [q_i1 φ_1(z_i), ..., q_iM φ_M(z_i)] / M,  [(K_1 + λ)⁻¹φ_1(z), ..., (K_M + λ)⁻¹φ_M(z)] ⟩
 
-with q_i the mean of Q over members, to its power. So a training row is one vector of M · proj_dim numbers that the queries do not
+with q_im the Q of member m, or the mean of all members' Q, to its power. So a training row is one vector of M · proj_dim numbers that the queries do not
 change, damping included, and the maximum inner product with a solved query is the highest score; with its negative, the lowest.
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_trak.hashing import hash_json
-from hf_trak.scoring.blocks import weigh
+from hf_trak.scoring.blocks import MemberBlock, member_weights
 from hf_trak.scoring.ensemble import ScoreOptions, SolvedQueries
 from hf_trak.scoring.top_k import TopK
 from hf_trak.storage.differences import list_differences
@@ -57,13 +57,16 @@ class SearchIndex:
         *,
         string_factory: str,
         out_to_loss_power: float,
+        combination: str,
         train_rows: int = _TRAINED_ON,
         seed: int = 0,
         progress: bool = True,
     ) -> SearchIndex:
         """Build one; see [`AttributionIndex.add_search_index`]."""
         faiss = import_faiss()
-        identity = describe(members, string_factory=string_factory, out_to_loss_power=out_to_loss_power)
+        identity = describe(
+            members, string_factory=string_factory, out_to_loss_power=out_to_loss_power, combination=combination
+        )
         proj_dim, n_rows = members[0].kernel().shape[0], members[0].n_rows
         try:
             custom = faiss.index_factory(len(members) * proj_dim, string_factory, faiss.METRIC_INNER_PRODUCT)
@@ -73,7 +76,7 @@ class SearchIndex:
                 "https://github.com/facebookresearch/faiss/wiki/The-index-factory."
             ) from error
         with tempfile.TemporaryDirectory(prefix="hf_trak-search-") as folder:
-            vectors = write_vectors(members, Path(folder) / "vectors.arrow", out_to_loss_power, progress)
+            vectors = write_vectors(members, Path(folder) / "vectors.arrow", out_to_loss_power, combination, progress)
             if not custom.is_trained:
                 # Not the first rows, as `train_size` would have it: data sets come sorted.
                 chosen = np.sort(np.random.default_rng(seed).permutation(n_rows)[:train_rows])
@@ -123,6 +126,11 @@ class SearchIndex:
                 f"The search index weighs by out_to_loss_power {power}, but {options.out_to_loss_power} is asked for. Add one with that "
                 "power, or leave out exact=False."
             )
+        if options.combination != self.identity["combination"]:
+            raise ValueError(
+                f"The search index combines members by {self.identity['combination']!r}, but {options.combination!r} is asked for. Add one "
+                "with that, or leave out exact=False."
+            )
         for name, value in (("leverage", options.leverage), ("soft_threshold", soft_threshold)):
             if value:
                 raise ValueError(f"`{name}` needs the scores of all rows: leave it out, or leave out exact=False.")
@@ -138,34 +146,39 @@ class SearchIndex:
         return TopK(torch.from_numpy(np.asarray(rows, dtype=np.int64)), sign * torch.from_numpy(np.asarray(scores)))
 
 
-def describe(members: Sequence[MemberReader], *, string_factory: str, out_to_loss_power: float) -> dict[str, Any]:
+def describe(
+    members: Sequence[MemberReader], *, string_factory: str, out_to_loss_power: float, combination: str
+) -> dict[str, Any]:
     """Return what decides a search index."""
     return {
         "members_sha256": hash_json([member.info["files"] for member in members]),
         "n_rows": members[0].n_rows,
         "string_factory": string_factory,
         "out_to_loss_power": out_to_loss_power,
+        "combination": combination,
     }
 
 
-def write_vectors(members: Sequence[MemberReader], path: Path, power: float, progress: bool) -> Dataset:
+def write_vectors(members: Sequence[MemberReader], path: Path, power: float, combination: str, progress: bool) -> Dataset:
     """Write the vectors to an Arrow file, and return them as a Dataset that is mapped to it."""
     from datasets import Dataset
     from datasets.arrow_writer import ArrowWriter
 
     with ArrowWriter(path=str(path)) as writer:
-        for block in tqdm(weighted_blocks(members, power), unit="blocks", desc="Vectors", disable=not progress):
+        for block in tqdm(weighted_blocks(members, power, combination), unit="blocks", desc="Vectors", disable=not progress):
             flat = pa.array(block.numpy().reshape(-1))
             writer.write_table(pa.table({_COLUMN: pa.FixedSizeListArray.from_arrays(flat, block.shape[1])}))
         writer.finalize()
     return Dataset.from_file(str(path))
 
 
-def weighted_blocks(members: Sequence[MemberReader], power: float) -> Iterator[Float[Tensor, "rows width"]]:
+def weighted_blocks(members: Sequence[MemberReader], power: float, combination: str) -> Iterator[Float[Tensor, "rows width"]]:
     """Yield the rows' vectors, a row group at a time."""
     for blocks in aligned_blocks(members):
-        weight = weigh(torch.stack([block.out_to_loss.double() for block in blocks]).mean(0), power) / len(members)
-        yield torch.cat([block.features for block in blocks], dim=1) * weight.float().unsqueeze(1)
+        weights = member_weights([MemberBlock(block.features, block.out_to_loss) for block in blocks], power, combination)
+        yield torch.cat(
+            [block.features * weight.float().unsqueeze(1) for block, weight in zip(blocks, weights, strict=True)], dim=1
+        )
 
 
 def import_faiss() -> Any:
