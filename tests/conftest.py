@@ -9,11 +9,11 @@ os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="
 
 from pathlib import Path
 
-import jaxtyping
 import pytest
+from shape_checks import check_shapes
 
 # Before the first import of these modules: what is imported already is not checked.
-jaxtyping.install_import_hook(
+check_shapes(
     [
         "hf_trak.linalg",
         "hf_trak.hashing",
@@ -34,8 +34,7 @@ jaxtyping.install_import_hook(
         "hf_trak.evaluation.baselines.hessian",
         "hf_trak.evaluation.baselines.losses",
         "hf_trak.evaluation.counterfactual",
-    ],
-    "beartype.beartype",
+    ]
 )
 
 import torch
