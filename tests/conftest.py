@@ -10,7 +10,7 @@ os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="
 from pathlib import Path
 
 import pytest
-from shape_checks import check_shapes
+from shape_checks import begin_test, check_shapes
 
 # Before the first import of these modules: what is imported already is not checked.
 check_shapes(
@@ -40,6 +40,11 @@ check_shapes(
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _check_shapes_again() -> None:
+    begin_test()
 
 
 @pytest.fixture(scope="session")

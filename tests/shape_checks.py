@@ -1,21 +1,53 @@
-"""An import hook: shapes and dtypes of a module's functions and dataclasses are checked at every call.
+"""An import hook: shapes and dtypes of a module's functions and dataclasses are checked.
 
 jaxtyping's own hook decorates every function, those that are defined inside others too, which are then compiled anew at each call of
-the outer one: it made tests several times slower. This one takes functions and methods that name a shape, and dataclasses.
+the outer one, and checks every call: it made tests several times slower. This one takes functions and methods that name a shape, and
+dataclasses, and checks the first calls of a function in each test.
 """
 
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import CodeType, ModuleType
+from typing import Any
+
+from beartype import beartype
+from jaxtyping import jaxtyped
 
 _SHAPE = re.compile(r"\b(Shaped|Num|Real|Inexact|Bool|Float|Int|UInt|Complex)\d*\[")
-_DECORATOR = "__import__('jaxtyping').jaxtyped(typechecker=__import__('beartype').beartype)"
+_DECORATOR = f"__import__('{__name__}').checked"
+_CHECKED_CALLS = 20  # of one function in one test
+_test = 0
+
+
+def begin_test() -> None:
+    """Check the next calls of every function again."""
+    global _test
+    _test += 1
+
+
+def checked(made: Any) -> Any:
+    """Decorate a function or a dataclass."""
+    with_checks = jaxtyped(made, typechecker=beartype)
+    if isinstance(made, type):
+        return with_checks
+    test, n_calls = -1, 0
+
+    @functools.wraps(made)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal test, n_calls
+        n_calls = n_calls + 1 if test == _test else 1
+        test = _test
+        function: Callable[..., Any] = with_checks if n_calls <= _CHECKED_CALLS else made
+        return function(*args, **kwargs)
+
+    return call
 
 
 def names_a_shape(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
