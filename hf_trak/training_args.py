@@ -31,6 +31,9 @@ class AttributionArguments(FeatureArguments, TrainingArguments):
             raise ValueError(f"`subset_alpha` must lie between 0 and 1, but is {self.subset_alpha}.")
         self.member_counts()
         self.trak_config()
+        self.alpha = [self.alpha] if isinstance(self.alpha, (int, float)) else self.alpha
+        self.base = None if self.base is None else str(self.base)
+        self.path()
         super().__post_init__()
 
     def parsed_members(self) -> Members:

@@ -20,7 +20,7 @@ from hf_trak.querying.kept_rows import KeptRows
 from hf_trak.querying.label_errors import check_budget, given_labels, label_error_rows
 from hf_trak.querying.recorded_featurizers import QuerySide
 from hf_trak.scoring.damping import DampingChoice, choose_damping
-from hf_trak.scoring.ensemble import ScoreOptions, SolvedQueries, check_residuals, default_power, self_influence, solve_all
+from hf_trak.scoring.ensemble import ScoreOptions, SolvedQueries, check_residuals, default_power_of, self_influence, solve_all
 from hf_trak.scoring.label_errors import LabelEvidence, check_labels_task, label_suspicion
 from hf_trak.scoring.scorer import Scorer, check_top_k, to_hits
 from hf_trak.scoring.search_index import SearchIndex, describe
@@ -77,7 +77,7 @@ class Questions:
             soft_threshold (`int`, *optional*): Scores per query to stay nonzero: all move towards 0 until no more are left. The
                 paper's last step, which picks the number by cross-validation.
             out_to_loss_power (`float`, *optional*): What the mean of 1 − p over members is raised to; by default 1/2, and 1 where
-                `trak_out_to_loss` is no 1 − p. The paper's TRAK is `damping=0, out_to_loss_power=1`.
+                `trak_out_to_loss` is no 1 − p or all members are points of a path before its end. The paper's TRAK is `damping=0, out_to_loss_power=1`.
             direction (`str`): For image-caption pairs, what of a query is attributed: "pair"; "image", how the image tells its caption
                 from those of the bank; or "caption", how the caption tells its image.
             reference_rescale (`bool`): Only to reproduce MadryLab/trak's numbers, with `damping=0, out_to_loss_power=1`.
@@ -288,7 +288,7 @@ class Questions:
 
     @property
     def _default_power(self) -> float:
-        return default_power(self.members[0].identity["out_to_loss_kind"])
+        return default_power_of(self.members)
 
     def _options(
         self,
@@ -313,7 +313,7 @@ class Questions:
         if self._choice is None:
             self._choice = DampingChoice.load(self.folder, self.members) or choose_damping(
                 self.members,
-                [plan.checkpoint for plan in self.passes for _ in plan.members],
+                [plan.checkpoint if plan.model is None else plan.model for plan in self.passes for _ in plan.members],
                 out_to_loss_power=self._default_power,
             )
         return self._choice

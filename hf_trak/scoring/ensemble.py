@@ -41,17 +41,24 @@ class ScoreOptions:
     out_to_loss_power: float = 1.0
 
 
-def default_power(out_to_loss_kind: str) -> float:
-    """Return the default power of Q: 1/2 where it is 1 − p or a mean of such, and 1 where it is something else.
+def default_power(out_to_loss_kind: str, *, points: bool = False) -> float:
+    """Return the default power of Q: 1/2 where it is 1 − p of a final checkpoint, or a mean of such, and 1 elsewhere.
 
     Args:
         out_to_loss_kind (`str`): As a [`Task`] states it and a member records it; the task's name has no part in it.
+        points (`bool`): Every member is a point of a path before its end. Where only some are, the power is that of final checkpoints.
 
     A model believes what it was trained on: the 1 − p that it has of a training example is smaller than without that example, and
-    the more so the better the example was learned. The root counters that.
+    the more so the better the example was learned. The root counters that. A point on the way to it has not learned the example as well.
     """
     # Differs from the paper, which has Q itself: docs/decisions.md has the LDS of both.
-    return 0.5 if out_to_loss_kind in ("one_minus_p", "mean_one_minus_p") else 1.0
+    return 0.5 if out_to_loss_kind in ("one_minus_p", "mean_one_minus_p") and not points else 1.0
+
+
+def default_power_of(members: Sequence[MemberReader]) -> float:
+    """Return the default power of Q for an ensemble: see [`default_power`]."""
+    kind = members[0].identity["out_to_loss_kind"]
+    return default_power(kind, points=all("point" in member.identity for member in members))
 
 
 class SolvedQueries(NamedTuple):
