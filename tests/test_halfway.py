@@ -134,9 +134,9 @@ def test_the_command_line_makes_and_asks_the_same_index(pair, built, tmp_path, c
     model = ["--model", str(folder / "final"), "--base", str(folder / "base"), "--alpha", "0.3", "0.5"]
     assert main(["featurize", *model, *flags, "--shard_rows", "8"]) == 0
     said = capsys.readouterr().out
-    assert "points base + alpha (final - base), alpha = 0.3, 0.5" in said
+    assert "All of 2 members are points base + alpha (final - base) of a path, alpha = 0.3, 0.5" in said
     assert "counted from 0: classifier.bias, classifier.weight." in said
-    assert "to the power 1 (out_to_loss_power)" in said
+    assert "to the power 1; those of final" in said
     index = AttributionIndex.from_pretrained(tmp_path / "index")
     for member in range(2):
         for name, values in columns(index, member).items():
@@ -426,6 +426,20 @@ def test_masks_are_one_per_model(pair, tmp_path):
         assert torch.equal(member.mask(), masks[0])
 
 
+@pytest.mark.parametrize(
+    ("where", "name", "value"),
+    [("point", "alpha", 1.5), ("point", "alpha", None), ("base", "path", 3), ("base", "path", None), ("point", "kept", 1)],
+)
+def test_a_damaged_recipe_is_refused_by_name(built, tmp_path, where, name, value):
+    built.save_pretrained(tmp_path / "copy")
+    file = tmp_path / "copy" / "member_0" / "member.json"
+    info = json.loads(file.read_text())
+    (info["identity"]["point"] if where == "point" else info["base"])[name] = value
+    file.write_text(json.dumps(info))
+    with pytest.raises(ValueError, match=r"member\.json is damaged"):
+        AttributionIndex(tmp_path / "copy")
+
+
 def test_map_caches_by_the_point(pair, tmp_path):
     folder = pair[0]
 
@@ -433,6 +447,8 @@ def test_map_caches_by_the_point(pair, tmp_path):
         featurizer = Featurizer(folder / "final", CONFIG, base=folder / "base", alpha=alpha)
         return pickle.dumps(featurizer), np.array(TRAIN.map(featurizer, batched=True)["trak_features"][:])
 
+    with pytest.raises(ValueError, match="A Featurizer is of one point"):
+        Featurizer(folder / "final", CONFIG, base=folder / "base", alpha=(0.3, 0.5))
     first, second = columns_at(0.3), columns_at(0.5)
     assert first[0] != second[0]
     assert not np.allclose(first[1], second[1])

@@ -129,6 +129,8 @@ class Featurizer:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._final = None if isinstance(model, (str, Path)) else model  # in memory
         alphas = read_alphas(base, alpha)
+        if len(alphas) > 1:
+            raise ValueError(f"A Featurizer is of one point, but `alpha` is {alpha!r}. Make one for each.")
         self._path = (base, alphas[0], base_revision) if base is not None else None
         self._point: PathPoint | None = None  # until the base is found
         self._made: MadePoint | None = None

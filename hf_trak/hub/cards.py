@@ -15,6 +15,7 @@ from hf_trak.hashing import hash_json
 from hf_trak.members import ADAPTER
 from hf_trak.plain_text import markdown, markdown_code, visible
 from hf_trak.scoring.damping import DampingChoice
+from hf_trak.scoring.ensemble import default_power
 from hf_trak.storage.files import write_atomically
 from hf_trak.storage.layout import CURVE_NAME
 
@@ -264,21 +265,25 @@ def describe_paths(members: Sequence[Mapping[str, Any]]) -> list[str]:
         return []
     alphas = sorted({member["identity"]["point"]["alpha"] for member in points})
     many = len(points) < len(members)
-    lines = [
-        f"{len(points)} of {len(members)} members are" if many else f"{'Members are' if len(members) > 1 else 'The member is'}"
-    ]
-    lines[0] += (
-        f" of points base + alpha (final - base), alpha = {', '.join(f'{alpha:g}' for alpha in alphas)}: outputs and 1 - p are those "
-        "of the points, not of the final model."
+    kind = members[0]["identity"]["out_to_loss_kind"]
+    which = (
+        "The member is a point"
+        if len(members) == 1
+        else f"{len(points) if many else 'All'} of {len(members)} members are points"
     )
+    lines = [
+        f"{which} base + alpha (final - base) of a path, alpha = {', '.join(f'{alpha:g}' for alpha in alphas)}: outputs and out_to_loss are "
+        "the point's, not the final model's."
+    ]
     new = sorted({name for member in points for name in member["identity"]["point"]["from_zero"] if ".lora_" not in name})
     kept = sorted({name for member in points for name in member["identity"]["point"]["kept"]})
     if new:
         lines.append(f"New in the final model, so counted from 0: {_shorten(new)}.")
     if kept:
         lines.append(f"Not in the base, so at their final values: {_shorten(kept)}.")
-    power = "1/2, as for final checkpoints" if many else "1"
-    lines.append(f"Scores weigh by 1 - p to the power {power} (out_to_loss_power).")
+    if default_power(kind) < 1:
+        said = "1/2, as those of final checkpoints do" if many else "1; those of final checkpoints weigh by the power 1/2"
+        lines.append(f"By default scores weigh by 1 - p to the power {said} (out_to_loss_power).")
     return lines
 
 

@@ -16,7 +16,7 @@ from hf_trak.members import ADAPTER, AUTO, INITIAL, PathPoint
 from hf_trak.processes.garbage import uncollected
 from hf_trak.sources.checkpoints import check_is_checkpoint
 from hf_trak.sources.names import as_pattern, common_change
-from hf_trak.sources.path_points import LEAST_COSINE, PointReport, move_to_point, scale_adapter
+from hf_trak.sources.path_points import LEAST_COSINE, PointReport, check_unquantized, move_to_point, scale_adapter
 from hf_trak.sources.repositories import Listing, look_up, reached
 from hf_trak.sources.weights import check_files, load_with_report, read_weights
 
@@ -145,6 +145,7 @@ def make_point(
         )  # the rest of the base model is part of the final hash
         report = scale_adapter(model, point.alpha, base_rows=base_rows)
         return MadePoint({"alpha": point.alpha, "base": ADAPTER, **found, **report.identity()}, report)
+    check_unquantized(model)  # before a base is loaded
     tensors = load_base(model, point.base, point.revision)
     report = move_to_point(model, tensors, point.alpha)
     if report.cosine < LEAST_COSINE:

@@ -76,6 +76,7 @@ def move_to_point(
             vocabulary are of other tokens, or weights are quantized.
     """
     _check_alpha(alpha)
+    check_unquantized(model)
     initial = initial or {}
     owners = {id(parameter): module for module in model.modules() for parameter in module.parameters(recurse=False)}
     tokens = _tokens(model, base)
@@ -84,10 +85,6 @@ def move_to_point(
     sums, shared, total = _Sums(), 0, 0
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if not parameter.is_floating_point():
-                raise ValueError(
-                    f"{name} is of {parameter.dtype}: there are no points between quantized weights. Load the model unquantized."
-                )
             is_embedding = isinstance(owners[id(parameter)], nn.Embedding)
             total += 0 if is_embedding else parameter.numel()
             found = base.get(name)
@@ -132,6 +129,20 @@ def move_to_point(
                 buffer.copy_(_lerp(found, buffer, alpha))
     names = {kind: tuple(found) for kind, found in start.items()}
     return replace(PointReport(**names), rows=some_rows, distance=sums.distance, cosine=sums.cosine)  # type: ignore[arg-type]
+
+
+def check_unquantized(model: nn.Module) -> None:
+    """Check that there are points between weights.
+
+    Raises:
+        ValueError: If some are quantized.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            raise ValueError(
+                f"{name} is of {parameter.dtype}, and there are no points between quantized weights. Load the model unquantized, or leave "
+                "`base` out."
+            )
 
 
 class _Sums:
