@@ -15,8 +15,8 @@ from typing import Any
 
 ADAPTER, AUTO, INITIAL = "adapter", "auto", "initial"  # bases that are found
 DEFAULT_ALPHA = 0.5
-SINGLE_RUN = ("final", "epoch", "steps")
-_EXPECTED = "'final', 'epoch:K', 'steps:[S, ...]', 'runs:M' or 'subsets:M', with whole numbers of at least 1"
+SINGLE_RUN = ("final", "epoch", "steps", "path")
+_EXPECTED = "'final', 'epoch:K', 'steps:[S, ...]', 'path:K', 'runs:M' or 'subsets:M', with whole numbers of at least 1"
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Members:
     """A parsed `members=` string.
 
     Args:
-        kind (`str`): final, epoch, steps, runs or subsets.
+        kind (`str`): final, epoch, steps, path, runs or subsets.
         count (`int`): Checkpoints to keep; for epochs, the most.
         steps (`tuple[int, ...]`): For steps, which ones, in order.
     """
@@ -42,12 +42,30 @@ class Members:
         """
         if text == "final":
             return cls("final")
-        if match := re.fullmatch(r"(epoch|runs|subsets):([1-9]\d*)", text):
+        if match := re.fullmatch(r"(epoch|path|runs|subsets):([1-9]\d*)", text):
             return cls(match[1], int(match[2]))
         if match := re.fullmatch(r"steps:\[\s*([1-9]\d*(?:\s*,\s*[1-9]\d*)*)\s*,?\s*\]", text):
             steps = sorted({int(step) for step in match[1].split(",")})
             return cls("steps", len(steps), tuple(steps))
         raise ValueError(f"`members` must be {_EXPECTED}, but is {text!r}.")
+
+    def steps_of(self, n_steps: int) -> tuple[int, ...]:
+        """Return the steps of a run after which weights are kept: those that were named, or of a path those after 1/4, 1/8, ... of it.
+
+        Raises:
+            ValueError: If the run is too short.
+        """
+        if self.kind != "path":
+            if late := [step for step in self.steps if step > n_steps]:
+                raise ValueError(f"`members` asks for the weights after step {late[0]}, but the run ends at step {n_steps}.")
+            return self.steps
+        steps = sorted({round(n_steps / 2 ** (number + 2)) for number in range(self.count)} - {0})
+        if len(steps) < self.count:
+            raise ValueError(
+                f"members='path:{self.count}' keeps the weights after 1/4, 1/8, ... of the steps, but {n_steps} steps have {len(steps)} such "
+                "moments. Keep fewer, or name steps: 'steps:[...]'."
+            )
+        return tuple(steps)
 
     @property
     def is_single_run(self) -> bool:

@@ -71,7 +71,7 @@ logger = logging.getLogger(__name__)
 
 _TRIED = ".tried-"
 _TAGS = ("trak", "data-attribution")
-_SNAPSHOTS = {"final": "final", "epoch": "epoch-*", "steps": "step-*", "runs": "run-*", "subsets": "subset-*"}
+_SNAPSHOTS = {"final": "final", "epoch": "epoch-*", "steps": "step-*", "path": "step-*", "runs": "run-*", "subsets": "subset-*"}
 
 
 class AttributionTrainer(Trainer):

@@ -18,7 +18,7 @@ class AttributionArguments(FeatureArguments, TrainingArguments):
         default="final",
         metadata={
             "help": "Checkpoints to attribute with: 'final'; 'epoch:K', those of the last K epochs; 'steps:[100,200]', those after "
-            "these steps; 'runs:M', the final ones of M independent runs; 'subsets:M', those of M runs on random subsets of the "
+            "these steps; 'path:K', those after 1/4, 1/8, ... of the steps, early ones of the path; 'runs:M', the final ones of M independent runs; 'subsets:M', those of M runs on random subsets of the "
             "rows, beside the run on all of them. Subsets are the best per unit of compute, and let damping='auto' be chosen by them."
         },
     )

@@ -493,6 +493,16 @@ def test_a_trainer_keeps_the_weights_it_began_with_and_looks_halfway(tmp_path):
     assert np.array_equal(loaded.score(QUERIES, progress=False), index.score(QUERIES, progress=False))
 
 
+def test_early_snapshots_of_the_path_are_kept_and_featurized(tmp_path):
+    trainer = make_trainer(tmp_path / "run", members="path:2", max_steps=8)
+    trainer.train()
+    assert [folder.name for folder in trainer.member_checkpoints()] == ["step-0000001", "step-0000002"]
+    index = trainer.featurize()
+    hashes = {member.identity["model_sha256"] for member in index.members}
+    assert len(hashes) == 2
+    assert np.isfinite(trainer.attribute(top_k=2)["proponent_scores"][:]).all()
+
+
 def test_training_is_the_same_with_a_base_and_without(tmp_path):
     weights = []
     for base in (None, "initial"):

@@ -28,7 +28,8 @@ class AttributionCallback(TrainerCallback):
     not know are told by a warning; a callback cannot see `compute_loss_func` or an overridden `compute_loss`.
 
     Args:
-        members (`str`): Which to keep: "final", "epoch:K" for those of the last K epochs, or "steps:[S, ...]".
+        members (`str`): Which to keep: "final", "epoch:K" for those of the last K epochs, "steps:[S, ...]", or "path:K" for those after 1/4,
+            1/8, ... of the steps.
         keep_initial (`bool`): Keep the weights that the run begins with, too, as `<output_dir>/members/initial`: a base for points of
             the path from them. A run that goes on from a checkpoint needs those that it began with.
 
@@ -43,6 +44,7 @@ class AttributionCallback(TrainerCallback):
     def __init__(self, members: str = "final", *, keep_initial: bool = False) -> None:
         self.members = Members.parse(members)
         self.keep_initial = keep_initial
+        self._steps: tuple[int, ...] = ()  # until a run says how many it has
         if not self.members.is_single_run:
             raise ValueError(
                 f"A callback sees one training run, and members={members!r} takes several; use an AttributionTrainer."
@@ -52,11 +54,7 @@ class AttributionCallback(TrainerCallback):
         """Check that what is asked for can be kept, and forget snapshots that this run has not reached."""
         model = kwargs["model"]
         check_can_save(args, model, kwargs.get("processing_class"))
-        late = [step for step in self.members.steps if step > state.max_steps]
-        if late:
-            raise ValueError(
-                f"`members` asks for the weights after step {late[0]}, but the run ends at step {state.max_steps}."
-            )
+        self._steps = self.members.steps_of(state.max_steps)
         _check_rows(kwargs.get("train_dataloader"))
         folder = Path(args.output_dir) / MEMBERS_FOLDER
         if self.keep_initial and state.global_step > 0 and not is_snapshot(folder / INITIAL):
@@ -76,7 +74,7 @@ class AttributionCallback(TrainerCallback):
         for snapshot in folder.glob("*"):
             kind, _, number = snapshot.name.partition("-")
             ours = snapshot.name == "final" or (kind in reached and number.isdigit())
-            if ours and kind == self.members.kind.removesuffix("s"):
+            if ours and kind == ("step" if self._steps else self.members.kind):
                 refuse_other(snapshot)
             if ours and (snapshot.name == "final" or int(number) > reached[kind]):
                 discard_snapshot(snapshot)
@@ -89,7 +87,7 @@ class AttributionCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep the weights of a step that was asked for."""
-        if state.global_step in self.members.steps:
+        if state.global_step in self._steps:
             self._save(args, state, kwargs, f"step-{state.global_step:07d}")
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
