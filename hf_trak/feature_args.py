@@ -6,13 +6,29 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_trak.config import TrakConfig
-from hf_trak.members import lay_out_passes
+from hf_trak.members import lay_out_passes, read_alphas
 
 
 @dataclass
 class FeatureArguments:
     """What features are made of and how, as flags: shared by [`AttributionArguments`] and the command line."""
 
+    base: str | None = field(
+        default=None,
+        metadata={
+            "help": "The checkpoint that training began from, a folder or repository: features are then of points of the line from it to "
+            "the model, which can make better scores than the model itself (docs/halfway.md). 'adapter': the model under a LoRA adapter. "
+            "'auto': that, or the base_model of the model's card. 'initial' (AttributionTrainer): the weights that training began with, "
+            "which are kept."
+        },
+    )
+    alpha: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Which points base + alpha (model - base), at least 0 and below 1; each is a checkpoint. 0.5 if there is a base."
+        },
+    )
+    base_revision: str | None = field(default=None, metadata={"help": "Revision of the repository in base."})
     proj_dim: int = field(default=4096, metadata={"help": "Numbers kept per example. More is better and costs disk."})
     sketch_seed: int = field(default=0, metadata={"help": "Sketch seed of the first member; member i uses this plus i."})
     sketch_seeds_per_checkpoint: int = field(
@@ -148,6 +164,15 @@ class FeatureArguments:
             bank_size=self.bank_size,
             bank_seed=self.bank_seed,
         )
+
+    def path(self) -> dict[str, Any]:
+        """Return which points of which path features are of, as [`AttributionIndex.build`] takes it.
+
+        Raises:
+            ValueError: If `alpha` is out of range, or there is no base.
+        """
+        read_alphas(self.base, self.alpha)
+        return {"base": self.base, "alpha": self.alpha, "base_revision": self.base_revision}
 
     def member_counts(self) -> dict[str, Any]:
         """Return how many members a checkpoint makes, as [`AttributionIndex.build`] takes it."""

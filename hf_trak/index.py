@@ -56,6 +56,7 @@ class AttributionIndex(Questions, HubMixin):
         models (`Sequence`, *optional*): One model, folder or repository per checkpoint, in place of the recorded ones.
         processing_class (*optional*): In place of the one saved beside the recorded checkpoint.
         task (`Task` or a function, *optional*): Needed again for an index made with a task of your own; or `(model, config) -> Task`.
+        base (`str` or `Path`, *optional*): Of an index of points of a path: the base, in place of the recorded one.
         trust_remote_code (`bool`): Run code that recorded checkpoints bring along. Without it, such checkpoints are refused.
         repository (`HubIndex`, *optional*): What `folder` is the cache of; files that are not in it are fetched when they are used.
     """
@@ -67,6 +68,7 @@ class AttributionIndex(Questions, HubMixin):
         models: Sequence[PreTrainedModel | str | Path] | None = None,
         processing_class: Any = None,
         task: Task | TaskMaker | None = None,
+        base: str | Path | None = None,
         trust_remote_code: bool = False,
         repository: HubIndex | ObjectIndex | None = None,
     ) -> None:
@@ -94,7 +96,15 @@ class AttributionIndex(Questions, HubMixin):
         self.passes = recorded_passes(self.members)
         self.n_checkpoints = len({plan.checkpoint for plan in self.passes})
         self._queries = QuerySide(
-            self.folder, self.config, self.members, self.passes, models, processing_class, task, trust_remote_code
+            self.folder, self.config, self.members, self.passes, models, processing_class, task, trust_remote_code, base
+        )
+
+    def __repr__(self) -> str:
+        n_points = len({plan.checkpoint for plan in self.passes if "point" in self.members[plan.members[0]].identity})
+        points = f" ({n_points} points of a path)" if n_points else ""
+        return (
+            f"{type(self).__name__}({str(self.home)!r}, task={self.config.task!r}, n_rows={self.n_rows}, n_members={len(self.members)}, "
+            f"n_checkpoints={self.n_checkpoints}{points}, proj_dim={self.config.proj_dim})"
         )
 
     def _check_members(self) -> None:
@@ -122,11 +132,14 @@ class AttributionIndex(Questions, HubMixin):
         config: TrakConfig | None = None,
         processing_class: Any = None,
         task: Task | TaskMaker | None = None,
+        base: str | Path | Sequence[str | Path | None] | None = None,
+        alpha: float | Sequence[float] | None = None,
         revision: str | None = None,
+        base_revision: str | None = None,
         trust_remote_code: bool = False,
         sketch_seeds_per_checkpoint: int = 1,
         dropout_seeds: int = 0,
-        masks: Bool[Tensor, "n_checkpoints n_train"] | None = None,
+        masks: Bool[Tensor, "n_models n_train"] | None = None,
         batch_size: int | str = "auto",
         shard_rows: int = DEFAULT_SHARD_ROWS,
         keep_columns: Sequence[str] = (),
@@ -144,12 +157,17 @@ class AttributionIndex(Questions, HubMixin):
             models (`PreTrainedModel`, `str` or a sequence): One or more checkpoints. Queries are later featurized with the same: a
                 folder or repository is recorded and found again, a model in memory has to be given again.
             dataset (`Dataset`): The training set; its row order is the index's.
-            revision (`str`, *optional*): Of the repositories in `models`; the commit it stands for is recorded.
+            base (`str`, `Path` or a sequence, *optional*): The checkpoint that `models` were trained from: a folder or repository;
+                "adapter", the base model under a LoRA adapter; or "auto", that, or the `base_model` that the model's card names. Features
+                are then of points of the line from it to the model: docs/halfway.md. Several are one per model, None for the model itself.
+            alpha (`float` or a sequence, *optional*): Which points base + alpha (model − base), each a checkpoint of its own, at least 0 and
+                below 1; 0.5 by default.
+            revision, base_revision (`str`, *optional*): Of the repositories in `models` and `base`; the commits they stand for are recorded.
             trust_remote_code (`bool`): Run code that `models` bring along. Without it, such models are refused.
             sketch_seeds_per_checkpoint (`int`): Members that share a checkpoint's gradients, each with a sketch of its own. Each
                 further one costs disk, and the time of one more sketch: about a third of a pass.
             dropout_seeds (`int`): Thinned networks per checkpoint, in place of the whole one; each costs a pass of gradients.
-            masks (`torch.Tensor`, *optional*): Which rows each checkpoint was trained on, where those were random subsets. They are
+            masks (`torch.Tensor`, *optional*): Which rows each model was trained on, where those were random subsets. They are
                 recorded, and `damping="auto"` is chosen by them.
             batch_size (`int` or `"auto"`): Rows at a time; `"auto"` halves when memory runs out.
             shard_rows (`int`): Rows per file, and what a killed process loses at most.
@@ -175,7 +193,10 @@ class AttributionIndex(Questions, HubMixin):
                 processes=processes,
                 processing_class=processing_class,
                 task=task,
+                base=base,
+                alpha=alpha,
                 revision=revision,
+                base_revision=base_revision,
                 trust_remote_code=trust_remote_code,
                 sketch_seeds_per_checkpoint=sketch_seeds_per_checkpoint,
                 dropout_seeds=dropout_seeds,
@@ -205,11 +226,14 @@ class AttributionIndex(Questions, HubMixin):
         config: TrakConfig | None = None,
         processing_class: Any = None,
         task: Task | TaskMaker | None = None,
+        base: str | Path | Sequence[str | Path | None] | None = None,
+        alpha: float | Sequence[float] | None = None,
         revision: str | None = None,
+        base_revision: str | None = None,
         trust_remote_code: bool = False,
         sketch_seeds_per_checkpoint: int = 1,
         dropout_seeds: int = 0,
-        masks: Bool[Tensor, "n_checkpoints n_train"] | None = None,
+        masks: Bool[Tensor, "n_models n_train"] | None = None,
         batch_size: int | str = "auto",
         shard_rows: int = DEFAULT_SHARD_ROWS,
         keep_columns: Sequence[str] = (),
@@ -246,7 +270,10 @@ class AttributionIndex(Questions, HubMixin):
                 part=part,
                 processing_class=processing_class,
                 task=task,
+                base=base,
+                alpha=alpha,
                 revision=revision,
+                base_revision=base_revision,
                 trust_remote_code=trust_remote_code,
                 sketch_seeds_per_checkpoint=sketch_seeds_per_checkpoint,
                 dropout_seeds=dropout_seeds,

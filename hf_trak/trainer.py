@@ -24,7 +24,10 @@ from hf_trak.building.rehearsal import rehearse
 from hf_trak.config import TrakConfig
 from hf_trak.hub.cards import render_model_section
 from hf_trak.index import AttributionIndex
+from hf_trak.members import ADAPTER, AUTO, INITIAL
 from hf_trak.sources.kept_columns import check_kept
+from hf_trak.sources.path_bases import find_base, load_base
+from hf_trak.sources.path_points import check_scalable
 from hf_trak.storage.files import TEMPORARY, write_folder
 from hf_trak.storage.snapshots import is_snapshot
 from hf_trak.tasks import AutoTask, PairCollator, TaskCollator, is_dual_encoder, is_language_model
@@ -48,7 +51,15 @@ from hf_trak.training.more_runs import MoreRuns
 from hf_trak.training.random_state import random_state_kept
 from hf_trak.training.run_identity import describe_run
 from hf_trak.training.runs import RunRecord, load_masks
-from hf_trak.training.snapshots import check_can_save, check_loaded, is_plain, load_copy, loads_by_name, save_snapshot
+from hf_trak.training.snapshots import (
+    check_can_save,
+    check_loaded,
+    is_adapter,
+    is_plain,
+    load_copy,
+    loads_by_name,
+    save_snapshot,
+)
 from hf_trak.training_args import AttributionArguments
 
 if TYPE_CHECKING:
@@ -60,7 +71,7 @@ logger = logging.getLogger(__name__)
 
 _TRIED = ".tried-"
 _TAGS = ("trak", "data-attribution")
-_SNAPSHOTS = {"final": "final", "epoch": "epoch-*", "steps": "step-*", "runs": "run-*", "subsets": "subset-*"}
+_SNAPSHOTS = {"final": "final", "epoch": "epoch-*", "steps": "step-*", "path": "step-*", "runs": "run-*", "subsets": "subset-*"}
 
 
 class AttributionTrainer(Trainer):
@@ -84,6 +95,9 @@ class AttributionTrainer(Trainer):
 
     What attribution would refuse is refused before the first step: `train()` checks every row, saves the initial weights, loads them
     again and featurizes two rows. A loss that attribution does not know is told by a warning.
+
+    With `base="initial"` the weights that training begins with are kept, too, and features are of points between them and the members
+    (docs/halfway.md); `base` may also be the folder or repository that the model was loaded from.
 
     A model that transformers cannot load by its class's name (a plain `nn.Module`, a class of your own) is featurized as copies of the
     trainer's model with the snapshots' weights; see [`~AttributionTrainer.member_models`].
@@ -131,13 +145,54 @@ class AttributionTrainer(Trainer):
         self.attribution_dataset = attribution_dataset
         self.index: AttributionIndex | None = None
         self.members = args.parsed_members()
+        self._check_base()
         self._more_runs = None if self.members.is_single_run else MoreRuns(self, self.members, self._train_once)
         self._described: dict[str, Any] = {}
         self._told_losses: list[str] = []
         if self.members.is_single_run:
-            callback = AttributionCallback(args.members)
+            callback = AttributionCallback(args.members, keep_initial=args.base == INITIAL)
             callback._uploads_indexes = callback._tells_losses = False
             self.add_callback(callback)
+
+    def _check_base(self) -> None:
+        """Refuse a base that is none of this model's, and settle what "auto" means: an adapter's base model, else the initial weights.
+
+        Raises:
+            FileNotFoundError: If it is not there.
+            ValueError: If it cannot be.
+        """
+        args = self.args
+        if args.base is None or self.model is None:
+            return
+        if args.base == AUTO:
+            self.args = args = copy.copy(args)
+            args.base = ADAPTER if is_adapter(self.model) else INITIAL
+            logger.warning("base='auto' is base=%r here.", args.base)
+        if args.base == INITIAL and is_adapter(self.model):
+            raise ValueError("This model is an adapter, and begins as the model under it: give base='adapter'.")
+        if args.base == INITIAL:
+            if args.base_revision is not None:
+                raise ValueError("`base_revision` is for a base repository, but base='initial'.")
+            return
+        if args.base == ADAPTER and is_adapter(self.model):
+            check_scalable(self.model)
+        find_base(self.model, str(args.base), base_revision=args.base_revision)
+
+    def _path(self) -> dict[str, Any]:
+        """Return which points of which path members are of, as [`AttributionIndex.build`] takes it.
+
+        Raises:
+            FileNotFoundError: If the initial weights were not kept.
+        """
+        path = self.args.path()
+        if path["base"] == INITIAL:
+            path["base"] = self._members_folder / INITIAL
+            if not is_snapshot(path["base"]):
+                raise FileNotFoundError(
+                    f"{path['base']} is not there: the weights that training began with were not kept. Train with base='initial', or give "
+                    "the checkpoint that training began from as `base`."
+                )
+        return path
 
     @property
     def _attributed(self) -> Any:
@@ -274,6 +329,8 @@ class AttributionTrainer(Trainer):
                 device=self.args.device,
             )
             check_loaded(featurizer.model, self.model)
+            if self.args.base not in (None, INITIAL, ADAPTER):
+                load_base(featurizer.model, self.args.base, self.args.base_revision)  # raises for that of another model
 
     def _tell_of_queries(self, task: Task) -> None:
         """Say why the evaluation set cannot be the queries, if it cannot; others may be given."""
@@ -344,6 +401,7 @@ class AttributionTrainer(Trainer):
             config=self._trak_config(),
             processing_class=self.processing_class,
             task=self.task,
+            **self._path(),
             **self.args.member_counts(),
             masks=load_masks(self._members_folder)[: self.members.count] if with_masks else None,
             batch_size=self.args.rows_at_a_time(),

@@ -18,7 +18,7 @@ class AttributionArguments(FeatureArguments, TrainingArguments):
         default="final",
         metadata={
             "help": "Checkpoints to attribute with: 'final'; 'epoch:K', those of the last K epochs; 'steps:[100,200]', those after "
-            "these steps; 'runs:M', the final ones of M independent runs; 'subsets:M', those of M runs on random subsets of the "
+            "these steps; 'path:K', those after 1/4, 1/8, ... of the steps, early ones of the path; 'runs:M', the final ones of M independent runs; 'subsets:M', those of M runs on random subsets of the "
             "rows, beside the run on all of them. Subsets are the best per unit of compute, and let damping='auto' be chosen by them."
         },
     )
@@ -31,6 +31,9 @@ class AttributionArguments(FeatureArguments, TrainingArguments):
             raise ValueError(f"`subset_alpha` must lie between 0 and 1, but is {self.subset_alpha}.")
         self.member_counts()
         self.trak_config()
+        self.alpha = [self.alpha] if isinstance(self.alpha, (int, float)) else self.alpha
+        self.base = None if self.base is None else str(self.base)
+        self.path()
         super().__post_init__()
 
     def parsed_members(self) -> Members:

@@ -59,7 +59,7 @@ def trak_scores(
     return product / n_members * mean_out_to_loss[:, None]
 
 
-def points_scores(
+def scaled_scores(
     features_per_member: Sequence[np.ndarray],
     query_features_per_member: Sequence[np.ndarray],
     out_to_loss_per_member: Sequence[np.ndarray],

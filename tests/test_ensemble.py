@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets_for_tests import save_model, token_rows
 from models import make_model
-from reference import corrected_scores, points_scores, trak_scores
+from reference import corrected_scores, scaled_scores, trak_scores
 
 from hf_trak import AttributionIndex, TrakConfig
 from hf_trak.featurizing.featurizer import Featurizer
@@ -85,8 +85,8 @@ def test_scores_of_many_members_are_the_product_of_two_means(built):
 
 
 @pytest.mark.parametrize("power", [0.5, 1.0])
-def test_scores_of_points_of_a_path_are_of_one_size_and_weighed_by_their_own_out_to_loss(built, power):
-    expected = points_scores(*columns_of(built), DEFAULT_DAMPING, power)
+def test_members_are_of_one_size_and_weighed_by_their_own_out_to_loss(built, power):
+    expected = scaled_scores(*columns_of(built), DEFAULT_DAMPING, power)
     scores = built.score(QUERIES, out_to_loss_power=power, progress=False)
     np.testing.assert_allclose(scores, expected, rtol=2e-6, atol=1e-6 * np.abs(expected).max())
     hits = built.attribute(QUERIES, top_k=3, out_to_loss_power=power, progress=False)
@@ -98,12 +98,12 @@ def test_scores_of_points_of_a_path_are_of_one_size_and_weighed_by_their_own_out
 
 def test_one_member_is_the_same_by_either_combination(checkpoints, tmp_path):
     index = build(tmp_path / "index", checkpoints[0])
-    points, means = (index.score(QUERIES, combination=kind, progress=False) for kind in ("points", "means"))
-    np.testing.assert_allclose(points, means, rtol=1e-6)
+    scaled, means = (index.score(QUERIES, combination=kind, progress=False) for kind in ("scaled", "means"))
+    np.testing.assert_allclose(scaled, means, rtol=1e-6)
 
 
 def test_an_unknown_combination_is_refused(built):
-    with pytest.raises(ValueError, match="`combination` must be 'means' or 'points', but is 'sum'"):
+    with pytest.raises(ValueError, match="`combination` must be 'scaled' or 'means', but is 'sum'"):
         built.score(QUERIES, combination="sum", progress=False)
 
 

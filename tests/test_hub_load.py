@@ -15,6 +15,7 @@ from hub_for_tests import (
     QUERIES,
     build,
     bytes_of,
+    delete,
     head,
     large_files_of,
     load_and_score,
@@ -33,6 +34,25 @@ from hf_trak.training.runs import draw_masks
 pytest_plugins = ["hub_fixtures"]
 
 # What runs in the client process
+
+
+def build_from_card(folder, model, config):
+    """Return scores of a point of the path from the base that a model's card names, and where the base is recorded to be."""
+    index = build(folder, model, base="auto", config=config)
+    return scores_of(index), index.members[0].info["base"]
+
+
+def load_without_cache(repo, base):
+    """Load and score with nothing of a repository in the cache."""
+    import shutil
+
+    from huggingface_hub import constants
+
+    from hf_trak.sources import repositories
+
+    shutil.rmtree(Path(constants.HF_HUB_CACHE) / f"models--{base.replace('/', '--')}")
+    repositories._look_up_commit.cache_clear()
+    return load_and_score(repo)
 
 
 def load_choice(repo, models):
@@ -400,6 +420,26 @@ def test_a_members_model_is_loaded_at_its_commit_however_the_repository_moves(cl
     client(upload, repo, {"member_0/member.json": json.dumps(info).encode()})
     with pytest.raises(ValueError, match="This is not what member_0 of .* was featurized with:\n  model_sha256: "):
         client(load_and_score, repo)
+
+
+def test_points_of_a_path_are_made_again_from_the_commits_of_both_ends(client, new_name, checkpoint, tmp_path):
+    base, final, repo = new_name(), new_name(), new_name()
+    commit = client(upload, base, bytes_of(checkpoint), kind="model")
+    card = f"---\nbase_model: {base}\n---\n".encode()
+    files = bytes_of(save_model(tmp_path / "final", seed=2)) | {"README.md": card}
+    client(upload, final, files, kind="model")
+    scores, place = client(build_from_card, tmp_path / "index", final, new_config())
+    assert {key: place[key] for key in ("path", "repository", "revision")} == {
+        "path": None,
+        "repository": base,
+        "revision": commit,
+    }
+    client(push, tmp_path / "index", repo)
+    client(upload, base, bytes_of(save_model(tmp_path / "moved", seed=1)), kind="model")
+    assert np.array_equal(client(load_and_score, repo), scores)
+    client(delete, base)
+    with pytest.raises(FileNotFoundError, match=f"The base cannot be used: '{base}'"):
+        client(load_without_cache, repo, base)
 
 
 def test_the_training_sets_commit_and_licence_are_carried_over(client, new_name, checkpoint, tmp_path):

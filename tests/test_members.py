@@ -12,13 +12,14 @@ from hf_trak.members import Members, lay_out_passes
         ("epoch:3", Members("epoch", 3)),
         ("steps:[200, 100,100]", Members("steps", 2, (100, 200))),
         ("steps:[5]", Members("steps", 1, (5,))),
+        ("path:3", Members("path", 3)),
         ("runs:4", Members("runs", 4)),
         ("subsets:10", Members("subsets", 10)),
     ],
 )
 def test_every_form_is_understood(text, expected):
     assert Members.parse(text) == expected
-    assert Members.parse(text).is_single_run == (expected.kind in ("final", "epoch", "steps"))
+    assert Members.parse(text).is_single_run == (expected.kind in ("final", "epoch", "steps", "path"))
 
 
 @pytest.mark.parametrize(
@@ -26,8 +27,20 @@ def test_every_form_is_understood(text, expected):
     ["epoch:0", "epochs:3", "last", "epoch:", "steps:[]", "steps:100", "steps:[0]", "runs:", "subsets:-1", "final:1", ""],
 )
 def test_anything_else_is_answered_with_the_forms_there_are(text):
-    with pytest.raises(ValueError, match=r"`members` must be 'final', 'epoch:K', 'steps:\[S, ...\]', 'runs:M' or 'subsets:M'"):
+    with pytest.raises(
+        ValueError, match=r"`members` must be 'final', 'epoch:K', 'steps:\[S, ...\]', 'path:K', 'runs:M' or 'subsets:M'"
+    ):
         Members.parse(text)
+
+
+def test_a_path_has_early_steps_a_factor_of_two_apart():
+    assert Members("path", 3).steps_of(248) == (16, 31, 62)
+    assert Members("path", 1).steps_of(3) == (1,)
+    assert Members("steps", 2, (5, 9)).steps_of(9) == (5, 9)
+    with pytest.raises(ValueError, match="8 steps have 2 such moments"):
+        Members("path", 4).steps_of(8)
+    with pytest.raises(ValueError, match="after step 9, but the run ends at step 8"):
+        Members("steps", 2, (5, 9)).steps_of(8)
 
 
 def test_members_are_numbered_checkpoint_by_checkpoint_with_sketches_of_their_own():

@@ -13,7 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 from datasets_for_tests import save_model, token_rows
-from reference import points_scores
+from reference import scaled_scores
 from stored_for_tests import draw, store_index
 
 from hf_trak import AttributionIndex, TrakConfig
@@ -41,7 +41,7 @@ def index(tmp_path):
 
 
 def expected_scores(damping=3.0):
-    return points_scores([f for f, _ in MEMBERS], QUERIES, [q for _, q in MEMBERS], damping, 0.5)
+    return scaled_scores([f for f, _ in MEMBERS], QUERIES, [q for _, q in MEMBERS], damping, 0.5)
 
 
 def matrix(index, output_file=None, **options):

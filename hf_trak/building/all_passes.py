@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +20,10 @@ from hf_trak.building.training_rows import TrainingRows
 from hf_trak.config import CONFIG_NAME, TrakConfig
 from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.featurizing.placement import check_whole
-from hf_trak.members import lay_out_passes
+from hf_trak.members import PathPoint, lay_out_passes, read_alphas
 from hf_trak.processes.group import Processes
 from hf_trak.sources.checkpoints import check_is_checkpoint
+from hf_trak.sources.path_bases import find_base
 from hf_trak.storage.differences import list_differences
 from hf_trak.storage.files import read_json, remove_leftovers, write_folder, write_json, write_json_once
 from hf_trak.storage.layout import is_index_name, member_folders
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
+
+Base = str | Path | None
 
 
 def begin_index(folder: Path, config: TrakConfig, n_members: int, *, overwrite: bool, shared: bool = False) -> None:
@@ -119,9 +122,61 @@ def _differences(config: TrakConfig, folder: Path) -> list[str]:
     return config.differences(other) or list_differences(other.identity(), config.identity())
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint of an index: a model, or a point of the path to it.
+
+    Args:
+        model (`int`): Its number among the models that were given.
+        point (`PathPoint`, *optional*): None for the model itself.
+    """
+
+    model: int
+    point: PathPoint | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Return what a [`Featurizer`] is told of the point."""
+        if self.point is None:
+            return {}
+        return {"base": self.point.base, "alpha": self.point.alpha, "base_revision": self.point.revision}
+
+
+def lay_out_checkpoints(
+    models: Sequence[PreTrainedModel | str | Path],
+    base: Base | Sequence[Base],
+    alpha: float | Sequence[float] | None,
+    *,
+    revision: str | None,
+    base_revision: str | None,
+) -> list[Checkpoint]:
+    """Return the checkpoints that are made of some models: of each, its points in the order of `alpha`, or itself where it has no base.
+
+    Raises:
+        FileNotFoundError: If a base is not there.
+        ValueError: If there are not as many bases as models, one cannot be a model's base, or `alpha` is out of range.
+    """
+    bases: list[Any] = list(base) if isinstance(base, (list, tuple)) else [base] * len(models)
+    if len(bases) != len(models):
+        raise ValueError(
+            f"`base` must be one base, or one per model, None for none: {len(models)}, but there are {len(bases)}."
+        )
+    given = [one for one in bases if one is not None]
+    alphas = read_alphas(given[0] if given else None, alpha)
+    if base_revision is not None and not given:
+        raise ValueError("`base_revision` is given, but there is no `base`.")
+    checkpoints: list[Checkpoint] = []
+    for number, (model, one) in enumerate(zip(models, bases, strict=True)):
+        if one is None:
+            checkpoints.append(Checkpoint(number))
+            continue
+        point = find_base(model, one, revision=revision, base_revision=base_revision)
+        checkpoints += [Checkpoint(number, replace(point, alpha=value)) for value in alphas]
+    return checkpoints
+
+
 def build_members(
     folder: Path,
-    checkpoints: Sequence[PreTrainedModel | str | Path],
+    models: Sequence[PreTrainedModel | str | Path],
     dataset: Dataset,
     config: TrakConfig,
     *,
@@ -130,9 +185,12 @@ def build_members(
     processing_class: Any,
     task: Task | TaskMaker | None,
     revision: str | None,
+    base: Base | Sequence[Base] = None,
+    alpha: float | Sequence[float] | None = None,
+    base_revision: str | None = None,
     sketch_seeds_per_checkpoint: int,
     dropout_seeds: int,
-    masks: Bool[Tensor, "n_checkpoints n_train"] | None,
+    masks: Bool[Tensor, "n_models n_train"] | None,
     overwrite: bool,
     keep_columns: Sequence[str] = (),
     trust_remote_code: bool = False,
@@ -144,15 +202,16 @@ def build_members(
         processes ([`Processes`]): Among which shards are divided, and of which the first does what only one may do.
         part ([`Part`], *optional*): Make only this part of the shards, in a folder that others write to, and leave it unfinished.
     """
-    if not checkpoints:
+    if not models:
         raise ValueError("`models` is empty: give at least one checkpoint.")
     if len(dataset) == 0:
         raise ValueError("The dataset is empty: there is nothing to featurize.")
     dataset = as_stored(dataset)
-    _check_masks(masks, n_checkpoints=len(checkpoints), n_rows=len(dataset))
-    for checkpoint in checkpoints:
-        if isinstance(checkpoint, (str, Path)):  # the last one, too, is looked up before work begins
-            check_is_checkpoint(str(checkpoint), revision)
+    _check_masks(masks, n_models=len(models), n_rows=len(dataset))
+    for model in models:
+        if isinstance(model, (str, Path)):  # the last one, too, is looked up before work begins
+            check_is_checkpoint(str(model), revision)
+    checkpoints = lay_out_checkpoints(models, base, alpha, revision=revision, base_revision=base_revision)
     passes = lay_out_passes(
         len(checkpoints),
         seed=config.seed,
@@ -160,14 +219,18 @@ def build_members(
         dropout_seeds=dropout_seeds,
     )
     for number, plan in enumerate(passes):
+        checkpoint = checkpoints[plan.checkpoint]
+        if any(one.point is not None for one in checkpoints):
+            plan = replace(plan, model=checkpoint.model)
         featurizer = Featurizer(
-            checkpoints[plan.checkpoint],
+            models[checkpoint.model],
             config,
             processing_class,
             task=task,
             seed=plan.seeds,
             dropout_seed=plan.dropout_seed,
             revision=revision,
+            **checkpoint.arguments(),
             trust_remote_code=trust_remote_code,
             device=processes.device,
         )
@@ -196,7 +259,7 @@ def build_members(
             if part is None
             else partial(build_part_of_pass, part=part)
         )
-        mask = None if masks is None else masks[plan.checkpoint]
+        mask = None if masks is None else masks[checkpoint.model]
         description = f"Featurizing {number + 1}/{len(passes)}"
         build(folder, plan, featurizer, rows, mask=mask, description=description, **options)
     if part is None and processes.is_first:
@@ -214,14 +277,14 @@ def describe_columns(task: Task, dataset: Dataset) -> str:
     return "; ".join(parts) or "what the task's own collator reads"
 
 
-def _check_masks(masks: Bool[Tensor, "n_checkpoints n_train"] | None, *, n_checkpoints: int, n_rows: int) -> None:
-    """Check that there is one entry per checkpoint and training row.
+def _check_masks(masks: Bool[Tensor, "n_models n_train"] | None, *, n_models: int, n_rows: int) -> None:
+    """Check that there is one entry per model and training row.
 
     Raises:
         ValueError: With both shapes.
     """
-    if masks is not None and (masks.dtype != torch.bool or masks.shape != (n_checkpoints, n_rows)):
+    if masks is not None and (masks.dtype != torch.bool or masks.shape != (n_models, n_rows)):
         raise ValueError(
-            f"`masks` must be boolean of shape (n_checkpoints, n_train), here ({n_checkpoints}, {n_rows}), but are {masks.dtype} of "
+            f"`masks` must be boolean of shape (n_models, n_train), here ({n_models}, {n_rows}), but are {masks.dtype} of "
             f"shape {tuple(masks.shape)}."
         )

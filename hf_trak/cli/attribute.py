@@ -55,6 +55,9 @@ class AttributeArguments:
     model: list[str] | None = field(
         default=None, metadata={"help": "Checkpoints, in order, in place of the recorded ones.", "action": Collect}
     )
+    base: str | None = field(
+        default=None, metadata={"help": "Of an index of points of a path: the base, in place of the recorded one."}
+    )
     processor: str | None = field(
         default=None,
         metadata={
@@ -121,6 +124,7 @@ def run(args: AttributeArguments) -> None:
         args.index,
         revision=args.revision,
         models=args.model,
+        base=args.base,
         processing_class=args.processor,
         task=None if args.task is None else import_task(args.task),
         trust_remote_code=args.trust_remote_code,

@@ -65,6 +65,9 @@ class LDSArguments:
     model: list[str] | None = field(
         default=None, metadata={"help": "Checkpoints, in order, in place of the index's recorded ones.", "action": Collect}
     )
+    base: str | None = field(
+        default=None, metadata={"help": "Of an index of points of a path: the base, in place of the recorded one."}
+    )
     processor: str | None = field(
         default=None,
         metadata={
@@ -141,8 +144,8 @@ def _check(args: LDSArguments) -> None:
         raise ValueError("Whose score? Give --index and --queries, or --scores.")
     if args.index is not None and args.queries is None:
         raise ValueError("--index needs --queries: the rows whose outputs the ground truth holds, in its order.")
-    if args.index is None and (args.damping or args.model or args.processor or args.task):
-        raise ValueError("--damping, --model, --processor and --task say how an index scores, but there is no --index.")
+    if args.index is None and (args.damping or args.model or args.base or args.processor or args.task):
+        raise ValueError("--damping, --model, --base, --processor and --task say how an index scores, but there is no --index.")
     rows_at_a_time(args.batch_size, "--batch_size")
     if args.n_bootstrap < 0 or not 0 < args.confidence < 1:
         raise ValueError(

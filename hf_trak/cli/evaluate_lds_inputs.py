@@ -105,7 +105,7 @@ def checkpoints_of(index: AttributionIndex) -> list[Any]:
     for plan in index.passes:
         if plan.checkpoint not in found:
             featurizer = index.featurizer(plan.members[0])  # refuses weights that are not those recorded
-            by_name = featurizer.source is not None and featurizer.revision is None
+            by_name = featurizer.source is not None and featurizer.revision is None and featurizer.point is None
             found[plan.checkpoint] = featurizer.source if by_name else featurizer.model
     return list(found.values())
 
@@ -141,6 +141,7 @@ def load_inputs(args: LDSArguments, truth: GroundTruth) -> Inputs:
     n_train, n_query = truth.masks.shape[1], truth.outputs.shape[2]
     loading: dict[str, Any] = {
         "models": args.model,
+        "base": args.base,
         "processing_class": args.processor,
         "task": None if args.task is None else import_task(args.task),
         "trust_remote_code": args.trust_remote_code,

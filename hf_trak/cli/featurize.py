@@ -25,6 +25,7 @@ training. Stopped at any moment, the same command goes on where it stopped. Unde
 examples:
   hf-trak featurize --model my-bert --dataset train.parquet --output my-index
   hf-trak featurize --model my-bert --dataset train.parquet --output my-index --keep_columns text,label
+  hf-trak featurize --model my-bert --base google-bert/bert-base-uncased --dataset train.parquet --output my-index   (docs/halfway.md)
   hf-trak featurize --model run/members/epoch-0002 run/members/epoch-0003 --dataset stanfordnlp/sst2 --output my-index
   accelerate launch --multi_gpu scripts/featurize.py --model my-bert --dataset train.parquet --output my-index
   hf-trak featurize --model my-bert --dataset train.parquet --output my-index --task my_tasks:weighted   (docs/custom_tasks.md)
@@ -88,7 +89,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def run(args: FeaturizeArguments, features: FeatureArguments, given: Sequence[str] = ()) -> None:
     """Build the index, or a part of one, and say where it lies."""
-    config, counts = features.trak_config(), features.member_counts()
+    config, counts, path = features.trak_config(), features.member_counts(), features.path()
     rows_at_a_time(features.featurize_batch_size, "--featurize_batch_size")
     if features.shard_rows < 1:
         raise ValueError(f"--shard_rows must be at least 1, but is {features.shard_rows}.")
@@ -121,6 +122,7 @@ def run(args: FeaturizeArguments, features: FeatureArguments, given: Sequence[st
         "task": task,
         "revision": args.revision,
         "trust_remote_code": args.trust_remote_code,
+        **path,
         **counts,
         "batch_size": features.rows_at_a_time(),
         "shard_rows": features.shard_rows,
@@ -151,11 +153,20 @@ def _without_part(given: Sequence[str]) -> list[str]:
 def describe_index(index: AttributionIndex, output: str, *, seconds: float) -> str:
     """Say what was made, and how to load and ask it."""
     n_members = len(index.members)
+    points = describe_points(index)
     return (
         f"\n{index.n_rows:,} rows, {n_members} member{'s' * (n_members > 1)}, "
-        f"{index.members[0].info['coverage']:.1%} of the trainable parameters covered, {seconds:.1f} s.\n\n"
+        f"{index.members[0].info['coverage']:.1%} of the trainable parameters covered, {seconds:.1f} s.\n{points}\n"
         f"{how_to_load(index.home)}\n\nNow ask it:\n\n    hf-trak attribute {output} --queries DATASET --output hits.jsonl"
     )
+
+
+def describe_points(index: AttributionIndex) -> str:
+    """Say of which points of which path an index is, and what follows from that; nothing where it is of checkpoints themselves."""
+    from hf_trak.hub.cards import describe_paths
+
+    lines = describe_paths([member.info for member in index.members])
+    return "".join(f"{line}\n" for line in lines)
 
 
 def how_to_load(folder: Path) -> str:

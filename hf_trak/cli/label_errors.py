@@ -61,6 +61,9 @@ class LabelErrorsArguments:
     model: list[str] | None = field(
         default=None, metadata={"help": "Checkpoints, in order, in place of the recorded ones.", "action": Collect}
     )
+    base: str | None = field(
+        default=None, metadata={"help": "Of an index of points of a path: the base, in place of the recorded one."}
+    )
     task: str | None = field(
         default=None,
         metadata={
@@ -103,6 +106,7 @@ def run(args: LabelErrorsArguments) -> None:
         args.index,
         revision=args.revision,
         models=args.model,
+        base=args.base,
         task=None if args.task is None else import_task(args.task),
         trust_remote_code=args.trust_remote_code,
     )

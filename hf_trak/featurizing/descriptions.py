@@ -12,7 +12,7 @@ import torch
 
 from hf_trak.config import TrakConfig
 from hf_trak.featurizing.featurizer import Featurizer
-from hf_trak.members import Pass
+from hf_trak.members import ADAPTER, Pass
 from hf_trak.sources.model_configs import describe_model_config
 from hf_trak.sources.processing import describe_processing, tokenizer_of
 from hf_trak.sources.revisions import pinned_revision
@@ -40,6 +40,8 @@ def describe_member(folder: Path, plan: Pass, featurizer: Featurizer, dataset: D
     return {
         "checkpoint": _describe_checkpoint(folder, featurizer),
         "checkpoint_number": plan.checkpoint,
+        **({"model_number": plan.model} if plan.model is not None else {}),
+        **_describe_base(folder, featurizer),
         **_describe_processor(folder, featurizer),
         **describe_source(dataset),
         "training_set": describe_dataset(dataset),
@@ -74,6 +76,7 @@ def describe_featurizer(featurizer: Featurizer, columns: Mapping[str, Any]) -> d
         "model_class": type(featurizer.model).__name__,
         "parameters": featurizer.selection.shapes,
         "model_sha256": featurizer.model_hash(),
+        **({"point": made.identity} if (made := featurizer.made) is not None else {}),
         "model_config": describe_model_config(featurizer.model),
         **_describe_processing(featurizer, columns),
         **({"gpu_model": featurizer.gpu_model} if featurizer.gpu_model is not None else {}),
@@ -115,9 +118,9 @@ def recorded_passes(members: Sequence[MemberReader]) -> list[Pass]:
         seed = member.identity["seed"]
         if passes and (passes[-1].checkpoint, passes[-1].dropout_seed) == (checkpoint, dropout_seed):
             before = passes.pop()
-            passes.append(Pass(checkpoint, dropout_seed, (*before.members, number), (*before.seeds, seed)))
+            passes.append(Pass(checkpoint, dropout_seed, (*before.members, number), (*before.seeds, seed), before.model))
         else:
-            passes.append(Pass(checkpoint, dropout_seed, (number,), (seed,)))
+            passes.append(Pass(checkpoint, dropout_seed, (number,), (seed,), member.info.get("model_number")))
     return passes
 
 
@@ -138,6 +141,44 @@ def _describe_checkpoint(folder: Path, featurizer: Featurizer) -> dict[str, Any]
     if source is not None and Path(source).exists():
         return {"path": seen_from(folder, Path(source)), "repository": None, "revision": None}
     return {"path": None, "repository": source, "revision": featurizer.commit}
+
+
+def _describe_base(folder: Path, featurizer: Featurizer) -> dict[str, Any]:
+    """Where to find the base of a point's path again, and how far the final weights are from it; nothing for a checkpoint itself."""
+    point, made = featurizer.point, featurizer.made
+    if point is None or made is None:
+        return {}
+    if point.base == ADAPTER:
+        return {"base": {"path": None, "repository": None, "revision": None}}
+    is_folder = Path(point.base).exists()
+    place = {
+        "path": seen_from(folder, Path(point.base)) if is_folder else None,
+        "repository": None if is_folder else point.base,
+        "revision": point.revision,
+    }
+    measured = {"distance": round(made.report.distance, 6), "cosine": round(made.report.cosine, 6)}
+    return {"base": {**place, **measured}}
+
+
+def recorded_base(folder: Path, info: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the base of a member's path, its point and the base's commit, as [`Featurizer`] takes them; nothing for a checkpoint itself.
+
+    Raises:
+        FileNotFoundError: If the base's folder is not there now.
+    """
+    point = info["identity"].get("point")
+    if point is None:
+        return {}
+    place = info["base"]
+    base: Any = ADAPTER if point.get("base") == ADAPTER else place["repository"]
+    if place["path"] is not None:
+        base = folder / place["path"]
+        if not base.exists():
+            raise FileNotFoundError(
+                f"The base of {folder} was at {base}, and is not there now. It is needed to make the points of the path that the index is of: "
+                "say where it is with `base` (--base)."
+            )
+    return {"base": base, "alpha": point["alpha"], "base_revision": place["revision"]}
 
 
 def _describe_processor(folder: Path, featurizer: Featurizer) -> dict[str, Any]:

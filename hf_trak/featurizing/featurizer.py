@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
 import uuid
@@ -38,8 +39,10 @@ from hf_trak.gradients import (
     thinned,
 )
 from hf_trak.hashing import hash_tensors
+from hf_trak.members import PathPoint, read_alphas
 from hf_trak.projectors import FastJL, Identity, Projector, StackedProjector, make_projectors
-from hf_trak.sources.checkpoints import load_model
+from hf_trak.sources.checkpoints import load_model_and_base_rows
+from hf_trak.sources.path_bases import MadePoint, find_base, make_point
 from hf_trak.sources.processing import hash_processing_class
 from hf_trak.sources.processors import check_vocabulary, describe_absence, find_processing_class, is_name
 from hf_trak.sources.revisions import pinned_revision
@@ -91,6 +94,10 @@ class Featurizer:
             column comes once per seed, its name ending in `_seed_<seed>`.
         dropout_seed (`int`, *optional*): Of the units removed from the network, the same for every row; by default none are.
         revision (`str`, *optional*): Of the repository in `model`: a branch, tag or commit.
+        base (`str` or `Path`, *optional*): The checkpoint that training began from. Features are then of the point base + alpha (final −
+            base), made in memory; see [`AttributionIndex.build`].
+        alpha (`float`, *optional*): Which point; 0.5 by default.
+        base_revision (`str`, *optional*): Of the repository in `base`.
         trust_remote_code (`bool`): Run code that the repository in `model` brings along. Without it, such a model is refused.
         device (*optional*): By default, CUDA where there is one.
     """
@@ -105,6 +112,9 @@ class Featurizer:
         seed: int | Sequence[int] | None = None,
         dropout_seed: int | None = None,
         revision: str | None = None,
+        base: str | Path | None = None,
+        alpha: float | None = None,
+        base_revision: str | None = None,
         trust_remote_code: bool = False,
         device: str | torch.device | None = None,
     ) -> None:
@@ -117,7 +127,14 @@ class Featurizer:
         self.trust_remote_code = trust_remote_code
         self._commit: str | None = None
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self._model = None if isinstance(model, (str, Path)) else model
+        self._final = None if isinstance(model, (str, Path)) else model  # in memory
+        alphas = read_alphas(base, alpha)
+        if len(alphas) > 1:
+            raise ValueError(f"A Featurizer is of one point, but `alpha` is {alpha!r}. Make one for each.")
+        self._path = (base, alphas[0], base_revision) if base is not None else None
+        self._point: PathPoint | None = None  # until the base is found
+        self._made: MadePoint | None = None
+        self._model = self._final if base is None else None
         self._given = (processing_class, task)
         self._ready: tuple[Task, ParameterSelection, Projector, Any] | None = None
         self._unusable: ValueError | None = None  # what is wrong with the checkpoint's own tokenizer or processor
@@ -133,13 +150,42 @@ class Featurizer:
     @property
     def model(self) -> PreTrainedModel:
         if self._model is None:
-            if self.source is None:
+            if self.source is None and self._final is None:
                 raise ValueError(
                     "This Featurizer was made from a model in memory and has been sent to another process, where the model is "
                     "not. Save the model and make the Featurizer from the folder, or use num_proc=None."
                 )
-            self._model = load_model(self.source, self.commit, trust_remote_code=self.trust_remote_code)
+            self._model = self._load()
         return self._model
+
+    def _load(self) -> PreTrainedModel:
+        """Load the checkpoint; where a point of its path is asked for, make that of it, once the final weights are hashed."""
+        base_rows: Mapping[str, int] = {}
+        if self._final is not None:
+            model = copy.deepcopy(self._final)  # the caller's own stays what it is
+        else:
+            assert self.source is not None
+            model, base_rows = load_model_and_base_rows(self.source, self.commit, trust_remote_code=self.trust_remote_code)
+        if self.point is not None:
+            self._hash = _hash_weights(model)
+            self._made = make_point(model, self.point, base_rows=base_rows)
+        return model
+
+    @property
+    def point(self) -> PathPoint | None:
+        """Which point of the path to the checkpoint the features are of; None for the checkpoint itself."""
+        if self._path is not None and self._point is None:
+            base, alpha, revision = self._path
+            final: Any = self._final if self.source is None else self.source
+            found = find_base(final, base, revision=self.commit, base_revision=revision)
+            self._point = replace(found, alpha=alpha)
+        return self._point
+
+    @property
+    def made(self) -> MadePoint | None:
+        """What tells the point from others, and how it was made; None for the checkpoint itself."""
+        _ = self.model
+        return self._made
 
     @property
     def commit(self) -> str | None:
@@ -303,11 +349,11 @@ class Featurizer:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.compute_dtype == "bfloat16")
 
     def model_hash(self) -> str:
-        """Return the SHA-256 of the model's weights and buffers, but for modules that an adapter replaces: they are not used, and may
-        be random."""
+        """Return the SHA-256 of the checkpoint's weights and buffers, but for modules that an adapter replaces: they are not used, and may
+        be random. That of a point of a path is the final checkpoint's."""
         if self._hash is None:
-            state = self.model.state_dict()
-            self._hash = hash_tensors({name: value for name, value in state.items() if ".original_module." not in name})
+            model = self.model  # of a point, this sets the hash
+            self._hash = self._hash or _hash_weights(model)
         return self._hash
 
     @property
@@ -495,12 +541,20 @@ class Featurizer:
             "revision": self.commit,
             "trust_remote_code": self.trust_remote_code,
             "model_hash": self.model_hash(),
+            **self._point_state(),
             "processing_hash": hash_processing_class(self.processing_class if is_name(processing_class) else processing_class),
             "processor": self.processor,
             "task": _fingerprint(task) if task is not None else None,
             "bank": {name: values.cpu().numpy() for name, values in bank.tensors().items()} if bank is not None else None,
             "portable": self.source is not None and (processing_class is None or is_name(processing_class)) and task is None,
         }
+
+    def _point_state(self) -> dict[str, Any]:
+        """Return which point this is of, and its base by content; nothing of a checkpoint itself."""
+        if (point := self.point) is None:
+            return {}
+        path = {"base": point.base, "alpha": point.alpha, "base_revision": point.revision}
+        return {"path": path, "made": self.made.identity if self.made is not None else None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if multiprocess.parent_process() is not None:
@@ -514,11 +568,16 @@ class Featurizer:
             seed=state["seed"],
             dropout_seed=state["dropout_seed"],
             revision=state["revision"],
+            **(state.get("path", {}) if portable else {}),
             trust_remote_code=state["trust_remote_code"],
         )
         self._hash = state["model_hash"]
         if state["bank"] is not None:
             self._bank = Bank.from_tensors({name: torch.from_numpy(values) for name, values in state["bank"].items()})
+
+
+def _hash_weights(model: Any) -> str:
+    return hash_tensors({name: value for name, value in model.state_dict().items() if ".original_module." not in name})
 
 
 def _longest_first(batch: Mapping[str, Any], n_rows: int) -> list[int]:

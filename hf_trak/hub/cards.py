@@ -12,8 +12,10 @@ from urllib.parse import quote
 
 from hf_trak.config import TrakConfig
 from hf_trak.hashing import hash_json
+from hf_trak.members import ADAPTER
 from hf_trak.plain_text import markdown, markdown_code, visible
 from hf_trak.scoring.damping import DampingChoice
+from hf_trak.scoring.ensemble import default_power
 from hf_trak.storage.files import write_atomically
 from hf_trak.storage.layout import CURVE_NAME
 
@@ -34,6 +36,7 @@ _TAGS = ["trak", "data-attribution"]
 _SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B", "10B<n<100B")
 _LISTED_MEMBERS = 20
 _LISTED_NAMES = 30
+_NAMED = 4
 _SHOWN_UNITS = ("s", "CPU s", "GB", "cosine", "output")
 _QUALITY = ("lds", "lds_ceiling", "mrr", "recall_at_10", "hit_at_10", "flipped_found_share", "counterfactual_delta")
 
@@ -78,6 +81,8 @@ def render_index_card(
         source=_describe_training_set(first),
         members=[_describe_member(number, member) for number, member in enumerate(members[:_LISTED_MEMBERS])],
         more_members=max(0, len(members) - _LISTED_MEMBERS),
+        paths=describe_paths(members),
+        points=any("point" in member["identity"] for member in members),
         has_dropout=any("dropout_seed" in member["identity"] for member in members),
         kept=[markdown_code(str(column)) for column in first["identity"].get("kept", {}).get("columns", [])],
         versions=markdown(", ".join(f"{library} {version}" for library, version in first["versions"].items())),
@@ -102,6 +107,7 @@ def index_metadata(members: Sequence[Mapping[str, Any]], license: Mapping[str, A
     n_rows = members[0]["identity"]["n_rows"]
     source = members[0].get("source", {})
     models = [member["checkpoint"]["repository"] for member in members]
+    models += [member["base"]["repository"] for member in members if "base" in member]
     values: dict[str, Any] = {**license, "base_model": list(dict.fromkeys(model for model in models if model is not None))}
     return DatasetCardData(
         **{key: value for key, value in values.items() if value},
@@ -231,12 +237,58 @@ def _describe_member(number: int, member: Mapping[str, Any]) -> dict[str, Any]:
     if place["repository"] is not None:
         what += f", {_link(place['repository'])}"
         what += f" at commit {markdown_code(str(place['revision']))}" if place["revision"] else ""
+    if (point := identity.get("point")) is not None:
+        what += f"; {_describe_point(point, member['base'])}"
     return {
         "number": number,
         "checkpoint": what,
         "seed": identity["seed"],
         "dropout_seed": identity.get("dropout_seed", ""),
     }
+
+
+def _describe_point(point: Mapping[str, Any], base: Mapping[str, Any]) -> str:
+    """Say which point of which path a member is of."""
+    if point.get("base") == ADAPTER:
+        return f"its adapter times {point['alpha']:g}"
+    where = "a base in a folder" if base["repository"] is None else _link(base["repository"])
+    where += f" at commit {markdown_code(str(base['revision']))}" if base["revision"] else ""
+    return (
+        f"the point {point['alpha']:g} of the line to it from {where}, weights {markdown_code(str(point['base_sha256'])[:12])}"
+    )
+
+
+def describe_paths(members: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say of an index of points of a path what they are, and what of the scores follows from that; nothing of other indexes."""
+    points = [member for member in members if "point" in member["identity"]]
+    if not points:
+        return []
+    alphas = sorted({member["identity"]["point"]["alpha"] for member in points})
+    many = len(points) < len(members)
+    kind = members[0]["identity"]["out_to_loss_kind"]
+    which = (
+        "The member is a point"
+        if len(members) == 1
+        else f"{len(points) if many else 'All'} of {len(members)} members are points"
+    )
+    lines = [
+        f"{which} base + alpha (final - base) of a path, alpha = {', '.join(f'{alpha:g}' for alpha in alphas)}: outputs and out_to_loss are "
+        "the point's, not the final model's."
+    ]
+    new = sorted({name for member in points for name in member["identity"]["point"]["from_zero"] if ".lora_" not in name})
+    kept = sorted({name for member in points for name in member["identity"]["point"]["kept"]})
+    if new:
+        lines.append(f"New in the final model, so counted from 0: {_shorten(new)}.")
+    if kept:
+        lines.append(f"Not in the base, so at their final values: {_shorten(kept)}.")
+    if default_power(kind) < 1:
+        said = "1/2, as those of final checkpoints do" if many else "1; those of final checkpoints weigh by the power 1/2"
+        lines.append(f"By default scores weigh by 1 - p to the power {said} (out_to_loss_power).")
+    return lines
+
+
+def _shorten(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
 
 
 def _count_members(members: Sequence[Mapping[str, Any]]) -> str:

@@ -92,9 +92,9 @@ def _own_card(folder: Path) -> str:
 
 
 def _moved(member: MemberReader, folder: Path, target: Path) -> dict[str, Any]:
-    """Return a member's `member.json` for another folder: paths of its checkpoint and processor are as seen from the index."""
+    """Return a member's `member.json` for another folder: paths of its checkpoint, base and processor are as seen from the index."""
     moved = dict(member.info)
-    for key in ("checkpoint", "processor"):
+    for key in ("checkpoint", "base", "processor"):
         if (known := moved.get(key)) is not None and known["path"] is not None:
             moved[key] = {**known, "path": seen_from(target, folder / known["path"])}
     return moved

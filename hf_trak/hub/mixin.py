@@ -36,6 +36,7 @@ class HubMixin:
         models: PreTrainedModel | str | Path | Sequence[PreTrainedModel | str | Path] | None = None,
         processing_class: Any = None,
         task: Task | TaskMaker | None = None,
+        base: str | Path | None = None,
         trust_remote_code: bool = False,
     ) -> _Index:
         """Load an index from a folder, a dataset repository of the Hub, or an object store such as `s3://bucket/my-index`.
@@ -46,6 +47,7 @@ class HubMixin:
         Args:
             revision (`str`, *optional*): Of the repository: a branch, tag or commit.
             models (*optional*): Checkpoints in place of the recorded ones. A recorded repository is loaded at the recorded commit.
+            base (`str` or `Path`, *optional*): Of an index of points of a path: the base, in place of the recorded one.
             trust_remote_code (`bool`): Run code that recorded checkpoints bring along. Weights are loaded from safetensors in any case.
 
         Raises:
@@ -64,6 +66,7 @@ class HubMixin:
             models=given,
             processing_class=processing_class,
             task=task,
+            base=base,
             trust_remote_code=trust_remote_code,
             repository=repository,
         )

@@ -25,7 +25,7 @@ from hf_trak.scoring.ensemble import (
     ScoreOptions,
     SolvedQueries,
     check_residuals,
-    default_power,
+    default_power_of,
     self_influence,
     solve_all,
 )
@@ -85,11 +85,11 @@ class Questions:
             leverage (`bool`): Divide each row's influence by 1 − its leverage. See [`ScoreOptions`].
             soft_threshold (`int`, *optional*): Scores per query to stay nonzero: all move towards 0 until no more are left. The
                 paper's last step, which picks the number by cross-validation.
-            out_to_loss_power (`float`, *optional*): What 1 − p is raised to; by default 1/2, and 1 where
-                `trak_out_to_loss` is no 1 − p. The paper's TRAK is `damping=0, out_to_loss_power=1, combination="means"`.
+            out_to_loss_power (`float`, *optional*): What 1 − p is raised to; by default 1/2, and 1 where `trak_out_to_loss` is no
+                1 − p or all members are points of a path before its end. The paper's TRAK is `damping=0, out_to_loss_power=1, combination="means"`.
             combination (`str`, *optional*): How several members are combined: "means", the product of two means over members, as in
-                the paper, or "points", the mean over members of each one's influence, brought to one scale, times its own 1 − p; see
-                [`ScoreOptions`]. By default "points".
+                the paper, or "scaled", the mean over members of each one's influence, brought to one scale, times its own 1 − p; see
+                [`ScoreOptions`]. By default "scaled".
             direction (`str`): For image-caption pairs, what of a query is attributed: "pair"; "image", how the image tells its caption
                 from those of the bank; or "caption", how the caption tells its image.
             reference_rescale (`bool`): Only to reproduce MadryLab/trak's numbers, with `damping=0, out_to_loss_power=1`.
@@ -307,7 +307,7 @@ class Questions:
 
     @property
     def _default_power(self) -> float:
-        return default_power(self.members[0].identity["out_to_loss_kind"])
+        return default_power_of(self.members)
 
     def _options(
         self,
@@ -323,7 +323,7 @@ class Questions:
         power = self._default_power if out_to_loss_power is None else float(out_to_loss_power)
         if not 0 <= power <= 1:
             raise ValueError(f"`out_to_loss_power` must lie in 0 to 1, but is {out_to_loss_power}.")
-        combination = combination or "points"
+        combination = combination or "scaled"
         if combination not in COMBINATIONS:
             raise ValueError(f"`combination` must be {' or '.join(map(repr, COMBINATIONS))}, but is {combination!r}.")
         return ScoreOptions(self.resolve_damping(damping), residual_weighting, leverage, reference_rescale, power, combination)
@@ -336,7 +336,7 @@ class Questions:
         if self._choice is None:
             self._choice = DampingChoice.load(self.folder, self.members) or choose_damping(
                 self.members,
-                [plan.checkpoint for plan in self.passes for _ in plan.members],
+                [plan.checkpoint if plan.model is None else plan.model for plan in self.passes for _ in plan.members],
                 out_to_loss_power=self._default_power,
             )
         return self._choice

@@ -14,6 +14,7 @@ from hf_trak.featurizing.descriptions import (
     describe_featurizer,
     describe_task_code,
     library_minors,
+    recorded_base,
     recorded_checkpoint,
     recorded_processor,
     warn_of_libraries,
@@ -41,7 +42,9 @@ class QuerySide:
 
     Args:
         folder (`Path`): Of the index.
-        models (`Sequence`, *optional*): One per checkpoint, or one per member, in place of the recorded ones.
+        models (`Sequence`, *optional*): One per checkpoint, or one per member, in place of the recorded ones. Of points of a path, the final
+            models.
+        base (`str` or `Path`, *optional*): Of the paths, in place of the recorded ones.
 
     Raises:
         ValueError: If there are not as many models as checkpoints.
@@ -57,17 +60,28 @@ class QuerySide:
         processing_class: Any,
         task: Task | TaskMaker | None,
         trust_remote_code: bool = False,
+        base: str | Path | None = None,
     ) -> None:
         self.folder = folder
         self.config = config
         self.members = members
         self.n_checkpoints = len({plan.checkpoint for plan in passes})
-        if models is not None and len(models) not in (self.n_checkpoints, len(members)):
+        # Several points of a path have one final model.
+        self.n_models = len({(plan.model is None, plan.checkpoint if plan.model is None else plan.model) for plan in passes})
+        if models is not None and len(models) not in (self.n_models, self.n_checkpoints, len(members)):
+            counts = f"{self.n_checkpoints} checkpoints" + (
+                f" of {self.n_models} models" if self.n_models < self.n_checkpoints else ""
+            )
             raise ValueError(
-                f"{folder} has {self.n_checkpoints} checkpoints and {len(members)} members, but {len(models)} models were given. "
-                "Give one per checkpoint."
+                f"{folder} has {counts} and {len(members)} members, but {len(models)} models were given. "
+                f"Give one per {'model' if self.n_models < self.n_checkpoints else 'checkpoint'}."
+            )
+        if base is not None and not any("point" in member.identity for member in members):
+            raise ValueError(
+                f"`base` is given, but {folder} is of checkpoints themselves, and not of points of a path to them."
             )
         self.models = models
+        self.base = base
         self.processing_class = processing_class
         self.task = task
         self.trust_remote_code = trust_remote_code
@@ -94,6 +108,7 @@ class QuerySide:
             seed=plan.seeds,
             dropout_seed=plan.dropout_seed,
             revision=place["revision"] if given is None else None,
+            **self._path(self.members[first]),
             trust_remote_code=self.trust_remote_code,
         )
         if lines := self._differences(first, featurizer):
@@ -223,7 +238,17 @@ class QuerySide:
         """Return the model given for a pass, if any."""
         if self.models is None:
             return None
-        return self.models[plan.checkpoint if len(self.models) == self.n_checkpoints else plan.members[0]]
+        if len(self.models) == self.n_checkpoints:
+            return self.models[plan.checkpoint]
+        if len(self.models) == self.n_models and plan.model is not None:
+            return self.models[plan.model]
+        return self.models[plan.members[0]]
+
+    def _path(self, member: MemberReader) -> dict[str, Any]:
+        """Return which point of a path a member is of, as [`Featurizer`] takes it; nothing for a checkpoint itself."""
+        if self.base is None or "point" not in member.identity:
+            return recorded_base(self.folder, member.info)
+        return {"base": self.base, "alpha": member.identity["point"]["alpha"]}
 
 
 def featurize_queries(

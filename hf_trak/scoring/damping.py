@@ -112,7 +112,8 @@ def choose_damping(
     Each kernel is factored once per λ: up to a dozen λ, that is cheaper than its eigenvalues.
 
     Args:
-        checkpoints (`Sequence[int]`): Of each member, the number of its checkpoint: members that share one are never on both sides.
+        checkpoints (`Sequence[int]`): Of each member, the number of its checkpoint, or of the model whose path it is a point of: members
+            that share one are never on both sides.
         out_to_loss_power (`float`): As in the scores that the choice is for.
     """
     by_checkpoint = [

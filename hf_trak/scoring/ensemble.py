@@ -18,7 +18,7 @@ from hf_trak.storage.columns import Shard
 from hf_trak.storage.member_reader import MemberReader
 from hf_trak.storage.shard_blocks import aligned_blocks, member_blocks
 
-COMBINATIONS = ("means", "points")
+COMBINATIONS = ("scaled", "means")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class ScoreOptions:
             stay put. From the same approximation; the TRAK paper drops it too.
         reference_rescale (`bool`): Divide each inverse kernel by its mean absolute entry, only to reproduce MadryLab/trak's numbers.
         out_to_loss_power (`float`): What Q is raised to; the paper has 1. See [`default_power`].
-        combination (`str`): How several members become one. "points", the default: each member's influence is scaled, query by query,
+        combination (`str`): How several members become one. "scaled", the default: each member's influence is scaled, query by query,
             to one size over the training set, and weighed by the member's own Q before the mean is taken. "means": the mean influence
             times the mean Q, as in the paper.
     """
@@ -45,20 +45,27 @@ class ScoreOptions:
     reference_rescale: bool = False
     out_to_loss_power: float = 1.0
     # Differs from the paper, whose members are runs on random subsets: docs/decisions.md has the LDS of both.
-    combination: str = "points"
+    combination: str = "scaled"
 
 
-def default_power(out_to_loss_kind: str) -> float:
-    """Return the default power of Q: 1/2 where it is 1 − p or a mean of such, and 1 where it is something else.
+def default_power(out_to_loss_kind: str, *, points: bool = False) -> float:
+    """Return the default power of Q: 1/2 where it is 1 − p of a final checkpoint, or a mean of such, and 1 elsewhere.
 
     Args:
         out_to_loss_kind (`str`): As a [`Task`] states it and a member records it; the task's name has no part in it.
+        points (`bool`): Every member is a point of a path before its end. Where only some are, the power is that of final checkpoints.
 
     A model believes what it was trained on: the 1 − p that it has of a training example is smaller than without that example, and
-    the more so the better the example was learned. The root counters that.
+    the more so the better the example was learned. The root counters that. A point on the way to it has not learned the example as well.
     """
     # Differs from the paper, which has Q itself: docs/decisions.md has the LDS of both.
-    return 0.5 if out_to_loss_kind in ("one_minus_p", "mean_one_minus_p") else 1.0
+    return 0.5 if out_to_loss_kind in ("one_minus_p", "mean_one_minus_p") and not points else 1.0
+
+
+def default_power_of(members: Sequence[MemberReader]) -> float:
+    """Return the default power of Q for an ensemble: see [`default_power`]."""
+    kind = members[0].identity["out_to_loss_kind"]
+    return default_power(kind, points=all("point" in member.identity for member in members))
 
 
 class SolvedQueries(NamedTuple):
@@ -67,7 +74,7 @@ class SolvedQueries(NamedTuple):
     preconditioned: Float32[Tensor, "n_query proj_dim"]
     leverage: Float64[Tensor, " n_train"] | None
     influence_rms: Float64[Tensor, " n_query"] | None = None
-    """Root of the mean square of each query's influences over the training set, before Q; of `combination="points"` alone."""
+    """Root of the mean square of each query's influences over the training set, before Q; of `combination="scaled"` alone."""
 
 
 def check_residuals(member: MemberReader) -> None:
@@ -110,7 +117,7 @@ def solve_queries(member: MemberReader, queries: Float[Tensor, "n_query proj_dim
         reference_rescale=options.reference_rescale,
         dtype=torch.float32,
     )
-    rms = influence_rms(preconditioned, kernel, n_rows=member.n_rows) if options.combination == "points" else None
+    rms = influence_rms(preconditioned, kernel, n_rows=member.n_rows) if options.combination == "scaled" else None
     if not options.leverage:
         return SolvedQueries(preconditioned, None, rms)
     cholesky = factor(kernel, n_rows=member.n_rows, damping=options.damping)

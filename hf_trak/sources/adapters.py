@@ -57,8 +57,10 @@ def base_of(source: str, revision: str | None = None) -> tuple[str | None, str |
     return base, values.get("revision")
 
 
-def load_adapter(source: str, listing: Listing, revision: str | None = None, *, trust_remote_code: bool = False) -> Any:
-    """Load an adapter onto the base model that it names.
+def load_adapter(
+    source: str, listing: Listing, revision: str | None = None, *, trust_remote_code: bool = False
+) -> tuple[Any, dict[str, int]]:
+    """Load an adapter onto the base model that it names, and return it with the rows that the base model has of what is replaced.
 
     The class and the number of labels come from the `config.json` in the adapter's folder, as snapshots of an `AttributionTrainer`
     have it. PEFT, TRL and the Trainer write none: then they come from the adapter's task type and its saved head, or from the base
@@ -95,7 +97,7 @@ def load_adapter(source: str, listing: Listing, revision: str | None = None, *, 
         model, info = load_with_report(kind, base, base_listing, base_revision, **options)
     own = set(shapes)
     check_weights(model, info, base, elsewhere=[name for name in info["missing_keys"] if name in own] + _replaced(info, own))
-    _resize(model, shapes)
+    base_rows = {**_resize(model, shapes), **dict.fromkeys([*info["missing_keys"], *_replaced(info, own)], 0)}
     config = PeftConfig.from_pretrained(source, revision=revision)
     try:
         # PEFT trains no prompt that was loaded; `_train_prompt` makes it a parameter again.
@@ -110,7 +112,7 @@ def load_adapter(source: str, listing: Listing, revision: str | None = None, *, 
     _check_adapter(loaded, source, own)
     if config.is_prompt_learning:
         _train_prompt(loaded, source, values)
-    return loaded
+    return loaded, base_rows
 
 
 def _train_prompt(model: Any, source: str, values: dict[str, Any]) -> None:
@@ -239,15 +241,18 @@ def _n_labels(source: str, shapes: dict[str, tuple[int, ...]], base: str, config
     )
 
 
-def _resize(model: Any, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Give the base model as many tokens as the adapter's own embedding has."""
+def _resize(model: Any, shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
+    """Give the base model as many tokens as the adapter's own embedding has, and return how many rows of what changed were its own."""
     rows = [
         shape[0]
         for name, shape in shapes.items()
         if name.endswith(("embed_tokens.weight", "word_embeddings.weight", "wte.weight"))
     ]
-    if rows and rows[0] != model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(rows[0])
+    before = model.get_input_embeddings().num_embeddings if rows else 0
+    if not rows or rows[0] == before:
+        return {}
+    model.resize_token_embeddings(rows[0])
+    return {name: min(before, rows[0]) for name, value in model.named_parameters() if value.ndim and len(value) == rows[0]}
 
 
 def _check_adapter(model: Any, source: str, own: set[str]) -> None:

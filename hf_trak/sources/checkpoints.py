@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 __all__ = ["load_model", "load_processing_class"]
 
 
-@uncollected()
 def load_model(source: str, revision: str | None = None, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Load the class a checkpoint names in its `architectures`, from safetensors; an adapter on its base model.
 
@@ -29,12 +28,25 @@ def load_model(source: str, revision: str | None = None, *, trust_remote_code: b
         ValueError: If it names no class of transformers or `hf_trak.models`, or its weights are not those of that class; the message
             names the weights.
     """
+    return load_model_and_base_rows(source, revision, trust_remote_code=trust_remote_code)[0]
+
+
+@uncollected()
+def load_model_and_base_rows(
+    source: str, revision: str | None = None, *, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, dict[str, int]]:
+    """Load a checkpoint as [`load_model`] does, and return it with what of an adapter's base model is not its own.
+
+    Returns:
+        The model, and for an adapter the names of parameters of the base model whose rows, from these on, are not the base model's, because
+        the adapter replaces them; 0 where the base model lacks the parameter. Empty for other checkpoints.
+    """
     listing = look_up(source, revision)
     revision = listing.commit or revision
     with reached(listing):
         if "adapter_config.json" in listing.files:
             return load_adapter(source, listing, revision, trust_remote_code=trust_remote_code)
-        return _load(source, listing, revision, trust_remote_code=trust_remote_code)
+        return _load(source, listing, revision, trust_remote_code=trust_remote_code), {}
 
 
 def check_is_checkpoint(source: str, revision: str | None = None) -> None:

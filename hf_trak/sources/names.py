@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Set
+from collections.abc import Iterable, Set
 
 _ENOUGH = 0.9  # of the names that are missing
 _SAMPLE = 200  # names that the change is looked for in
@@ -32,6 +33,12 @@ def common_change(missing: Set[str], unexpected: Set[str]) -> tuple[str, str, in
     (removed, put), _ = min(changes.items(), key=lambda item: (-item[1], len(item[0][0]) + len(item[0][1]), item[0]))
     made = {_apply(name, removed, put) for name in unexpected} & missing
     return (removed, put, len(made)) if len(made) >= max(1, _ENOUGH * len(missing)) else None
+
+
+def as_pattern(removed: str, put: str, names: Iterable[str]) -> dict[str, str]:
+    """Return a change of names that [`common_change`] found as the regular expression and its replacement of transformers' `key_mapping`."""
+    begins = any(name.startswith(removed) for name in names)
+    return {f"{'^' if begins else '(?<=[.])'}{re.escape(removed)}": put}
 
 
 def _end(name: str) -> str:

@@ -6,14 +6,19 @@ normalisation layer or an embedding that the base lacks keeps its final value, b
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 _LEAST_SHARED = 0.5  # of the parameters outside embeddings; a base that shares fewer is another model's
+LEAST_COSINE = 0.1  # between base and final matrices; models that were trained apart have less
+# Starts of LoRA matrices that leave the base model as it is; the others take their product out of its weights.
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva")
+_OTHER_KINDS = (".lora_magnitude_vector", ".ia3_", ".prompt_encoder", ".vera_", ".hada_", ".lokr_")
 
 
 @dataclass(frozen=True)
@@ -25,23 +30,32 @@ class PointReport:
         from_initial (`tuple[str, ...]`): From a given initial value.
         from_zero (`tuple[str, ...]`): From 0, as new heads are.
         kept (`tuple[str, ...]`): At the final value.
+        rows (`dict[str, int]`): Of parameters with another number of rows than the base's: how many rows, from the first on, start
+            from the base. The others keep their final values.
         distance (`float`): $\\|\theta_1 - \theta_0\\| / \\|\theta_0\\|$ over the parameters that start from the base.
+        cosine (`float`): Between the base's and the final matrices. It is near 0 for models that were trained apart.
     """
 
     from_base: tuple[str, ...] = field(default_factory=tuple)
     from_initial: tuple[str, ...] = field(default_factory=tuple)
     from_zero: tuple[str, ...] = field(default_factory=tuple)
     kept: tuple[str, ...] = field(default_factory=tuple)
+    rows: dict[str, int] = field(default_factory=dict)
     distance: float = 0.0
+    cosine: float = 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """Return what an index records: counts, and the names of all that does not start from the base."""
+        return {**self.identity(), "distance": round(self.distance, 6), "cosine": round(self.cosine, 6)}
+
+    def identity(self) -> dict[str, Any]:
+        """Return the part of [`~PointReport.to_dict`] that is the same on every machine."""
         return {
             "from_base": len(self.from_base),
             "from_initial": list(self.from_initial),
             "from_zero": list(self.from_zero),
             "kept": list(self.kept),
-            "distance": round(self.distance, 6),
+            **({"rows": dict(self.rows)} if self.rows else {}),
         }
 
 
@@ -52,28 +66,43 @@ def move_to_point(
 
     Args:
         model (`nn.Module`): Has the final weights.
-        base (`Mapping[str, Tensor]`): The base's weights and buffers by the model's names for them. Names may be missing. An embedding,
-            or a layer over the vocabulary, may have another number of rows: rows that both have are moved, the others kept.
+        base (`Mapping[str, Tensor]`): The base's weights and buffers by the model's names for them. Names may be missing. What has a row
+            per token of the vocabulary may have another number of rows: rows that both have are moved, the others kept.
         alpha (`float`): 0 is the base, 1 the final model.
         initial (`Mapping[str, Tensor]`, *optional*): Initial values of parameters that the base lacks.
 
     Raises:
-        ValueError: If `alpha` is out of range, the base shares too few parameters with the model, or it equals the final model.
+        ValueError: If `alpha` is out of range, the base shares too few parameters with the model, it equals the final model, rows of its
+            vocabulary are of other tokens, or weights are quantized.
     """
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"`alpha` must lie between 0 (the base) and 1 (the final weights), but is {alpha:g}.")
+    _check_alpha(alpha)
+    check_unquantized(model)
     initial = initial or {}
     owners = {id(parameter): module for module in model.modules() for parameter in module.parameters(recurse=False)}
+    tokens = _tokens(model, base)
     start: dict[str, list[str]] = {"from_base": [], "from_initial": [], "from_zero": [], "kept": []}
-    moved, length, shared, total = 0.0, 0.0, 0, 0
+    some_rows: dict[str, int] = {}
+    sums, shared, total = _Sums(), 0, 0
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             is_embedding = isinstance(owners[id(parameter)], nn.Embedding)
             total += 0 if is_embedding else parameter.numel()
             found = base.get(name)
-            if found is not None and (rows := _shared_rows(parameter, found)):
-                difference = (parameter[:rows] - found[:rows].to(parameter)).double()
-                moved, length = moved + difference.square().sum().item(), length + found[:rows].double().square().sum().item()
+            if found is not None and parameter.ndim == 0 and found.ndim == 0:
+                sums.add(found, parameter)
+                parameter.copy_(_lerp(found, parameter, alpha))
+                start["from_base"].append(name)
+                shared += 1
+            elif found is not None and (rows := _shared_rows(parameter, found, tokens)):
+                cosine = sums.add(found[:rows], parameter[:rows])
+                if found.shape != parameter.shape:
+                    some_rows[name] = rows
+                    if parameter.ndim > 1 and cosine < LEAST_COSINE:
+                        raise ValueError(
+                            f"{name} has {len(parameter):,} rows in the final model and {len(found):,} in the base, and those that both "
+                            "have are of other tokens: their vocabularies differ in more than tokens added at the end. Give the base "
+                            "that the final model was trained from."
+                        )
                 parameter[:rows] = _lerp(found[:rows], parameter[:rows], alpha)
                 start["from_base"].append(name)
                 shared += 0 if is_embedding else parameter.numel()
@@ -90,7 +119,7 @@ def move_to_point(
                 f"The base shares {shared:,} of the {total:,} parameters outside embeddings with the final model, by name and shape, so "
                 "it is not what the final model was trained from. Give that checkpoint as `base` (--base)."
             )
-        if moved == 0:
+        if sums.moved == 0:
             raise ValueError(
                 "The base has the weights of the final model, so there is no path between them. Give another `base`."
             )
@@ -98,51 +127,151 @@ def move_to_point(
             found = base.get(name)
             if found is not None and found.shape == buffer.shape and buffer.is_floating_point():
                 buffer.copy_(_lerp(found, buffer, alpha))
-    return PointReport(**{kind: tuple(names) for kind, names in start.items()}, distance=(moved / max(length, 1e-300)) ** 0.5)
+    names = {kind: tuple(found) for kind, found in start.items()}
+    return replace(PointReport(**names), rows=some_rows, distance=sums.distance, cosine=sums.cosine)  # type: ignore[arg-type]
 
 
-def scale_adapter(model: nn.Module, alpha: float) -> PointReport:
+def check_unquantized(model: nn.Module) -> None:
+    """Check that there are points between weights.
+
+    Raises:
+        ValueError: If some are quantized.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            raise ValueError(
+                f"{name} is of {parameter.dtype}, and there are no points between quantized weights. Load the model unquantized, or leave "
+                "`base` out."
+            )
+
+
+class _Sums:
+    """How far the parameters that start from the base have moved, summed in float64."""
+
+    def __init__(self) -> None:
+        self.moved = self.length = self.inner = self.base_length = self.final_length = 0.0
+
+    def add(self, base: Tensor, final: Tensor) -> float:
+        """Add a parameter, and return the cosine between its two values."""
+        start, end = base.detach().to(final.device).double(), final.detach().double()
+        length = start.square().sum().item()
+        self.moved += (end - start).square().sum().item()
+        self.length += length
+        inner, final_length = (start * end).sum().item(), end.square().sum().item()
+        if final.ndim > 1:
+            self.inner, self.base_length = self.inner + inner, self.base_length + length
+            self.final_length += final_length
+        return inner / max((length * final_length) ** 0.5, 1e-300)
+
+    @property
+    def distance(self) -> float:
+        return (self.moved / max(self.length, 1e-300)) ** 0.5
+
+    @property
+    def cosine(self) -> float:
+        return self.inner / max((self.base_length * self.final_length) ** 0.5, 1e-300)
+
+
+def scale_adapter(model: nn.Module, alpha: float, *, base_rows: Mapping[str, int] | None = None) -> PointReport:
     """Move a PEFT LoRA adapter towards its base model in place: the update B A of every layer is multiplied by `alpha`.
 
     Modules that were trained whole beside the adapter (`modules_to_save`) start from the copy of the original that PEFT keeps.
 
+    Args:
+        base_rows (`Mapping[str, int]`, *optional*): Parameters of the base model, by its own names, of which the original is not the base's
+            beyond these leading rows; 0 for those that the base lacks, such as a new head, which then counts from 0.
+
     Raises:
         ValueError: If `alpha` is out of range, or the adapter is of a kind that a factor does not scale.
     """
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"`alpha` must lie between 0 (the base) and 1 (the final weights), but is {alpha:g}.")
+    _check_alpha(alpha)
+    base_rows = base_rows or {}
     named = dict(model.named_parameters())
-    scaled = [name for name in named if ".lora_B." in name or ".lora_embedding_B" in name]
-    others = [
-        name
-        for name in named
-        if any(part in name for part in (".lora_magnitude_vector", ".ia3_", ".prompt_encoder", ".vera_", ".hada_", ".lokr_"))
-    ]
-    if not scaled or others:
-        what = f"{others[0]}" if others else "no LoRA matrices"
-        raise ValueError(f"A path from the base model is known for LoRA adapters alone, but this adapter has {what}.")
-    start: dict[str, list[str]] = {"from_base": [], "from_zero": []}
+    owners = {id(parameter): module for module in model.modules() for parameter in module.parameters(recurse=False)}
+    scaled = check_scalable(model)
+    start: dict[str, list[str]] = {"from_base": [], "from_zero": list(scaled), "kept": []}
+    some_rows: dict[str, int] = {}
     with torch.no_grad():
         for name in scaled:
             named[name].mul_(alpha)
-            start["from_zero"].append(name)
         for name, parameter in named.items():
-            if ".modules_to_save." in name:
-                before, _, after = name.partition(".modules_to_save.")
-                original = named.get(f"{before}.original_module.{after.partition('.')[2]}")
-                if original is not None and original.shape == parameter.shape:
-                    parameter.copy_(_lerp(original, parameter, alpha))
-                    start["from_base"].append(name)
-    return PointReport(from_base=tuple(start["from_base"]), from_zero=tuple(start["from_zero"]))
+            if ".modules_to_save." not in name:
+                continue
+            before, _, after = name.partition(".modules_to_save.")
+            inside = after.partition(".")[2]
+            original = named.get(f"{before}.original_module.{inside}")
+            plain = re.sub(r"^base_model\.(model\.)?", "", f"{before}.{inside}")
+            rows = base_rows.get(plain, len(parameter) if parameter.ndim else 1)
+            if original is not None and original.shape == parameter.shape and rows:
+                if parameter.ndim and rows < len(parameter):
+                    some_rows[name] = rows
+                part = parameter[:rows] if parameter.ndim else parameter
+                part.copy_(_lerp(original[:rows] if parameter.ndim else original, part, alpha))
+                start["from_base"].append(name)
+            elif isinstance(owners[id(parameter)], nn.Embedding) or _is_norm(owners[id(parameter)]):
+                start["kept"].append(name)
+            else:
+                parameter.mul_(alpha)
+                start["from_zero"].append(name)
+    return replace(PointReport(**{kind: tuple(names) for kind, names in start.items()}), rows=some_rows)  # type: ignore[arg-type]
 
 
-def _shared_rows(final: Tensor, base: Tensor) -> int:
+def check_scalable(model: nn.Module) -> list[str]:
+    """Return the names of an adapter's parameters that a factor moves towards the base model.
+
+    Raises:
+        ValueError: Naming what is in the way.
+    """
+    named = dict(model.named_parameters())
+    scaled = [name for name in named if ".lora_B." in name or ".lora_embedding_B" in name]
+    others = [name for name in named if any(part in name for part in _OTHER_KINDS)]
+    if not scaled or others:
+        what = f"{others[0]}" if others else "no LoRA matrices"
+        raise ValueError(f"A path from the base model is known for LoRA adapters alone, but this adapter has {what}.")
+    whole = [
+        name
+        for name, parameter in named.items()
+        if parameter.requires_grad and ".lora_" not in name and ".modules_to_save." not in name
+    ]
+    if whole:
+        raise ValueError(
+            f"A path from the base model is known for LoRA matrices and modules_to_save, but this adapter also trains {whole[0]} in the "
+            "base model itself, whose earlier value is not known."
+        )
+    for config in getattr(model, "peft_config", {}).values():
+        kind = getattr(config, "init_lora_weights", True)
+        if kind not in _PLAIN_STARTS:
+            raise ValueError(
+                f"This adapter began with init_lora_weights={kind!r}, which changes the weights of the base model, so that a factor does "
+                "not lead to it. Merge the adapter into the model (`merge_and_unload`), and give the base model as `base`."
+            )
+    return scaled
+
+
+def _check_alpha(alpha: float) -> None:
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"`alpha` must lie between 0 (the base) and 1 (the final weights), but is {alpha:g}.")
+
+
+def _tokens(model: nn.Module, base: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Return how many rows the input embedding has in the final model and in the base; zeros where that is not known."""
+    get = getattr(model, "get_input_embeddings", None)
+    try:
+        embedding = get() if callable(get) else None
+    except NotImplementedError:  # models of images, and others without tokens
+        embedding = None
+    weight = getattr(embedding, "weight", None)
+    name = next((name for name, parameter in model.named_parameters() if parameter is weight), None)
+    if not isinstance(embedding, nn.Embedding) or name is None or name not in base:
+        return 0, 0
+    return len(embedding.weight), len(base[name])
+
+
+def _shared_rows(final: Tensor, base: Tensor, tokens: tuple[int, int]) -> int:
     """Return how many leading rows of two parameters lie on one line: all, or those of the smaller vocabulary; 0 if none do."""
-    if final.shape == base.shape:
-        return max(1, len(final)) if final.ndim else 0
-    if final.ndim == 2 and base.ndim == 2 and final.shape[1] == base.shape[1] and min(len(final), len(base)) > 1000:
-        return min(len(final), len(base))
-    return 0
+    if final.ndim == 0 or final.ndim != base.ndim or final.shape[1:] != base.shape[1:]:
+        return 0
+    return min(len(final), len(base)) if len(final) == len(base) or (len(final), len(base)) == tokens else 0
 
 
 def _lerp(start: Tensor, end: Tensor, alpha: float) -> Tensor:

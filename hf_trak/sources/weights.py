@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hf_trak.sources.repositories import Listing
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
@@ -137,6 +138,25 @@ def _mapped_files(source: str, revision: str | None) -> set[str]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{_INDEX} of {source} is damaged: {_first_line(error)}. Copy or download the checkpoint again."
+        ) from error
+
+
+def read_weights(source: str, listing: Listing, revision: str | None = None) -> dict[str, Tensor]:
+    """Return all tensors of a checkpoint's files, by the names they have there.
+
+    Raises:
+        ValueError: If a file is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    from transformers.utils import cached_file
+
+    names = [_WEIGHTS] if _WEIGHTS in listing.files else sorted(_mapped_files(source, revision))
+    try:
+        return {key: value for name in names for key, value in load_file(cached_file(source, name, revision=revision)).items()}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{_damaged(source, listing)} is damaged: {_first_line(error)}. Copy or download the checkpoint again."
         ) from error
 
 

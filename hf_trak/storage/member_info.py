@@ -23,6 +23,8 @@ def read_member_info(folder: Path) -> dict[str, Any]:
     for name in ("n_rows", "shard_rows"):
         if field_of(path, identity, name, int) < 1:
             raise _damaged(path, f"{name!r} is {identity[name]}, where a positive number is expected")
+    if "point" in identity:
+        _check_point(path, info, field_of(path, identity, "point", dict))
     rows = 0
     for number, entry in enumerate(field_of(path, info, "files", list)):
         if not isinstance(entry, dict):
@@ -36,6 +38,21 @@ def read_member_info(folder: Path) -> dict[str, Any]:
     if rows != n_rows:
         raise _damaged(path, f"its files have {rows:,} rows, where 'n_rows' is {n_rows:,}")
     return info
+
+
+def _check_point(path: Path, info: dict[str, Any], point: dict[str, Any]) -> None:
+    """Check that a member which is a point of a path says which, and where its base is."""
+    alpha = point.get("alpha")
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha < 1:
+        raise _damaged(path, f"'alpha' is {alpha!r}, where a number of at least 0 and below 1 is expected")
+    for name in ("from_zero", "kept"):
+        field_of(path, point, name, list)
+    base = field_of(path, info, "base", dict)
+    if wrong := [name for name in ("path", "repository", "revision") if not isinstance(base.get(name), (str, type(None)))]:
+        raise _damaged(path, f"{wrong[0]!r} of 'base' is {base[wrong[0]]!r}, where text or nothing is expected")
+    base = {"path": None, "repository": None, **base}
+    if point.get("base") is None and base["path"] is None and base["repository"] is None:
+        raise _damaged(path, "it does not say where the base of the path is")
 
 
 def _damaged(path: Path, reason: str) -> ValueError:

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_trak.members import Members
+from hf_trak.members import INITIAL, Members
 from hf_trak.storage.files import write_folder, write_json
 from hf_trak.storage.snapshots import is_snapshot, refuse_other
 from hf_trak.training.losses import list_unknown_losses_of_run, warning_of_losses
@@ -28,7 +28,10 @@ class AttributionCallback(TrainerCallback):
     not know are told by a warning; a callback cannot see `compute_loss_func` or an overridden `compute_loss`.
 
     Args:
-        members (`str`): Which to keep: "final", "epoch:K" for those of the last K epochs, or "steps:[S, ...]".
+        members (`str`): Which to keep: "final", "epoch:K" for those of the last K epochs, "steps:[S, ...]", or "path:K" for those after 1/4,
+            1/8, ... of the steps.
+        keep_initial (`bool`): Keep the weights that the run begins with, too, as `<output_dir>/members/initial`: a base for points of
+            the path from them. A run that goes on from a checkpoint needs those that it began with.
 
     Raises:
         ValueError: If `members` is none of these.
@@ -38,8 +41,10 @@ class AttributionCallback(TrainerCallback):
     _uploads_indexes = True
     _tells_losses = True
 
-    def __init__(self, members: str = "final") -> None:
+    def __init__(self, members: str = "final", *, keep_initial: bool = False) -> None:
         self.members = Members.parse(members)
+        self.keep_initial = keep_initial
+        self._steps: tuple[int, ...] = ()  # until a run says how many it has
         if not self.members.is_single_run:
             raise ValueError(
                 f"A callback sees one training run, and members={members!r} takes several; use an AttributionTrainer."
@@ -49,12 +54,14 @@ class AttributionCallback(TrainerCallback):
         """Check that what is asked for can be kept, and forget snapshots that this run has not reached."""
         model = kwargs["model"]
         check_can_save(args, model, kwargs.get("processing_class"))
-        late = [step for step in self.members.steps if step > state.max_steps]
-        if late:
-            raise ValueError(
-                f"`members` asks for the weights after step {late[0]}, but the run ends at step {state.max_steps}."
-            )
+        self._steps = self.members.steps_of(state.max_steps)
         _check_rows(kwargs.get("train_dataloader"))
+        folder = Path(args.output_dir) / MEMBERS_FOLDER
+        if self.keep_initial and state.global_step > 0 and not is_snapshot(folder / INITIAL):
+            raise ValueError(
+                f"This run goes on from a checkpoint, and the weights that it began with were not kept in {folder / INITIAL}. Start it "
+                "again with resume_from_checkpoint=False, or give the checkpoint that it began from as `base`."
+            )
         losses = list_unknown_losses_of_run(args, model) if self._tells_losses and state.is_world_process_zero else []
         if losses:
             warnings.warn(warning_of_losses(losses), UserWarning, stacklevel=2)
@@ -62,22 +69,25 @@ class AttributionCallback(TrainerCallback):
             self._check_upload(args)
         if not state.is_world_process_zero:
             return
-        folder = Path(args.output_dir) / MEMBERS_FOLDER
         check_writable(folder)
         reached = {"epoch": _epoch(state), "step": state.global_step}
         for snapshot in folder.glob("*"):
             kind, _, number = snapshot.name.partition("-")
             ours = snapshot.name == "final" or (kind in reached and number.isdigit())
-            if ours and kind == self.members.kind.removesuffix("s"):
+            if ours and kind == ("step" if self._steps else self.members.kind):
                 refuse_other(snapshot)
             if ours and (snapshot.name == "final" or int(number) > reached[kind]):
                 discard_snapshot(snapshot)
         # A new snapshot is whole before the oldest is deleted.
-        check_room(folder, model, self.members.count + (self.members.kind == "epoch"))
+        begins = self.keep_initial and state.global_step == 0
+        check_room(folder, model, self.members.count + (self.members.kind == "epoch") + begins)
+        if begins:
+            refuse_other(folder / INITIAL)
+            self._save(args, state, kwargs, INITIAL)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep the weights of a step that was asked for."""
-        if state.global_step in self.members.steps:
+        if state.global_step in self._steps:
             self._save(args, state, kwargs, f"step-{state.global_step:07d}")
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -17,7 +17,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 
 from hf_trak.hashing import stream_key
-from hf_trak.members import Members
+from hf_trak.members import INITIAL, Members
 from hf_trak.storage.files import write_atomically
 from hf_trak.storage.snapshots import is_snapshot, refuse_other, remove_snapshot, remove_trained
 from hf_trak.training.callback import check_writable
@@ -30,7 +30,6 @@ from hf_trak.training.snapshots import check_can_save, check_room, is_adapter, l
 logger = logging.getLogger(__name__)
 
 _WORK = "_runs"  # a name that the Trainer does not upload
-_INITIAL = "initial"
 _STATE = "trainer_state.json"
 # What a run changes of its trainer, and what the main run's user finds there afterwards.
 _KEPT = (
@@ -56,6 +55,11 @@ class MoreRuns:
     """
 
     def __init__(self, trainer: Trainer, members: Members, train_once: Callable[..., TrainOutput]) -> None:
+        if trainer.args.base == INITIAL and trainer.model_init is not None:
+            raise ValueError(
+                f"base='initial' are the weights that all runs begin with, and `model_init` makes others for each of members={trainer.args.members!r}. "
+                "Give a model in place of `model_init`, or another `base`."
+            )
         self.trainer = trainer
         self.members = members
         self.train_once = train_once
@@ -89,7 +93,8 @@ class MoreRuns:
                 _restore_callbacks(trainer, callbacks)
                 self._run(name, None if masks is None else masks[number], ignore_keys_for_eval)
         if trainer.is_world_process_zero():
-            remove_snapshot(self.folder / _INITIAL)
+            if trainer.args.base != INITIAL:
+                remove_snapshot(self.folder / INITIAL)
             if self.work.is_dir() and not any(self.work.iterdir()):
                 self.work.rmdir()
         return output
@@ -118,7 +123,7 @@ class MoreRuns:
             )
             if trainer.is_world_process_zero():
                 save_masks(self.folder, masks)
-        initial, runs = self.folder / _INITIAL, [self.folder / name for name in (self.main, *self.names)]
+        initial, runs = self.folder / INITIAL, [self.folder / name for name in (self.main, *self.names)]
         begun, finished = is_snapshot(initial), all(is_snapshot(run) for run in runs)
         trainer.accelerator.wait_for_everyone()  # all have looked before anything is written
         if trainer.model_init is None and begun:
@@ -131,7 +136,7 @@ class MoreRuns:
     def _check_place(self) -> None:
         """Check that all snapshots can be written, and that nothing else has their names."""
         check_writable(self.folder)
-        names = [self.main, *self.names, _INITIAL]
+        names = [self.main, *self.names, INITIAL]
         for name in names:
             refuse_other(self.folder / name)
             if (self.work / name).exists() and not (self.work / name / RECORD_NAME).is_file():
@@ -191,7 +196,7 @@ class MoreRuns:
         trainer.accelerator.dataloader_config.data_seed = None if trainer.args.data_seed is None else seed
         (enable_full_determinism if trainer.args.full_determinism else set_seed)(seed)
         if trainer.model_init is None:
-            self._load(self.folder / _INITIAL)
+            self._load(self.folder / INITIAL)
         record = RunRecord(work, work, describe_run(trainer, self.settings, subset=name))
         self.train_once(record, None, ignore_keys_for_eval)
         if trainer.is_world_process_zero():
