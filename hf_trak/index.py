@@ -160,8 +160,8 @@ class AttributionIndex(Questions, HubMixin):
             base (`str`, `Path` or a sequence, *optional*): The checkpoint that `models` were trained from: a folder or repository;
                 "adapter", the base model under a LoRA adapter; or "auto", that, or the `base_model` that the model's card names. Features
                 are then of points of the line from it to the model: docs/halfway.md. Several are one per model, None for the model itself.
-            alpha (`float` or a sequence, *optional*): Which points base + alpha (model − base), each a checkpoint of its own, at least 0 and
-                below 1; 0.5 by default.
+            alpha (`float` or a sequence, *optional*): Which points base + alpha (model − base), each a checkpoint that costs a pass of
+                gradients, at least 0 and below 1; by default 0.2, 0.5 and 0.8.
             revision, base_revision (`str`, *optional*): Of the repositories in `models` and `base`; the commits they stand for are recorded.
             trust_remote_code (`bool`): Run code that `models` bring along. Without it, such models are refused.
             sketch_seeds_per_checkpoint (`int`): Members that share a checkpoint's gradients, each with a sketch of its own. Each

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 ADAPTER, AUTO, INITIAL = "adapter", "auto", "initial"  # bases that are found
-DEFAULT_ALPHA = 0.5
+DEFAULT_ALPHAS = (0.2, 0.5, 0.8)
+_MIDDLE = 0.5  # of one point
 SINGLE_RUN = ("final", "epoch", "steps", "path")
 _EXPECTED = "'final', 'epoch:K', 'steps:[S, ...]', 'path:K', 'runs:M' or 'subsets:M', with whole numbers of at least 1"
 
@@ -87,7 +88,7 @@ class PathPoint:
     """
 
     base: str
-    alpha: float = DEFAULT_ALPHA
+    alpha: float = _MIDDLE
     revision: str | None = None
 
     def __post_init__(self) -> None:
@@ -111,7 +112,7 @@ def read_alphas(base: Any, alpha: float | Sequence[float] | None) -> tuple[float
                 "`base`. Give the checkpoint that training began from (--base), or leave `alpha` out."
             )
         return ()
-    given = (DEFAULT_ALPHA,) if given is None else given
+    given = DEFAULT_ALPHAS if given is None else given
     if not given or len(set(given)) < len(given):
         raise ValueError(f"`alpha` must be one number or several different ones, but is {alpha!r}.")
     return tuple(float(PathPoint(ADAPTER, one).alpha) for one in given)
