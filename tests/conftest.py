@@ -9,11 +9,11 @@ os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="
 
 from pathlib import Path
 
-import jaxtyping
 import pytest
+from shape_checks import begin_test, check_shapes
 
 # Before the first import of these modules: what is imported already is not checked.
-jaxtyping.install_import_hook(
+check_shapes(
     [
         "hf_trak.linalg",
         "hf_trak.hashing",
@@ -34,13 +34,17 @@ jaxtyping.install_import_hook(
         "hf_trak.evaluation.baselines.hessian",
         "hf_trak.evaluation.baselines.losses",
         "hf_trak.evaluation.counterfactual",
-    ],
-    "beartype.beartype",
+    ]
 )
 
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _check_shapes_again() -> None:
+    begin_test()
 
 
 @pytest.fixture(scope="session")

@@ -488,30 +488,42 @@ def dead_end():
         thread.join()
 
 
-def unreachable(*arguments: object, endpoint: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in a process for which no Hub can be reached."""
+CHILD = """
+import contextlib, io, json, sys
+from hf_trak.cli.main import main
+for line in sys.stdin:
+    error = io.StringIO()
+    with contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):
+        status = main(json.loads(line))
+    print(json.dumps([status, error.getvalue()]), flush=True)
+"""
+
+
+def test_without_a_network_every_command_says_so_at_once(files, tmp_path, dead_end):
+    """In a process of their own, for which the Hub is where every connection ends."""
+    commands = [
+        ["featurize", "--model", "me/none", "--dataset", files.rows, "--output", tmp_path / "index"],
+        ["featurize", "--model", files.model, "--dataset", "me/none", "--output", tmp_path / "index"],
+        ["attribute", "--index", "me/none", "--queries", files.rows, "--output", tmp_path / "hits.jsonl"],
+        ["push", files.index, "me/none", "--license", "mit"],
+        ["card", "me/none"],
+        ["evaluate", "lds", "--ground_truth", "me/none", "--scores", "x.npy"],
+    ]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
-    environment |= {"HF_ENDPOINT": endpoint, "NO_PROXY": "127.0.0.1", **variables}
-    command = [sys.executable, "-m", "hf_trak.cli.main", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
-
-
-@pytest.mark.parametrize("command", ["featurize", "dataset", "attribute", "push", "card", "evaluate"])
-def test_without_a_network_a_command_says_so_at_once(files, tmp_path, command, dead_end):
-    arguments = {
-        "featurize": ["featurize", "--model", "me/none", "--dataset", files.rows, "--output", tmp_path / "index"],
-        "dataset": ["featurize", "--model", files.model, "--dataset", "me/none", "--output", tmp_path / "index"],
-        "attribute": ["attribute", "--index", "me/none", "--queries", files.rows, "--output", tmp_path / "hits.jsonl"],
-        "push": ["push", files.index, "me/none", "--license", "mit"],
-        "card": ["card", "me/none"],
-        "evaluate": ["evaluate", "lds", "--ground_truth", "me/none", "--scores", "x.npy"],
-    }[command]
-    endpoint = f"http://127.0.0.1:{dead_end.server_address[1]}"
-    found = unreachable(*arguments, endpoint=endpoint, HF_HOME=str(tmp_path / "home"), HF_TOKEN="hf_SeCrEtSeCrEtSeCrEt")
-    assert found.returncode == 1
-    assert found.stderr.startswith("hf-trak: error: ")
-    assert found.stderr.count("\n") == 1
-    assert "cannot be reached" in found.stderr
-    assert "SeCrEt" not in found.stderr
-    # Retries of each file would take minutes. Time itself is not measured: it depends on what else the machine does.
-    assert 1 <= dead_end.count <= 3
+    environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{dead_end.server_address[1]}", "NO_PROXY": "127.0.0.1"}
+    environment |= {"HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_SeCrEtSeCrEtSeCrEt"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", CHILD], env=environment, **pipes) as child:
+        for command in commands:
+            dead_end.count = 0
+            child.stdin.write(f"{json.dumps(list(map(str, command)))}\n")
+            child.stdin.flush()
+            status, error = json.loads(child.stdout.readline())
+            assert status == 1, command
+            assert error.startswith("hf-trak: error: "), error
+            assert error.count("\n") == 1, error
+            assert "cannot be reached" in error
+            assert "SeCrEt" not in error
+            # Retries of each file would take minutes. Time itself is not measured: it depends on what else the machine does.
+            assert 1 <= dead_end.count <= 3, command
+        child.stdin.close()

@@ -316,8 +316,19 @@ def assert_right(model: nn.Module, found: Any, expected: Tensor, *, relative: fl
         assert (error <= relative * wanted.norm(dim=1) + 1e-6 * expected.norm(dim=1)).all(), (name, error)
 
 
-@pytest.mark.parametrize("lengths", [[5, 5, 5, 3], [3, 5, 5, 5], [5, 3, 5, 3, 4, 6]], ids=str)
-@pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    ("kind", "lengths"),
+    [
+        *[pytest.param(kind, [5, 3, 5, 3, 4, 6], id=kind.__name__) for kind in MODELS],
+        *[
+            pytest.param(
+                kind, lengths, id=f"{kind.__name__}-{lengths}", marks=() if kind is ZeroesPadding else pytest.mark.slow
+            )
+            for kind in MODELS
+            for lengths in ([5, 5, 5, 3], [3, 5, 5, 5])
+        ],
+    ],
+)
 def test_every_model_is_right_by_whichever_engine(kind: type[nn.Module], lengths: list[int]):
     model, dataset = make(kind), rows(lengths)
     featurizer = Featurizer(model, identity(model), task=make_task())

@@ -94,7 +94,7 @@ def test_residual_weighting_is_refused_where_there_is_no_class_probability(tmp_p
     model.classifier = torch.nn.Linear(16, 1)
     rows = token_rows(20)
     index = build(tmp_path / "index", model, dataset=rows, config=TrakConfig(proj_dim=8, task="text-regression"))
-    with pytest.raises(ValueError, match="needs the probability of a class label, but these are features of text-regression"):
+    with pytest.raises(ValueError, match="needs the probability of one label, but these are features of text-regression"):
         index.score(rows, residual_weighting=True, progress=False)
 
 

@@ -27,6 +27,18 @@ pytestmark = [
 ROUND_OFF = {torch.float32: 5e-6, torch.float64: 1e-12}  # relative, per example
 CASES = [(name, padding) for name in TEXT_MODELS for padding in ("right", "left")] + [(name, None) for name in IMAGE_MODELS]
 
+KINDS = ("bert", "llama", "vit", "resnet")  # one of each kind of layers, where every model would only cost time
+
+
+def each_engine_of_a_kind(*options: Any) -> list[Any]:
+    """Return every model with every engine and option; those that are slow are further models of kinds that are there."""
+    return [
+        pytest.param(name, engine, *option, marks=() if name in KINDS else pytest.mark.slow)
+        for name in MODELS
+        for engine in GRADIENTS
+        for option in (options or [()])
+    ]
+
 
 def identity(parameters: Mapping[str, nn.Parameter]) -> Identity:
     sizes = {name: parameter.numel() for name, parameter in parameters.items()}
@@ -72,8 +84,14 @@ def rows_of(batch: Mapping[str, Any], rows: list[int]) -> dict[str, Any]:
 # Law 1: layerwise = functional = a float64 loop.
 
 
-@pytest.mark.parametrize(("name", "padding"), CASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize(
+    ("name", "padding", "dtype"),
+    [
+        pytest.param(name, padding, dtype, marks=() if dtype == torch.float64 or name in KINDS else pytest.mark.slow)
+        for name, padding in CASES
+        for dtype in ROUND_OFF
+    ],
+)
 def test_engines_equal_a_float64_loop(name: str, padding: str | None, dtype: torch.dtype):
     model = make_model(name).to(dtype)
     batch = make_batch(name, **({"padding": padding} if padding else {}))
@@ -91,8 +109,7 @@ def test_engines_equal_a_float64_loop(name: str, padding: str | None, dtype: tor
         assert not result.output.requires_grad
 
 
-@pytest.mark.parametrize("engine", GRADIENTS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "engine"), each_engine_of_a_kind())
 def test_a_bfloat16_model_has_float32_features_close_to_its_float32_ones(name: str, engine: str):
     model, batch = make_model(name), make_batch(name)
     _, _, grads = gradient_loop(model, batch, classification_margin, list(select_parameters(model).parameters))
@@ -114,9 +131,7 @@ def test_layerwise_features_under_autocast_are_close_to_float32_ones(name: str):
     assert (torch.cosine_similarity(features, expected) > 0.99).all()
 
 
-@pytest.mark.parametrize("fold", [1, 4])
-@pytest.mark.parametrize("engine", GRADIENTS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "engine", "fold"), each_engine_of_a_kind((1,), (4,)))
 def test_a_sketch_of_a_batch_is_the_sketch_of_a_float64_loop(name: str, engine: str, fold: int, monkeypatch):
     monkeypatch.setattr(folding, "_SMALL", 1)  # so that these small layers fold
     model, batch = make_model(name), make_batch(name)
@@ -147,8 +162,7 @@ def test_chunks_do_not_change_functional_features():
 # Law 2: a row is the example's own.
 
 
-@pytest.mark.parametrize("engine", GRADIENTS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "engine"), each_engine_of_a_kind())
 def test_a_row_is_the_same_alone_in_any_batch_and_in_any_order(name: str, engine: str):
     model, batch = make_model(name), make_batch(name, n_rows=6)
     whole = gradients_of(model, batch, engine=engine)
@@ -520,7 +534,7 @@ def test_features_of_a_selection_are_that_slice_of_the_whole_gradient(name: str,
     assert_rows_close(result.features, expected, relative=5e-6)
 
 
-@pytest.mark.parametrize("name", [*TEXT_MODELS, *IMAGE_MODELS])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in KINDS else pytest.mark.slow) for name in MODELS])
 def test_each_parameter_can_be_selected_alone(name: str):
     model, batch = make_model(name), make_batch(name, n_rows=3)
     every = select_parameters(model).parameters

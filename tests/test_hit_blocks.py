@@ -95,7 +95,8 @@ def test_the_room_for_hits_counts_kept_columns(built):
     kept = built.kept_rows
     assert text > most_bytes(N_QUERIES, 4, 20) - (1 << 16)
     assert text < most_bytes(N_QUERIES, 4, 20, kept=kept.mean_bytes_as_text) - (1 << 16) < 2 * text
-    assert 0.8 * text < N_QUERIES * 8 * kept.mean_bytes < 1.2 * text
+    # Parquet's statistics of a shard repeat its least and its greatest value: two notes more to a shard of 8.
+    assert text < N_QUERIES * 8 * kept.mean_bytes < 1.3 * text
 
 
 def test_only_files_of_blocks_are_removed(tmp_path):

@@ -160,7 +160,7 @@ def test_settings_that_say_nothing_are_not_written(tmp_path: Path):
     index = AttributionIndex.build(tmp_path, models=model, dataset=train, config=TrakConfig(proj_dim=PROJ_DIM), progress=False)
     scores = index.score(queries, progress=False)
     old = {
-        "task": "seq2seq", "proj_dim": PROJ_DIM, "seed": 0, "projector": "block_count_sketch", "fold": 4, "gradients": "layerwise",
+        "task": "seq2seq", "proj_dim": PROJ_DIM, "seed": 0, "projector": "block_count_sketch", "fold": 4, "gradients": "auto",
         "compute_dtype": "float32", "damping": "auto", "dtype": "float32", "parameters": None, "text_columns": None,
         "image_column": None, "label_column": None, "max_length": None, "format_version": FORMAT_VERSION,
     }  # fmt: skip

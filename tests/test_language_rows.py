@@ -270,11 +270,15 @@ def decoder(name: str) -> nn.Module:
     return getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**sizes))
 
 
-@pytest.mark.parametrize("columns", PACKED)
-@pytest.mark.parametrize("name", ["llama lm", "gpt2 lm", "Mistral", "Gemma2"])
+# The columns are read alike for every model.
+@pytest.mark.parametrize(
+    ("name", "columns"),
+    [
+        *[("llama lm", columns) for columns in PACKED],
+        *[(name, columns) for name in ("gpt2 lm", "Mistral", "Gemma2") for columns in ("seq_lengths", "position_ids")],
+    ],
+)
 def test_packed_documents_have_the_gradient_of_the_documents_alone(name: str, columns: str):
-    if name != "llama lm" and columns not in ("seq_lengths", "position_ids"):
-        pytest.skip("the columns are read alike for every model")
     model = decoder(name).double().eval()
     size = sum(parameter.numel() for parameter in model.parameters())
     featurizer = Featurizer(model, TrakConfig(projector="identity", proj_dim=size, reduction="sum"))
@@ -382,8 +386,17 @@ def test_all_rows_without_a_scored_token_are_told_at_once_with_the_reasons():
     assert "--skip_unscored" in message
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "exact"])
-@pytest.mark.parametrize("gradients", ["layerwise", "functional"])
+@pytest.mark.parametrize(
+    ("gradients", "reduction"),
+    [
+        ("layerwise", "mean"),
+        ("functional", "sum"),
+        ("layerwise", "exact"),
+        pytest.param("layerwise", "sum", marks=pytest.mark.slow),
+        pytest.param("functional", "mean", marks=pytest.mark.slow),
+        pytest.param("functional", "exact", marks=pytest.mark.slow),
+    ],
+)
 def test_skipped_rows_stay_in_place_with_zeros_and_leave_the_others_as_they_are(
     reduction: str, gradients: str, tmp_path: Path, caplog
 ):
@@ -417,7 +430,9 @@ def test_skipped_rows_stay_in_place_with_zeros_and_leave_the_others_as_they_are(
         index.score(train.select([1]), progress=False)
 
 
-@pytest.mark.parametrize("name", ["t5", "bert mlm", "bert tokens", "bert qa"])
+@pytest.mark.parametrize(
+    "name", ["t5", "bert tokens", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bert mlm", "bert qa"))]
+)
 def test_skipped_rows_of_other_tasks_have_gradients_of_zero(name: str):
     rows: dict[str, Any] = {"input_ids": [[5, 6, 7], [8, 9]], "labels": [[1, 2, 1], [-100, -100]]}
     if name == "bert qa":
@@ -775,7 +790,9 @@ def test_a_loss_with_an_addition_is_told_once(tmp_path: Path, caplog):
     assert "The loss that MixtralForCausalLM itself computes for row 1" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["gpt2 lm", "t5", "bert tokens", "bert qa"])
+@pytest.mark.parametrize(
+    "name", ["t5", "bert qa", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2 lm", "bert tokens"))]
+)
 def test_a_batch_without_a_scored_token_has_a_loss_of_zero(name: str, tmp_path: Path):
     from hf_trak import AttributionArguments, AttributionTrainer
 

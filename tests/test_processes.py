@@ -145,7 +145,8 @@ def test_two_processes_one_killed_then_three_make_the_bytes_of_one(models, expec
     assert len({out.splitlines()[-1] for _, out, _ in results}) == 1, "every process got the same index"
 
 
-@pytest.mark.parametrize(("count", "shard_rows"), [(3, 25), pytest.param(8, 12, marks=pytest.mark.slow)])
+@pytest.mark.slow  # of the test above, three of which two have work
+@pytest.mark.parametrize(("count", "shard_rows"), [(3, 25), (8, 12)])
 def test_more_processes_than_shards_make_the_bytes_of_one(models, tmp_path, count, shard_rows):
     one = tmp_path / "one" / "index"
     AttributionIndex.build(one, **{**build_options(models), "shard_rows": shard_rows})

@@ -25,6 +25,8 @@ pytestmark = pytest.mark.filterwarnings(
 
 IDS = [[5, 6, 7, 8, 9, 10], [11, 12, 13], [14, 15, 16, 17]]
 N_CLASSES = 3
+VARIANTS = ("mt5", "qwen2 lm", "qwen3 lm", "roberta mlm")  # of models that are there
+EACH_MODEL = [pytest.param(name, marks=pytest.mark.slow if name in VARIANTS else ()) for name in LANGUAGE_MODELS]
 
 
 def rows_for(task: Task) -> dict[str, list[Any]]:
@@ -177,7 +179,7 @@ def scored_tokens(name: str, model: nn.Module, one: Mapping[str, Tensor]) -> lis
 # Laws.
 
 
-@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+@pytest.mark.parametrize("name", EACH_MODEL)
 def test_both_engines_equal_a_float64_loop(name: str):
     model = make_model(name)
     task = AutoTask.from_model(model)
@@ -193,7 +195,7 @@ def test_both_engines_equal_a_float64_loop(name: str):
     check_gradients(model, lambda rows: {key: value[list(rows)] for key, value in batch.items()}, 3, **options)
 
 
-@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+@pytest.mark.parametrize("name", EACH_MODEL)
 def test_a_row_depends_on_neither_padding_nor_batch_mates(name: str):
     model = make_model(name)
     task = AutoTask.from_model(model)

@@ -310,28 +310,41 @@ def build(folder, model):
     )
 
 
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory):
+    """An index that no test changes."""
+    folder = tmp_path_factory.mktemp("whole") / "index"
+    build(folder, model)
+    return folder
+
+
+@pytest.fixture
+def built(whole, tmp_path):
+    """A copy of it that a test may damage, as deep in the tree: the checkpoint's path is that seen from the index."""
+    shutil.copytree(whole, tmp_path / "index")
+    return tmp_path / "index"
+
+
 def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_only_damaged_files_are_made_again_and_with_the_same_bytes(model, tmp_path, monkeypatch, capsys):
-    folder = tmp_path / "index"
-    build(folder, model)
-    before = contents(folder)
-    swap(folder / shard(1), folder / shard(3))
-    (folder / shard(4)).unlink()
-    with_ids(folder / shard(0), [0, 1, 1, 3])
-    record_again(folder, shard(0))
-    (folder / "member_0" / "kernel.safetensors").write_bytes(b"?" * 100)
-    (folder / "member_0" / "thesis.tex").write_text("years of work")
-    (folder / ".trak_config.json.elsewhere.7.tmp").write_text("half")
+def test_only_damaged_files_are_made_again_and_with_the_same_bytes(model, built, monkeypatch, capsys):
+    before = contents(built)
+    swap(built / shard(1), built / shard(3))
+    (built / shard(4)).unlink()
+    with_ids(built / shard(0), [0, 1, 1, 3])
+    record_again(built, shard(0))
+    (built / "member_0" / "kernel.safetensors").write_bytes(b"?" * 100)
+    (built / "member_0" / "thesis.tex").write_text("years of work")
+    (built / ".trak_config.json.elsewhere.7.tmp").write_text("half")
     written = []
     real = MemberWriter.write
     monkeypatch.setattr(MemberWriter, "write", lambda *args: written.append(args[1]) or real(*args))
-    build(folder, model)
+    build(built, model)
     assert written == [0, 1, 3, 4]
-    assert contents(folder) == {**before, "member_0/thesis.tex": b"years of work"}
-    assert verify(folder, capsys) == (0, {})
+    assert contents(built) == {**before, "member_0/thesis.tex": b"years of work"}
+    assert verify(built, capsys) == (0, {})
 
 
 def test_a_finished_index_on_a_read_only_disk_is_returned_and_nothing_is_written(model, tmp_path):
@@ -370,32 +383,28 @@ LIST, CONFIG = "member_0/member.json", "trak_config.json"
         ("damping.json", lambda text: b'{"damping": 1e9, "grid": [1e9], "curve": [1.0]}'),
     ],
 )
-def test_a_damaged_description_is_mended_by_the_same_command_without_featurizing(model, tmp_path, monkeypatch, name, damage):
-    folder = tmp_path / "index"
-    build(folder, model)
-    expected = contents(folder)
+def test_a_damaged_description_is_mended_by_the_same_command_without_featurizing(model, built, monkeypatch, name, damage):
+    expected = contents(built)
     if damage is None:
-        (folder / name).unlink()
+        (built / name).unlink()
     else:
-        (folder / name).write_bytes(damage((folder / name).read_bytes() if (folder / name).exists() else b""))
+        (built / name).write_bytes(damage((built / name).read_bytes() if (built / name).exists() else b""))
         with pytest.raises(ValueError, match=Path(name).name if name != CONFIG else CONFIG + "|does not belong"):
-            AttributionIndex.from_pretrained(folder).damping_choice()
+            AttributionIndex.from_pretrained(built).damping_choice()
     written = []
     write = MemberWriter.write
     monkeypatch.setattr(
         MemberWriter, "write", lambda self, shard, columns: written.append(shard) or write(self, shard, columns)
     )
-    build(folder, model)
+    build(built, model)
     assert written == []
-    assert contents(folder) == expected
+    assert contents(built) == expected
 
 
-def test_of_a_member_without_its_list_damaged_rows_are_made_again(model, tmp_path, monkeypatch):
-    folder = tmp_path / "index"
-    build(folder, model)
-    expected = contents(folder)
-    (folder / LIST).write_bytes(b"{")
-    path = folder / sorted(name for name in expected if name.endswith(".parquet"))[1]
+def test_of_a_member_without_its_list_damaged_rows_are_made_again(model, built, monkeypatch):
+    expected = contents(built)
+    (built / LIST).write_bytes(b"{")
+    path = built / sorted(name for name in expected if name.endswith(".parquet"))[1]
     content = bytearray(path.read_bytes())
     content[len(content) // 3] ^= 1
     path.write_bytes(content)
@@ -404,22 +413,20 @@ def test_of_a_member_without_its_list_damaged_rows_are_made_again(model, tmp_pat
     monkeypatch.setattr(
         MemberWriter, "write", lambda self, shard, columns: written.append(shard) or write(self, shard, columns)
     )
-    build(folder, model)
+    build(built, model)
     assert written == [1]
-    assert contents(folder) == expected
+    assert contents(built) == expected
 
 
-def test_a_damaged_list_of_another_index_is_not_taken_over(model, tmp_path):
-    folder = tmp_path / "index"
-    build(folder, model)
-    (folder / LIST).write_bytes(b"{")
-    before = contents(folder)
+def test_a_damaged_list_of_another_index_is_not_taken_over(model, built):
+    (built / LIST).write_bytes(b"{")
+    before = contents(built)
     rows = token_rows(22, seed=9)
     with pytest.raises(ValueError, match="member.json is damaged"):
         AttributionIndex.build(
-            folder, models=model, dataset=rows, config=TrakConfig(proj_dim=8), shard_rows=SHARD_ROWS, progress=False
+            built, models=model, dataset=rows, config=TrakConfig(proj_dim=8), shard_rows=SHARD_ROWS, progress=False
         )
-    assert contents(folder) == before
+    assert contents(built) == before
 
 
 def test_a_changed_choice_of_damping_is_refused(tmp_path):

@@ -67,7 +67,7 @@ def test_text_becomes_full_rows_of_a_small_vocabulary_and_sorted_pairs(workloads
 
 
 def test_an_unknown_workload_is_named(workloads):
-    with pytest.raises(ValueError, match="bert, decoder, vit, not 'mlp'"):
+    with pytest.raises(ValueError, match="bert, decoder, vit, small_llama, small_qwen3, small_vit, not 'mlp'"):
         workloads.load_workload("mlp")
 
 

@@ -13,7 +13,7 @@ from PIL import Image as pillow
 from tokenizers_for_tests import word_tokenizer
 from transformers import CLIPImageProcessorPil, LlavaProcessor, Wav2Vec2FeatureExtractor
 
-from hf_trak import AutoTask, TrakConfig
+from hf_trak import AttributionIndex, AutoTask, TrakConfig
 from hf_trak.tasks import TaskCollator
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
@@ -54,6 +54,26 @@ def test_known_formats_of_multiple_choice_become_the_same_batch(name):
         assert row[len(ids) :] == [0] * (len(row) - len(ids))
     assert batch["labels"].tolist() == [1]
     assert task.columns_read(dataset.features)["label"] in FORMATS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "rows", "limit"),
+    [
+        ("BertForMultipleChoice", transformers.BertConfig(**TEXT), [FORMATS["swag"]] * 3, 40),  # as many as there are positions
+        ("Wav2Vec2ForCTC", transformers.Wav2Vec2Config(**WAVES), None, None),  # a transcript is never cut
+    ],
+)
+def test_an_index_of_raw_rows_records_where_texts_are_cut(tmp_path, name, config, rows, limit):
+    processor: Any = word_tokenizer()
+    if rows is None:
+        processor = transformers.Wav2Vec2Processor(Recogniser.feature_extractor, processor)
+        rows = [{"audio": wave, "text": text} for wave, text in zip(waves(), ("a b", "c"), strict=True)]
+    torch.manual_seed(0)
+    model, dataset = getattr(transformers, name)(config), Dataset.from_list(rows)
+    options = {"models": model, "processing_class": processor, "config": TrakConfig(proj_dim=8), "progress": False}
+    index = AttributionIndex.build(tmp_path, dataset=dataset, **options)
+    assert index.members[0].identity.get("max_length") == limit
+    assert np.isfinite(index.score(dataset, progress=False)).all()
 
 
 def test_columns_of_choices_can_be_named():

@@ -22,14 +22,12 @@ from hf_trak.storage.differences import list_differences
 from hf_trak.storage.member_reader import MemberReader
 from hf_trak.storage.object_store import seen_from
 from hf_trak.tasks import Task
-from hf_trak.tasks.inputs import CustomInputs
+from hf_trak.tasks.inputs import CustomInputs, CutsTexts
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
-
-_WITHOUT_LIMIT = 10**9
 
 
 def identity_of(config: TrakConfig) -> dict[str, Any]:
@@ -104,10 +102,10 @@ def _describe_processing(featurizer: Featurizer, columns: Mapping[str, Any]) -> 
         padded=getattr(inputs, "fixed_length", None) is not None,
         chats=bool({"messages", "completion"} & set(columns)),
     )
-    texts: Any = getattr(inputs, "texts", inputs)  # those of a contrastive task's texts are inputs of their own
-    cut = texts._limit(tokenizer_of(featurizer.processing_class)) if "tokenizer" in found and reads_texts else _WITHOUT_LIMIT
-    length = {"max_length": int(cut)} if cut < _WITHOUT_LIMIT else {}
-    return {**({"processing": found} if found else {}), **length}
+    limit = None
+    if reads_texts and "tokenizer" in found and isinstance(inputs, CutsTexts):
+        limit = inputs.text_limit(tokenizer_of(featurizer.processing_class))
+    return {**({"processing": found} if found else {}), **({"max_length": limit} if limit is not None else {})}
 
 
 def recorded_passes(members: Sequence[MemberReader]) -> list[Pass]:

@@ -417,17 +417,19 @@ class Featurizer:
         # Not under autocast, whose round-off would hide what is looked for.
         with thinned(self.model, self.dropout_seed), self._attention(setting):
             try:
-                self._engine, self._plan = decide(self.model, collate, len(numbers), setting=setting, **arguments)
+                engine, plan = decide(self.model, collate, len(numbers), setting=setting, **arguments)
             except TooFewExamples:
                 return
-            self._saw_padding = has_padding(collate(range(len(numbers))))
-            if self._engine.name == "loop" and setting == "auto":
+            if engine.name == "loop" and setting == "auto":
                 cost = cost_of_loop(self.model, collate, len(numbers), projector=projector, **arguments)
                 self._say(
-                    f"gradients='loop', one example at a time, since `layerwise` does not serve this model: {self._engine.reason}. "
+                    f"gradients='loop', one example at a time, since `layerwise` does not serve this model: {engine.reason}. "
                     f"Expect {cost:.1f} times the time of a plain forward and backward pass over batches, as measured on "
                     f"{len(numbers)} rows."
                 )
+            # Not before: rows that the loop cannot compute either say nothing of the engine.
+            self._engine, self._plan = engine, plan
+            self._saw_padding = has_padding(collate(range(len(numbers))))
 
     def _say(self, message: str) -> None:
         if message not in self._has_said:

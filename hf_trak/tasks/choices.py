@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_trak.errors import MissingProcessor
 from hf_trak.tasks.calls import APART
 from hf_trak.tasks.inputs import Rows
-from hf_trak.tasks.padding import NOT_DATA, has_learned_positions, position_limit, refuse_texts_without_boxes
+from hf_trak.tasks.padding import NOT_DATA, has_learned_positions, position_limit, refuse_texts_without_boxes, text_limit
 from hf_trak.tasks.rows import features_of, is_transformed, name_rows
 
 if TYPE_CHECKING:
@@ -272,14 +272,16 @@ class ChoiceInputs:
         label = self._label(row)
         return found, self._number(row[label], len(ids), None, label)
 
+    def text_limit(self, tokenizer: Any) -> int | None:
+        """Return how many tokens of a choice are kept; None for all."""
+        return text_limit(self.max_length, self.positions, tokenizer, strict=self.strict)
+
     def _encode(self, row: Mapping[str, Any], tokenizer: Any) -> tuple[dict[str, list[np.ndarray]], int]:
         if self._is_tokenized(row):
             return self._tokens(row)
         first, second, label = self._texts(row)
-        limits = (self.max_length or self.positions, getattr(tokenizer, "model_max_length", None))
-        limit = min((value for value in limits if value), default=10**9)
-        limit = min(limit, self.positions) if self.strict and self.positions is not None else limit
-        encoded = tokenizer(first, second, **({"truncation": True, "max_length": limit} if limit < 10**9 else {}))
+        limit = self.text_limit(tokenizer)
+        encoded = tokenizer(first, second, **({"truncation": True, "max_length": limit} if limit is not None else {}))
         names = [name for name in encoded if name in self.accepted and name != "attention_mask"]
         return {name: [np.asarray(choice) for choice in encoded[name]] for name in names}, label
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from hf_trak.tasks.padding import (
     pad_tokens,
     position_limit,
     refuse_texts_without_boxes,
+    text_limit,
     vocabulary_size,
 )
 from hf_trak.tasks.pictures import check_pictures, find_image_columns, open_pictures
@@ -73,6 +74,15 @@ class Inputs(Protocol):
 
         It is the row's tokens where they are given, or a tokenizer is.
         """
+        ...
+
+
+@runtime_checkable
+class CutsTexts(Protocol):
+    """Inputs that cut texts at a number of tokens, which is then part of what features mean."""
+
+    def text_limit(self, tokenizer: Any) -> int | None:
+        """Return how many tokens of a text are kept; None for all."""
         ...
 
 
@@ -263,15 +273,13 @@ class TextInputs:
         }
         return self._columns(kinds)
 
-    def _limit(self, tokenizer: Any) -> int:
-        """Return how many tokens of a text are kept."""
-        limits = (self.max_length or self.positions, getattr(tokenizer, "model_max_length", None))
-        limit = min((value for value in limits if value), default=10**9)
-        return min(limit, self.positions) if self.strict and self.positions is not None else limit
+    def text_limit(self, tokenizer: Any) -> int | None:
+        """Return how many tokens of a text are kept; None for all."""
+        return text_limit(self.max_length, self.positions, tokenizer, strict=self.strict)
 
     def _tokenize(self, texts: list[list[str]], processing_class: Any) -> Mapping[str, list[list[int]]]:
-        limit = self._limit(processing_class)
-        options = {"truncation": True, "max_length": limit} if limit < 10**9 else {}
+        limit = self.text_limit(processing_class)
+        options = {"truncation": True, "max_length": limit} if limit is not None else {}
         return processing_class(*texts, **options)
 
     def _pad(self, encoded: dict[str, list[np.ndarray]]) -> dict[str, Tensor]:

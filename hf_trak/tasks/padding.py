@@ -34,6 +34,18 @@ def position_limit(model: PreTrainedModel) -> int | None:
     return min([stated, *(rows - skipped for rows, skipped in tables)])
 
 
+def text_limit(max_length: int | None, positions: int | None, tokenizer: Any, *, strict: bool) -> int | None:
+    """Return how many tokens of a text are kept: `max_length`, or else as many as there are positions, and no more than the tokenizer
+    allows; None for all.
+
+    Args:
+        strict (`bool`): Whether a text beyond the positions is an error, so that `max_length` cannot exceed them.
+    """
+    limits = [max_length or positions, getattr(tokenizer, "model_max_length", None), positions if strict else None]
+    limit = min((value for value in limits if value), default=_ABSURD)
+    return int(limit) if limit < _ABSURD else None
+
+
 def has_learned_positions(model: PreTrainedModel) -> bool:
     """Return whether a model looks its positions up in a table, so that a longer text is an error and not only untrained."""
     return bool(_position_tables(model))

@@ -188,6 +188,10 @@ class PairInputs:
         ]
         return next((name for name in _CAPTION_COLUMNS if name in strings), strings[0])
 
+    def text_limit(self, tokenizer: Any) -> int | None:
+        """Return how many tokens of a caption are kept; None for all."""
+        return self.texts.text_limit(tokenizer)
+
     def lengths(self, dataset: Dataset, processing_class: Any = None) -> list[int] | None:
         """None: a row's cost is its image's, which are all alike."""
         return None

@@ -417,6 +417,11 @@ class TokenInputs(abc.ABC):
             if name in self.accepted and name not in _HANDLED
         }
 
+    def text_limit(self, tokenizer: Any) -> int | None:
+        """Return how many tokens of a text are kept; None for all."""
+        limit = self._limit(tokenizer)
+        return limit if limit < _NO_LIMIT else None
+
     def _limit(self, processing_class: Any) -> int:
         """Return how many tokens of a text are kept."""
         return min(

@@ -93,6 +93,7 @@ class Projections:
         StateInputs(),
         ContrastiveOutput("softmax", "logit_scale", None, ("image",), ("text",)),
         needs_labels=False,
+        out_to_loss_kind="mean_one_minus_p",
     )
     config = TrakConfig(fold=1)
     processing_class = None

@@ -46,7 +46,8 @@ def fact_task(encoder: Encoder, *, output: str = "log_odds", reduction: str = "m
 
     scored = f"{'+sentinel' * encoder.score_sentinel}{'+eos' * encoder.score_eos}"
     name = f"fact-tracing:{reduction} {output} of answer{scored}"
-    return Task(name, FactInputs(encoder), output_function, needs_labels=False)
+    kind = "mean_one_minus_p" if output == "log_odds" else "one"
+    return Task(name, FactInputs(encoder), output_function, needs_labels=False, out_to_loss_kind=kind)
 
 
 def answer_output(

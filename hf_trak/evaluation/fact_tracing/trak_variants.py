@@ -50,7 +50,7 @@ FEATURES = dict(
 DAMPINGS: tuple[float | str, ...] = ("auto", 0.03, 0.3)
 GROUPS = {"halves": ("halves",), "checkpoints": ("checkpoints",), "both": ("halves", "checkpoints")}
 """Which indexes a choice of members takes; TRAK averages over all members of all of them."""
-_POWER = default_power("mean_one_minus_p")
+_POWER = default_power("mean_one_minus_p")  # the kind of `fact_task`
 
 
 def trak_scores(space: Workspace, name: str) -> dict[str, np.ndarray]:
