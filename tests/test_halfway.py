@@ -105,10 +105,8 @@ def test_a_member_records_the_whole_recipe(pair, built):
     assert "2 points of a path" in repr(built)
 
 
-def test_the_final_models_hash_is_what_it_is_without_a_base(pair, built, tmp_path):
-    final = build(tmp_path / "index", pair[0] / "final", dataset=TRAIN.select(range(4)))
-    assert final.members[0].identity["model_sha256"] == built.members[0].identity["model_sha256"]
-    assert "point" not in final.members[0].identity
+def test_the_final_models_hash_is_what_it_is_without_a_base(pair, built):
+    assert Featurizer(pair[0] / "final", CONFIG).model_hash() == built.members[0].identity["model_sha256"]
 
 
 def test_a_fresh_process_asks_a_copy_by_its_recipe_alone(built, tmp_path):
@@ -154,27 +152,29 @@ def test_alpha_without_a_base_is_refused_on_the_command_line(pair, tmp_path, cap
     assert "there is no `base`" in capsys.readouterr().err
 
 
-def test_the_default_is_half_the_way(pair, tmp_path):
+def test_the_default_is_half_the_way(pair):
     folder = pair[0]
-    index = build(tmp_path / "index", folder / "final", base=folder / "base", dataset=TRAIN.select(range(4)))
-    assert [member.identity["point"]["alpha"] for member in index.members] == [0.5]
+    assert Featurizer(folder / "final", CONFIG, base=folder / "base").point == PathPoint(str(folder / "base"), 0.5)
 
 
 def test_points_weigh_by_one_minus_p_itself_and_final_checkpoints_by_its_root(pair, built, tmp_path):
+    def scores(index, **options):
+        """Of queries whose features are made up."""
+        features = np.random.default_rng(0).normal(size=(2, 32)).astype(np.float32)
+        return index.attribute_features([features] * len(index.members), 8, progress=False, **options)["proponent_scores"][:]
+
     folder = pair[0]
     assert default_power_of(built.members) == 1
-    np.testing.assert_array_equal(
-        built.score(QUERIES, progress=False), built.score(QUERIES, out_to_loss_power=1, progress=False)
-    )
+    assert scores(built) == scores(built, out_to_loss_power=1) != scores(built, out_to_loss_power=0.5)
     final = folder / "final"
-    mixed = build(tmp_path / "mixed", [final, final], base=[folder / "base", None], alpha=(0.2, 0.4))
-    assert ["point" in member.identity for member in mixed.members] == [True, True, False]
-    assert default_power_of(mixed.members) == 0.5
-    np.testing.assert_array_equal(
-        mixed.score(QUERIES, progress=False), mixed.score(QUERIES, out_to_loss_power=0.5, progress=False)
+    mixed = build(
+        tmp_path / "mixed", [final, final], base=[folder / "base", None], alpha=(0.2, 0.4), dataset=TRAIN.select(range(8))
     )
+    assert ["point" in member.identity for member in mixed.members] == [True, True, False]
+    assert scores(mixed) == scores(mixed, out_to_loss_power=0.5) != scores(mixed, out_to_loss_power=1)
     again = AttributionIndex.from_pretrained(tmp_path / "mixed", models=[final, final])
-    np.testing.assert_array_equal(again.score(QUERIES, progress=False), mixed.score(QUERIES, progress=False))
+    points = [again.featurizer(member).point for member in range(3)]
+    assert [point and point.alpha for point in points] == [0.2, 0.4, None]
 
 
 def test_a_killed_build_goes_on_and_another_alpha_or_base_is_refused(pair, built, tmp_path, monkeypatch):
@@ -205,40 +205,38 @@ def test_a_killed_build_goes_on_and_another_alpha_or_base_is_refused(pair, built
             np.testing.assert_array_equal(values, columns(built, member)[name])
 
 
-def test_a_base_or_a_final_model_that_is_gone_or_another_is_named(pair, built, tmp_path):
-    folder = pair[0]
-    shutil.copytree(folder, tmp_path / "models")
-    index = build(
-        tmp_path / "index", tmp_path / "models" / "final", base=tmp_path / "models" / "base", dataset=TRAIN.select(range(8))
-    )
-    expected = index.score(QUERIES, progress=False)
-    (tmp_path / "models" / "base").rename(tmp_path / "away")
-    loaded = AttributionIndex.from_pretrained(tmp_path / "index")
+def test_a_base_or_a_final_model_that_is_gone_or_another_is_named(pair, tmp_path):
+    shutil.copytree(pair[0], tmp_path / "models")
+    base, final = tmp_path / "models" / "base", tmp_path / "models" / "final"
+    build(tmp_path / "index", final, base=base, dataset=TRAIN.select(range(4)))
+
+    def ask(**options):
+        return AttributionIndex.from_pretrained(tmp_path / "index", **options).featurizer()
+
+    assert ask().point.alpha == 0.5
+    base.rename(tmp_path / "away")
     with pytest.raises(FileNotFoundError, match="The base of .*models/base, and is not there now.*`base`"):
-        loaded.score(QUERIES, progress=False)
-    found = AttributionIndex.from_pretrained(tmp_path / "index", base=tmp_path / "away")
-    assert np.array_equal(found.score(QUERIES, progress=False), expected)
-    moved(make_model("bert", seed=0), seed=7, size=0.01).save_pretrained(tmp_path / "models" / "base")
+        ask()
+    assert ask(base=tmp_path / "away").point.base == str(tmp_path / "away")
+    moved(make_model("bert", seed=0), seed=7, size=0.01).save_pretrained(base)
     with pytest.raises(ValueError, match=r"not what member_0 .*(?s:.)*point\.base_sha256"):
-        AttributionIndex.from_pretrained(tmp_path / "index").score(QUERIES, progress=False)
-    (tmp_path / "models" / "final").rename(tmp_path / "final")
+        ask()
+    final.rename(tmp_path / "final")
     with pytest.raises(FileNotFoundError, match="The checkpoint of .*models/final"):
-        loaded.score(QUERIES, progress=False)
+        ask()
 
 
 def test_a_model_in_memory_is_left_as_it_is_and_needed_again(pair, built, tmp_path):
     folder, _, final = pair
     before = {name: value.clone() for name, value in final.state_dict().items()}
-    index = build(tmp_path / "index", final, base=folder / "base", alpha=(0.3, 0.5))
+    index = build(tmp_path / "index", final, base=folder / "base", alpha=(0.3, 0.5), dataset=TRAIN.select(range(8)))
     assert all(torch.equal(value, before[name]) for name, value in final.state_dict().items())
     for name, values in columns(index, 1).items():
-        np.testing.assert_allclose(values, columns(built, 1)[name], rtol=1e-6)
+        np.testing.assert_allclose(values, columns(built, 1)[name][:8], rtol=1e-5, atol=1e-6)
     loaded = AttributionIndex.from_pretrained(tmp_path / "index", models=final)  # one model, two points
-    np.testing.assert_allclose(
-        loaded.score(QUERIES, progress=False), built.score(QUERIES, progress=False), rtol=1e-4, atol=1e-9
-    )
+    assert [loaded.featurizer(member).point.alpha for member in range(2)] == [0.3, 0.5]
     with pytest.raises(ValueError, match="from a model in memory"):
-        AttributionIndex.from_pretrained(tmp_path / "index").score(QUERIES, progress=False)
+        AttributionIndex.from_pretrained(tmp_path / "index").featurizer()
 
 
 @pytest.mark.parametrize(
@@ -413,17 +411,10 @@ def test_a_bases_own_dtype_is_kept_until_the_point_is_rounded(tmp_path):
 
 def test_dropout_members_are_of_the_point(pair, tmp_path):
     folder = pair[0]
-    index = build(tmp_path / "index", folder / "final", base=folder / "base", dropout_seeds=2, dataset=TRAIN.select(range(8)))
+    options = {"dropout_seeds": 2, "dataset": TRAIN.select(range(4)), "masks": torch.tensor([[True, False, True, True]])}
+    index = build(tmp_path / "index", folder / "final", base=folder / "base", **options)
     assert [(m.identity["dropout_seed"], m.identity["point"]["alpha"]) for m in index.members] == [(0, 0.5), (1, 0.5)]
-    assert np.isfinite(index.score(QUERIES, progress=False)).all()
-
-
-def test_masks_are_one_per_model(pair, tmp_path):
-    folder = pair[0]
-    masks = torch.arange(20).reshape(1, 20) % 2 == 0
-    index = build(tmp_path / "index", folder / "final", base=folder / "base", alpha=(0.2, 0.6), masks=masks)
-    for member in index.members:
-        assert torch.equal(member.mask(), masks[0])
+    assert all(torch.equal(member.mask(), options["masks"][0]) for member in index.members)
 
 
 @pytest.mark.parametrize(
@@ -479,28 +470,22 @@ def make_trainer(folder, model=None, **options):
 
 
 def test_a_trainer_keeps_the_weights_it_began_with_and_looks_halfway(tmp_path):
-    trainer = make_trainer(tmp_path / "run", base="initial", alpha=[0.25, 0.5])
+    trainer = make_trainer(tmp_path / "run", base="initial", alpha=0.25)
     before = copy.deepcopy(trainer.model)
     trainer.train()
     index = trainer.featurize()
-    for number, alpha in enumerate((0.25, 0.5)):
-        point = halfway(before, trainer.model, alpha, new=())
-        expected = columns(build(tmp_path / f"hand-{alpha}", point, config=TrakConfig(proj_dim=32, seed=number)), 0)
-        for name, values in columns(index, number).items():
-            np.testing.assert_allclose(values, expected[name], rtol=1e-4, atol=1e-5 * np.abs(expected[name]).max())
+    expected = columns(build(tmp_path / "hand", halfway(before, trainer.model, 0.25, new=())), 0)
+    for name, values in columns(index, 0).items():
+        np.testing.assert_allclose(values, expected[name], rtol=1e-4, atol=1e-5 * np.abs(expected[name]).max())
     assert index.members[0].identity["point"]["from_zero"] == []
-    loaded = AttributionIndex.from_pretrained(tmp_path / "run" / "index")
-    assert np.array_equal(loaded.score(QUERIES, progress=False), index.score(QUERIES, progress=False))
+    assert AttributionIndex.from_pretrained(tmp_path / "run" / "index").featurizer().point.alpha == 0.25
 
 
 def test_early_snapshots_of_the_path_are_kept_and_featurized(tmp_path):
     trainer = make_trainer(tmp_path / "run", members="path:2", max_steps=8)
     trainer.train()
     assert [folder.name for folder in trainer.member_checkpoints()] == ["step-0000001", "step-0000002"]
-    index = trainer.featurize()
-    hashes = {member.identity["model_sha256"] for member in index.members}
-    assert len(hashes) == 2
-    assert np.isfinite(trainer.attribute(top_k=2)["proponent_scores"][:]).all()
+    assert len({member.identity["model_sha256"] for member in trainer.featurize().members}) == 2
 
 
 def test_training_is_the_same_with_a_base_and_without(tmp_path):
