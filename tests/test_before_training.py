@@ -210,7 +210,13 @@ def test_a_rehearsal_draws_no_random_number(tmp_path):
 
 @pytest.mark.parametrize(
     ("make", "members"),
-    [(Plain, "epoch:2"), (Plain, "runs:2"), (TiedModule, "final"), (TwoHeads, "final"), (ShadowedBert, "runs:2")],
+    [
+        (Plain, "epoch:2"),
+        pytest.param(Plain, "runs:2", marks=pytest.mark.slow),
+        (TiedModule, "final"),
+        (TwoHeads, "final"),
+        (ShadowedBert, "runs:2"),
+    ],
     ids=["plain", "plain runs", "tied", "own class", "name of another class"],
 )
 def test_a_module_that_does_not_load_by_its_name_trains_and_is_attributed(tmp_path, make, members):

@@ -124,7 +124,9 @@ def test_layerwise_and_functional_features_agree():
 
 
 @pytest.mark.parametrize("gradients", ["layerwise", "functional"])
-@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "vit", "resnet"])
+@pytest.mark.parametrize(
+    "name", ["bert", "vit", "resnet", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "llama"))]
+)
 def test_bfloat16_features_are_close_to_those_of_float32(name, gradients):
     dataset = token_rows(6) if name in TEXT_MODELS else image_rows(6)
     model = make_model(name)

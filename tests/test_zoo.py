@@ -40,6 +40,18 @@ SAMPLE = {
 }
 
 
+SLOW = {
+    "fnet",
+    "mpnet",
+    "funnel",
+    "layoutlmv3",
+    "xlm",
+    "convbert",
+    "marian",
+    "convnext",
+}  # of which the sample has others alike
+
+
 def sample():
     for task, types in SAMPLE.items():
         for model_type in types:
@@ -47,7 +59,13 @@ def sample():
 
 
 @pytest.mark.filterwarnings("ignore")  # of the architectures' own code
-@pytest.mark.parametrize("case", sample(), ids=lambda case: f"{case.task}-{case.model_type}")
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=f"{case.task}-{case.model_type}", marks=pytest.mark.slow if case.model_type in SLOW else ())
+        for case in sample()
+    ],
+)
 def test_gradients_are_those_of_a_loop_over_unpadded_rows(case):
     record = run_case(case)
     assert record["outcome"] == "right", record
