@@ -15,7 +15,7 @@ from typing import Any
 
 ADAPTER, AUTO, INITIAL = "adapter", "auto", "initial"  # bases that are found
 DEFAULT_ALPHAS = (0.2, 0.5, 0.8)
-_MIDDLE = 0.5  # of one point
+MIDDLE = 0.5  # where one point alone is
 SINGLE_RUN = ("final", "epoch", "steps", "path")
 _EXPECTED = "'final', 'epoch:K', 'steps:[S, ...]', 'path:K', 'runs:M' or 'subsets:M', with whole numbers of at least 1"
 
@@ -88,7 +88,7 @@ class PathPoint:
     """
 
     base: str
-    alpha: float = _MIDDLE
+    alpha: float = MIDDLE
     revision: str | None = None
 
     def __post_init__(self) -> None:

@@ -152,8 +152,10 @@ def test_alpha_without_a_base_is_refused_on_the_command_line(pair, tmp_path, cap
     assert "there is no `base`" in capsys.readouterr().err
 
 
-def test_the_default_is_half_the_way(pair):
+def test_by_default_an_index_has_three_points_and_a_featurizer_the_middle(pair, tmp_path):
     folder = pair[0]
+    index = build(tmp_path / "index", folder / "final", base=folder / "base", dataset=TRAIN.select(range(4)))
+    assert [member.identity["point"]["alpha"] for member in index.members] == [0.2, 0.5, 0.8]
     assert Featurizer(folder / "final", CONFIG, base=folder / "base").point == PathPoint(str(folder / "base"), 0.5)
 
 
@@ -208,7 +210,7 @@ def test_a_killed_build_goes_on_and_another_alpha_or_base_is_refused(pair, built
 def test_a_base_or_a_final_model_that_is_gone_or_another_is_named(pair, tmp_path):
     shutil.copytree(pair[0], tmp_path / "models")
     base, final = tmp_path / "models" / "base", tmp_path / "models" / "final"
-    build(tmp_path / "index", final, base=base, dataset=TRAIN.select(range(4)))
+    build(tmp_path / "index", final, base=base, alpha=0.5, dataset=TRAIN.select(range(4)))
 
     def ask(**options):
         return AttributionIndex.from_pretrained(tmp_path / "index", **options).featurizer()
@@ -412,7 +414,7 @@ def test_a_bases_own_dtype_is_kept_until_the_point_is_rounded(tmp_path):
 def test_dropout_members_are_of_the_point(pair, tmp_path):
     folder = pair[0]
     options = {"dropout_seeds": 2, "dataset": TRAIN.select(range(4)), "masks": torch.tensor([[True, False, True, True]])}
-    index = build(tmp_path / "index", folder / "final", base=folder / "base", **options)
+    index = build(tmp_path / "index", folder / "final", base=folder / "base", alpha=0.5, **options)
     assert [(m.identity["dropout_seed"], m.identity["point"]["alpha"]) for m in index.members] == [(0, 0.5), (1, 0.5)]
     assert all(torch.equal(member.mask(), options["masks"][0]) for member in index.members)
 
@@ -544,7 +546,7 @@ def test_a_trainers_base_of_another_size_is_refused_before_training(tmp_path):
 
 
 def test_runs_on_subsets_share_the_initial_weights_as_base(tmp_path):
-    trainer = make_trainer(tmp_path / "run", base="initial", members="subsets:2", max_steps=2)
+    trainer = make_trainer(tmp_path / "run", base="initial", alpha=0.5, members="subsets:2", max_steps=2)
     trainer.train()
     index = trainer.featurize()
     identities = [member.identity for member in index.members]
@@ -573,7 +575,7 @@ def adapter(pair, tmp_path_factory):
 @pytest.mark.parametrize("base", ["adapter", "auto"])
 def test_an_adapters_path_begins_at_its_base_model(adapter, tmp_path, base):
     folder, model = adapter
-    index = build(tmp_path / "index", folder, base=base, config=TrakConfig(proj_dim=16))
+    index = build(tmp_path / "index", folder, base=base, alpha=0.5, config=TrakConfig(proj_dim=16))
     point = copy.deepcopy(model)
     with torch.no_grad():
         for name, parameter in point.named_parameters():

@@ -39,7 +39,7 @@ from hf_trak.gradients import (
     thinned,
 )
 from hf_trak.hashing import hash_tensors
-from hf_trak.members import PathPoint, read_alphas
+from hf_trak.members import MIDDLE, PathPoint, read_alphas
 from hf_trak.projectors import FastJL, Identity, Projector, StackedProjector, make_projectors
 from hf_trak.sources.checkpoints import load_model_and_base_rows
 from hf_trak.sources.path_bases import MadePoint, find_base, make_point
@@ -128,7 +128,7 @@ class Featurizer:
         self._commit: str | None = None
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._final = None if isinstance(model, (str, Path)) else model  # in memory
-        alphas = read_alphas(base, alpha)
+        alphas = read_alphas(base, MIDDLE if alpha is None and base is not None else alpha)
         if len(alphas) > 1:
             raise ValueError(f"A Featurizer is of one point, but `alpha` is {alpha!r}. Make one for each.")
         self._path = (base, alphas[0], base_revision) if base is not None else None

@@ -154,6 +154,8 @@ class _Watch:
 
     def __exit__(self, *exception: object) -> None:
         self.stack.close()
+        # Stand-ins know the watch by `unless`. Without this, a batch's tensors would wait for the garbage collector.
+        self.standing = self.shared = None
 
     def finish(self, output: Tensor) -> Float[Tensor, "batch proj_dim"]:
         if self.accumulator is None:  # no selected parameter was reached: its gradient is zero
