@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import pickle
 import shutil
 import subprocess
@@ -124,13 +125,23 @@ def test_a_fresh_process_asks_a_copy_by_its_recipe_alone(built, tmp_path):
     assert np.array_equal(scores, built.score(QUERIES, progress=False))
 
 
-def test_the_command_line_makes_and_asks_the_same_index(pair, built, tmp_path, capsys):
+@pytest.fixture
+def command_line():
+    """Run a command, and undo what it changes of logging."""
+    yield main
+    logger = logging.getLogger("hf_trak.building.all_passes")
+    logger.setLevel(logging.NOTSET)
+    for handler in [one for one in logger.handlers if one.name == "columns"]:
+        logger.removeHandler(handler)
+
+
+def test_the_command_line_makes_and_asks_the_same_index(pair, built, tmp_path, capsys, command_line):
     folder = pair[0]
     TRAIN.to_parquet(tmp_path / "train.parquet")
     QUERIES.to_parquet(tmp_path / "queries.parquet")
     flags = ["--dataset", str(tmp_path / "train.parquet"), "--output", str(tmp_path / "index"), "--proj_dim", "32"]
     model = ["--model", str(folder / "final"), "--base", str(folder / "base"), "--alpha", "0.3", "0.5"]
-    assert main(["featurize", *model, *flags, "--shard_rows", "8"]) == 0
+    assert command_line(["featurize", *model, *flags, "--shard_rows", "8"]) == 0
     said = capsys.readouterr().out
     assert "All of 2 members are points base + alpha (final - base) of a path, alpha = 0.3, 0.5" in said
     assert "counted from 0: classifier.bias, classifier.weight." in said
@@ -141,14 +152,14 @@ def test_the_command_line_makes_and_asks_the_same_index(pair, built, tmp_path, c
             np.testing.assert_array_equal(values, columns(built, member)[name])
     output = tmp_path / "hits.jsonl"
     asked = ["--index", str(tmp_path / "index"), "--queries", str(tmp_path / "queries.parquet"), "--output", str(output)]
-    assert main(["attribute", *asked, "--top_k", "3"]) == 0
+    assert command_line(["attribute", *asked, "--top_k", "3"]) == 0
     hits = [json.loads(line) for line in output.read_text().splitlines()]
     assert [hit["proponents"] for hit in hits] == built.attribute(QUERIES, 3, progress=False)["proponents"][:]
 
 
-def test_alpha_without_a_base_is_refused_on_the_command_line(pair, tmp_path, capsys):
+def test_alpha_without_a_base_is_refused_on_the_command_line(pair, tmp_path, capsys, command_line):
     arguments = ["--model", str(pair[0] / "final"), "--dataset", "none.parquet", "--output", str(tmp_path / "index")]
-    assert main(["featurize", *arguments, "--alpha", "0.5"]) == 1
+    assert command_line(["featurize", *arguments, "--alpha", "0.5"]) == 1
     assert "there is no `base`" in capsys.readouterr().err
 
 
