@@ -249,7 +249,8 @@ def rankings(folder: Path, case: Case, python: Path) -> dict[str, np.ndarray]:
     n_classes = SETTINGS[case.setting].n_classes
     options = ScoreOptions(damping, out_to_loss_power=0.5)
     total = [rows.sum(0, keepdim=True) for rows in features]  # the sum of scores is the score of the sum
-    opponents = torch.cat(list(stream_scores(index.members, solve_all(index.members, total, options), out_to_loss_power=0.5)))
+    solved = solve_all(index.members, total, options)
+    opponents = torch.cat(list(stream_scores(index.members, solved, out_to_loss_power=0.5, combination=options.combination)))
     scores = folder / "cleanlab.npy"
     if not scores.exists():
         subprocess.run([python, CLEANLAB, folder / "case.npz", scores], check=True)

@@ -21,7 +21,7 @@ from hf_trak.evaluation.lds import percentile_interval
 from hf_trak.hashing import hash_json
 from hf_trak.linalg import default_damping
 from hf_trak.scoring.damping import choose_damping
-from hf_trak.scoring.ensemble import ScoreOptions, default_power, solve_queries, stream_scores
+from hf_trak.scoring.ensemble import ScoreOptions, default_power, solve_all, stream_scores
 
 POWER = default_power("one_minus_p")
 
@@ -130,8 +130,8 @@ class Pool:
         found = self.index.folder / "scores" / f"{hash_json([list(members), asdict(settings)])[:16]}.npy"
         if found.exists():
             return np.load(found)
-        solved = [solve_queries(member, self.queries[number], settings) for number, member in zip(members, chosen, strict=True)]
-        blocks = stream_scores(chosen, solved, out_to_loss_power=settings.out_to_loss_power)
+        solved = solve_all(chosen, [self.queries[number] for number in members], settings)
+        blocks = stream_scores(chosen, solved, out_to_loss_power=settings.out_to_loss_power, combination=settings.combination)
         found.parent.mkdir(exist_ok=True)
         np.save(found, torch.cat(list(blocks)).float().numpy())
         return np.load(found)

@@ -183,14 +183,15 @@ def stream_scores(
     members: Sequence[MemberReader],
     solved: Sequence[SolvedQueries],
     *,
-    out_to_loss_power: float = 1.0,
-    combination: str = "means",
+    out_to_loss_power: float,
+    combination: str,
     shards: range | None = None,
     read_ahead: bool = True,
 ) -> Iterator[Float32[Tensor, "_ n_query"]]:
     """Yield the scores of one row group after another.
 
     Args:
+        out_to_loss_power, combination: Of the [`ScoreOptions`] that `solved` was solved with.
         shards (`range`, *optional*): Only these.
         read_ahead (`bool`): Read the next row group while this one is scored, which takes its memory once more.
     """
