@@ -42,7 +42,7 @@ from hf_trak.models import ResNet9Config, ResNet9ForImageClassification
 from hf_trak.projectors import make_projector, ring
 from hf_trak.scoring.blocks import MemberBlock, precondition, score_blocks
 from hf_trak.scoring.damping import spearman as spearman_on_device
-from hf_trak.scoring.ensemble import default_power
+from hf_trak.scoring.ensemble import SolvedQueries, bring_to_one_scale, default_power, influence_rms
 from hf_trak.sources.path_points import move_to_point
 from hf_trak.storage.files import write_atomically
 
@@ -431,23 +431,28 @@ class Method:
     damping: float
     power: float
     reference_rescale: bool = False
+    combination: str = "scaled"
     role: str = ""
 
     def scores(self, members: Sequence[Member]) -> Tensor:
         """Return the scores of an ensemble, (n_train, n_query)."""
-        solved = [
-            precondition(
+        solved = []
+        for member in members:
+            n_rows = len(member.features)
+            found = precondition(
                 member.queries,
                 member.kernel,
-                n_rows=len(member.features),
+                n_rows=n_rows,
                 damping=self.damping,
                 reference_rescale=self.reference_rescale,
                 dtype=torch.float32,
             )
-            for member in members
-        ]
+            rms = influence_rms(found, member.kernel, n_rows=n_rows) if self.combination == "scaled" else None
+            solved.append(SolvedQueries(found, None, rms))
+        queries = [one.preconditioned for one in bring_to_one_scale(solved)]
         blocks = [MemberBlock(member.features, member.out_to_loss) for member in members]
-        return torch.cat(list(score_blocks(iter([blocks]), solved, out_to_loss_power=self.power)))
+        scores = score_blocks(iter([blocks]), queries, out_to_loss_power=self.power, combination=self.combination)
+        return torch.cat(list(scores))
 
 
 class Judge:
@@ -491,8 +496,8 @@ def methods_at(point: str, *, final: bool, n_members: int) -> list[Method]:
     found += [Method(f"{point}, damping {damping:g}", damping, power) for damping in DAMPINGS]
     if final:
         found += [
-            Method(f"{point}, {PUBLISHED}", 0.0, 1.0, role="published"),
-            Method(f"{point}, {REFERENCE}", 0.0, 1.0, reference_rescale=True),
+            Method(f"{point}, {PUBLISHED}", 0.0, 1.0, combination="means", role="published"),
+            Method(f"{point}, {REFERENCE}", 0.0, 1.0, reference_rescale=True, combination="means"),
             Method(f"{point}, damping auto, out_to_loss_power 1", auto, 1.0),
             Method(f"{point}, damping 0, out_to_loss_power {power:g}", 0.0, power),
         ]

@@ -101,8 +101,8 @@ def of_full_runs(compare: Comparison, work: Path, setting: Setting) -> None:
             (f"{OURS}, residual weighting and leverage", large, {"residual_weighting": True, "leverage": True}),
             (OURS_SMALL, small, {}),
             (f"{OURS}, out_to_loss_power 1", large, {"out_to_loss_power": 1.0}),
-            (PUBLISHED, small, {"damping": 0.0, "out_to_loss_power": 1.0}),
-            (REFERENCE, small, {"damping": 0.0, "out_to_loss_power": 1.0, "reference_rescale": True}),
+            (PUBLISHED, small, {"damping": 0.0, "out_to_loss_power": 1.0, "combination": "means"}),
+            (REFERENCE, small, {"damping": 0.0, "out_to_loss_power": 1.0, "combination": "means", "reference_rescale": True}),
         ]
         for method, pool, options in variants:
             compare.add(method, n, [pool.score(group, **options) for group in groups], of=of, compute_s=cost)
@@ -121,7 +121,7 @@ def of_half_subsets(compare: Comparison, work: Path, setting: Setting) -> None:
             (f"{OURS}, subsets:M", large, {}),
             (f"{OURS_SMALL}, subsets:M", small, {}),
             (f"{OURS}, subsets:M, out_to_loss_power 1", large, {"out_to_loss_power": 1.0}),
-            (f"{PUBLISHED}, halves", small, {"damping": 0.0, "out_to_loss_power": 1.0}),
+            (f"{PUBLISHED}, halves", small, {"damping": 0.0, "out_to_loss_power": 1.0, "combination": "means"}),
         ):
             compare.add(method, n, [pool.score(group, **options) for group in groups], of=of, compute_s=cost)
     outputs = job.truth.outputs.mean(0)

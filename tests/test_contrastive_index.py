@@ -165,19 +165,20 @@ def test_a_bank_that_has_changed_is_refused(index: AttributionIndex, tmp_path: P
     bank = load_file(path)
     bank["images"][0, 0] += 1
     save_file(bank, path)
-    copy = AttributionIndex.from_pretrained(tmp_path / "copy")
     with pytest.raises(ValueError, match=r"bank.safetensors has changed since it was written"):
-        copy.score(pair_rows(1), progress=False)
+        AttributionIndex.from_pretrained(tmp_path / "copy")
 
 
 def test_scores_of_pairs_images_and_captions(index: AttributionIndex):
     queries = pair_rows(3, start=20)
-    scores = {way: index.score(queries, direction=way, progress=False) for way in ("pair", "image", "caption")}
+    scores = {
+        way: index.score(queries, direction=way, combination="means", progress=False) for way in ("pair", "image", "caption")
+    }
     assert scores["pair"].shape == (N_ROWS, 3)
-    # Features are linear in the gradient, and the pair's output is the sum of the other two.
+    # Features are linear in the gradient, and the pair's output is the sum of the other two. So are scores of one member, and their means.
     assert np.allclose(scores["image"] + scores["caption"], scores["pair"], rtol=1e-3, atol=1e-4 * np.abs(scores["pair"]).max())
     assert np.abs(scores["image"] - scores["caption"]).max() > 1e-3 * np.abs(scores["pair"]).max()
-    hits = index.attribute(queries, 2, direction="image", progress=False)
+    hits = index.attribute(queries, 2, direction="image", combination="means", progress=False)
     assert hits["proponents"][0] == scores["image"][:, 0].argsort()[::-1][:2].tolist()
     with pytest.raises(ValueError, match="`direction` must be one of pair, image, caption"):
         index.score(queries, direction="text", progress=False)

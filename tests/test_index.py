@@ -94,11 +94,11 @@ def test_self_influence_is_an_examples_score_for_itself(built):
 
 
 def test_scores_weigh_by_the_root_of_out_to_loss_unless_told(built):
-    whole = built.score(QUERIES, out_to_loss_power=1, progress=False).astype(np.float64)
+    whole = built.score(QUERIES, out_to_loss_power=1, combination="means", progress=False).astype(np.float64)
     out_to_loss = np.mean([torch.cat([shard.out_to_loss for shard in m.shards()]).numpy() for m in built.members], axis=0)
-    root = built.score(QUERIES, progress=False)
+    root = built.score(QUERIES, combination="means", progress=False)
     np.testing.assert_allclose(root, whole / out_to_loss[:, None] ** 0.5, rtol=1e-5)
-    influence = built.score(QUERIES, out_to_loss_power=0, progress=False)
+    influence = built.score(QUERIES, out_to_loss_power=0, combination="means", progress=False)
     np.testing.assert_allclose(influence, whole / out_to_loss[:, None], rtol=1e-5)
     for power in (-0.5, 1.5, float("nan")):
         with pytest.raises(ValueError, match="`out_to_loss_power` must lie in 0 to 1"):

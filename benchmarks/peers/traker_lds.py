@@ -190,7 +190,10 @@ def compared(options: argparse.Namespace, setting: Any, judge: Any, theirs: np.n
         case = f"{options.case}, proj_dim {options.proj_dim}, {of}, mean of {options.seeds} projection seeds"
         peer = np.array([judge(list(of_seed[chosen])) for of_seed in theirs])
         ours = np.array(
-            [judge([pool.score(g, 0.0, reference_rescale=True, out_to_loss_power=1.0) for g in groups]) for pool in pools]
+            [
+                judge([pool.score(g, 0.0, reference_rescale=True, out_to_loss_power=1.0, combination="means") for g in groups])
+                for pool in pools
+            ]
         )
         yield {**as_row(case, ENVIRONMENT.method, peer.mean(0)), "seed_deviation": float(peer[:, 0].std(ddof=1))}
         method = "hf_trak, damping 0, out_to_loss_power 1, reference_rescale"

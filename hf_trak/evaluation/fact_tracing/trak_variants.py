@@ -61,7 +61,7 @@ def trak_scores(space: Workspace, name: str) -> dict[str, np.ndarray]:
     columns = {group: member_columns(index) for group, index in indexes.items()}
     scores: dict[str, np.ndarray] = {}
     for damping in DAMPINGS:
-        options = {"damping": damping, "out_to_loss_power": 0.0}
+        options = {"damping": damping, "out_to_loss_power": 0.0, "combination": "means"}
         influence = {group: Trak(index, options)(space.abstracts, queries) for group, index in indexes.items()}
         for members in space.args.trak_members:
             parts = GROUPS[members]
