@@ -364,6 +364,33 @@ def test_an_engine_that_would_be_wrong_is_refused_by_name(kind: type[nn.Module],
         featurizer(dataset[:])
 
 
+class TrainsInTrainingModeAlone(Base):
+    """Says so when it goes forward, or only when it goes back, as Reformer does."""
+
+    when = "forward"
+
+    def mix(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = self.second(x)
+        if self.when == "forward" and torch.is_grad_enabled():
+            raise NotImplementedError("call model.train() first")
+        if x.requires_grad:
+            x.register_hook(self.refuse)
+        return x
+
+    def refuse(self, grad: Tensor) -> None:
+        assert self.training, "call model.train() first"
+
+
+@pytest.mark.parametrize("when", ["forward", "backward"])
+def test_a_model_that_refuses_gradients_in_evaluation_mode_is_named(when: str):
+    model, dataset = make(TrainsInTrainingModeAlone), rows([5, 3, 4])
+    model.when = when
+    with pytest.raises(
+        ValueError, match="TrainsInTrainingModeAlone itself refuses gradients in evaluation mode.*call model.train"
+    ):
+        Featurizer(model, identity(model), task=make_task())(dataset[:])
+
+
 def test_what_torch_func_cannot_trace_is_refused_with_the_way_out():
     model, dataset = make(ZeroesPadding), rows([5, 3, 4])
     featurizer = Featurizer(model, identity(model, gradients="functional"), task=make_task())

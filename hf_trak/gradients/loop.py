@@ -44,18 +44,14 @@ def loop_features(
         for row in rows:
             found.clear()
             forget_caches(model)
-            try:
+            with _refusals_named(model):
                 output, out_to_loss = output_function(model, row)
-            except (AssertionError, NotImplementedError) as error:
-                raise ValueError(
-                    f"{type(model).__name__} itself refuses a forward pass with gradients in evaluation mode, where features are computed: "
-                    f"{error}"
-                ) from error
             check_outputs(output, out_to_loss, 1)
             accumulator = projector.start(1, dtype=working_dtype(output.dtype), device=output.device)
             if output.requires_grad:
                 leaves = [*parameters.values(), *(lookup.leaf for lookup in found)]
-                grads = torch.autograd.grad(output.sum(), leaves, allow_unused=True)
+                with _refusals_named(model):
+                    grads = torch.autograd.grad(output.sum(), leaves, allow_unused=True)
                 with torch.no_grad():
                     dense = {name: grad for name, grad in zip(parameters, grads, strict=False) if grad is not None}
                     add_gradients(projector, accumulator, dense)
@@ -67,6 +63,21 @@ def loop_features(
             out_to_losses.append(out_to_loss.detach())
             features.append(projector.finish(accumulator))
     return BatchFeatures(torch.cat(outputs), torch.cat(out_to_losses), torch.cat(features))
+
+
+@contextmanager
+def _refusals_named(model: nn.Module) -> Iterator[None]:
+    """Name a model whose own code refuses gradients in evaluation mode.
+
+    Raises:
+        ValueError: With what the model said.
+    """
+    try:
+        yield
+    except (AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"{type(model).__name__} itself refuses gradients in evaluation mode, where features are computed: {error}"
+        ) from error
 
 
 def rows_of(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
