@@ -7,8 +7,8 @@ training on z_i raises the query's output. Q may be taken to a power below 1. By
 
     τ(z_i, z) = 1/M Σ_m Q_m,ii · r̄(z) / r_m(z) · φ_m(z_i)ᵀ (K_m + λ μ̄_m I)⁻¹ φ_m(z)
 
-with r_m(z) the root mean square over the training set of what follows it, and r̄(z) its mean over members. A member whose gradients have
-large influences does not drown the others, and one that knows an example by heart says little about it.
+with r_m(z) the root mean square over the training set of what follows it, and r̄(z) its mean over members. So members count alike whatever
+the size of their influences, and a member that has a small 1 − p of an example adds little to the example's score.
 """
 
 from __future__ import annotations
