@@ -343,7 +343,8 @@ def error_beside_the_cpu(work: Work, projector: Projector, *, few: int) -> float
         features.append(featurize(there, sketch, "float32").cpu())
     model.float().to(device)
     error = ((features[0] - features[1]).norm(dim=1) / features[1].norm(dim=1)).max().item()
-    if not error < 1e-9:
+    # Rotary positions are float32 in any dtype, and CUDA's cosines are not the CPU's.
+    if not error < (1e-5 if hasattr(work.model.config, "rope_parameters") else 1e-9):
         raise SystemExit(f"Wrong answer: features on {device} differ from the CPU's by {error:.1e}.")
     return error
 

@@ -43,17 +43,17 @@ run_fast_jl() { # its setup names an architecture that CUDA 13 has dropped
 }
 run_tests() {
   if [ -n "$dry" ]; then
-    HF_TRAK_TEST_DEVICE=cpu stage tests 300 "$python" -m pytest -q -n 0 -p no:cacheprovider -k "trainer or llama-2048" tests/test_on_cuda.py
+    HF_TRAK_TEST_DEVICE=cpu stage tests 300 "$python" -m pytest -q -n 0 -p no:cacheprovider -p no:benchmark -k "trainer or llama-2048" tests/test_on_cuda.py
   else
-    stage tests 200 "$python" -m pytest -q -n "${TEST_WORKERS:-6}" -p no:cacheprovider -m gpu $(grep -l "mark.gpu" tests/test_*.py | grep -v fast_jl)
+    stage tests 200 "$python" -m pytest -q -n "${TEST_WORKERS:-6}" -p no:cacheprovider -p no:benchmark -m gpu $(grep -l "mark.gpu" tests/test_*.py | grep -v fast_jl)
   fi
 }
-run_fast_jl_tests() { stage fast_jl_tests 60 "$python" -m pytest -q -n 0 -p no:cacheprovider tests/test_fast_jl.py; }
+run_fast_jl_tests() { stage fast_jl_tests 60 "$python" -m pytest -q -n 0 -p no:cacheprovider -p no:benchmark tests/test_fast_jl.py; }
 run_featurize() {
   local size=(--profile); [ -n "$dry" ] && size=(--device cpu --scale tiny --rounds 2 --proj_dim 256)
   stage featurize 200 "$python" benchmarks/gpu.py "${size[@]}" --output "$out/gpu_featurize.json"
 }
-run_index() {
+run_index() { # pip may have left two builds of pyarrow side by side
   local size=(); [ -n "$dry" ] && size=(--scale tiny --proj_dim 256 --queries 5 --top_k 3)
   stage index 110 "$python" benchmarks/gpu_index.py "${size[@]}" --output "$out/gpu_index.json"
 }

@@ -911,7 +911,8 @@ def test_features_are_the_same_on_cuda(name: str):
     expected = gradients_of(model, batch).features
     actual = gradients_of(model.cuda(), {key: value.cuda() for key, value in batch.items()})
     assert actual.features.is_cuda
-    assert_rows_close(actual.features.cpu(), expected, relative=1e-10)
+    # Rotary positions are float32 in any dtype, and CUDA's cosines are not the CPU's.
+    assert_rows_close(actual.features.cpu(), expected, relative=1e-6 if name in ("llama", "modernbert") else 1e-10)
 
 
 class ScaleKept(nn.Module):
