@@ -6,13 +6,15 @@
 #     benchmarks/gpu_day.sh OUT --dry [STAGE ...]  # the same code at tiny sizes on a CPU
 #
 # The small files of results lie in OUT, and OUT/logs.tar.gz holds the logs of all stages.
-# WHEELS=folder installs what the machine lacks first (benchmarks/gpu_parcel.py makes it); SITE is where to.
+# WHEELS=folder installs what the machine lacks first (benchmarks/gpu_parcel.py makes it), into SCRATCH/site-packages.
 set -uo pipefail
 out=$(mkdir -p "$1" && cd "$1" && pwd); shift
-logs=${LOGS:-/tmp/gpu_day_logs}; mkdir -p "$logs"
+scratch=${SCRATCH:-${TMPDIR:-/tmp}/hf_trak_gpu_day}
+logs=${LOGS:-$scratch/logs}; mkdir -p "$logs"
+site=$scratch/site-packages # by this name dill knows installed packages, and does not pickle them by their content
 dry=; [ "${1:-}" = --dry ] && { dry=1; shift; }
 cd "$(dirname "$0")/.."
-export PYTHONPATH="$PWD:${SITE:-/tmp/gpu_day_site}${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
+export PYTHONPATH="$PWD:$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 python=${PYTHON:-python3}
 
@@ -27,7 +29,7 @@ stage() { # name, seconds, command ...
 
 run_wheels() {
   [ -n "${WHEELS:-}" ] || return 0
-  stage wheels 60 "$python" -m pip install -q --no-index --no-deps --no-compile --upgrade --target "${SITE:-/tmp/gpu_day_site}" "$WHEELS"/*.whl
+  stage wheels 60 "$python" -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$site" "$WHEELS"/*.whl
 }
 run_versions() {
   stage versions 30 "$python" -c "import torch, transformers, datasets, sys
@@ -37,9 +39,9 @@ print(torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU', t
 run_fast_jl() { # its setup names an architecture that CUDA 13 has dropped
   local sources; sources=$(ls "${WHEELS:-/nowhere}"/fast_jl-*.tar.gz 2>/dev/null | head -1)
   [ -n "$sources" ] || { echo "=== fast_jl: no sources"; return 0; }
-  rm -rf /tmp/fast_jl_build && mkdir /tmp/fast_jl_build && tar xzf "$sources" -C /tmp/fast_jl_build --strip-components 1
-  sed -i 's/7\.0+PTX/9.0/' /tmp/fast_jl_build/setup.py
-  stage fast_jl 150 "$python" -m pip install -q --no-index --no-deps --no-build-isolation --target "${SITE:-/tmp/gpu_day_site}" /tmp/fast_jl_build
+  rm -rf "$scratch/fast_jl" && mkdir "$scratch/fast_jl" && tar xzf "$sources" -C "$scratch/fast_jl" --strip-components 1
+  sed -i 's/7\.0+PTX/9.0/' "$scratch/fast_jl/setup.py"
+  stage fast_jl 150 "$python" -m pip install -q --no-index --no-deps --no-build-isolation --target "$site" "$scratch/fast_jl"
 }
 run_tests() {
   if [ -n "$dry" ]; then
@@ -53,7 +55,7 @@ run_featurize() {
   local size=(--profile); [ -n "$dry" ] && size=(--device cpu --scale tiny --rounds 2 --proj_dim 256)
   stage featurize 200 "$python" benchmarks/gpu.py "${size[@]}" --output "$out/gpu_featurize.json"
 }
-run_index() { # pip may have left two builds of pyarrow side by side
+run_index() {
   local size=(); [ -n "$dry" ] && size=(--scale tiny --proj_dim 256 --queries 5 --top_k 3)
   stage index 110 "$python" benchmarks/gpu_index.py "${size[@]}" --output "$out/gpu_index.json"
 }

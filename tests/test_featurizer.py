@@ -179,14 +179,14 @@ def test_a_batch_waits_for_the_device_once(compute_dtype):
     rows = token_rows(6)[:]
     featurizer(rows)  # tables are drawn, and the gradients checked
     batch = featurizer.collate(rows)
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as waits:
-            warnings.simplefilter("always")
+    with warnings.catch_warnings(record=True) as waits:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")  # which warns that it is a prototype
+        try:
             featurizer.compute(batch)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert len([wait for wait in waits if "synchroniz" in str(wait.message)]) == 1
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert len([wait for wait in waits if "called a synchronizing" in str(wait.message)]) == 1
 
 
 def test_lengths_are_counted_in_tokens():
