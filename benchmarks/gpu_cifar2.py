@@ -7,8 +7,8 @@ Three runs on the whole training set keep their weights along the way; then as m
 outputs that scores are compared with. Scores are hf_trak's, of gradients at each kept epoch and on the line from a run's initial to its
 final weights, of one run and of three together. Points come in the order of their interest, until the time is used.
 
-Everything is written as it comes: OUTPUT, and beside it, in .npz files of its name, the subsets' masks and outputs, and what each
-method predicts of them. With the same draws for every method, intervals are of a bootstrap over subsets.
+Results are written as soon as they are known: OUTPUT holds the figures; .npz files of the same name hold the subsets' masks and outputs, and
+each method's predictions. Intervals come from a bootstrap over subsets, with the same draws for every method.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ class GroundTruth:
         return np.stack([outputs for (_, own), outputs in self.outputs.items() if own == seed])
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Return what is kept: np.unpackbits(masks, axis=1, count=n_train) are the masks of the runs, in their order."""
+        """Return the arrays to save. The masks are packed: np.unpackbits(masks, axis=1, count=n_train) restores them, one row per run."""
         runs = np.asarray(list(self.outputs), dtype=np.int32).reshape(-1, 2)
         return {
             "masks": np.packbits(self.masks[runs[:, 0]], axis=1),

@@ -4,8 +4,8 @@
     python benchmarks/gpu_index.py --scale tiny --output tiny.json      # does it run?
 
 BERT-base with random weights and rows of random tokens, 16 to 256 of them, in float32, TF32 and bfloat16. The time is that of
-`AttributionIndex.build`, with loading the model, the checks of its gradients, sorting rows by length and writing files. Beside it stands
-training on the same batches for one epoch, without its optimizer.
+`AttributionIndex.build`, with loading the model, the checks of its gradients, sorting rows by length and writing files. It is compared with
+training on the same batches for one epoch, without the optimizer.
 """
 
 from __future__ import annotations

@@ -187,7 +187,7 @@ def test_kernels_of_the_sketch_are_off_where_they_fail(tmp_path, monkeypatch, ru
 
     def kernels_for(device):
         asked.append(device)
-        if works:  # whoever asks whether there are any is told so; the sketch itself gets none, and takes plain tensors
+        if works:  # the script finds kernels, but the sketch gets none and uses plain tensors
             return None if len(asked) > 1 else object()
         return NoCompiler()
 

@@ -246,8 +246,8 @@ def _check_fit(model: Any, info: dict[str, Any], base: str, revision: str | None
     output = _output_name(model)
     if output in missing and _is_tied(base, revision):
         raise ValueError(
-            f"The base {base} uses its embedding as output layer, too, and the final {kind} has an output layer of its own ({output}), so "
-            f"the line between the two is not known. {_GIVE}"
+            f"The base {base} shares its embedding with its output layer, and the final {kind} has a separate output layer ({output}), so "
+            f"there is no line between the two. {_GIVE}"
         )
     return missing | set(mismatched)
 
