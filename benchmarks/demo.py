@@ -18,9 +18,8 @@ import torch
 from featurize import write
 
 from hf_trak import AttributionIndex
-from hf_trak.cli.demo import run
-from hf_trak.cli.demo_arguments import DemoArguments
-from hf_trak.cli.demo_features import out_to_loss
+from hf_trak.cli.demo import DemoArguments, run
+from hf_trak.cli.demo_data import out_to_loss
 from hf_trak.evaluation.mislabeled import found_share
 
 

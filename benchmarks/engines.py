@@ -33,7 +33,7 @@ import transformers
 from datasets import Dataset
 
 from hf_trak import TrakConfig
-from hf_trak.featurizing.engines import cost_of_loop
+from hf_trak.featurizing.engine_choice import cost_of_loop
 from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.gradients import CheckFailed
 from hf_trak.gradients.batch import evaluation_mode

@@ -5,7 +5,7 @@
     python benchmarks/featurize.py --memory_only          # results/memory_cpu.json: 2,000 rows of a Llama, a Qwen3 and a ViT
 
 Three workloads (`workloads.py`): a pretrained MiniLM on QNLI, a GPT-2-like decoder and a ViT. Both passes run over the same batches,
-one after the other, several rounds; the ratio is taken round by round. Where hf_trak multiplies by oneDNN (`hf_trak/products.py`) and
+one after the other, several rounds; the ratio is taken round by round. Where hf_trak multiplies by oneDNN (`hf_trak/matmul.py`) and
 training does not, a third pass has it turned off. Peak memory is that of a process of its own each; over 2,000 rows of three small
 models it shows whether anything of a batch outlives it. The answer is checked first:
 features of one batch against a float64 loop over its examples, whose output function is written out in `workloads.py`.
@@ -34,8 +34,8 @@ from workloads import NAMES, SMALL, Workload, load_workload, train
 
 from hf_trak.gradients import check_gradients, layerwise_features, select_parameters
 from hf_trak.gradients.batch import evaluation_mode
-from hf_trak.gradients.frozen import frozen_layers
-from hf_trak.products import onednn_is_faster
+from hf_trak.gradients.layer_patches import frozen_layers
+from hf_trak.matmul import onednn_is_faster
 from hf_trak.projectors import Projector, make_projector
 from hf_trak.tasks import AutoTask
 

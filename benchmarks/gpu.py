@@ -28,9 +28,10 @@ import transformers
 from featurize import write
 from torch import Tensor
 
-from hf_trak.featurizing.autocast import in_bfloat16
+from hf_trak.featurizing.devices import in_bfloat16
 from hf_trak.gradients import layerwise_features, select_parameters
-from hf_trak.projectors import Projector, make_projector, ring
+from hf_trak.projectors import Projector, make_projector
+from hf_trak.projectors import count_sketch as ring
 from hf_trak.tasks import AutoTask
 
 SCALES: dict[str, dict[str, Any]] = {

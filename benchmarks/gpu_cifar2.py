@@ -39,10 +39,11 @@ from hf_trak.evaluation.lds import ground_truth_reliability, percentile_interval
 from hf_trak.gradients import layerwise_features
 from hf_trak.linalg import accumulate_kernel, default_damping
 from hf_trak.models import ResNet9Config, ResNet9ForImageClassification
-from hf_trak.projectors import make_projector, ring
-from hf_trak.scoring.blocks import MemberBlock, precondition, score_blocks
+from hf_trak.projectors import count_sketch as ring
+from hf_trak.projectors import make_projector
 from hf_trak.scoring.damping import spearman as spearman_on_device
 from hf_trak.scoring.ensemble import SolvedQueries, bring_to_one_scale, default_power, influence_rms
+from hf_trak.scoring.score import MemberBlock, precondition, score_blocks
 from hf_trak.sources.path_points import move_to_point
 from hf_trak.storage.files import write_atomically
 

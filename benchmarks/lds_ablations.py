@@ -22,7 +22,7 @@ from lds import LARGE, groups_of
 from lds_setting import Job, Judge, Pool, Setting, as_row, parquet
 
 from hf_trak.evaluation import ground_truth_from, ground_truth_reliability
-from hf_trak.scoring.thresholds import soft_threshold
+from hf_trak.scoring.top_k import soft_threshold
 
 PROJ_DIMS = (64, 128, 256, 512, 1024, 2048)
 PUBLISHED_DIMS = (64, 128, 256)

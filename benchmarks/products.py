@@ -3,7 +3,7 @@
     python benchmarks/products.py --output results/products_cpu.json
 
 Shapes are those of a decoder layer of width 512 on 16 rows of 128 tokens, forward, backward and an example's outer product. Both answers
-are held against float64 first. What `hf_trak/products.py` chooses on this machine is printed, and changes nothing here.
+are held against float64 first. What `hf_trak/matmul.py` chooses on this machine is printed, and changes nothing here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from featurize import write
 from torch import Tensor
 
-from hf_trak.products import linear, onednn_is_faster
+from hf_trak.matmul import linear, onednn_is_faster
 
 Function = Callable[[Tensor, Tensor], Tensor]
 METHODS: dict[str, Function] = {"oneDNN": linear, "torch.nn.functional.linear": F.linear}

@@ -29,11 +29,11 @@ from datasets import Dataset
 from topk import queries_of
 
 from hf_trak import AttributionIndex
-from hf_trak.scoring.blocks import precondition, weigh
 from hf_trak.scoring.ensemble import ScoreOptions, solve_all
+from hf_trak.scoring.score import precondition, weigh
 from hf_trak.scoring.scorer import Scorer
 from hf_trak.scoring.top_k import TopK
-from hf_trak.storage.shard_blocks import member_blocks
+from hf_trak.storage.reader import member_blocks
 
 KINDS = {
     "Flat": [{}],

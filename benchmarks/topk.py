@@ -29,7 +29,7 @@ import torch
 from hf_trak import AttributionIndex, TrakConfig
 from hf_trak.linalg import accumulate_kernel
 from hf_trak.storage.columns import encode_columns
-from hf_trak.storage.member_writer import MemberWriter
+from hf_trak.storage.writer import MemberWriter
 
 CHECKED = 20  # queries
 KERNEL_SHARDS = 3
@@ -119,7 +119,7 @@ def check(options: argparse.Namespace) -> float:
     index = AttributionIndex.from_pretrained(options.folder)
     reader, options.queries = index.members[0], every
     queries = torch.from_numpy(queries_of(options)[:CHECKED]).double()
-    from hf_trak.scoring.blocks import precondition, weigh
+    from hf_trak.scoring.score import precondition, weigh
 
     solved = precondition(queries, reader.kernel(), n_rows=reader.n_rows, damping=index.resolve_damping())
     scores = torch.cat(

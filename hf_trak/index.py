@@ -11,29 +11,27 @@ import numpy as np
 from jaxtyping import Bool
 from torch import Tensor
 
-from hf_trak.building.all_passes import build_members
-from hf_trak.building.parts import Part, forget_parts, merge_members
+from hf_trak.building.build import build_members
+from hf_trak.building.jobs import Part, forget_parts, merge_members
 from hf_trak.config import TrakConfig
-from hf_trak.featurizing.descriptions import identity_of, recorded_passes
+from hf_trak.distributed import Processes, current_processes, launched_processes
 from hf_trak.featurizing.featurizer import Featurizer
+from hf_trak.featurizing.identity import identity_of, recorded_passes
 from hf_trak.hub.cards import CURVE_NAME, draw_damping_curve
 from hf_trak.hub.copies import render_card, write_card
 from hf_trak.hub.download import HubIndex
 from hf_trak.hub.mixin import HubMixin
 from hf_trak.hub.object_index import ObjectIndex
-from hf_trak.processes.group import Processes
-from hf_trak.processes.launchers import current_processes, launched_processes
-from hf_trak.processes.stopping import terminable
-from hf_trak.querying.alignment import align_rows
-from hf_trak.querying.kept_rows import KeptRows
+from hf_trak.messages import list_differences
+from hf_trak.querying.queries import QuerySide
 from hf_trak.querying.questions import Questions
-from hf_trak.querying.recorded_featurizers import QuerySide
+from hf_trak.querying.training_rows import KeptRows, align_rows
+from hf_trak.runtime import terminable
 from hf_trak.scoring.damping import DAMPING_NAME, DampingChoice
-from hf_trak.storage.differences import list_differences
 from hf_trak.storage.files import remove_file
-from hf_trak.storage.layout import member_folders, member_numbers
-from hf_trak.storage.member_reader import MemberReader
+from hf_trak.storage.format import member_folders, member_numbers
 from hf_trak.storage.object_store import ObjectPath, place
+from hf_trak.storage.reader import MemberReader
 from hf_trak.storage.replacing import finish_replacement
 from hf_trak.tasks import Task, TaskMaker
 

@@ -20,21 +20,20 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging as transformers_logging
 
-from hf_trak.building.rehearsal import rehearse
+from hf_trak.building.checks import rehearse
 from hf_trak.config import TrakConfig
 from hf_trak.hub.cards import render_model_section
 from hf_trak.index import AttributionIndex
 from hf_trak.members import ADAPTER, AUTO, INITIAL
-from hf_trak.sources.kept_columns import check_kept
 from hf_trak.sources.path_bases import find_base, load_base
 from hf_trak.sources.path_points import check_scalable
+from hf_trak.sources.row_digests import check_kept
 from hf_trak.storage.files import TEMPORARY, write_folder
 from hf_trak.storage.snapshots import is_snapshot
 from hf_trak.tasks import AutoTask, PairCollator, TaskCollator, is_dual_encoder, is_language_model
 from hf_trak.tasks.rows import features_of
-from hf_trak.training.callback import AttributionCallback, check_writable
-from hf_trak.training.checkpoints import find_damage, last_checkpoint
-from hf_trak.training.data_checks import (
+from hf_trak.training.callback import INDEX_FOLDER, MEMBERS_FOLDER, AttributionCallback, check_writable, without_indexes
+from hf_trak.training.checks import (
     WithoutColumns,
     check_columns,
     check_evaluation_set,
@@ -43,19 +42,21 @@ from hf_trak.training.data_checks import (
     check_training_set,
     choose_queries,
     describe_unfit_evaluation_set,
+    has_scored_token,
     is_transformed,
+    list_unknown_losses,
+    sum_of_logits,
+    warning_of_losses,
 )
-from hf_trak.training.losses import has_scored_token, list_unknown_losses, sum_of_logits, warning_of_losses
-from hf_trak.training.model_upload import INDEX_FOLDER, MEMBERS_FOLDER, without_indexes
-from hf_trak.training.more_runs import MoreRuns
-from hf_trak.training.random_state import random_state_kept
 from hf_trak.training.run_identity import describe_run
-from hf_trak.training.runs import RunRecord, load_masks
+from hf_trak.training.runs import MoreRuns, RunRecord, load_masks, random_state_kept
 from hf_trak.training.snapshots import (
     check_can_save,
     check_loaded,
+    find_damage,
     is_adapter,
     is_plain,
+    last_checkpoint,
     load_copy,
     loads_by_name,
     save_snapshot,

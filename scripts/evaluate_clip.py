@@ -23,8 +23,8 @@ from typing import Any
 import torch
 import transformers
 
+from hf_trak.cli.main import hush
 from hf_trak.cli.parsing import make_parser, parse
-from hf_trak.cli.quiet import hush
 from hf_trak.cli.results import commit, write_results
 from hf_trak.evaluation.contrastive import ContrastiveArguments, run_contrastive
 from hf_trak.evaluation.plots import save_plots

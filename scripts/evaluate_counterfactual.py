@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from train_subsets import add_setting_shortcut
 
+from hf_trak.cli.main import hush
 from hf_trak.cli.parsing import make_parser, parse
-from hf_trak.cli.quiet import hush
 from hf_trak.cli.results import commit, write_results
 from hf_trak.evaluation import Prepared, Recipe, Setting, prepare, pretrain
 from hf_trak.evaluation.counterfactual import Counterfactuals, Retrain, run_counterfactuals, summarize_counterfactuals

@@ -22,8 +22,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
+from hf_trak.cli.main import hush
 from hf_trak.cli.parsing import make_parser, parse
-from hf_trak.cli.quiet import hush
 from hf_trak.evaluation import (
     Prepared,
     Recipe,

@@ -13,7 +13,7 @@ import torch
 from datasets_for_tests import token_rows
 
 from hf_trak import AttributionIndex, TrakConfig
-from hf_trak.storage.member_writer import MemberWriter
+from hf_trak.storage.writer import MemberWriter
 
 _write = MemberWriter.write
 

@@ -12,7 +12,7 @@ import torch
 from hf_trak import AttributionIndex, TrakConfig
 from hf_trak.linalg import accumulate_kernel
 from hf_trak.storage.columns import encode_columns
-from hf_trak.storage.member_writer import MemberWriter
+from hf_trak.storage.writer import MemberWriter
 
 
 def draw(n_rows: int, proj_dim: int, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

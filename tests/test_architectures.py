@@ -12,7 +12,7 @@ from torch import nn
 
 from hf_trak import AutoTask
 from hf_trak.tasks import TASKS, is_language_model
-from hf_trak.tasks.architectures import _kinds, kind_of
+from hf_trak.tasks.auto import _kinds, kind_of
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
 TEXT = {"vocab_size": 30, "pad_token_id": 0, "max_position_embeddings": 20, **SIZES}

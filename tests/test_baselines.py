@@ -23,8 +23,8 @@ from hf_trak.evaluation.baselines import (
     TracInCP,
     make_baseline,
 )
+from hf_trak.evaluation.baselines.arnoldi import loss_of
 from hf_trak.evaluation.baselines.base import similarity
-from hf_trak.evaluation.baselines.losses import loss_of
 from hf_trak.evaluation.baselines.representation import represent
 from hf_trak.tasks import AutoTask
 

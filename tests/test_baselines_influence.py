@@ -15,9 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_trak import TrakConfig
 from hf_trak.evaluation.baselines import ArnoldiInfluence, Checkpoints, EKFACInfluence
-from hf_trak.evaluation.baselines.arnoldi import Subspace
+from hf_trak.evaluation.baselines.arnoldi import Subspace, arnoldi, loss_hessian
 from hf_trak.evaluation.baselines.base import project_gradients
-from hf_trak.evaluation.baselines.hessian import arnoldi, loss_hessian
 from hf_trak.tasks import AutoTask
 
 HEAD = ("classifier.weight", "classifier.bias")

@@ -195,7 +195,7 @@ def test_flags_beat_yaml(tmp_path: Path) -> None:
 
 
 def test_numbers_in_yaml_become_numbers(tmp_path: Path) -> None:
-    from hf_trak.cli.demo_arguments import DemoArguments
+    from hf_trak.cli.demo import DemoArguments
 
     parser = make_parser([DemoArguments], command="demo", usage="", description="")
     (args,) = parse(parser, ["--config", write_yaml(tmp_path, "learning_rate: 1e-4\nflip_fraction: 0.2\nmax_queries:\n")])

@@ -13,8 +13,7 @@ from datasets_for_tests import save_model, token_rows
 
 from hf_trak import AttributionIndex, TrakConfig
 from hf_trak.cli.evaluate import MEASURES
-from hf_trak.cli.evaluate_lds import LDSArguments
-from hf_trak.cli.evaluate_lds_inputs import checkpoints_of
+from hf_trak.cli.evaluate_lds import LDSArguments, checkpoints_of
 from hf_trak.cli.main import main
 from hf_trak.cli.parsing import make_parser
 from hf_trak.evaluation import ground_truth_from, ground_truth_reliability, lds, make_masks

@@ -13,7 +13,7 @@ from reference import gradient_loop, to_double
 from torch import Tensor
 
 from hf_trak.config import TrakConfig
-from hf_trak.featurizing.autocast import in_bfloat16
+from hf_trak.featurizing.devices import in_bfloat16
 from hf_trak.gradients import GRADIENTS, check_gradients, select_parameters
 from hf_trak.projectors import Identity
 from hf_trak.tasks import AutoTask, Task, draw_rows, embed_bank, in_direction, vmappable_attention, with_bank

@@ -128,7 +128,7 @@ def test_a_training_pair_is_known_however_its_picture_is_stored_but_not_when_it_
 
 
 def test_going_on_uses_the_bank_that_was_written(index: AttributionIndex, checkpoints: list[Path], tmp_path: Path, monkeypatch):
-    from hf_trak.storage.member_writer import MemberWriter
+    from hf_trak.storage.writer import MemberWriter
 
     write, written = MemberWriter.write, []
 

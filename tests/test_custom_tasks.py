@@ -232,7 +232,7 @@ def test_a_loss_set_on_the_trainer_or_its_model_is_told_too(tmp_path):
 def test_nothing_is_told_of_trainers_own_losses_or_of_a_loss_that_is_stated(tmp_path):
     from trl import SFTConfig, SFTTrainer
 
-    from hf_trak.training.losses import list_unknown_losses
+    from hf_trak.training.checks import list_unknown_losses
 
     trainer = AttributionTrainer(model=convex_model(), args=arguments(tmp_path), train_dataset=TRAIN, data_collator=collator)
     assert list_unknown_losses(trainer) == []

@@ -10,8 +10,8 @@ from scipy.stats import spearmanr
 from hf_trak.linalg import accumulate_kernel
 from hf_trak.scoring.damping import GRID, DampingChoice, choose_damping, spearman, split_in_halves, take
 from hf_trak.storage.columns import encode_columns
-from hf_trak.storage.member_reader import MemberReader
-from hf_trak.storage.member_writer import MemberWriter
+from hf_trak.storage.reader import MemberReader
+from hf_trak.storage.writer import MemberWriter
 from hf_trak.training.runs import draw_masks
 
 N, PROJ_DIM, N_CHECKPOINTS = 120, 16, 8

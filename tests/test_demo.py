@@ -14,10 +14,8 @@ from datasets import Dataset, load_dataset
 from models import bert
 
 from hf_trak import AttributionIndex
-from hf_trak.cli.demo import _begin_folder
-from hf_trak.cli.demo_arguments import DemoArguments
+from hf_trak.cli.demo import DemoArguments, _begin_folder, pick_queries
 from hf_trak.cli.demo_data import DemoData, digits, flip_labels
-from hf_trak.cli.demo_results import pick_queries
 from hf_trak.cli.main import main
 
 pytest.importorskip("sklearn")

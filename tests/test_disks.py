@@ -17,13 +17,13 @@ from test_store import make_columns
 from hf_trak.cli.attribute import most_bytes, write_hits
 from hf_trak.cli.examples import Attribution, Example, Hit
 from hf_trak.cli.report import save_report
-from hf_trak.featurizing.featurize import featurize
+from hf_trak.featurizing.loop import featurize
 from hf_trak.scoring.ensemble import ScoreOptions, solve_all
 from hf_trak.scoring.scorer import Scorer
 from hf_trak.storage.files import remove_leftovers, write_atomically, write_json_once
-from hf_trak.storage.layout import BANK_NAME
-from hf_trak.storage.member_writer import MemberWriter
+from hf_trak.storage.format import BANK_NAME
 from hf_trak.storage.outputs import output_file
+from hf_trak.storage.writer import MemberWriter
 
 
 def mount(*arguments: str | Path) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from hf_trak import Featurizer, TrakConfig
 from hf_trak.gradients import thinned
-from hf_trak.gradients.dropout import draw_mask
+from hf_trak.gradients.layer_patches import draw_mask
 
 CPU = torch.device("cpu")
 CONFIG = TrakConfig(proj_dim=64)

@@ -14,8 +14,8 @@ from reference import corrected_scores, scaled_scores, trak_scores
 from hf_trak import AttributionIndex, TrakConfig
 from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.linalg import DEFAULT_DAMPING, LARGE_ENSEMBLE, default_damping
-from hf_trak.storage.member_reader import MemberReader
-from hf_trak.storage.member_writer import MemberWriter
+from hf_trak.storage.reader import MemberReader
+from hf_trak.storage.writer import MemberWriter
 
 CONFIG = TrakConfig(proj_dim=32)
 TRAIN, QUERIES = token_rows(50), token_rows(6, seed=1)
@@ -146,7 +146,7 @@ def test_a_soft_threshold_leaves_so_many_scores_and_attribute_agrees(built, keep
 
 def test_a_soft_threshold_in_pieces_is_the_same(built, monkeypatch):
     expected = built.score(QUERIES, soft_threshold=5, progress=False)
-    monkeypatch.setattr("hf_trak.scoring.matrix._IN_MEMORY_BYTES", 4 * 50 * 2)
+    monkeypatch.setattr("hf_trak.scoring.scorer._IN_MEMORY_BYTES", 4 * 50 * 2)
     assert np.array_equal(built.score(QUERIES, soft_threshold=5, progress=False), expected)
     with pytest.raises(ValueError, match="`soft_threshold` is the number of scores per query to keep, at least 1, but is 0"):
         built.score(QUERIES, soft_threshold=0, progress=False)

@@ -29,8 +29,8 @@ from hf_trak.evaluation.fact_tracing import (
     score_candidates,
     sentence_numbers,
 )
-from hf_trak.evaluation.fact_tracing.choice import Chosen
 from hf_trak.evaluation.fact_tracing.data import answer_of, restored
+from hf_trak.evaluation.fact_tracing.ranking import Chosen
 
 
 @pytest.fixture(scope="module")

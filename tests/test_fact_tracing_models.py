@@ -27,17 +27,17 @@ from hf_trak.evaluation.fact_tracing import (
     run_forgetting,
     summarize_forgetting,
 )
-from hf_trak.evaluation.fact_tracing.answers import normalize
 from hf_trak.evaluation.fact_tracing.data import restored
 from hf_trak.evaluation.fact_tracing.fine_tuning import (
     load_moments,
     make_optimizer,
+    normalize,
     row_order,
     save_with_moments,
     second_moments,
 )
-from hf_trak.evaluation.fact_tracing.output import answer_output, token_loss
-from hf_trak.evaluation.fact_tracing.small import draw_corpus, small_mt5, texts_of, train_tokenizer
+from hf_trak.evaluation.fact_tracing.settings import draw_corpus, small_mt5, texts_of, train_tokenizer
+from hf_trak.evaluation.fact_tracing.task import answer_output, token_loss
 from hf_trak.index import AttributionIndex
 
 BRIEF = FineTuning(optimizer="adamw", learning_rate=3e-3, steps=12, batch_size=8, warmup=0.0)
@@ -517,7 +517,7 @@ def test_the_command_does_all_of_it_and_goes_on_where_it_was_stopped(tmp_path, c
 
 def test_traks_variants_are_the_scores_of_its_indexes_and_both_is_the_mean_over_all_members(tmp_path):
     from hf_trak.cli.evaluate_ftrace import main, parse_arguments
-    from hf_trak.evaluation.fact_tracing.trak_variants import trak_index, trak_scores
+    from hf_trak.evaluation.fact_tracing.rankings import trak_index, trak_scores
     from hf_trak.evaluation.fact_tracing.workspace import Workspace
 
     for name, rows in zip(("abstracts", "queries"), synthetic_ftrace(8), strict=True):

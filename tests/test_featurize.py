@@ -10,11 +10,11 @@ import torch
 from datasets import Dataset
 
 from hf_trak.featurizing.batching import BatchSize, Budget, ShardBatches
-from hf_trak.featurizing.featurize import featurize, featurize_ranges, featurize_rows
+from hf_trak.featurizing.loop import featurize, featurize_ranges, featurize_rows
 from hf_trak.gradients import BatchFeatures
 from hf_trak.storage.columns import encode_columns
-from hf_trak.storage.kernel_sums import kernel_of
-from hf_trak.storage.member_writer import MemberWriter
+from hf_trak.storage.passes import kernel_of
+from hf_trak.storage.writer import MemberWriter
 
 PROJ_DIM = 4
 LENGTHS = np.random.default_rng(0).integers(1, 50, size=23).tolist()

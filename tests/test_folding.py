@@ -7,8 +7,8 @@ import torch
 from test_projectors import CPU, assert_unbiased, dense_variance, inner_products, sketch
 
 from hf_trak.projectors import BlockCountSketch
-from hf_trak.projectors import folding as module
-from hf_trak.projectors.folding import Fold, folded_shape
+from hf_trak.projectors import count_sketch as module
+from hf_trak.projectors.count_sketch import Fold, folded_shape
 
 
 @pytest.fixture

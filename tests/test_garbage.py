@@ -4,7 +4,7 @@ import gc
 
 import pytest
 
-from hf_trak.processes.garbage import uncollected
+from hf_trak.runtime import uncollected
 
 
 @pytest.fixture(autouse=True)

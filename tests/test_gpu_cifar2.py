@@ -180,7 +180,7 @@ class NoCompiler:
 
 @pytest.mark.parametrize("works", [True, False])
 def test_kernels_of_the_sketch_are_off_where_they_fail(tmp_path, monkeypatch, runs, works):
-    from hf_trak.projectors import ring
+    from hf_trak.projectors import count_sketch as ring
 
     benchmark, results = import_benchmark("gpu_cifar2"), []
     asked = []

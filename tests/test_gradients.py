@@ -14,9 +14,10 @@ from reference import gradient_loop, to_double
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_trak.featurizing.autocast import in_bfloat16
+from hf_trak.featurizing.devices import in_bfloat16
 from hf_trak.gradients import GRADIENTS, check_gradients, functional_features, layerwise, select_parameters
-from hf_trak.projectors import BlockCountSketch, Identity, folding
+from hf_trak.projectors import BlockCountSketch, Identity
+from hf_trak.projectors import count_sketch as folding
 from hf_trak.tasks import classification_margin, vmappable_attention
 
 pytestmark = [

@@ -23,7 +23,7 @@ from hf_trak.members import PathPoint
 from hf_trak.scoring.ensemble import default_power_of
 from hf_trak.sources.path_bases import find_base, load_base, make_point
 from hf_trak.sources.path_points import scale_adapter
-from hf_trak.storage.member_writer import MemberWriter
+from hf_trak.storage.writer import MemberWriter
 
 # Trainer's loader asks for pinned memory where there is none.
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
@@ -129,7 +129,7 @@ def test_a_fresh_process_asks_a_copy_by_its_recipe_alone(built, tmp_path):
 def command_line():
     """Run a command, and undo what it changes of logging."""
     yield main
-    logger = logging.getLogger("hf_trak.building.all_passes")
+    logger = logging.getLogger("hf_trak.building.build")
     logger.setLevel(logging.NOTSET)
     for handler in [one for one in logger.handlers if one.name == "columns"]:
         logger.removeHandler(handler)

@@ -17,7 +17,7 @@ from tokenizers_for_tests import WORDS, word_tokenizer
 from transformers import AutoConfig, AutoTokenizer
 
 from hf_trak import AttributionIndex, Task, TrakConfig
-from hf_trak.storage.member_writer import MemberWriter
+from hf_trak.storage.writer import MemberWriter
 
 CONFIG = TrakConfig(proj_dim=16)
 NAMES = [f"class {i}" for i in range(N_CLASSES)]

@@ -20,7 +20,7 @@ from reference import trak_scores
 from hf_trak import AttributionIndex, Task, TrakConfig
 from hf_trak.linalg import DEFAULT_DAMPING
 from hf_trak.scoring.ensemble import default_power
-from hf_trak.storage.member_writer import MemberWriter
+from hf_trak.storage.writer import MemberWriter
 
 CONFIG = TrakConfig(proj_dim=32)
 TRAIN, QUERIES = token_rows(50), token_rows(6, seed=1)
@@ -159,7 +159,7 @@ def test_large_scores_are_memory_mapped(built, tmp_path, monkeypatch):
     mapped = built.score(QUERIES, output_file=tmp_path / "scores.npy", progress=False)
     assert isinstance(mapped, np.memmap)
     assert np.array_equal(np.load(tmp_path / "scores.npy"), expected)
-    monkeypatch.setattr("hf_trak.scoring.matrix._IN_MEMORY_BYTES", 100)
+    monkeypatch.setattr("hf_trak.scoring.scorer._IN_MEMORY_BYTES", 100)
     temporary = built.score(QUERIES, progress=False)
     assert isinstance(temporary, np.memmap)
     assert np.array_equal(temporary, expected)
@@ -182,7 +182,7 @@ KILLED = """
 import sys, time
 sys.path.insert(0, {tests!r})
 from datasets_for_tests import token_rows
-from hf_trak.storage.member_writer import MemberWriter
+from hf_trak.storage.writer import MemberWriter
 from hf_trak import AttributionIndex, TrakConfig
 write = MemberWriter.write
 def slow_write(self, shard, columns):

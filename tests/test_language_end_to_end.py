@@ -15,8 +15,7 @@ from models import make_model
 from tokenizers_for_tests import WORDS, word_tokenizer
 
 from hf_trak import AttributionArguments, AttributionIndex, AttributionTrainer, TrakConfig
-from hf_trak.cli.examples import Example, ExampleReader
-from hf_trak.cli.language_rows import LanguageRows
+from hf_trak.cli.examples import Example, ExampleReader, LanguageRows
 from hf_trak.cli.main import main
 from hf_trak.config import CONFIG_NAME, FORMAT_VERSION
 

@@ -13,8 +13,8 @@ from test_disks import disk, mount  # noqa: F401 (a fixture)
 
 from hf_trak import AttributionIndex, TrakConfig
 from hf_trak.cli.main import main
-from hf_trak.storage.member_writer import MemberWriter
 from hf_trak.storage.object_store import ObjectPath, place
+from hf_trak.storage.writer import MemberWriter
 
 N_TRAIN, SHARD_ROWS = 50, 12  # five shards, the last of two rows
 

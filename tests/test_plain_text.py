@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from hf_trak.plain_text import markdown, markdown_code, mask_secrets, one_line, visible
+from hf_trak.messages import markdown, markdown_code, mask_secrets, one_line, visible
 
 HOSTILE = "a\x1b[2J\x1b]0;title\x07b\x9b31mc\u202edef\u2066g\u2028h\ni\tj\x00k\u200bl\U000e0041m\ud800n"
 

@@ -10,9 +10,21 @@ from xml.etree import ElementTree
 
 import pytest
 
-from hf_trak.evaluation.curves import COLORS, PLOTS, Axis, ceiling_of, curves_of, label, limits, nice_ticks, places, read_rows
-from hf_trak.evaluation.plot_page import render_page
-from hf_trak.evaluation.plots import save_plots, save_png
+from hf_trak.evaluation.plots import (
+    COLORS,
+    PLOTS,
+    Axis,
+    ceiling_of,
+    curves_of,
+    label,
+    limits,
+    nice_ticks,
+    places,
+    read_rows,
+    render_page,
+    save_plots,
+    save_png,
+)
 
 needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
 DAMPING, COMPUTE = PLOTS["lds_damping"], PLOTS["lds_compute"]

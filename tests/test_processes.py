@@ -20,15 +20,13 @@ from pairs_for_tests import pair_rows, save_dual_encoder
 from transformers import AutoModelForSequenceClassification
 
 from hf_trak import AttributionIndex, TrakConfig
-from hf_trak.building.one_pass import _see_shards
+from hf_trak.building.build import _see_shards
 from hf_trak.cli.main import main
-from hf_trak.featurizing.placement import check_whole
-from hf_trak.processes.group import Processes, _Watch, share
-from hf_trak.processes.launchers import current_processes, warn_of_lone_process
+from hf_trak.distributed import Processes, _Watch, current_processes, share, warn_of_lone_process
+from hf_trak.featurizing.devices import check_whole
 from hf_trak.storage.columns import encode_columns
-from hf_trak.storage.kernel_sums import keep_stretch, kernel_of, stretches
-from hf_trak.storage.member_writer import MemberWriter
-from hf_trak.storage.passes import PassWriter
+from hf_trak.storage.passes import PassWriter, keep_stretch, kernel_of, stretches
+from hf_trak.storage.writer import MemberWriter
 
 N_TRAIN, SHARD_ROWS = 50, 12  # five shards, the last of two rows
 TESTS, WORKER = Path(__file__).parent, Path(__file__).parent / "process_worker.py"
@@ -252,10 +250,10 @@ def store():
 
 
 def test_a_failure_is_told_to_the_others_with_its_reason(store, monkeypatch):
-    monkeypatch.setattr("hf_trak.processes.group._runs", 0)
+    monkeypatch.setattr("hf_trak.distributed._runs", 0)
     failing, waiting = Processes(1, 2, store), Processes(0, 2, store)
     waiting.__enter__()
-    monkeypatch.setattr("hf_trak.processes.group._runs", 0)
+    monkeypatch.setattr("hf_trak.distributed._runs", 0)
     with pytest.raises(ValueError, match="no such row"), failing:
         raise ValueError("no such row.")
     with pytest.raises(
@@ -379,7 +377,7 @@ def test_parts_made_in_any_order_by_any_number_of_jobs_merge_to_the_bytes_of_one
         b"of a job that was killed on another machine"
     )
     with monkeypatch.context() as patch:
-        patch.setattr("hf_trak.storage.member_writer.forget_progress", killed)
+        patch.setattr("hf_trak.storage.writer.forget_progress", killed)
         with pytest.raises(KeyboardInterrupt):
             AttributionIndex.merge(folder)
     assert main(["merge", str(folder)]) == 0

@@ -12,7 +12,7 @@ from tokenizers_for_tests import WORDS, word_tokenizer
 from transformers import PreTrainedTokenizerFast, ViTImageProcessor
 
 from hf_trak import AttributionIndex, TrakConfig
-from hf_trak.sources.processing import describe_processing
+from hf_trak.sources.processors import describe_processing
 
 
 def other_tokenizer():

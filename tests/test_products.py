@@ -10,9 +10,9 @@ from reference import to_double
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_trak import products
+from hf_trak import matmul as products
 from hf_trak.gradients import GRADIENTS, select_parameters
-from hf_trak.gradients.frozen import frozen_layers
+from hf_trak.gradients.layer_patches import frozen_layers
 from hf_trak.projectors import BlockCountSketch
 from hf_trak.tasks import classification_margin, vmappable_attention
 

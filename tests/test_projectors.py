@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_trak.gradients import select_parameters
 from hf_trak.projectors import PROJECTORS, BlockCountSketch, DenseRademacher, Identity, Projector, make_projector
 from hf_trak.projectors.base import as_matrix
-from hf_trak.projectors.ring import draw_ring, longest_side
+from hf_trak.projectors.count_sketch import draw_ring, longest_side
 from hf_trak.tasks import classification_margin
 
 CPU = torch.device("cpu")
@@ -288,7 +288,7 @@ def test_factored_gradients_have_the_sketch_of_their_product(name: str, rows: in
 
 
 def test_a_factored_gradient_too_large_for_one_chunk_has_the_sketch_of_its_product(monkeypatch):
-    import hf_trak.projectors.block_count_sketch as module
+    import hf_trak.projectors.count_sketch as module
 
     generator = torch.Generator().manual_seed(0)
     left = torch.randn(2, 3, 70, dtype=torch.float64, generator=generator)

@@ -15,10 +15,10 @@ from hf_trak import AttributionIndex, TrakConfig
 from hf_trak.cli.main import main
 from hf_trak.hub.copies import is_in_hub_cache
 from hf_trak.storage.files import write_json
-from hf_trak.storage.member_writer import MemberWriter
 from hf_trak.storage.object_store import ObjectPath
 from hf_trak.storage.replacing import STAGING, commit_replacement, finish_replacement, refuse_overlap
 from hf_trak.storage.snapshots import remove_snapshot, remove_trained, write_snapshot
+from hf_trak.storage.writer import MemberWriter
 
 THESIS = [
     "thesis.tex",

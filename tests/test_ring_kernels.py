@@ -9,8 +9,9 @@ import pytest
 import torch
 from test_projectors import FACTORED, sketch
 
-from hf_trak.projectors import BlockCountSketch, ring
-from hf_trak.projectors import folding as folding_module
+from hf_trak.projectors import BlockCountSketch
+from hf_trak.projectors import count_sketch as folding_module
+from hf_trak.projectors import count_sketch as ring
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -31,7 +32,7 @@ def test_the_kernels_agree_with_plain_tensors_in_tritons_interpreter():
 @pytest.fixture
 def device(monkeypatch):
     if INTERPRETED:
-        from hf_trak.projectors import ring_kernels
+        from hf_trak.projectors import count_sketch_triton as ring_kernels
 
         monkeypatch.setattr(ring, "kernels_for", lambda device: ring_kernels)
         return torch.device("cpu")

@@ -21,11 +21,11 @@ from transformers import EarlyStoppingCallback
 from hf_trak import AttributionArguments
 from hf_trak.feature_args import FeatureArguments
 from hf_trak.hashing import hash_json
-from hf_trak.training.content import describe
 from hf_trak.training.run_identity import (
     _INDIFFERENT,
     _ONLY_FOR_THE_BEST,
     compare_weights,
+    describe,
     describe_run,
     list_run_differences,
 )

@@ -22,7 +22,7 @@ from hf_trak.scoring.ensemble import ScoreOptions, solve_all
 from hf_trak.scoring.memory import DEFAULT_MEMORY, ScoringMemory, parse_memory
 from hf_trak.scoring.scorer import Scorer
 from hf_trak.storage.columns import encode_columns
-from hf_trak.storage.shard_blocks import block_size, member_blocks, read_blocks
+from hf_trak.storage.reader import block_size, member_blocks, read_blocks
 
 N, PROJ_DIM, N_QUERY = 300, 24, 7
 MEMBERS = [draw(N, PROJ_DIM, seed=seed) for seed in range(2)]
@@ -32,7 +32,7 @@ QUERIES = [draw(N_QUERY, PROJ_DIM, seed=10 + seed)[0] for seed in range(2)]
 @pytest.fixture(autouse=True)
 def small_row_groups(monkeypatch):
     """Some 20 rows each."""
-    monkeypatch.setattr("hf_trak.storage.member_writer._ROW_GROUP_BYTES", 20 * 4 * PROJ_DIM)
+    monkeypatch.setattr("hf_trak.storage.writer._ROW_GROUP_BYTES", 20 * 4 * PROJ_DIM)
 
 
 @pytest.fixture
@@ -201,7 +201,7 @@ from types import SimpleNamespace
 sys.path.insert(0, {tests!r})
 import numpy as np, torch
 from hf_trak.cli.main import main
-from hf_trak.processes.gathering import rank_and_size
+from hf_trak.distributed import rank_and_size
 folder = Path({folder!r})
 where = ["--index", {cli!r}, "--queries", {queries!r}, "--output", str(folder / "hits.jsonl")]
 code = main(["attribute", *where, "--top_k", "9", "--max_memory", "1GB"])

@@ -9,7 +9,7 @@ from reference import madrylab_scores, trak_scores
 
 from hf_trak.linalg import accumulate_kernel
 from hf_trak.projectors import DenseRademacher
-from hf_trak.scoring.blocks import MemberBlock, precondition, score_blocks
+from hf_trak.scoring.score import MemberBlock, precondition, score_blocks
 from hf_trak.scoring.top_k import merge_top_k, top_k
 
 N, GRAD_DIM, PROJ_DIM, N_QUERY = 90, 400, 24, 7

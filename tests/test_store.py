@@ -8,12 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from hf_trak.messages import list_differences
 from hf_trak.storage import files
 from hf_trak.storage.columns import encode_columns, read_shard
-from hf_trak.storage.differences import list_differences
 from hf_trak.storage.files import write_atomically
-from hf_trak.storage.member_reader import MemberReader
-from hf_trak.storage.member_writer import MemberWriter
+from hf_trak.storage.reader import MemberReader
+from hf_trak.storage.writer import MemberWriter
 
 PROJ_DIM = 8
 

@@ -18,10 +18,10 @@ from hf_trak import AttributionIndex, TrakConfig
 from hf_trak.cli.main import main
 from hf_trak.hashing import hash_file
 from hf_trak.scoring.damping import DampingChoice
-from hf_trak.storage import verified
+from hf_trak.storage import verify as verified
 from hf_trak.storage.files import read_json
-from hf_trak.storage.member_writer import MemberWriter
-from hf_trak.storage.origins import read_origin
+from hf_trak.storage.format import read_origin
+from hf_trak.storage.writer import MemberWriter
 
 N_ROWS, PROJ_DIM, SHARD_ROWS = 22, 6, 4
 

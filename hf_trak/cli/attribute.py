@@ -14,9 +14,8 @@ from hf_trak.cli.parsing import Collect, make_parser, name_positions, parse, row
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from hf_trak.cli.examples import ExampleReader
+    from hf_trak.cli.examples import ExampleReader, LanguageRows
     from hf_trak.cli.hit_blocks import HitBlocks
-    from hf_trak.cli.language_rows import LanguageRows
     from hf_trak.index import AttributionIndex
 
 _SHOWN_QUERIES = 3
@@ -107,11 +106,10 @@ def run(args: AttributeArguments) -> None:
 
     from hf_trak.cli.data import load_rows
     from hf_trak.cli.examples import ExampleReader, read_attributions
-    from hf_trak.cli.quiet import hush
+    from hf_trak.cli.main import hush
     from hf_trak.cli.report import save_report, table
+    from hf_trak.distributed import current_processes, rank_and_size
     from hf_trak.index import AttributionIndex
-    from hf_trak.processes.gathering import rank_and_size
-    from hf_trak.processes.launchers import current_processes
     from hf_trak.scoring.memory import parse_memory
     from hf_trak.storage.outputs import naming, output_file
     from hf_trak.tasks import import_task
@@ -230,8 +228,8 @@ def _check_targets(args: AttributeArguments, output: Path) -> None:
 
 def _language_rows(args: AttributeArguments, index: AttributionIndex) -> LanguageRows | None:
     """Return what makes the text of a language model's rows, with the tokenizer of the first checkpoint; None for other tasks."""
-    from hf_trak.cli.language_rows import LANGUAGE_TASKS, LanguageRows
-    from hf_trak.featurizing.descriptions import recorded_checkpoint, recorded_processor
+    from hf_trak.cli.examples import LANGUAGE_TASKS, LanguageRows
+    from hf_trak.featurizing.identity import recorded_checkpoint, recorded_processor
     from hf_trak.sources.processors import find_processing_class
 
     config, info = index.config, index.members[0].info
@@ -264,7 +262,7 @@ def _train_reader(
 ) -> ExampleReader:
     """Return what shows training rows: from the training set, or else from the columns that the index kept of it."""
     from hf_trak.cli.examples import ExampleReader
-    from hf_trak.sources.read_columns import names_read
+    from hf_trak.sources.row_digests import names_read
 
     if train is not None:
         return ExampleReader(train, **columns, **shown_as)

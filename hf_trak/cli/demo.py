@@ -4,14 +4,144 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hf_trak.cli.demo_arguments import DemoArguments
+import numpy as np
+
 from hf_trak.cli.parsing import make_parser, parse
+from hf_trak.cli.results import commit
 from hf_trak.storage.files import read_json, remove_file, write_json
 from hf_trak.storage.snapshots import remove_snapshot
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from hf_trak.cli.demo_data import DemoData
+    from hf_trak.index import AttributionIndex
+
+
+@dataclass
+class DemoArguments:
+    """What to try, and where it goes."""
+
+    output: str = field(default="hf_trak_demo", metadata={"help": "Folder for the model, the index and the report."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace an earlier demo in the output folder."})
+    seed: int = field(default=0, metadata={"help": "Seed of the split, the flips, the training and the sketch."})
+    flip_fraction: float | None = field(
+        default=None, metadata={"help": "Share of training labels to flip: 0.1 for the digits; none with --model."}
+    )
+    proj_dim: int = field(default=2048, metadata={"help": "Numbers kept per example."})
+    members: str = field(
+        default="final", metadata={"help": "Checkpoints of the training run: final, or epoch:K for the last K."}
+    )
+    damping: str = field(default="auto", metadata={"help": "A multiple of the kernel's mean eigenvalue; 0 is the paper's."})
+    epochs: int | None = field(default=None, metadata={"help": "Epochs of training: 6 for the digits, 3 with --model --train."})
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "Of the training: 3e-3 for the digits, 5e-5 with --model --train."}
+    )
+    model: str | None = field(default=None, metadata={"help": "Your own classification model: a folder or repository."})
+    processor: str | None = field(
+        default=None,
+        metadata={"help": "Folder or repository of its tokenizer or image processor; by default those saved with --model."},
+    )
+    train: bool = field(default=False, metadata={"help": "Fine-tune --model on --dataset first."})
+    dataset: str | None = field(default=None, metadata={"help": "Its training set: a file, a folder, or a dataset of the Hub."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    split: str = field(default="train", metadata={"help": "Split to learn from."})
+    queries: str | None = field(default=None, metadata={"help": "Held-out rows, if they are not in --dataset."})
+    query_split: str = field(default="validation", metadata={"help": "Split of the held-out rows."})
+    max_rows: int | None = field(default=None, metadata={"help": "Use only the first training rows."})
+    max_queries: int | None = field(default=200, metadata={"help": "Use only the first held-out rows of --dataset."})
+    text_columns: list[str] | None = field(default=None, metadata={"help": "One or two text columns; found by default."})
+    image_column: str | None = field(default=None, metadata={"help": "The image column; found by default."})
+    label_column: str | None = field(default=None, metadata={"help": "The label column; 'labels' or 'label' by default."})
+
+
+TOP = 0.1
+_N_SUSPECTS = 10
+
+
+def show(
+    args: DemoArguments, data: DemoData, hits: Dataset, suspicion: np.ndarray, notes: dict[int, str], output: Path
+) -> None:
+    """Print and save the attributions of three held-out rows, and the most suspicious labels."""
+    from hf_trak.cli.examples import ExampleReader, Hit, read_attributions
+    from hf_trak.cli.report import save_report, suspects_table, table
+
+    rows = pick_queries(np.asarray(hits["query_output"][:]))
+    columns: dict[str, Any] = {
+        "text_columns": tuple(args.text_columns) if args.text_columns else None,
+        "image_column": args.image_column,
+        "label_column": args.label_column,
+    }
+    train = ExampleReader(data.train, notes=notes, **columns)
+    attributions = read_attributions(hits, ExampleReader(data.queries, **columns), train, rows=rows)
+    top = np.argsort(-suspicion, kind="stable")[:_N_SUSPECTS]
+    suspects = [Hit(train[int(row)], float(suspicion[row])) for row in top]
+    print(f"\n{table(attributions)}\n\n{suspects_table(suspects)}")
+    intro = (
+        f"{len(data.train):,} training rows of {data.name}. Training on a proponent raised the model's output for the query, "
+        "training on an opponent lowered it. The output is log p/(1 - p) of the query's label: negative where the model is wrong."
+    )
+    save_report(attributions, output, title=f"hf-trak demo: {data.name}", intro=intro, suspects=suspects)
+
+
+def pick_queries(outputs: np.ndarray) -> list[int]:
+    """Return up to three queries: the one the model gets most wrong, one it is unsure of, and a typical one."""
+    order = np.argsort(outputs, kind="stable")
+    return list(dict.fromkeys(int(order[position * len(order) // 20]) for position in (0, 1, 10)))
+
+
+def results_of(
+    args: DemoArguments, data: DemoData, index: AttributionIndex, rankings: dict[str, np.ndarray], flipped: np.ndarray
+) -> dict[str, Any]:
+    """Return what each ranking found, as results files have it."""
+    from hf_trak.evaluation import found_share
+
+    info = index.members[0].info
+    case = (
+        f"{type(data.model).__name__}, {data.name}, {index.n_rows} rows, proj_dim {args.proj_dim}, "
+        f"{len(index.members)} members ({args.members}), seed {args.seed}"
+    )
+    rows = [
+        {
+            "case": case,
+            "method": method,
+            "metric": "flipped_found_share",
+            "value": found_share(ranking, flipped, TOP),
+            "unit": f"share of flipped labels in the top {TOP:.0%} of training rows",
+            "interval": None,
+            "n_flipped": int(flipped.sum()),
+            "chance": TOP,
+        }
+        for method, ranking in rankings.items()
+        if flipped.any()
+    ]
+    return {
+        "name": "demo",
+        "command": _command(args),
+        "commit": commit(),
+        "versions": info["versions"],
+        "hardware": info["hardware"],
+        "rows": rows,
+        "flipped_rows": [row for row, was_flipped in enumerate(flipped.tolist()) if was_flipped],
+    }
+
+
+def found_table(results: dict[str, Any]) -> str:
+    """Return the counts as lines for the terminal; empty if nothing was flipped."""
+    lines = [f"  by {row['method']:<28}{row['value']:>7.1%}" for row in results["rows"]]
+    heading = f"\nFlipped labels found in the {TOP:.0%} of training rows ranked highest (chance: {TOP:.0%})"
+    return "\n".join([heading, *lines, ""]) if lines else ""
+
+
+def _command(args: DemoArguments) -> str:
+    given = {f.name: getattr(args, f.name) for f in fields(args) if getattr(args, f.name) != f.default}
+    flags = [f"--{key} {' '.join(value) if isinstance(value, list) else value}" for key, value in given.items()]
+    return " ".join(["hf-trak demo", *flags])
+
 
 _MARKER = ".hf_trak_demo.json"
 _USAGE = "[--output FOLDER] [options]"
@@ -43,11 +173,9 @@ def run(args: DemoArguments) -> dict[str, Any]:
 
     import numpy as np
 
-    from hf_trak.cli.demo_data import digits, flip_labels, own_data
-    from hf_trak.cli.demo_features import featurize, n_threads, out_to_loss, train_and_featurize
-    from hf_trak.cli.demo_results import found_table, results_of, show
+    from hf_trak.cli.demo_data import digits, featurize, flip_labels, n_threads, out_to_loss, own_data, train_and_featurize
     from hf_trak.cli.featurize import how_to_load
-    from hf_trak.cli.quiet import hush
+    from hf_trak.cli.main import hush
 
     hush()
     with n_threads(1 if args.model is None else None):

@@ -6,7 +6,7 @@ import argparse
 import importlib
 from collections.abc import Sequence
 
-from hf_trak.cli.usage import OneLineErrors
+from hf_trak.cli.main import OneLineErrors
 
 MEASURES = {
     "lds": "the linear datamodeling score: how well scores predict models trained on parts of the training set",

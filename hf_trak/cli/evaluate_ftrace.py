@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from hf_trak.cli.main import OneLineErrors
 from hf_trak.cli.parsing import make_parser, parse
-from hf_trak.cli.usage import OneLineErrors
 
 _USAGE = "[--scale small] --output FOLDER [options]"
 _DESCRIPTION = """\
@@ -23,7 +23,7 @@ examples:
 
 def main(arguments: Sequence[str]) -> None:
     """Parse and run."""
-    from hf_trak.cli.quiet import hush
+    from hf_trak.cli.main import hush
     from hf_trak.evaluation.fact_tracing import run_ftrace
 
     args, recipe = parse_arguments(arguments)

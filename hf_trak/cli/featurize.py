@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from hf_trak.cli.parsing import Collect, make_parser, parse, rows_at_a_time
 from hf_trak.feature_args import FeatureArguments
-from hf_trak.plain_text import mask_secrets
-from hf_trak.processes.garbage import uncollected
+from hf_trak.messages import mask_secrets
+from hf_trak.runtime import uncollected
 
 if TYPE_CHECKING:
     from hf_trak.index import AttributionIndex
@@ -99,9 +99,9 @@ def run(args: FeaturizeArguments, features: FeatureArguments, given: Sequence[st
     with uncollected(for_good=True):
         import hf_trak.models  # noqa: F401  what loading a model needs, whatever the model
         from hf_trak.cli.data import load_rows
-        from hf_trak.cli.quiet import hush, say_which_columns
+        from hf_trak.cli.main import hush, say_which_columns
+        from hf_trak.distributed import current_processes, warn_of_lone_process
         from hf_trak.index import AttributionIndex
-        from hf_trak.processes.launchers import current_processes, warn_of_lone_process
         from hf_trak.tasks import import_task
 
         hush()

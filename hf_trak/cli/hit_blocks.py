@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hf_trak.distributed import gather, rank_and_size
 from hf_trak.hashing import hash_json
-from hf_trak.plain_text import visible
-from hf_trak.processes.gathering import gather, rank_and_size
-from hf_trak.sources.read_columns import columns_to_digest, file_columns
-from hf_trak.sources.row_digests import digest_rows, hash_digests
+from hf_trak.messages import visible
+from hf_trak.sources.row_digests import columns_to_digest, digest_rows, file_columns, hash_digests
 from hf_trak.storage.files import (
     file_sizes,
     name_of_temporary,

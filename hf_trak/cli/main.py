@@ -4,14 +4,108 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from hf_trak import __version__
-from hf_trak.cli.usage import INTERRUPTED, REFUSED, SUCCESS, OneLineErrors, report
-from hf_trak.processes.garbage import uncollected
-from hf_trak.processes.stopping import Terminated
+from hf_trak.messages import one_line
+from hf_trak.runtime import Terminated, uncollected
+
+SUCCESS, REFUSED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
+_EXPECTED = (ValueError, OSError, MemoryError, ImportError)
+
+
+class OneLineErrors(argparse.ArgumentParser):
+    """A parser that reports bad usage in one line, without the list of all flags."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the error and exit with status 2."""
+        refuse_usage(self, message)
+
+
+def refuse_usage(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    """Print bad usage as one line, and exit with status 2."""
+    command = parser.prog.removeprefix("hf-trak").strip()
+    where = f"{command}: " if command else ""
+    end = "" if message.endswith((".", "?")) else "."
+    parser.exit(BAD_USAGE, f"hf-trak: error: {one_line(where + message)}{end} See `{parser.prog} --help`.\n")
+
+
+def report(error: BaseException) -> None:
+    """Print an error as one line on the error stream."""
+    print(f"hf-trak: error: {describe(error)}", file=sys.stderr)
+
+
+def describe(error: BaseException) -> str:
+    """Return an error as one line; one that no input should cause is called so."""
+    said = one_line(str(error))
+    if isinstance(error, UnicodeDecodeError):
+        return f"A file is not text in UTF-8: {said}. Check the files that were given; --debug shows which one was read."
+    if isinstance(error, MemoryError):
+        return f"Memory ran out. {said}".strip() if said else "Memory ran out. Use a smaller --batch_size or --max_memory."
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+        name = one_line(str(error.filename))
+        return f"{name}: {error.strerror}. Check that it is there and that you may read or write it."
+    if isinstance(error, _EXPECTED) and said:
+        return said
+    return (
+        f"{type(error).__name__}{': ' + said if said else ''}. This is not expected; run again with --debug for the traceback."
+    )
+
+
+# Of no consequence: both backends of image processors are served.
+_CHATTER = ("requires torchvision", "torchvision is not available", "Using a slow image processor")
+
+
+def hush() -> None:
+    """Keep transformers and datasets to warnings, one line each, and hide the progress bars of loading and saving."""
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_warning()
+    transformers.logging.disable_progress_bar()
+    datasets.logging.set_verbosity_warning()
+    datasets.disable_progress_bars()
+    for name in ("transformers", "datasets"):
+        for handler in logging.getLogger(name).handlers:
+            # The library's own handler: what else listens is not the command's.
+            if type(handler) is logging.StreamHandler and not any(isinstance(known, _OneLine) for known in handler.filters):
+                handler.addFilter(_OneLine())
+
+
+class _OneLine(logging.Filter):
+    """Passes each warning once, as one line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        said = record.getMessage()
+        if any(part in said for part in _CHATTER):
+            return False
+        line = one_line(said)
+        if line in self.seen:
+            return False
+        self.seen.add(line)
+        record.msg, record.args = line, ()
+        return True
+
+
+def say_which_columns() -> None:
+    """Print, on standard error, the line that says which columns of a dataset are read."""
+    logger = logging.getLogger("hf_trak.building.build")
+    for handler in [handler for handler in logger.handlers if handler.name == "columns"]:
+        logger.removeHandler(handler)  # of an earlier command of this process, whose standard error may be another
+    handler = logging.StreamHandler(sys.stderr)
+    handler.name = "columns"
+    handler.setFormatter(logging.Formatter("hf-trak: %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+
 
 COMMANDS = {
     "demo": "train a small classifier with mislabeled examples, and find them; or try your own model and dataset",

@@ -6,7 +6,7 @@ import argparse
 import time
 from collections.abc import Sequence
 
-from hf_trak.cli.usage import OneLineErrors
+from hf_trak.cli.main import OneLineErrors
 
 _DESCRIPTION = """\
 Put an index together that jobs with --shard-index and --num-shards have made: check every file against its hash, sum the kernels,
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> None:
 def run(folder: str) -> None:
     """Merge, and say where the index lies."""
     from hf_trak.cli.featurize import describe_index
-    from hf_trak.cli.quiet import hush
+    from hf_trak.cli.main import hush
     from hf_trak.index import AttributionIndex
 
     hush()

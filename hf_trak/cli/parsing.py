@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import yaml
 from transformers.hf_argparser import HfArgumentParser
 
-from hf_trak.cli.usage import OneLineErrors, refuse_usage
+from hf_trak.cli.main import OneLineErrors, refuse_usage
 
 
 class Collect(argparse.Action):

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_trak.plain_text import mask_secrets
+from hf_trak.messages import mask_secrets
 from hf_trak.storage.files import remove_leftovers, write_atomically, write_folder
 
 

@@ -43,7 +43,7 @@ def run(args: VerifyArguments) -> None:
     Raises:
         ValueError: If a file is damaged or missing.
     """
-    from hf_trak.storage.verification import verify_index
+    from hf_trak.storage.verify import verify_index
 
     folder, fetch, mend = _open(args)
     findings = list(verify_index(folder, fetch, **({} if mend is None else {"mend": mend})))

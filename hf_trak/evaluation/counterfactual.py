@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from hf_trak.evaluation.lds import bootstrap_draws, percentile_interval
 from hf_trak.hashing import hash_json
-from hf_trak.storage.differences import list_differences
+from hf_trak.messages import list_differences
 from hf_trak.storage.files import write_json
 
 Retrain = Callable[[Bool[np.ndarray, " n_train"], int], Float[np.ndarray, " n_query"]]

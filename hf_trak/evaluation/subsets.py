@@ -29,8 +29,8 @@ from tqdm.auto import tqdm
 
 from hf_trak.evaluation.training import Recipe, Rows, outputs_on, save_checkpoint, train
 from hf_trak.hashing import hash_json, random_bits, stream_key
+from hf_trak.messages import list_differences
 from hf_trak.storage.columns import to_table
-from hf_trak.storage.differences import list_differences
 from hf_trak.storage.files import read_json, write_atomically, write_json
 
 if TYPE_CHECKING:

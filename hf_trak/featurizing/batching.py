@@ -1,4 +1,4 @@
-"""How the rows of a shard are cut into batches: by a number of rows, or by what a budget of tokens allows.
+"""Batches: rows grouped by length, fetched ahead of their use, and collated.
 
 A shard's batches are a function of its rows, their lengths and the setting alone, never of which process computes it, of the shards
 before it or of when it was begun; only then do interrupted and shared runs end in the same bytes.
@@ -7,14 +7,18 @@ before it or of when it was begun; only then do interrupted and shared runs end 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor
+
+from hf_trak.gradients import BatchFeatures
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
 
 T = TypeVar("T")
 
@@ -163,3 +167,107 @@ def collate_rows(collate: Callable[[dict[str, list[Any]]], T], dataset: Dataset,
         raise ValueError(
             f"{error} Rows 0 to {len(rows) - 1} of this batch are the dataset's rows {some}{', ...' if len(rows) > _ROWS_NAMED else ''}."
         ) from error
+
+
+def fetch(features: BatchFeatures) -> BatchFeatures:
+    """Fetch all that a batch gave in one copy: each copy waits for the device."""
+    numbers = torch.stack([features.output, features.out_to_loss], dim=1).to(features.features.dtype)
+    packed = torch.cat([features.features, numbers], dim=1).cpu()
+    return BatchFeatures(packed[:, -2], packed[:, -1], packed[:, :-2])
+
+
+def not_finite(features: BatchFeatures) -> list[int]:
+    """Return the rows of what was fetched that are not finite."""
+    finite = features.features.isfinite().all(1) & features.output.isfinite() & features.out_to_loss.isfinite()
+    return (~finite).nonzero().flatten().tolist()
+
+
+def check_finite(features: BatchFeatures, ids: Sequence[int] | None = None) -> None:
+    """Check what was fetched.
+
+    Args:
+        ids (`Sequence[int]`, *optional*): The rows' ids, for the message.
+
+    Raises:
+        ValueError: If a row's output or gradient is not finite; the message names the rows.
+    """
+    if bad := not_finite(features):
+        names = [ids[row] for row in bad] if ids is not None else bad
+        raise ValueError(
+            f"The gradients of {len(bad)} examples are not finite: rows {', '.join(map(str, names[:10]))}"
+            f"{', ...' if len(bad) > 10 else ''}. Look for NaN in their inputs or in the model's weights, or overflow in half "
+            "precision. Nothing of this shard was written."
+        )
+
+
+Columns = Mapping[str, Sequence[Any]]
+_MASKS = ("attention_mask", "decoder_attention_mask", "pixel_attention_mask")
+
+
+class Collated(dict[str, Any]):
+    """A batch, and the rows it was made of.
+
+    Args:
+        rows (`Mapping`): Columns, as a dataset gives them.
+        collate (`Callable`): What made the batch of them.
+    """
+
+    def __init__(self, batch: Mapping[str, Any], rows: Columns, collate: Callable[[Columns], Mapping[str, Any]]) -> None:
+        super().__init__(batch)
+        self.rows = rows
+        self._collate = collate
+
+    def of(self, numbers: Sequence[int]) -> Mapping[str, Any]:
+        """Return a batch of some of the rows, in this order."""
+        return self._collate({name: [values[number] for number in numbers] for name, values in self.rows.items()})
+
+    def to(self, device: torch.device) -> Collated:
+        """Return this batch with its tensors on a device."""
+        return Collated(to_device(self, device), self.rows, self._collate)
+
+
+def part_of(batch: Mapping[str, Any], numbers: Sequence[int]) -> Mapping[str, Any]:
+    """Return a batch of some rows of another, without padding where the batch knows its rows.
+
+    Raises:
+        ValueError: If it does not, and has padding.
+    """
+    if isinstance(batch, Collated):
+        return batch.of(numbers)
+    part = {key: value[list(numbers)] if isinstance(value, Tensor) else value for key, value in batch.items()}
+    if len(numbers) == 1 and has_padding(part):
+        part = _without_padding(part)
+    if len(numbers) == 1 and has_padding(part):
+        raise ValueError(
+            "This batch has padding, and its rows are needed one by one without it. Make batches by `Featurizer.collate`, which "
+            "keeps the rows beside them, or pass rows to the Featurizer itself."
+        )
+    return part
+
+
+def _without_padding(row: dict[str, Any]) -> dict[str, Any]:
+    """Cut the padding off a batch of one row of tokens, where it lies on the right and nothing but tokens is as wide."""
+    mask = row.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return row
+    width, length = mask.shape[1], int(mask.ne(0).sum())
+    as_wide = [name for name, value in row.items() if isinstance(value, Tensor) and value.ndim > 1 and value.shape[1] == width]
+    if not mask[:, :length].ne(0).all() or any(row[name].ndim > 2 or row[name].is_floating_point() for name in as_wide):
+        return row
+    return {name: value[:, :length] if name in as_wide else value for name, value in row.items()}
+
+
+def has_padding(batch: Mapping[str, Any]) -> bool:
+    """Return whether a mask of a batch hides anything."""
+    masks = [batch[name] for name in _MASKS if isinstance(batch.get(name), Tensor)]
+    return any(bool((mask == 0).any()) for mask in masks)
+
+
+def count_rows(batch: Mapping[str, Any]) -> int:
+    """Return how many rows a batch has."""
+    return next(len(value) for value in batch.values() if isinstance(value, Tensor))
+
+
+def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return a batch with its tensors on a device."""
+    return {key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for key, value in batch.items()}

@@ -19,13 +19,22 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
 from hf_trak.config import TrakConfig
-from hf_trak.errors import MissingProcessor
-from hf_trak.featurizing.autocast import in_bfloat16
-from hf_trak.featurizing.batching import Budget, automatic_budget, collate_rows, read_rows
-from hf_trak.featurizing.collated import Collated, count_rows, has_padding, part_of, to_device
-from hf_trak.featurizing.engines import EngineChoice, cost_of_loop, decide, rows_to_check
-from hf_trak.featurizing.fetching import check_finite, fetch, not_finite
-from hf_trak.featurizing.first_rows import check_first_rows
+from hf_trak.featurizing.batching import (
+    Budget,
+    Collated,
+    automatic_budget,
+    check_finite,
+    collate_rows,
+    count_rows,
+    fetch,
+    has_padding,
+    not_finite,
+    part_of,
+    read_rows,
+    to_device,
+)
+from hf_trak.featurizing.devices import in_bfloat16
+from hf_trak.featurizing.engine_choice import EngineChoice, check_first_rows, cost_of_loop, decide, rows_to_check
 from hf_trak.gradients import (
     BatchFeatures,
     CallPlan,
@@ -40,12 +49,12 @@ from hf_trak.gradients import (
 )
 from hf_trak.hashing import hash_tensors
 from hf_trak.members import MIDDLE, PathPoint, read_alphas
+from hf_trak.messages import MissingProcessor
 from hf_trak.projectors import FastJL, Identity, Projector, StackedProjector, make_projectors
 from hf_trak.sources.checkpoints import load_model_and_base_rows
 from hf_trak.sources.path_bases import MadePoint, find_base, make_point
-from hf_trak.sources.processing import hash_processing_class
-from hf_trak.sources.processors import check_vocabulary, describe_absence, find_processing_class, is_name
-from hf_trak.sources.revisions import pinned_revision
+from hf_trak.sources.processors import check_vocabulary, describe_absence, find_processing_class, hash_processing_class, is_name
+from hf_trak.sources.repositories import pinned_revision
 from hf_trak.sources.weights import check_dtype
 from hf_trak.storage.passes import encode_pass
 from hf_trak.tasks import (
@@ -61,7 +70,7 @@ from hf_trak.tasks import (
     vmappable_attention,
     with_bank,
 )
-from hf_trak.tasks.packing import check_documents
+from hf_trak.tasks.padding import check_documents
 from hf_trak.tasks.token_inputs import TokenInputs
 
 if TYPE_CHECKING:

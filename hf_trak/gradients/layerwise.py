@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from hf_trak.gradients.affine import factors, is_affine, may_be_affine
 from hf_trak.gradients.batch import (
     BatchFeatures,
     BatchRefused,
@@ -26,12 +25,23 @@ from hf_trak.gradients.batch import (
     forget_caches,
     working_dtype,
 )
-from hf_trak.gradients.calls import Axis, Call, CallPlan
-from hf_trak.gradients.frozen import frozen_layers
+from hf_trak.gradients.layer_patches import frozen_layers
 from hf_trak.gradients.loop import add_gradients
-from hf_trak.gradients.rules import Contribution, Dense, Outer, Rows, find_rule, looks_at_values, own_parameters, owners
+from hf_trak.gradients.rules import (
+    Contribution,
+    Dense,
+    Outer,
+    Rows,
+    factors,
+    find_rule,
+    is_affine,
+    looks_at_values,
+    may_be_affine,
+    own_parameters,
+    owners,
+)
 from hf_trak.gradients.shared import SharedGradients, StandIns, plain
-from hf_trak.gradients.taps import Taps
+from hf_trak.gradients.taps import Axis, Call, CallPlan, Taps
 from hf_trak.projectors import Projector
 
 _WAY_OUT = "Use gradients='loop', or 'auto', which takes it where it must, or leave these parameters out with `parameters`."

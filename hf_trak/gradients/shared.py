@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hf_trak.gradients.batch import BatchRefused, OutputFunction, evaluation_mode
-from hf_trak.gradients.calls import Axis, CallPlan, SharedPlan, axis_of_sizes
-from hf_trak.gradients.taps import Taps
+from hf_trak.gradients.taps import Axis, CallPlan, SharedPlan, Taps, axis_of_sizes
 
 _MOST = 1 << 27  # entries of a parameter's gradients that are kept for all examples of a batch
 _LOST = "Parameters that the examples share are used in a way that loses the examples' axis"

@@ -13,11 +13,11 @@ from urllib.parse import quote
 from hf_trak.config import TrakConfig
 from hf_trak.hashing import hash_json
 from hf_trak.members import ADAPTER
-from hf_trak.plain_text import markdown, markdown_code, visible
+from hf_trak.messages import markdown, markdown_code, visible
 from hf_trak.scoring.damping import DampingChoice
 from hf_trak.scoring.ensemble import default_power
 from hf_trak.storage.files import write_atomically
-from hf_trak.storage.layout import CURVE_NAME
+from hf_trak.storage.format import CURVE_NAME
 
 if TYPE_CHECKING:
     from huggingface_hub import DatasetCardData

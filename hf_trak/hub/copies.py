@@ -13,11 +13,11 @@ from hf_trak.config import CARD_NAME, CONFIG_NAME, TrakConfig
 from hf_trak.hub.cards import CURVE_NAME, merge_card, render_index_card
 from hf_trak.hub.upload import Upload, repository_exists
 from hf_trak.scoring.damping import DAMPING_NAME, DampingChoice
-from hf_trak.sources.training_sets import licence_in, licence_of_source
+from hf_trak.sources.repositories import licence_in, licence_of_source
 from hf_trak.storage.files import write_atomically, write_folder, write_json
-from hf_trak.storage.layout import MEMBER_NAME, member_number
-from hf_trak.storage.member_reader import MemberReader
+from hf_trak.storage.format import MEMBER_NAME, member_number
 from hf_trak.storage.object_store import ObjectPath, seen_from
+from hf_trak.storage.reader import MemberReader
 from hf_trak.storage.replacing import (
     begin_replacement,
     commit_replacement,

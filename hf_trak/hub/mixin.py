@@ -10,8 +10,8 @@ from hf_trak.config import TrakConfig
 from hf_trak.hub.copies import copy_index, push_index
 from hf_trak.hub.download import HubIndex
 from hf_trak.hub.upload import is_main_process
-from hf_trak.storage.member_reader import MemberReader
 from hf_trak.storage.object_store import ObjectPath, place
+from hf_trak.storage.reader import MemberReader
 from hf_trak.tasks import Task, TaskMaker
 
 if TYPE_CHECKING:

@@ -14,11 +14,10 @@ from hf_trak.hashing import hash_file, hash_json
 from hf_trak.hub.cards import CURVE_NAME
 from hf_trak.scoring.damping import DAMPING_NAME
 from hf_trak.storage.files import write_atomically, write_folder
-from hf_trak.storage.layout import MEMBER_NAME, PROGRESS, member_folders
-from hf_trak.storage.member_info import read_member_info
+from hf_trak.storage.format import MEMBER_NAME, PROGRESS, member_folders, read_member_info
 from hf_trak.storage.object_store import ObjectPath
 from hf_trak.storage.replacing import finish_replacement
-from hf_trak.storage.verified import cache_folder
+from hf_trak.storage.verify import cache_folder
 
 _EXTRAS = (CARD_NAME, DAMPING_NAME, CURVE_NAME)
 

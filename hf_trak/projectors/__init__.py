@@ -2,12 +2,10 @@
 
 from collections.abc import Sequence
 
-from hf_trak.projectors.base import Projector
-from hf_trak.projectors.block_count_sketch import BlockCountSketch
-from hf_trak.projectors.dense_rademacher import DenseRademacher
+from hf_trak.projectors.base import Projector, StackedProjector
+from hf_trak.projectors.count_sketch import BlockCountSketch
+from hf_trak.projectors.dense import DenseRademacher, Identity
 from hf_trak.projectors.fast_jl import FastJL
-from hf_trak.projectors.identity import Identity
-from hf_trak.projectors.stack import StackedProjector
 
 PROJECTORS: dict[str, type[Projector]] = {
     "block_count_sketch": BlockCountSketch,

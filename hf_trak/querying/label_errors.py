@@ -8,10 +8,9 @@ import numpy as np
 import torch
 from jaxtyping import Int64
 
-from hf_trak.querying.alignment import align_rows
-from hf_trak.querying.kept_rows import KeptRows
+from hf_trak.querying.training_rows import KeptRows, align_rows
 from hf_trak.scoring.label_errors import LabelEvidence, Suspicion, suggest_labels
-from hf_trak.storage.member_reader import MemberReader
+from hf_trak.storage.reader import MemberReader
 
 if TYPE_CHECKING:
     from pathlib import Path

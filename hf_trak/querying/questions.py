@@ -15,10 +15,9 @@ from torch import Tensor
 from hf_trak.config import TrakConfig
 from hf_trak.linalg import damped, default_damping
 from hf_trak.members import Pass
-from hf_trak.querying.given_features import mean_output, read_query_features
-from hf_trak.querying.kept_rows import KeptRows
 from hf_trak.querying.label_errors import check_budget, given_labels, label_error_rows
-from hf_trak.querying.recorded_featurizers import QuerySide
+from hf_trak.querying.queries import QuerySide, mean_output, read_query_features
+from hf_trak.querying.training_rows import KeptRows
 from hf_trak.scoring.damping import DampingChoice, choose_damping
 from hf_trak.scoring.ensemble import (
     COMBINATIONS,
@@ -33,8 +32,8 @@ from hf_trak.scoring.label_errors import LabelEvidence, check_labels_task, label
 from hf_trak.scoring.scorer import Scorer, check_top_k, to_hits
 from hf_trak.scoring.search_index import SearchIndex, describe
 from hf_trak.scoring.top_k import TopK
-from hf_trak.storage.member_reader import MemberReader
 from hf_trak.storage.passes import columns_of
+from hf_trak.storage.reader import MemberReader
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from hf_trak.hashing import hash_json, random_bits, stream_key
 from hf_trak.linalg import factor, solve
-from hf_trak.scoring.blocks import weigh
+from hf_trak.scoring.score import weigh
 from hf_trak.storage.files import read_sealed, write_sealed
-from hf_trak.storage.layout import DAMPING_NAME
-from hf_trak.storage.member_reader import MemberReader
+from hf_trak.storage.format import DAMPING_NAME
+from hf_trak.storage.reader import MemberReader
 
 GRID = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 FEWEST_CHECKPOINTS = 4  # halves of one checkpoint rank nothing

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from hf_trak.linalg import accumulate_kernel, factor
 from hf_trak.linalg import leverage as leverage_of
-from hf_trak.processes.ahead import ahead, one_thread
-from hf_trak.scoring.blocks import SOLVED_AT_ONCE, MemberBlock, precondition, residual_weights, score_blocks
+from hf_trak.runtime import ahead, one_thread
+from hf_trak.scoring.score import SOLVED_AT_ONCE, MemberBlock, precondition, residual_weights, score_blocks
 from hf_trak.storage.columns import Shard
-from hf_trak.storage.member_reader import MemberReader
-from hf_trak.storage.shard_blocks import aligned_blocks, member_blocks
+from hf_trak.storage.reader import MemberReader, aligned_blocks, member_blocks
 
 COMBINATIONS = ("scaled", "means")
 

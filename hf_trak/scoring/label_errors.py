@@ -32,8 +32,7 @@ from torch import Tensor
 
 from hf_trak.linalg import factor, solve
 from hf_trak.linalg import leverage as leverage_of
-from hf_trak.storage.member_reader import MemberReader
-from hf_trak.storage.shard_blocks import member_blocks
+from hf_trak.storage.reader import MemberReader, member_blocks
 
 ITERATIONS = 4
 """Rounds of trust. Two to eight find the same within .005 AUC at 5 and 20 % of wrong labels; four are better than two at 40 %."""

@@ -21,13 +21,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_trak.hashing import hash_json
-from hf_trak.scoring.blocks import MemberBlock, member_weights
+from hf_trak.messages import list_differences
 from hf_trak.scoring.ensemble import ScoreOptions, SolvedQueries
+from hf_trak.scoring.score import MemberBlock, member_weights
 from hf_trak.scoring.top_k import TopK
-from hf_trak.storage.differences import list_differences
 from hf_trak.storage.files import read_json, write_atomically, write_json
-from hf_trak.storage.member_reader import MemberReader
-from hf_trak.storage.shard_blocks import aligned_blocks
+from hf_trak.storage.reader import MemberReader, aligned_blocks
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from hf_trak.hashing import hash_tensors
 from hf_trak.members import ADAPTER, AUTO, INITIAL, PathPoint
-from hf_trak.processes.garbage import uncollected
+from hf_trak.runtime import uncollected
 from hf_trak.sources.checkpoints import check_is_checkpoint
-from hf_trak.sources.names import as_pattern, common_change
 from hf_trak.sources.path_points import LEAST_COSINE, PointReport, check_unquantized, move_to_point, scale_adapter
 from hf_trak.sources.repositories import Listing, look_up, reached
-from hf_trak.sources.weights import check_files, load_with_report, read_weights
+from hf_trak.sources.weights import as_pattern, check_files, common_change, load_with_report, read_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

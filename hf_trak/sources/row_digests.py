@@ -1,11 +1,11 @@
-"""Digests of a dataset's rows: equal content has an equal digest, whatever file, cache or Arrow type holds it."""
+"""Content of training rows: the columns that are read, those that are kept, and a digest of each row."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,8 +13,95 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import UInt8
 
+from hf_trak.sources.transforms import has_transform
+
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, Features
+
+
+def names_read(columns: Mapping[str, Any]) -> list[str]:
+    """Return the names in what [`Task.columns_read`] says, each once."""
+    return list(dict.fromkeys(name for value in columns.values() for name in ([value] if isinstance(value, str) else value)))
+
+
+def in_order(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what [`Task.columns_read`] says, so that the order of a dataset's columns does not matter where it means nothing."""
+    return {key: sorted(value) if key == "tokens" else value for key, value in columns.items()}
+
+
+def describe_columns(columns: Mapping[str, Any]) -> str:
+    """Return the columns that are read and as what, in a line."""
+    return "; ".join(f"{key} {value if isinstance(value, str) else ', '.join(value)}" for key, value in columns.items())
+
+
+def columns_to_digest(dataset: Dataset, columns: Mapping[str, Any]) -> list[str]:
+    """Return the columns that rows are told apart by: those read, or all where that is not known.
+
+    A transform may read any column, and so may the collator of a custom task.
+    """
+    read = names_read(columns)
+    if has_transform(dataset) or not read or not set(read) <= set(dataset.column_names):
+        return sorted(dataset.column_names)
+    return sorted(read)
+
+
+def label_names(features: Features, columns: Mapping[str, Any]) -> list[str] | None:
+    """Return the names of the classes of the label column that is read; None where it has none."""
+    label = columns.get("label")
+    kind = features.get(label) if isinstance(label, str) else None
+    kind = getattr(kind, "feature", kind)  # a list of labels, one for each token
+    names = getattr(kind, "names", None)
+    return None if names is None else list(names)
+
+
+def file_columns(features: Features, columns: Mapping[str, Any]) -> list[str]:
+    """Return the columns read as images that hold the names of files."""
+    images = columns.get("image", [])
+    named = [images] if isinstance(images, str) else images
+    return [name for name in named if getattr(features.get(name), "dtype", None) in ("string", "large_string")]
+
+
+# `attribute` calls them proponent_<column> and opponent_<column>, next to proponent_scores.
+_TAKEN = ("example_id", "scores")
+
+
+def check_kept(dataset: Dataset, columns: Sequence[str]) -> tuple[str, ...]:
+    """Return the columns to be kept.
+
+    Raises:
+        ValueError: If the dataset lacks one, one is named twice, or has a name that the index uses.
+    """
+    missing = [column for column in columns if column not in dataset.column_names]
+    if missing:
+        raise ValueError(
+            f"`keep_columns` (--keep_columns) names {', '.join(map(repr, missing))}, but the dataset has "
+            f"{', '.join(dataset.column_names)}."
+        )
+    twice = sorted({column for column in columns if list(columns).count(column) > 1})
+    if twice:
+        raise ValueError(f"`keep_columns` (--keep_columns) names {', '.join(map(repr, twice))} twice; name each column once.")
+    taken = [column for column in columns if column in _TAKEN or column.startswith("trak_")]
+    if taken:
+        raise ValueError(
+            f"`keep_columns` (--keep_columns) names {', '.join(map(repr, taken))}, a name that the index uses for a column of its "
+            "results; rename the column first, with `dataset.rename_column`."
+        )
+    return tuple(columns)
+
+
+def take_kept(dataset: Dataset, columns: Sequence[str], rows: range) -> pa.Table:
+    """Return some rows of the kept columns, typed as in the dataset; files of images and sound are taken in.
+
+    The schema's metadata describes the features, as `datasets` writes it, so that `load_dataset` finds them again.
+    """
+    from datasets import Features
+    from datasets.table import embed_table_storage, table_cast
+
+    schema = Features({column: dataset.features[column] for column in columns}).arrow_schema
+    raw = dataset.with_format(None).select_columns(list(columns)).with_format("arrow")
+    table = raw[rows.start : rows.stop].select(list(columns))
+    return embed_table_storage(table_cast(table, schema).replace_schema_metadata(schema.metadata), remote_files=False)
+
 
 _BYTES = 16
 _AT_ONCE = 1000

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from hf_trak.hashing import hash_json, random_signs, stream_key
-from hf_trak.sources.processing import hash_tokenizer, tokenizer_of
+from hf_trak.sources.processors import hash_tokenizer, tokenizer_of
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from hf_trak.storage.origins import Origin, read_origin, refuse_other_origin, write_origin
+from hf_trak.storage.format import Origin, read_origin, refuse_other_origin, write_origin
 
 ROW_DIGEST = "trak_row_digest"
 _READ = ("example_id", "trak_features", "trak_scale", "trak_out_to_loss", "trak_output")

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from hf_trak.config import CARD_NAME, CONFIG_NAME
 from hf_trak.storage.files import file_sizes, name_of_temporary, read_json, remove_file, write_folder, write_json
-from hf_trak.storage.layout import (
+from hf_trak.storage.format import (
     IDENTITY_NAME,
     MEMBER_NAME,
     PROGRESS,
@@ -26,9 +26,9 @@ from hf_trak.storage.layout import (
     is_member_name,
     is_shard_name,
     member_number,
+    read_origin,
 )
 from hf_trak.storage.object_store import ObjectPath, local_copy
-from hf_trak.storage.origins import read_origin
 
 STAGING = ".replacement"
 _PLAN = "replaces.json"

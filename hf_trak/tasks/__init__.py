@@ -1,11 +1,10 @@
 """What a model's output is, per task: finding its fields in a dataset, f(z; θ) per example, and its out-to-loss."""
 
 from hf_trak.tasks.annotation_inputs import SpanInputs, TokenLabelInputs
-from hf_trak.tasks.attention import vmappable_attention
 from hf_trak.tasks.auto import TASKS, AutoTask, is_language_model
-from hf_trak.tasks.bank import Bank, draw_rows
 from hf_trak.tasks.base import Task, TaskCollator
 from hf_trak.tasks.contrastive import (
+    PairCollator,
     bank_of,
     contrastive_task,
     embed_bank,
@@ -18,9 +17,8 @@ from hf_trak.tasks.contrastive import (
 from hf_trak.tasks.inputs import CustomInputs, ImageInputs, Inputs, TextInputs
 from hf_trak.tasks.language_inputs import CausalInputs, MaskedInputs, Seq2SeqInputs
 from hf_trak.tasks.named import NamedTaskMaker, TaskMaker, import_task, make_task
-from hf_trak.tasks.outputs import classification_margin, margin, regression_prediction
-from hf_trak.tasks.pair_collator import PairCollator
-from hf_trak.tasks.pairs import PairInputs
+from hf_trak.tasks.outputs import classification_margin, margin, regression_prediction, vmappable_attention
+from hf_trak.tasks.pairs import Bank, PairInputs, draw_rows
 from hf_trak.tasks.token_inputs import TokenInputs
 from hf_trak.tasks.token_outputs import SpanOutput, TokenOutput, token_margins
 

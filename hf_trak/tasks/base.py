@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hf_trak.tasks.calls import APART
 from hf_trak.tasks.inputs import CustomInputs, ImageInputs, Inputs, Rows, TextInputs
 from hf_trak.tasks.labels import Labels
+from hf_trak.tasks.outputs import APART
 from hf_trak.tasks.pairs import PairInputs
 from hf_trak.tasks.rows import check_repeatable, features_of, is_transformed
 

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_trak.errors import MissingProcessor
-from hf_trak.tasks.calls import APART
+from hf_trak.messages import MissingProcessor
 from hf_trak.tasks.inputs import Rows
+from hf_trak.tasks.outputs import APART
 from hf_trak.tasks.padding import NOT_DATA, has_learned_positions, position_limit, refuse_texts_without_boxes, text_limit
 from hf_trak.tasks.rows import features_of, is_transformed, name_rows
 

@@ -23,14 +23,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from hf_trak.tasks.bank import Bank
 from hf_trak.tasks.base import Task
-from hf_trak.tasks.pairs import PairInputs
+from hf_trak.tasks.pairs import Bank, PairInputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from hf_trak.config import TrakConfig
+
 
 DUAL_ENCODERS = {
     "CLIPModel": "softmax",
@@ -267,3 +267,33 @@ def embed_bank(task: Task, model: Any, batch: Mapping[str, Tensor], rows: Tensor
     assert isinstance(output, ContrastiveOutput)
     images, captions = output.embed(model, batch)
     return Bank(images.detach(), captions[0].detach(), batch["pair_keys"], rows.to(images.device))
+
+
+@dataclass
+class PairCollator:
+    """Batches of pairs for training a dual encoder: the model's inputs, and the word that its own loss is wanted.
+
+    The loss is the model's, over the pairs of the batch: for CLIP the mean of the cross-entropies of its rows and columns, for SigLIP
+    the sigmoid loss of all its pairings. Of a row with several captions one is drawn, by torch's generator.
+
+    Args:
+        model (`PreTrainedModel`): A dual encoder.
+        processing_class: Its processor.
+    """
+
+    model: PreTrainedModel
+    config: TrakConfig
+    processing_class: Any = None
+
+    def __post_init__(self) -> None:
+        self.inputs = contrastive_task(self.model, self.config).inputs
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.inputs.collate({key: [row[key] for row in rows] for key in rows[0]}, self.processing_class)
+        drawn = torch.multinomial(batch.pop("caption_weights"), 1).squeeze(1)
+        del batch["pair_keys"]
+        assert isinstance(self.inputs, PairInputs)
+        for name in self.inputs.text_names:
+            if name in batch:
+                batch[name] = batch[name][torch.arange(len(rows)), drawn]
+        return {**batch, "return_loss": True}

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_trak.errors import MissingProcessor
+from hf_trak.messages import MissingProcessor
 from hf_trak.tasks.columns import find_text_columns, is_string
 from hf_trak.tasks.padding import (
     extra_columns,

@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_trak.tasks.chat import ChatTemplate
-from hf_trak.tasks.columns import find_whole_text, is_set_aside
-from hf_trak.tasks.decoder_inputs import DecoderInputs
-from hf_trak.tasks.formats import refuse_pairs, refuse_unserved
-from hf_trak.tasks.packing import is_packed, refuse_packed
+from hf_trak.tasks.columns import find_whole_text, is_set_aside, refuse_pairs, refuse_unserved
+from hf_trak.tasks.padding import is_packed, refuse_packed
 from hf_trak.tasks.token_inputs import Example, TokenInputs, labels_like, text_of
-from hf_trak.tasks.token_outputs import IGNORED
+from hf_trak.tasks.token_outputs import IGNORED, DecoderInputs
 
 if TYPE_CHECKING:
     from datasets import Features

@@ -1,4 +1,4 @@
-"""Rows of language models that also read images or sounds: as conversations and completions with images, prepared, or text alone."""
+"""Rows of language models that also read images, sounds or videos."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from hf_trak.config import TrakConfig
-from hf_trak.errors import MissingProcessor
-from hf_trak.tasks.calls import APART
-from hf_trak.tasks.further_inputs import as_numbers
+from hf_trak.messages import MissingProcessor
+from hf_trak.tasks.inputs import ImageInputs
 from hf_trak.tasks.language_inputs import CausalInputs
+from hf_trak.tasks.outputs import APART
+from hf_trak.tasks.padding import as_numbers
 from hf_trak.tasks.pictures import find_image_columns, open_picture, to_mode
 from hf_trak.tasks.token_inputs import Example, text_of
 from hf_trak.tasks.token_outputs import IGNORED
@@ -22,6 +23,19 @@ from hf_trak.tasks.token_outputs import IGNORED
 if TYPE_CHECKING:
     from datasets import Features
     from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class VideoInputs(ImageInputs):
+    """Rows with `pixel_values`, or `pixel_values_videos` where the model takes these: (frames, channels, height, width)."""
+
+    def check(self, features: Features, processing_class: Any) -> None:
+        if not self._has_pixels(features):
+            raise ValueError(
+                f"Expected {self.main!r}, prepared with the model's processor, but the dataset has {', '.join(features)}. Videos are not decoded "
+                "here: which frames are read would depend on the decoder."
+            )
+
 
 _IMAGES = ("images", "image")
 _OTHER_MEDIA = ("videos", "video", "audios", "audio")

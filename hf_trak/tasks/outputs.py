@@ -1,15 +1,115 @@
-"""Model output functions: f(z; θ) and out-to-loss of each example, from the model's logits."""
+"""Model output functions: how a model is called, and f(z; θ) and out-to-loss of each example from its logits.
+
+transformers 5 looks at the values of a 2-D attention mask to skip masking where it can; a value inside `vmap` cannot be looked at.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from hf_trak.tasks.calls import call_model, logits_of
+if TYPE_CHECKING:
+    from torch import nn
+
+
+_TRACEABLE = ("sdpa", "eager")
+_ALWAYS = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+
+
+@contextmanager
+def vmappable_attention(model: nn.Module) -> Iterator[None]:
+    """Build masks whole and never inspect them, in plain or scaled-dot-product attention; restore what was there.
+
+    The implementation keeps its name, by which some models decide what they compute. Of scaled-dot-product attention, the plain form is
+    used, for which `vmap` has rules; the fused ones would run example by example. Other models of this process build their masks
+    whole meanwhile, which changes no result.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from transformers import AttentionMaskInterface, PreTrainedModel
+
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        model = model.get_base_model()  # type: ignore[operator]
+    if not isinstance(model, PreTrainedModel):
+        yield
+        return
+    implementation = model.config._attn_implementation
+    is_other = implementation is not None and implementation not in _TRACEABLE
+    masks = AttentionMaskInterface()
+    before = {name: masks[name] for name in _TRACEABLE}
+    if is_other:
+        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    for name, make in before.items():
+        AttentionMaskInterface.register(name, _whole(make))
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        for name, make in before.items():
+            AttentionMaskInterface.register(name, make)
+        if is_other:
+            model.set_attn_implementation(implementation)
+
+
+def _whole(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a maker of masks that skips none."""
+
+    def mask(*args: Any, **kwargs: Any) -> Any:
+        return make(*args, **{**kwargs, **_ALWAYS})
+
+    return mask
+
+
+APART = "apart"
+"""Key of a batch whose rows cannot be computed together; its value says why. Such rows go one at a time."""
+
+NOT_INPUTS = ("labels", "start_positions", "end_positions", APART)
+
+
+def call_model(model: Callable[..., Any], batch: Mapping[str, Any], **options: Any) -> Any:
+    """Return a model's result for a batch, without labels and without a cache of keys and values.
+
+    Raises:
+        ValueError: If the rows of the batch cannot share one.
+    """
+    if APART in batch:
+        raise ValueError(f"These rows cannot share a batch: {batch[APART]}. Use gradients='loop' or 'auto' (--gradients loop)")
+    if takes(model, "use_cache"):
+        options.setdefault("use_cache", False)
+    return model(**{key: value for key, value in batch.items() if key not in NOT_INPUTS}, **options)
+
+
+def takes(model: Any, name: str) -> bool:
+    """Whether the `forward` of a model names an argument; False for a callable that is no model."""
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    forward = getattr(type(model), "forward", None) or getattr(getattr(model, "_model", None), "forward", None)
+    return forward is not None and name in inspect.signature(forward).parameters
+
+
+def logits_of(result: Any) -> Tensor:
+    """Return a classifier's logits, in at least float32.
+
+    PP-LCNet returns them as `last_hidden_state`, which is then of shape (batch, classes).
+
+    Raises:
+        ValueError: If the result has none.
+    """
+    logits = getattr(result, "logits", None)
+    if logits is None:
+        logits = getattr(result, "last_hidden_state", None)
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        found = ", ".join(result) if isinstance(result, Mapping) else type(result).__name__
+        shape = f" of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else ""
+        raise ValueError(
+            f"Expected logits of shape (batch, classes), but the model returns {found}{shape}. Make a task with `Task.custom`."
+        )
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def margin(logits: Float[Tensor, "batch classes"], labels: Int64[Tensor, " batch"]) -> Float[Tensor, " batch"]:

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_trak.errors import MissingProcessor
-from hf_trak.tasks.calls import APART
+from hf_trak.messages import MissingProcessor
 from hf_trak.tasks.inputs import Rows, _list_lengths
+from hf_trak.tasks.outputs import APART
 from hf_trak.tasks.rows import is_transformed, missing_rows, name_rows
 
 if TYPE_CHECKING:

@@ -16,15 +16,25 @@ import torch
 from torch import Tensor
 
 from hf_trak.config import TrakConfig
-from hf_trak.errors import MissingProcessor
-from hf_trak.tasks.decoder_inputs import DecoderInputs
-from hf_trak.tasks.formats import refuse_unserved
-from hf_trak.tasks.further_inputs import as_numbers, further_inputs, is_along, pad_inputs
+from hf_trak.messages import MissingProcessor
+from hf_trak.tasks.columns import refuse_unserved
 from hf_trak.tasks.inputs import Rows
-from hf_trak.tasks.packing import PACKING_COLUMNS, is_packed, packed_positions, pad_positions, refuse_packed
-from hf_trak.tasks.padding import position_limit, refuse_texts_without_boxes, vocabulary_size
-from hf_trak.tasks.row_faults import Faults
-from hf_trak.tasks.token_outputs import IGNORED
+from hf_trak.tasks.padding import (
+    PACKING_COLUMNS,
+    as_numbers,
+    further_inputs,
+    is_along,
+    is_packed,
+    packed_positions,
+    pad_inputs,
+    pad_positions,
+    position_limit,
+    refuse_packed,
+    refuse_texts_without_boxes,
+    vocabulary_size,
+)
+from hf_trak.tasks.rows import Faults
+from hf_trak.tasks.token_outputs import IGNORED, DecoderInputs
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features

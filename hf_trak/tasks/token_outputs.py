@@ -1,4 +1,4 @@
-r"""Model output functions of language models: log-odds of tokens, reduced to one number per example.
+r"""Model output functions of language models: log-odds of tokens, what a decoder reads, and virtual tokens of PEFT.
 
 With scored tokens t of an example, $f_t = \text{logit}_{y_t} - \text{logsumexp}_{v \ne y_t}\,\text{logit}_v = \log\frac{p_t}{1 - p_t}$ and
 
@@ -21,13 +21,131 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor
+from torch import Tensor, nn
 
-from hf_trak.tasks.calls import call_model
+from hf_trak.tasks.base import Task
+from hf_trak.tasks.outputs import call_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+_AS_KEYS_AND_VALUES = ("PREFIX_TUNING", "CARTRIDGE")  # these have no logits
+
+
+def with_virtual_tokens(task: Task, model: Any) -> Task:
+    """Return the task of a model with its learned prompt: rows are cut so that both fit, and the prompt's own logits are not scored.
+
+    Raises:
+        ValueError: If the task is question answering: PEFT does not move the answer's position behind the prompt.
+    """
+    config = getattr(model, "active_peft_config", None)
+    if config is None or not getattr(config, "is_prompt_learning", False):
+        return task
+    n_tokens = int(config.num_virtual_tokens)
+    inputs: Any = task.inputs
+    limit = getattr(inputs, "positions", None)
+    if limit is not None:
+        if limit <= n_tokens:
+            raise ValueError(
+                f"The model has {limit} positions, which its {n_tokens} virtual tokens ({_name(config)}) fill: no row fits behind them."
+            )
+        inputs = replace(inputs, positions=limit - n_tokens)
+    if _name(config) in _AS_KEYS_AND_VALUES:
+        return replace(task, inputs=inputs)
+    if task.name == "question-answering":
+        raise ValueError(
+            f"Question answering with a learned prompt ({_name(config)}) is not served: PEFT puts {n_tokens} virtual tokens in front of a row "
+            "and leaves the answer's position where it was. State the positions that you trained on with `Task.custom`."
+        )
+    function = task.output_function
+    # An encoder's prompt has no logits: those are of the decoder.
+    if isinstance(function, TokenOutput) and task.name != "seq2seq":
+        function = replace(function, n_virtual_tokens=n_tokens)
+    return replace(task, inputs=inputs, output_function=function)
+
+
+def _name(config: Any) -> str:
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+_METHODS = ("prepare_decoder_input_ids_from_labels", "_shift_right")
+
+
+@dataclass(frozen=True)
+class DecoderInputs:
+    """Labels to the tokens a decoder reads, as the model makes them in training.
+
+    It holds the model's class and configuration and none of its weights, so that it can be pickled.
+
+    Args:
+        model_class (`type`): It has the rule as a method, or has none and begins with `start`.
+        start (`int`, *optional*): What the decoder reads first, where the class has no method.
+        pad_token_id (`int`): What it reads in place of -100, where the class has no method.
+    """
+
+    model_class: type
+    config: PreTrainedConfig
+    start: int | None
+    pad_token_id: int
+
+    @classmethod
+    def for_model(cls, model: PreTrainedModel) -> DecoderInputs:
+        """Read the rule off a model.
+
+        Raises:
+            ValueError: If the model's method gives something else without the model's weights, or there is neither a method nor a
+                first token.
+        """
+        configs = (model.config, model.config.get_text_config(decoder=True))
+        start, pad = (
+            next((value for config in configs if (value := getattr(config, name, None)) is not None), None)
+            for name in ("decoder_start_token_id", "pad_token_id")
+        )
+        result = cls(type(model), model.config, pad if start is None else start, pad or 0)
+        name = result._method()
+        if name is None:
+            if result.start is None:
+                raise ValueError(
+                    f"{type(model).__name__} does not say what its decoder reads first. Set `config.decoder_start_token_id`, or give rows "
+                    "with 'decoder_input_ids'."
+                )
+            return result
+        probe = torch.tensor([[3, 4, 2], [5, IGNORED, 1]])
+        try:
+            same = torch.equal(result._shift(probe), getattr(model, name)(probe))
+        except AttributeError:
+            same = False
+        if not same:
+            raise ValueError(
+                f"{type(model).__name__}.{name} needs more of the model than its configuration. Give rows with 'decoder_input_ids'."
+            )
+        return result
+
+    def _method(self) -> str | None:
+        return next((name for name in _METHODS if hasattr(self.model_class, name)), None)
+
+    def _shift(self, labels: Tensor) -> Tensor:
+        name = self._method()
+        if name is None:
+            before = torch.where(labels == IGNORED, self.pad_token_id, labels)[:, :-1]
+            return torch.cat([torch.full_like(labels[:, :1], self.start), before], 1)  # type: ignore[arg-type]
+        model: Any = object.__new__(self.model_class)
+        nn.Module.__init__(model)
+        model.config = self.config
+        return getattr(model, name)(labels)
+
+    def __call__(self, labels: np.ndarray) -> np.ndarray:
+        """Return as many tokens as there are labels."""
+        if len(labels) == 0:
+            return np.zeros(0, dtype=np.int64)
+        return self._shift(torch.from_numpy(labels).unsqueeze(0))[0].numpy()
+
 
 IGNORED = -100
 """The label of a token that is not scored."""

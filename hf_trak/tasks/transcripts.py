@@ -20,14 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_trak.errors import MissingProcessor
-from hf_trak.tasks.calls import call_model
-from hf_trak.tasks.decoder_inputs import DecoderInputs
+from hf_trak.messages import MissingProcessor
 from hf_trak.tasks.inputs import ImageInputs, Rows
-from hf_trak.tasks.row_faults import Faults
-from hf_trak.tasks.rows import is_transformed
+from hf_trak.tasks.outputs import call_model
+from hf_trak.tasks.rows import Faults, is_transformed
 from hf_trak.tasks.sound import SoundInputs, each
-from hf_trak.tasks.token_outputs import IGNORED
+from hf_trak.tasks.token_outputs import IGNORED, DecoderInputs
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features

@@ -126,7 +126,7 @@ def _outcome_of(error: Exception) -> str:
     frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     if not isinstance(error, ValueError) or "/hf_trak/" not in frames[-1]:
         return "crash"
-    return "no task" if frames[-1].endswith(("tasks/auto.py", "tasks/architectures.py")) else "refused"
+    return "no task" if frames[-1].endswith(("tasks/auto.py", "tasks/auto.py")) else "refused"
 
 
 def _described(error: Exception) -> dict[str, Any]:

@@ -14,15 +14,11 @@ from typing import Any
 
 from hf_trak.evaluation.baselines.arnoldi import ArnoldiInfluence
 from hf_trak.evaluation.baselines.base import Baseline, Checkpoints
-from hf_trak.evaluation.baselines.bm25 import BM25
+from hf_trak.evaluation.baselines.bm25 import BM25, RandomScores
 from hf_trak.evaluation.baselines.ekfac import EKFACInfluence
-from hf_trak.evaluation.baselines.gas import GAS
-from hf_trak.evaluation.baselines.gradient import GradientSimilarity
-from hf_trak.evaluation.baselines.pair_similarity import PairSimilarity
-from hf_trak.evaluation.baselines.random_scores import RandomScores
-from hf_trak.evaluation.baselines.representation import RepresentationSimilarity
+from hf_trak.evaluation.baselines.gradient import GAS, GradientSimilarity, TracInCP
+from hf_trak.evaluation.baselines.representation import PairSimilarity, RepresentationSimilarity
 from hf_trak.evaluation.baselines.subsets import FromSubsets, SubsetFit, cross_fit, datamodel, empirical_influence
-from hf_trak.evaluation.baselines.tracin import TracInCP
 
 BASELINES: dict[str, Callable[..., Baseline]] = {
     "random": RandomScores,

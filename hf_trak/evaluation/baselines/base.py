@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from hf_trak.config import TrakConfig
 from hf_trak.featurizing.batching import BatchSize, ShardBatches
-from hf_trak.featurizing.featurize import featurize_rows
 from hf_trak.featurizing.featurizer import Featurizer
+from hf_trak.featurizing.loop import featurize_rows
 from hf_trak.gradients import BatchFeatures
 from hf_trak.projectors import Projector
 from hf_trak.tasks import Task, TaskMaker, minus_loss, needs_bank

@@ -1,4 +1,4 @@
-r"""BM25: training texts that share rare words with the query. No model is looked at.
+r"""Baselines that see no model: BM25 over texts, and random scores.
 
 $\tau(z_i, z) = \sum_{w \in z} \mathrm{idf}(w)\, \frac{tf(w, z_i)}{tf(w, z_i) + k_1\,(1 - b + b\,|z_i| / \overline{|z|})}$, over the
 words $w$ of the query, each as often as it occurs there. Labels play no part. The strongest lexical baseline of fact tracing.
@@ -19,7 +19,7 @@ from datasets import Dataset
 from jaxtyping import Float64, Int64
 
 from hf_trak.evaluation.baselines.base import Checkpoints, check_scores
-from hf_trak.sources.read_columns import names_read
+from hf_trak.sources.row_digests import names_read
 from hf_trak.tasks.columns import find_text_columns, is_string
 
 
@@ -174,3 +174,19 @@ def _bm25s() -> Any:
     except ImportError as error:
         raise ImportError("BM25 needs the bm25s library: pip install 'hf-trak[baselines]'.") from error
     return bm25s
+
+
+@dataclass(frozen=True)
+class RandomScores:
+    """Independent standard normal scores.
+
+    Args:
+        checkpoints (`Checkpoints`, *optional*): Not looked at; taken so that all baselines are built alike.
+        seed (`int`): The scores depend on it and on the two lengths alone.
+    """
+
+    checkpoints: Checkpoints | None = None
+    seed: int = 0
+
+    def __call__(self, train: Dataset, queries: Dataset) -> Float64[np.ndarray, "n_train n_query"]:
+        return np.random.default_rng(self.seed).standard_normal((len(train), len(queries)))

@@ -25,8 +25,8 @@ from datasets import Dataset
 from jaxtyping import Float64
 from torch import Tensor, nn
 
+from hf_trak.evaluation.baselines.arnoldi import classification_loss, loss_of
 from hf_trak.evaluation.baselines.base import Checkpoints, check_scores
-from hf_trak.evaluation.baselines.losses import classification_loss, loss_of
 from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.tasks import Task
 

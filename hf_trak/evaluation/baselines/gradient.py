@@ -1,4 +1,4 @@
-r"""Gradient similarity: training examples whose gradients point where the query's does.
+r"""Baselines of gradients: similarity, GAS, and TracIn.
 
 $\tau(z_i, z) = \frac1M \sum_m \langle d(z_i; \theta_m), d(z; \theta_m)\rangle$, or the mean cosine. $d$ is the direction in which a
 step on the example moves the weights: $-\nabla L$ for its loss, or $\nabla f$ for its model output. The loss's gradient costs nothing
@@ -8,10 +8,23 @@ classifier.
 Sources: Charpiat et al. (2019), [Input similarity from the neural network
 perspective](https://huggingface.co/papers/2102.05262); Hanawa et al. (2021), [Evaluation of similarity-based
 explanations](https://huggingface.co/papers/2006.04528).
+
+$\tau(z_i, z) = \sum_t \eta_t \cos\big(\nabla L(z_i; \theta_t), \nabla L(z; \theta_t)\big)$. Without the lengths, examples with a
+large loss no longer come first for every query.
+
+Source: Hammoudeh and Lowd (2022), [Identifying a training-set attack's target using renormalized influence
+estimation](https://huggingface.co/papers/2201.10055).
+
+$\tau(z_i, z) = \sum_t \eta_t \langle \nabla L(z_i; \theta_t), \nabla L(z; \theta_t)\rangle$, with $\eta_t$ the learning rate at
+checkpoint t.
+
+Source: Pruthi et al. (2020), [Estimating training data influence by tracing gradient
+descent](https://huggingface.co/papers/2002.08484).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -83,3 +96,72 @@ def weighted_similarity(
         query_directions = directions(checkpoints.columns(number, queries, train=train, of=query_gradient), query_gradient)
         scores += weight * similarity(train_directions, query_directions, kind)
     return check_scores(scores, train, queries)
+
+
+@dataclass(frozen=True)
+class GAS:
+    """Cosines of loss gradients, summed over checkpoints with their learning rates.
+
+    Args:
+        checkpoints (`Checkpoints`): Of one run, in any order.
+        learning_rates (`Sequence[float]`, *optional*): The learning rate at each checkpoint; by default all are 1.
+        query_gradient (`"loss"` or `"output"`): The same thing for a classifier; for a regression, `"output"` measures the effect
+            on the prediction in place of its loss.
+    """
+
+    checkpoints: Checkpoints
+    learning_rates: Sequence[float] | None = None
+    query_gradient: GradientOf = "loss"
+
+    def __call__(self, train: Dataset, queries: Dataset) -> Float64[np.ndarray, "n_train n_query"]:
+        return weighted_similarity(
+            self.checkpoints,
+            train,
+            queries,
+            weights=check_learning_rates(self.learning_rates, len(self.checkpoints)),
+            kind="cosine",
+            train_gradient="loss",
+            query_gradient=self.query_gradient,
+        )
+
+
+@dataclass(frozen=True)
+class TracInCP:
+    """Dot products of loss gradients, summed over checkpoints with their learning rates.
+
+    Args:
+        checkpoints (`Checkpoints`): Of one run, in any order.
+        learning_rates (`Sequence[float]`, *optional*): The learning rate at each checkpoint; by default all are 1.
+        query_gradient (`"loss"` or `"output"`): `"output"` measures the effect on the query's output in place of its loss.
+    """
+
+    checkpoints: Checkpoints
+    learning_rates: Sequence[float] | None = None
+    query_gradient: GradientOf = "loss"
+
+    def __call__(self, train: Dataset, queries: Dataset) -> Float64[np.ndarray, "n_train n_query"]:
+        return weighted_similarity(
+            self.checkpoints,
+            train,
+            queries,
+            weights=check_learning_rates(self.learning_rates, len(self.checkpoints)),
+            kind="dot",
+            train_gradient="loss",
+            query_gradient=self.query_gradient,
+        )
+
+
+def check_learning_rates(learning_rates: Sequence[float] | None, n_checkpoints: int) -> list[float]:
+    """Return one weight per checkpoint.
+
+    Raises:
+        ValueError: If there are more or fewer learning rates than checkpoints, one is not a number of at least 0, or all are 0.
+    """
+    if learning_rates is None:
+        return [1.0] * n_checkpoints
+    weights = [float(rate) for rate in learning_rates]
+    if len(weights) != n_checkpoints:
+        raise ValueError(f"There are {n_checkpoints} checkpoints, but {len(weights)} learning rates. Give one for each.")
+    if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not any(weights):
+        raise ValueError(f"Learning rates must be numbers of at least 0, and not all 0, but are {weights}.")
+    return weights

@@ -28,8 +28,8 @@ from hf_trak.evaluation.contrastive.settings import ContrastiveArguments
 from hf_trak.evaluation.contrastive.trained import describe_case, is_kept, make_optimizer
 from hf_trak.storage.files import write_atomically
 from hf_trak.tasks import Task
-from hf_trak.tasks.bank import pair_keys
 from hf_trak.tasks.contrastive import ContrastiveOutput
+from hf_trak.tasks.pairs import pair_keys
 from hf_trak.tasks.pictures import to_rgb
 
 _AT_ONCE = 32

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hf_trak.config import TrakConfig
 from hf_trak.evaluation.baselines import Checkpoints
-from hf_trak.evaluation.baselines.pair_similarity import embed_pairs
+from hf_trak.evaluation.baselines.representation import embed_pairs
 from hf_trak.evaluation.contrastive.projections import Projections
 from hf_trak.evaluation.contrastive.settings import NOT_SHARED, ContrastiveArguments
 from hf_trak.evaluation.contrastive.trained import Trained
@@ -32,7 +32,7 @@ from hf_trak.evaluation.contrastive.whole import WholeEncoder
 from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.gradients.batch import evaluation_mode
 from hf_trak.index import AttributionIndex
-from hf_trak.storage.differences import list_differences
+from hf_trak.messages import list_differences
 from hf_trak.storage.files import read_json, write_json
 
 

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from hf_trak.evaluation.counterfactual import bootstrap_interval
 from hf_trak.hashing import hash_json
-from hf_trak.storage.differences import list_differences
+from hf_trak.messages import list_differences
 from hf_trak.storage.files import write_json
 
 NOTHING, RANDOM, GROUND_TRUTH = "nothing removed", "random", "ground truth"

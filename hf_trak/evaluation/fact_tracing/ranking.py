@@ -1,4 +1,4 @@
-r"""How well a ranking finds proponents: reciprocal rank, recall, hits and precision, whatever is tied.
+"""How well a ranking finds proponents, with intervals over queries, and the choice among a method's variants.
 
 Items are ranked by falling score; those of equal score keep their order ("stable"). Since that order is an accident, each measure
 also comes as its expected value when tied items are shuffled ("expected"): a method that gives every item the same score is then
@@ -6,15 +6,23 @@ worth what chance is.
 
 "Recall at 10" has two meanings in the literature. Here `recall_at_k` is the share of all proponents among the first k (FTRACE,
 DATE-LM), and `hit_at_k` whether any is there (TrackStar, quanda). `precision_at_k` divides by k even where there are fewer items.
+
+Akyürek et al. choose and report on the same queries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from datasets import Dataset
 from jaxtyping import Bool, Float, Int64, Shaped
+
+from hf_trak.evaluation.counterfactual import bootstrap_interval
+from hf_trak.evaluation.fact_tracing.data import Candidates
+from hf_trak.evaluation.fact_tracing.methods import Method
+from hf_trak.hashing import stream_key
 
 Ties = Literal["stable", "expected"]
 KS = (1, 3, 5, 10, 25)
@@ -108,3 +116,127 @@ def _check(scores: np.ndarray, gold: np.ndarray, ks: Sequence[int], ties: str) -
         raise ValueError(f"`ks` must be depths of at least 1, but are {list(ks)}.")
     if ties not in ("stable", "expected"):
         raise ValueError(f"`ties` must be 'stable' or 'expected', but is {ties!r}.")
+
+
+Half = Bool[np.ndarray, " n_query"]
+
+
+class Chosen(NamedTuple):
+    """A method's scores, and the variant they are of; two, where the halves chose differently."""
+
+    variant: str
+    scores: Float[np.ndarray, "n_train n_query"]
+
+
+def halves(queries: Dataset, *, seed: int = 0) -> tuple[Half, Half]:
+    """Return which queries are of either half: those whose ids come first by their hash, and the others.
+
+    Raises:
+        ValueError: If there are fewer than two queries.
+    """
+    if len(queries) < 2:
+        raise ValueError(
+            f"Variants are chosen on one half of the queries for the other, which takes two, but there are {len(queries)}."
+        )
+    order = np.argsort([stream_key("half", seed, uuid) for uuid in queries["uuid"][:]], kind="stable")
+    first = np.zeros(len(queries), dtype=bool)
+    first[order[: len(queries) // 2]] = True
+    return first, ~first
+
+
+def best_variant(measures: Mapping[str, Mapping[str, np.ndarray]], chosen_on: Half, *, metric: str = "mrr_expected") -> str:
+    """Return the variant of the highest mean on some queries; the first of equals.
+
+    Raises:
+        ValueError: If there is no variant, or no query with proponents to choose on.
+    """
+    means = {name: of_variant[metric][chosen_on] for name, of_variant in measures.items()}
+    if not means or any(np.isnan(values).all() for values in means.values()):
+        raise ValueError("There is nothing to choose among, or no query with a proponent to choose on.")
+    return max(means, key=lambda name: float(np.nanmean(means[name])))
+
+
+def cross_fit(choose: Callable[[Half], Chosen], parts: tuple[Half, Half]) -> Chosen:
+    """Return scores in which each half of the queries is ranked by what `choose` picks on the other half."""
+    first, second = choose(parts[1]), choose(parts[0])
+    names = dict.fromkeys([first.variant, second.variant])
+    return Chosen(" / ".join(names), np.where(parts[0], first.scores, second.scores))
+
+
+Level = Literal["sentence", "masking"]
+LEVELS: tuple[Level, ...] = ("sentence", "masking")
+CandidateScores = list[np.ndarray]
+"""Per query, one score per row of its candidates, in the order of `Candidates.rows`."""
+
+
+def score_candidates(method: Method, abstracts: Dataset, queries: Dataset, candidates: Sequence[Candidates]) -> CandidateScores:
+    """Return the scores of every query's candidates.
+
+    A method sees the union of all candidates, or all abstracts if it needs the whole corpus.
+    """
+    if getattr(method, "whole_corpus", False):
+        return pick(method(abstracts, queries), candidates)
+    union = np.unique(np.concatenate([of_query.rows for of_query in candidates]))
+    return pick(method(abstracts.select(union), queries), candidates, union)
+
+
+def pick(
+    scores: Float[np.ndarray, "n_rows n_query"],
+    candidates: Sequence[Candidates],
+    rows: Int64[np.ndarray, " n_rows"] | None = None,
+) -> CandidateScores:
+    """Return each query's candidates' scores from a matrix of `rows` (by default all abstracts) and queries."""
+    places = [of_query.rows if rows is None else np.searchsorted(rows, of_query.rows) for of_query in candidates]
+    return [scores[place, number] for number, place in enumerate(places)]
+
+
+def measure(
+    scores: CandidateScores,
+    candidates: Sequence[Candidates],
+    sentences: Int64[np.ndarray, " n_train"],
+    *,
+    level: Level = "sentence",
+    ks: Sequence[int] = KS,
+) -> dict[str, Float[np.ndarray, " n_query"]]:
+    """Return the measures of each query; those with `_expected` are expected values under random ties. NaN without proponents.
+
+    Args:
+        sentences (`np.ndarray`): A number per abstract, from [`sentence_numbers`].
+        level (`"sentence"` or `"masking"`): What is ranked; a sentence's score is the highest of its maskings.
+    """
+    found: list[dict[str, float]] = []
+    for values, of_query in zip(scores, candidates, strict=True):
+        rows = of_query.rows
+        if values.shape != rows.shape:
+            raise ValueError(f"A query has {len(rows)} candidates, but {len(values)} scores.")
+        gold = np.isin(rows, of_query.proponents)
+        items = to_sentences(values, gold, sentences[rows]) if level == "sentence" else (values, gold)
+        stable, expected = (rank_measures(*items, ks=ks, ties=ties) for ties in ("stable", "expected"))
+        measures = stable | {f"{name}_expected": value for name, value in expected.items()}
+        found.append(measures if gold.any() else dict.fromkeys(measures, float("nan")))
+    return {name: np.array([measures[name] for measures in found]) for name in found[0]}
+
+
+def result_rows(
+    measures: Mapping[str, Float[np.ndarray, " n_query"]], *, case: str, method: str, **more: Any
+) -> list[dict[str, Any]]:
+    """Return one result row per measure: the mean over the queries that have proponents, and its 95 % interval."""
+    rows = []
+    for metric, values in measures.items():
+        n_skipped = int(np.isnan(values).sum())
+        values = values[~np.isnan(values)]
+        interval = bootstrap_interval(values)
+        rows.append(
+            {
+                "case": case,
+                "method": method,
+                "metric": metric,
+                "value": float(values.mean()),
+                "unit": "share",
+                "interval": None if interval is None else list(interval),
+                "n_queries": len(values),
+                "n_skipped": n_skipped,
+                **more,
+            }
+        )
+    return rows

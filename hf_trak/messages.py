@@ -1,0 +1,87 @@
+"""Text for people: errors with details, control characters and secrets made safe to show, and differences between two JSON values."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+
+class MissingProcessor(ValueError):
+    """Raw rows need a tokenizer or an image processor, and there is none. Whoever knows the checkpoint names it."""
+
+
+# C0 and C1 controls, marks and overrides of direction, separators of lines, invisible tags, and halves of surrogate pairs.
+_HIDDEN = re.compile(
+    "[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
+)
+_NAMED = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
+
+_MASK = "***"
+_URL = re.compile(r"(?P<scheme>\b[A-Za-z][A-Za-z0-9+.-]*://)(?P<rest>[^\s'\"`<>]+)")
+_TOKENS = re.compile(
+    r"\b(hf_[A-Za-z0-9]{8,}|api_org_[A-Za-z0-9]{8,}|gh[opsu]_[A-Za-z0-9]{16,}|AKIA[A-Z0-9]{12,})|(?<=\bBearer )[^\s'\",;]+",
+    re.IGNORECASE,
+)
+
+
+def visible(text: str) -> str:
+    r"""Return a text in which no character acts on a terminal or hides: a newline reads `\n`, an escape `\x1b`."""
+    return _HIDDEN.sub(lambda found: _NAMED.get(found[0]) or _code(ord(found[0])), text)
+
+
+def _code(number: int) -> str:
+    if number < 0x100:
+        return f"\\x{number:02x}"
+    return f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
+
+
+def mask_secrets(text: str) -> str:
+    """Return a text without the secrets of its URLs: user and password, query and fragment; and without access tokens."""
+    text = _URL.sub(lambda found: found["scheme"] + _mask_rest(found["rest"]), text)
+    return _TOKENS.sub(lambda found: found[0][:3] + _MASK if found[0].lower().startswith("hf_") else _MASK, text)
+
+
+def _mask_rest(rest: str) -> str:
+    place, separator, _ = re.split(r"([?#])", rest, maxsplit=1) if re.search("[?#]", rest) else (rest, "", "")
+    authority, slash, path = place.partition("/")
+    if "@" in authority:
+        authority = f"{_MASK}@{authority.rsplit('@', 1)[1]}"
+    return f"{authority}{slash}{path}{separator}{_MASK if separator else ''}"
+
+
+def one_line(text: str) -> str:
+    """Return a message as one line that is safe to print: lines are joined, control characters shown, secrets masked."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    joined = ""
+    for line in lines:
+        joined += line if not joined else f" {line}" if joined[-1] in ".:;,!?" else f"; {line}"
+    return visible(mask_secrets(joined))
+
+
+def markdown(text: str) -> str:
+    """Return a text that Markdown and HTML show as it is, also in a cell of a table: marks of emphasis, links and tags are escaped."""
+    escaped = re.sub(r"([\\`*\[\]|])", r"\\\1", visible(text))
+    return escaped.replace("<", "&lt;").replace(">", "&gt;")
+
+
+def markdown_code(text: str) -> str:
+    """Return a text as a code span of Markdown; what would end the span, a table's cell or a comment is replaced."""
+    shown = visible(text).replace("`", "'").replace("<!--", "< !--").replace("-->", "-- >")
+    return f"`{shown.replace('|', chr(92) + '|')}`"
+
+
+def list_differences(found: Any, wanted: Any, name: str = "") -> list[str]:
+    """Return one line per leaf in which two JSON values differ."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        keys = [*found, *(key for key in wanted if key not in found)]
+        return [
+            line
+            for key in keys
+            for line in list_differences(found.get(key), wanted.get(key), f"{name}.{key}" if name else str(key))
+        ]
+    return [] if found == wanted else [f"{name}: {_short(found)} there, {_short(wanted)} here"]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,394 @@
+"""The block count sketch: every gradient entry gets a sign and is added to one of proj_dim buckets.
+
+An axis is cut into blocks of `n_buckets` entries; every entry gets a sign, every block a rotation, and the blocks are added. That
+is an unbiased sketch of the axis at the price of reading it once, with contiguous additions and no gather.
+
+A parameter is a matrix. Where that saves an outer product worth saving, its longer side is first folded (`folding.py`). What is
+left is cut into tiles; in a tile, entry (o, i) of rows of `width` entries has
+
+    sign    σ(o) τ(i)                                            one hashed sign per row, one per column
+    bucket  offset + ((o · width + i) mod ring)   mod proj_dim    rows laid end to end around a ring
+
+The ring is an odd number a little below proj_dim, drawn by hash among those that share no factor with `width`; the offset is
+hashed too. Signs that factor over rows and columns are applied to the *factors* of an outer product before it is formed, and laying
+rows end to end makes the buckets of a whole chunk of rows a few contiguous additions. Only the signs of small parameters are kept.
+
+**Why it is as good as dense signs.** The error of ⟨φ(x), φ(y)⟩ is the sum of σσ'ττ' x y' over entries that share a bucket. A tile has
+at most `ring` rows, and the ring shares no factor with the width, so no two rows start at one place: two entries of a tile that
+share a bucket differ in both row and column. Then σ(o)σ(o')τ(i)τ(i') equals that of no other colliding pair: the opposite corners
+(o,i'), (o',i) could collide only if 2(i − i') ≡ 0 modulo the ring, which is odd and longer than a row. Tiles have signs of their
+own. So the variance is what independent signs give, (‖x‖²‖y‖² + ⟨x,y⟩²) times the chance of a collision, about 1/proj_dim. A plain
+block count sketch, whose ring knows nothing of rows, folds whole hot columns onto each other when proj_dim and the row length
+share a factor.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache, cached_property
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from hf_trak.hashing import random_integers, random_signs, stream_key
+from hf_trak.matmul import bmm, one_by_one
+from hf_trak.projectors.base import Projector, as_matrix
+
+_LAP = 1 << 15  # entries added by one operation: short rings are laid end to end until they are this long
+
+
+class Ring(NamedTuple):
+    """Buckets `offset` to `offset + length` of an accumulator."""
+
+    length: int
+    offset: int
+
+
+def longest_side(proj_dim: int) -> int:
+    """Return the rows or columns that may lie on one ring: fewer than any ring is long.
+
+    From 149 on, the top sixteenth of the numbers up to proj_dim holds a prime, so it holds a ring; below, the top half does.
+    """
+    return proj_dim - proj_dim // 16 - 1 if proj_dim >= 149 else max(1, proj_dim // 2)
+
+
+def draw_ring(key: int, width: int, *, proj_dim: int) -> Ring:
+    """Draw a ring whose length is odd, at most proj_dim, above [`longest_side`], and shares no factor with `width`."""
+    above = longest_side(proj_dim) if proj_dim > 2 else 0
+    lengths = [length for length in range(above + 1, proj_dim + 1) if length % 2 and math.gcd(length, width) == 1]
+    length = lengths[int(random_integers(key, 1, below=len(lengths)))]
+    return Ring(length, int(random_integers(key, 1, below=proj_dim, start=1)))
+
+
+class Laps:
+    """Adds a stream of entries around a ring, in long contiguous pieces."""
+
+    def __init__(self, accumulator: Float[Tensor, "batch width"], ring: Ring, n_entries: int) -> None:
+        self.ring = ring
+        self.target = accumulator[:, ring.offset : ring.offset + ring.length]
+        n_rings = max(1, min(_LAP, n_entries // 4) // ring.length)  # a stream of few entries is not worth a longer ring
+        self.lap = self.target if n_rings == 1 else accumulator.new_zeros(accumulator.shape[0], n_rings * ring.length)
+        self.place = 0
+
+    def add(self, entries: Float[Tensor, "batch entries"], signs: Float[Tensor, " entries"] | None = None) -> None:
+        """Add entries from where the last ones ended, times `signs`."""
+        length = self.lap.shape[1]
+        done = 0
+        while done < entries.shape[1]:
+            piece = min(length - self.place, entries.shape[1] - done)
+            target, values = self.lap[:, self.place : self.place + piece], entries[:, done : done + piece]
+            if signs is None:
+                target += values
+            else:
+                target.addcmul_(values, signs[done : done + piece])
+            done += piece
+            self.place = (self.place + piece) % length
+
+    def close(self) -> None:
+        """Bring what was added to the accumulator."""
+        if self.lap is not self.target:
+            self.target += self.lap.view(len(self.lap), -1, self.ring.length).sum(1)
+
+
+class KernelLaps:
+    """The same in one kernel per call, on CUDA."""
+
+    def __init__(self, accumulator: Float[Tensor, "batch width"], ring: Ring, kernels: Any) -> None:
+        self.ring = ring
+        self.target = accumulator[:, ring.offset : ring.offset + ring.length]
+        self.kernels = kernels
+        self.place = 0
+
+    def add(self, entries: Float[Tensor, "batch entries"], signs: Float[Tensor, " entries"] | None = None) -> None:
+        """Add entries from where the last ones ended, times `signs`."""
+        self.kernels.add_stream(self.target, entries, start=self.place, signs=signs)
+        self.place = (self.place + entries.shape[1]) % self.ring.length
+
+    def close(self) -> None:
+        """Nothing is left to bring."""
+
+
+def kernels_for(device: torch.device) -> Any:
+    """Return the Triton kernels for a CUDA device where Triton is installed, else None."""
+    return _load_kernels() if device.type == "cuda" else None
+
+
+@cache
+def _load_kernels() -> Any:
+    if find_spec("triton") is None:
+        return None
+    from hf_trak.projectors import count_sketch_triton as ring_kernels
+
+    return ring_kernels
+
+
+def laps_around(accumulator: Float[Tensor, "batch width"], ring: Ring, n_entries: int) -> Laps | KernelLaps:
+    """Begin a stream of `n_entries` entries around `ring`."""
+    kernels = kernels_for(accumulator.device)
+    return Laps(accumulator, ring, n_entries) if kernels is None else KernelLaps(accumulator, ring, kernels)
+
+
+def add_rows_around(
+    accumulator: Float[Tensor, "batch length"],
+    values: Float[Tensor, "batch tokens width"],
+    *,
+    first: Int64[Tensor, "batch tokens"],
+    ring: Int64[Tensor, "batch tokens"],
+    offset: Int64[Tensor, "batch tokens"],
+) -> None:
+    """Add each token's row from place `first` on of a ring of its own, which begins at `offset` of the accumulator."""
+    kernels = kernels_for(accumulator.device)
+    if kernels is not None:
+        kernels.add_rows(accumulator, values, first=first, ring=ring, offset=offset)
+        return
+    ring, place = ring.unsqueeze(-1), first.unsqueeze(-1) + torch.arange(values.shape[2], device=first.device)
+    buckets = (torch.where(place < ring, place, place - ring) + offset.unsqueeze(-1)).flatten(1)
+    if accumulator.device.type == "cpu":
+        accumulator.scatter_add_(1, buckets, values.flatten(1))
+    else:  # on CUDA, `scatter_add_` adds in an order that changes from run to run; this sorts first
+        example = torch.arange(len(buckets), device=buckets.device).unsqueeze(1).expand_as(buckets)
+        accumulator.index_put_((example, buckets), values.flatten(1), accumulate=True)
+
+
+# A weight of fewer entries than this costs nothing to speak of; folding it would only add noise.
+_SMALL = 1 << 16
+
+
+def folded_shape(rows: int, columns: int, *, fold: int) -> tuple[int, int]:
+    """Return the shape of a (rows, columns) weight whose longer side is folded.
+
+    It is folded at most `fold` times over, to no fewer entries than the shorter side has, and never so far that the weight
+    becomes small. So a square matrix stays as it is, a feed-forward layer's becomes square, and an embedding table of any size
+    keeps thousands of rows.
+    """
+    longer, shorter = max(rows, columns), min(rows, columns)
+    kept = min(longer, max(shorter, math.ceil(longer / fold), math.ceil(_SMALL / shorter)))
+    return (kept, columns) if rows >= columns else (rows, kept)
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A signed fold of one axis.
+
+    Args:
+        signs (`torch.Tensor`): One per entry of the axis.
+        n_buckets (`int`): Entries after folding; as many as there are signs if the axis is not folded.
+        rotations (`tuple[int, ...]`): One per block of `n_buckets` entries; 0 if there is one block.
+    """
+
+    signs: Float[Tensor, " length"]
+    n_buckets: int
+    rotations: tuple[int, ...]
+
+    @classmethod
+    def draw(cls, seed: int, name: str, axis: str, *, length: int, n_buckets: int, device: torch.device, tile: int = 0) -> Fold:
+        """Draw the fold of one axis of parameter `name`; `tile` tells apart folds of the same axis."""
+        n_blocks = math.ceil(length / n_buckets)
+        rotations = [0]
+        if n_blocks > 1:
+            rotations = random_integers(stream_key(seed, name, axis, "fold", tile), n_blocks, below=n_buckets).tolist()
+        return cls(random_signs(stream_key(seed, name, axis, tile), length).to(device), n_buckets, tuple(rotations))
+
+    @property
+    def is_folded(self) -> bool:
+        """Whether entries share buckets."""
+        return self.n_buckets < len(self.signs)
+
+    @cached_property
+    def buckets(self) -> Int64[Tensor, " length"]:
+        """The bucket of every entry."""
+        position = torch.arange(len(self.signs), device=self.signs.device)
+        rotations = torch.tensor(self.rotations, device=self.signs.device)
+        return (position + rotations[position // self.n_buckets]) % self.n_buckets
+
+    def __call__(self, values: Float[Tensor, "*shape"], *, dim: int = -1) -> Float[Tensor, "*folded"]:
+        """Fold one axis of `values`, by default the last."""
+        signs = self.signs.to(values).reshape(-1, *[1] * (-1 - dim))
+        if not self.is_folded:
+            return values * signs
+        shape = list(values.shape)
+        shape[dim] = self.n_buckets
+        result = values.new_zeros(shape)
+        for block, rotation in enumerate(self.rotations):
+            start = block * self.n_buckets
+            stop = min(start + self.n_buckets, len(signs))
+            turn = min(start + self.n_buckets - rotation, stop)  # where the rotated block runs over the end
+            for first, end, to in ((start, turn, rotation), (turn, stop, 0)):
+                place = result.narrow(dim, to, end - first)
+                place.addcmul_(values.narrow(dim, first, end - first), signs[first:end])
+        return result
+
+
+# Gradient entries materialised at one time by `add_outer`: well within the cache that cores share; a GPU is kept busy with more.
+_CHUNK, _CHUNK_ON_CUDA = 1 << 20, 1 << 26
+# Up to so many entries, what `add` costs on a CPU is the number of its operations: the signs are then kept.
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """A rectangle of a parameter that lies on one ring."""
+
+    rows: slice  # of the folded parameter
+    columns: Fold
+    ring: Ring
+
+
+@dataclass(frozen=True)
+class _TileColumn:
+    """The tiles that share a range of columns, from the first row to the last; all but the last have as many rows."""
+
+    columns: slice  # of the folded parameter
+    rows: Fold
+    tiles: list[_Tile]
+    placement: Int64[Tensor, "3 tiles"]
+    """Each tile's first row, and its ring's length and offset."""
+
+    @property
+    def width(self) -> int:
+        return self.columns.stop - self.columns.start
+
+    def fold_columns(
+        self, values: Float[Tensor, "batch tokens columns"], tile: Int64[Tensor, "batch tokens"]
+    ) -> Float[Tensor, "batch tokens width"]:
+        """Sign and fold the columns of single rows, each of which lies in a tile of its own."""
+        if len(self.tiles) == 1:
+            folded = self.tiles[0].columns(values)
+        elif not self.tiles[0].columns.is_folded:
+            folded = values * torch.stack([t.columns.signs for t in self.tiles])[tile].to(values)
+        else:
+            folded = sum(t.columns(values * (tile == i).unsqueeze(-1)) for i, t in enumerate(self.tiles))  # type: ignore[assignment]
+        return folded[:, :, self.columns]
+
+
+def _add_around(accumulator: Float[Tensor, "batch width"], entries: Float[Tensor, "batch entries"], ring: Ring) -> None:
+    """Add a few laps of entries around a ring, from its beginning on."""
+    target = accumulator[:, ring.offset : ring.offset + ring.length]
+    whole = entries.shape[1] // ring.length * ring.length
+    if whole:
+        target += entries[:, :whole].view(len(entries), -1, ring.length).sum(1)
+    if whole < entries.shape[1]:
+        target[:, : entries.shape[1] - whole] += entries[:, whole:]
+
+
+def _spans(length: int, most: int) -> list[slice]:
+    """Cut `length` into as few ranges of like size as hold `most` entries each at most."""
+    size = math.ceil(length / math.ceil(length / most))
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+class BlockCountSketch(Projector):
+    """One signed bucket per gradient entry, laid out for contiguous memory. The default projector.
+
+    Args:
+        fold (`int`): Rows or columns of a weight's longer side that may share a bucket before its outer product is formed; 1
+            folds nothing.
+    """
+
+    def __init__(self, *, proj_dim: int, seed: int, fold: int = 1) -> None:
+        super().__init__(proj_dim=proj_dim, seed=seed)
+        if fold < 1:
+            raise ValueError(f"`fold` must be at least 1, but is {fold}.")
+        self.fold = fold
+        self._layout = cache(self._draw_layout)
+        self._small = cache(self._draw_small)
+
+    def __getstate__(self) -> dict[str, int]:
+        return {"proj_dim": self.proj_dim, "seed": self.seed, "fold": self.fold}  # tables are drawn again where they are needed
+
+    def __setstate__(self, state: dict[str, int]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def _draw_layout(self, name: str, shape: tuple[int, int], device: torch.device) -> list[_TileColumn]:
+        """Fold a parameter and cut it into tiles whose rows and columns fit the ring."""
+        most = longest_side(self.proj_dim)
+        n_rows, n_columns = folded_shape(*shape, fold=self.fold)
+        result = []
+        for columns in _spans(n_columns, most):
+            width, left = columns.stop - columns.start, columns.start
+            rows = Fold.draw(self.seed, name, "rows", length=shape[0], n_buckets=n_rows, device=device, tile=left)
+            tiles = []
+            for span in _spans(n_rows, most):
+                key = stream_key(self.seed, name, "ring", span.start, left)
+                fold = Fold.draw(
+                    self.seed, name, "columns", length=shape[1], n_buckets=n_columns, device=device, tile=span.start
+                )
+                tiles.append(_Tile(span, fold, draw_ring(key, width, proj_dim=self.proj_dim)))
+            placement = torch.tensor([[t.rows.start, *t.ring] for t in tiles], device=device).T
+            result.append(_TileColumn(columns, rows, tiles, placement))
+        return result
+
+    def start(self, batch_size: int, *, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "batch width"]:
+        # Twice as long as the features: a ring at any offset is then one slice, and `finish` folds the second half onto the first.
+        return torch.zeros(batch_size, 2 * self.proj_dim, dtype=dtype, device=device)
+
+    def finish(self, accumulator: Float[Tensor, "batch width"]) -> Float[Tensor, "batch proj_dim"]:
+        return accumulator[:, : self.proj_dim] + accumulator[:, self.proj_dim :]
+
+    def add(self, accumulator: Float[Tensor, "batch width"], name: str, grads: Float[Tensor, "batch *shape"]) -> None:
+        shape = as_matrix(tuple(grads.shape[1:]))
+        matrices = grads.reshape(grads.shape[0], *shape)
+        if grads.device.type == "cpu" and math.prod(shape) <= _SMALL and (small := self._small(name, shape, grads.dtype)):
+            ring, signs = small
+            _add_around(accumulator, matrices.flatten(1) * signs, ring)
+            return
+        for column in self._layout(name, shape, grads.device):
+            whole = column.rows(matrices, dim=-2) if column.rows.is_folded else matrices
+            row_signs = torch.ones_like(column.rows.signs) if column.rows.is_folded else column.rows.signs
+            for tile in column.tiles:
+                entries = tile.columns(whole[:, tile.rows]) if tile.columns.is_folded else whole[:, tile.rows]
+                column_signs = torch.ones_like(tile.columns.signs) if tile.columns.is_folded else tile.columns.signs
+                laps = laps_around(accumulator, tile.ring, column.width * (tile.rows.stop - tile.rows.start))
+                signs = torch.outer(row_signs[tile.rows], column_signs[: entries.shape[2]][column.columns])
+                laps.add(entries[:, :, column.columns].flatten(1), signs.to(grads).flatten())
+                laps.close()
+
+    def _draw_small(
+        self, name: str, shape: tuple[int, int], dtype: torch.dtype
+    ) -> tuple[Ring, Float[Tensor, " entries"]] | None:
+        """Return the ring and the sign of each entry of a parameter that lies in one tile; None for one that does not."""
+        columns = self._layout(name, shape, torch.device("cpu"))
+        if len(columns) > 1 or len(columns[0].tiles) > 1 or columns[0].rows.is_folded or columns[0].tiles[0].columns.is_folded:
+            return None
+        (tile,) = columns[0].tiles
+        return tile.ring, torch.outer(columns[0].rows.signs, tile.columns.signs).flatten().to(dtype)
+
+    def add_outer(
+        self,
+        accumulator: Float[Tensor, "batch width"],
+        name: str,
+        left: Float[Tensor, "batch tokens rows"],
+        right: Float[Tensor, "batch tokens columns"],
+    ) -> None:
+        for column in self._layout(name, (left.shape[2], right.shape[2]), left.device):
+            chunk = _CHUNK_ON_CUDA if left.is_cuda else _CHUNK
+            folded_left = column.rows(left).transpose(1, 2)
+            for tile in column.tiles:
+                tile_left, tile_right = folded_left[:, tile.rows], tile.columns(right)[:, :, column.columns]
+                n_at_once = 1 if one_by_one(tile_left, tile_right) else max(1, len(left))
+                rows_at_once = max(1, chunk // (n_at_once * column.width))
+                for first in range(0, len(left), n_at_once):
+                    examples = slice(first, first + n_at_once)
+                    laps = laps_around(accumulator[examples], tile.ring, column.width * tile_left.shape[1])
+                    # (batch, tokens, rows), (batch, tokens, columns) -> (batch, rows · columns), some rows at a time
+                    for rows in tile_left[examples].split(rows_at_once, dim=1):
+                        laps.add(bmm(rows, tile_right[examples]).flatten(1))
+                    laps.close()
+
+    def add_rows(
+        self,
+        accumulator: Float[Tensor, "batch width"],
+        name: str,
+        shape: tuple[int, int],
+        rows: Int64[Tensor, "batch tokens"],
+        values: Float[Tensor, "batch tokens columns"],
+    ) -> None:
+        for column in self._layout(name, shape, values.device):
+            place = column.rows.buckets[rows]
+            tile = place // (column.tiles[0].rows.stop - column.tiles[0].rows.start)
+            start, ring, offset = column.placement[:, tile]
+            signed = column.fold_columns(values * column.rows.signs[rows].unsqueeze(-1).to(values), tile)
+            add_rows_around(accumulator, signed, first=(place - start) * column.width % ring, ring=ring, offset=offset)

@@ -1,0 +1,334 @@
+"""Features of queries: computed by the recorded featurizers, or given as columns and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hf_trak.config import TrakConfig
+from hf_trak.featurizing.engine_choice import EngineChoice
+from hf_trak.featurizing.featurizer import Featurizer
+from hf_trak.featurizing.identity import (
+    describe_featurizer,
+    describe_task_code,
+    library_minors,
+    recorded_base,
+    recorded_checkpoint,
+    recorded_processor,
+    warn_of_libraries,
+)
+from hf_trak.featurizing.loop import featurize_rows
+from hf_trak.members import Pass
+from hf_trak.messages import list_differences
+from hf_trak.sources.row_digests import describe_columns, in_order, label_names, names_read
+from hf_trak.sources.transforms import hash_callable
+from hf_trak.storage.passes import encode_pass
+from hf_trak.storage.reader import MemberReader
+from hf_trak.tasks import TASKS, Bank, Task, TaskMaker, in_direction
+from hf_trak.tasks.inputs import CustomInputs
+from hf_trak.tasks.rows import as_stored, features_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel
+
+
+class QuerySide:
+    """Makes the featurizers that queries need.
+
+    Args:
+        folder (`Path`): Of the index.
+        models (`Sequence`, *optional*): One per checkpoint, or one per member, in place of the recorded ones. Of points of a path, the final
+            models.
+        base (`str` or `Path`, *optional*): Of the paths, in place of the recorded ones.
+
+    Raises:
+        ValueError: If there are not as many models as checkpoints.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: TrakConfig,
+        members: Sequence[MemberReader],
+        passes: Sequence[Pass],
+        models: Sequence[PreTrainedModel | str | Path] | None,
+        processing_class: Any,
+        task: Task | TaskMaker | None,
+        trust_remote_code: bool = False,
+        base: str | Path | None = None,
+    ) -> None:
+        self.folder = folder
+        self.config = config
+        self.members = members
+        self.n_checkpoints = len({plan.checkpoint for plan in passes})
+        # Several points of a path have one final model.
+        self.n_models = len({(plan.model is None, plan.checkpoint if plan.model is None else plan.model) for plan in passes})
+        if models is not None and len(models) not in (self.n_models, self.n_checkpoints, len(members)):
+            counts = f"{self.n_checkpoints} checkpoints" + (
+                f" of {self.n_models} models" if self.n_models < self.n_checkpoints else ""
+            )
+            raise ValueError(
+                f"{folder} has {counts} and {len(members)} members, but {len(models)} models were given. "
+                f"Give one per {'model' if self.n_models < self.n_checkpoints else 'checkpoint'}."
+            )
+        if base is not None and not any("point" in member.identity for member in members):
+            raise ValueError(
+                f"`base` is given, but {folder} is of checkpoints themselves, and not of points of a path to them."
+            )
+        self.models = models
+        self.base = base
+        self.processing_class = processing_class
+        self.task = task
+        self.trust_remote_code = trust_remote_code
+
+    def featurizer(self, plan: Pass, *, direction: str = "pair") -> Featurizer:
+        """Return the featurizer of a pass.
+
+        Args:
+            direction (`str`): For image-caption pairs: pair, image or caption; see [`AttributionIndex.score`].
+
+        Raises:
+            ValueError: If the model, task or parameters are not those recorded; the message lists what differs.
+        """
+        first = plan.members[0]
+        self._check_task()
+        place, given = self.members[first].info["checkpoint"], self._model(plan)
+        featurizer = Featurizer(
+            recorded_checkpoint(self.folder, place) if given is None else given,
+            self.config,
+            self.processing_class
+            if self.processing_class is not None
+            else recorded_processor(self.folder, self.members[first].info),
+            task=self.task,
+            seed=plan.seeds,
+            dropout_seed=plan.dropout_seed,
+            revision=place["revision"] if given is None else None,
+            **self._path(self.members[first]),
+            trust_remote_code=self.trust_remote_code,
+        )
+        if lines := self._differences(first, featurizer):
+            raise ValueError(
+                f"This is not what member_{first} of {self.folder} was featurized with:\n"
+                + "\n".join(f"  {line}" for line in lines)
+                + "\nGive the recorded checkpoint as `models`, with its tokenizer or image processor as `processing_class` if it is not saved "
+                "beside it, or featurize the training set again."
+            )
+        if (bank := self.members[first].bank()) is not None:
+            featurizer.use_bank(Bank.from_tensors(bank))
+        if (engine := self.members[first].info.get("engine")) is not None:
+            featurizer.use_engine(EngineChoice(**engine))
+        featurizer.use_task(in_direction(featurizer.task.for_queries(), direction))
+        return featurizer
+
+    def check(self, queries: Dataset) -> None:
+        """Check, before a model is loaded, that queries have the columns that were read of the training set, and its label names.
+
+        Raises:
+            ValueError: Naming what is missing or different.
+        """
+        self._check_task()
+        read, names = self._recorded["columns"], self._recorded["label_names"]
+        found: Any = features_of(queries)
+        if missing := [name for name in names_read(read) if name not in found]:
+            raise ValueError(
+                f"The queries lack {', '.join(map(repr, missing))}, which {self.folder} reads ({describe_columns(read)}); they have "
+                f"{', '.join(found)}. Rename a column with `queries.rename_column`, or add what is missing."
+            )
+        given = label_names(found, read)
+        by_id = self.config.label_mapping != "by_name"  # which goes by the names and the model
+        if by_id and names is not None and given is not None and given != names:
+            raise ValueError(
+                f"The labels of the queries mean something else than those of the training set of {self.folder}:\n  training set: "
+                f"{', '.join(names)}\n  queries: {', '.join(given)}\nBring them to the training set's with `queries.cast_column("
+                f"{read['label']!r}, ClassLabel(names=[...]))` after mapping each label by its name."
+            )
+
+    def check_read(self, featurizer: Featurizer, queries: Dataset) -> None:
+        """Check that the task reads of queries what it read of the training set.
+
+        Raises:
+            ValueError: If it takes other columns, or takes them for something else.
+        """
+        read = self._recorded["columns"]
+        features: Any = features_of(queries)
+        found = in_order(featurizer.task.columns_read(features)) if read else read
+        if found != read:
+            raise ValueError(
+                f"Of the queries other columns would be read than {self.folder} was made of:\n  training set: {describe_columns(read)}\n"
+                f"  queries: {describe_columns(found)}\nGive the queries the columns of the training set, and no others that may be "
+                "taken for them (`queries.select_columns`)."
+            )
+
+    def featurize(
+        self, featurizer: Featurizer, queries: Dataset, batch_size: int | str, progress: bool, description: str
+    ) -> dict[str, np.ndarray]:
+        """Return the trak_* columns of queries, checked to be read as the training set was; see [`featurize_queries`]."""
+        if len(queries):
+            self.check_read(featurizer, queries)
+        return featurize_queries(featurizer, queries, batch_size, progress, description)
+
+    def _check_task(self) -> None:
+        """Check that a task of the user's own was given again: an index does not hold its code, and nothing is imported that it names.
+
+        Raises:
+            ValueError: If it was not, or comes from another place than the recorded one.
+        """
+        recorded = self.members[0].info.get("task_import_path")
+        place = recorded if isinstance(recorded, str) else None
+        if self.task is None and self.config.task not in TASKS:
+            flag = "module:name" if place is None else place
+            raise ValueError(
+                f"{self.folder} was made with a task of your own, {self.config.task!r}, whose code an index does not hold. Give it again: "
+                f"`task=...` in Python, --task {flag} on the command line."
+            )
+        given = getattr(self.task, "import_path", None)
+        if place is not None and given is not None and given != place:
+            raise ValueError(
+                f"{self.folder} was made with the task {place!r}, but {given!r} is given. Give the recorded one; if it has moved and its "
+                "code is the same, load the index in Python with `task=...`."
+            )
+
+    def _task_code(self, featurizer: Featurizer) -> str | None:
+        """Return a hash of the code of a task of the user's own; None where none was recorded, or by another version of Python."""
+        recorded, task = self._recorded.get("task_code"), featurizer.task
+        if recorded is None or not isinstance(task.inputs, CustomInputs):
+            return None
+        found = hash_callable(task.output_function, task.inputs.collator)
+        return found if found.split(" ", 1)[1:] == str(recorded).split(" ", 1)[1:] else None
+
+    @property
+    def _recorded(self) -> dict[str, Any]:
+        """What was read of the training set."""
+        return {"columns": {}, "label_names": None, **self.members[0].identity["dataset"]}
+
+    def _differences(self, member: int, featurizer: Featurizer) -> list[str]:
+        """Return what sets a featurizer apart from what a member was featurized with."""
+        recorded = self.members[member].identity
+        found = describe_featurizer(featurizer, self._recorded["columns"])
+        is_same_library = recorded.get("libraries") == library_minors()
+        wanted: dict[str, Any] = {key: recorded.get(key) for key in found}
+        if (code := self._task_code(featurizer)) is not None:
+            wanted["task_code"], found["task_code"] = self._recorded["task_code"], code
+        # Another version of transformers may name more settings, or fewer.
+        for key in ("model_config", "processing"):
+            if key in found and wanted[key] is not None and not is_same_library:
+                wanted[key], found[key] = _common(wanted[key], found[key])
+        if "processing" in recorded and "processing" in found:
+            wanted["max_length"], found["max_length"] = recorded.get("max_length"), found.get("max_length")
+        else:  # rows that were tokens or pixels before, or queries without a tokenizer, which are refused when they are read
+            for description in (wanted, found):
+                for key in ("processing", "max_length"):
+                    description.pop(key, None)
+        if not is_same_library:
+            warn_of_libraries(self.members[member].folder, recorded.get("libraries"))
+            for description in (wanted, found):  # a tokenizer's content is written differently by another version
+                description.get("processing", {}).get("tokenizer", {}).pop("sha256", None)
+        code, here = self._recorded.get("task_code"), describe_task_code(featurizer.task).get("task_code")
+        # Bytecode is another one under another version of Python, which the hash names at its end.
+        if code is not None and here is not None and code.partition(" ")[2] == here.partition(" ")[2]:
+            wanted["task_code"], found["task_code"] = code, here
+        return list_differences(wanted, found)
+
+    def _model(self, plan: Pass) -> PreTrainedModel | str | Path | None:
+        """Return the model given for a pass, if any."""
+        if self.models is None:
+            return None
+        if len(self.models) == self.n_checkpoints:
+            return self.models[plan.checkpoint]
+        if len(self.models) == self.n_models and plan.model is not None:
+            return self.models[plan.model]
+        return self.models[plan.members[0]]
+
+    def _path(self, member: MemberReader) -> dict[str, Any]:
+        """Return which point of a path a member is of, as [`Featurizer`] takes it; nothing for a checkpoint itself."""
+        if self.base is None or "point" not in member.identity:
+            return recorded_base(self.folder, member.info)
+        return {"base": self.base, "alpha": member.identity["point"]["alpha"]}
+
+
+def featurize_queries(
+    featurizer: Featurizer, queries: Dataset, batch_size: int | str, progress: bool, description: str
+) -> dict[str, np.ndarray]:
+    """Return the trak_* columns of queries, in float32; those of several sketches as [`encode_pass`] names them."""
+    if len(queries) == 0:
+        raise ValueError("There are no queries: the dataset is empty.")
+    queries = as_stored(queries)
+    featurizer.check(queries)
+    with tqdm(total=len(queries), unit="rows", desc=description, disable=not progress) as bar:
+        found = featurize_rows(featurizer, queries, range(len(queries)), batch_size=batch_size, on_batch=bar.update)
+    return encode_pass(found.features, found.output, found.out_to_loss, seeds=featurizer.seeds, dtype="float32")
+
+
+def _common(first: dict[str, Any], second: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return two nested dictionaries with the keys that both have."""
+    pairs = {
+        key: _common(first[key], second[key])
+        if isinstance(first[key], dict) and isinstance(second[key], dict)
+        else (first[key], second[key])
+        for key in first
+        if key in second
+    }
+    return {key: pair[0] for key, pair in pairs.items()}, {key: pair[1] for key, pair in pairs.items()}
+
+
+def read_query_features(features: Any, *, n_members: int, proj_dim: int) -> list[Float32[Tensor, "n_query proj_dim"]]:
+    """Return the features of every member, as float32 tensors.
+
+    Args:
+        features: An array or tensor of shape (n_query, proj_dim), or a Dataset with the column `trak_features` (and `trak_scale`, where it is
+            stored in float16); or, for several members, a list with one of these for each.
+
+    Raises:
+        ValueError: If there is not one per member, they do not have `proj_dim` numbers each, or a number is not finite.
+    """
+    given = list(features) if isinstance(features, (list, tuple)) else [features]
+    if len(given) != n_members:
+        raise ValueError(
+            f"This index has {n_members} members, but features of {len(given)} were given. Give a list with those of each member, made "
+            "by `index.featurizer(member)`."
+        )
+    found = [_read(one) for one in given]
+    for number, rows in enumerate(found):
+        if rows.ndim != 2 or rows.shape[1] != proj_dim or len(rows) != len(found[0]):
+            raise ValueError(
+                f"Query features of member {number} must have the shape ({len(found[0])}, {proj_dim}), but have {tuple(rows.shape)}."
+            )
+        if not bool(rows.isfinite().all()):
+            bad = (~rows.isfinite().all(1)).nonzero().flatten().tolist()
+            raise ValueError(
+                f"Query features of member {number} hold NaN or infinity in rows {', '.join(map(str, bad[:10]))}"
+                f"{' and others' if len(bad) > 10 else ''}, {len(bad)} in all. Leave these queries out, or featurize them again."
+            )
+    return found
+
+
+def mean_output(features: Any) -> np.ndarray | None:
+    """Return the mean over members of the queries' outputs, where all of them record it."""
+    given: Sequence[Any] = features if isinstance(features, (list, tuple)) else [features]
+    if not all("trak_output" in getattr(one, "column_names", ()) for one in given):
+        return None
+    return np.mean([np.asarray(one.with_format("numpy")["trak_output"][:], dtype=np.float32) for one in given], axis=0)
+
+
+def _read(features: Any) -> Tensor:
+    if isinstance(features, Tensor):
+        return features.detach().cpu().float()
+    names = getattr(features, "column_names", None)
+    if names is None:
+        return torch.from_numpy(np.array(features, dtype=np.float32))
+    if "trak_features" not in names:
+        raise ValueError(
+            f"These queries have no column trak_features; they have {', '.join(names)}. Make it with "
+            "`queries.map(index.featurizer(), batched=True)`, or ask `index.attribute(queries)`."
+        )
+    rows = features.with_format("numpy", dtype=np.float32)
+    values = torch.from_numpy(np.array(rows["trak_features"][:], dtype=np.float32))
+    return values * torch.from_numpy(np.array(rows["trak_scale"][:])).unsqueeze(1) if "trak_scale" in names else values

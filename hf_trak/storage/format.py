@@ -1,0 +1,195 @@
+"""The format of an index on disk: names of files and folders, `member.json`, and what a shard says of itself.
+
+member_0/train-00000-of-00004.parquet     example_id and the trak_* columns
+member_0/kernel.safetensors
+member_0/bank.safetensors                 only for contrastive tasks: what their examples are held against; written first
+member_0/mask.safetensors                 only where the checkpoint was trained on some of the rows: which
+member_0/member.json                      what these rows are; written last: a folder without it is unfinished
+member_0/.progress/                       while unfinished: what is being computed, and which shards are whole
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hf_trak.config import CONFIG_NAME
+from hf_trak.hashing import hash_json
+from hf_trak.storage.files import field_of, file_sizes, read_json
+
+MEMBER_NAME = "member.json"
+KERNEL_NAME = "kernel.safetensors"
+MASK_NAME = "mask.safetensors"
+BANK_NAME = "bank.safetensors"
+PROGRESS = ".progress"
+ENGINE_NAME = "engine.json"  # in `.progress`: which engine makes the gradients, of all processes and calls
+IDENTITY_NAME = "identity.json"  # in `.progress`: what the member will be of
+DESCRIPTION_NAME = "description.json"  # in `.progress`: what a job of an array tells of the member
+PARTS_NAME = ".parts.json"  # in the index, while an array of jobs makes it
+DAMPING_NAME = "damping.json"
+CURVE_NAME = "damping.png"
+
+_SHARD = re.compile(r"train-\d{5,}-of-\d{5,}\.parquet")
+_PROGRESS_FILE = re.compile(r"identity\.json|engine\.json|description\.json|\d{5,}\.json|kernel-\d{5,}\.safetensors")
+_MEMBER = re.compile(r"member_(0|[1-9]\d*)")
+
+
+def member_folders(folder: Path) -> list[Path]:
+    """Return member_0, member_1, ... as far as they go."""
+    numbers = member_numbers(folder)
+    return [folder / f"member_{number}" for number, found in enumerate(numbers) if number == found]
+
+
+def member_numbers(folder: Path) -> list[int]:
+    """Return the numbers of the folders that hold files of a member, in order."""
+    numbers = sorted(number for name in file_sizes(folder) if (number := member_number(folder / name)) is not None)
+    return [number for number in numbers if _holds_member(folder / f"member_{number}")]
+
+
+def _holds_member(folder: Path) -> bool:
+    return any(name == PROGRESS or is_member_name(name) for name in file_sizes(folder))
+
+
+def member_number(folder: Path) -> int | None:
+    """Return the number in the name of a member's folder; None for another name."""
+    found = _MEMBER.fullmatch(folder.name)
+    return None if found is None else int(found[1])
+
+
+def is_shard_name(name: str) -> bool:
+    """Return whether a file of this name may be a shard."""
+    return _SHARD.fullmatch(name) is not None
+
+
+def is_member_name(name: str) -> bool:
+    """Return whether a member's folder may hold a file of this name; one in `.progress` is `.progress/NAME`."""
+    inside = name.removeprefix(f"{PROGRESS}/")
+    if inside != name:
+        return _PROGRESS_FILE.fullmatch(inside) is not None
+    return name in (MEMBER_NAME, KERNEL_NAME, MASK_NAME, BANK_NAME) or is_shard_name(name)
+
+
+def is_index_name(name: str) -> bool:
+    """Return whether an index may have written a file of this name, given as seen from the index's folder. The card, which its owner
+    writes into, is not among them."""
+    folder, separator, inside = name.partition("/")
+    if separator:
+        return _MEMBER.fullmatch(folder) is not None and is_member_name(inside)
+    return name in (CONFIG_NAME, DAMPING_NAME, CURVE_NAME, PARTS_NAME)
+
+
+_KEY = b"hf_trak"
+
+
+class Origin(NamedTuple):
+    """What a shard says of itself in the key-value metadata of its Parquet footer.
+
+    Args:
+        identity_sha256 (`str`): Of everything that decides the member's rows. It differs between members, and between indexes.
+        member (`int`, *optional*): The member's number, where its folder's name has one.
+        shard (`int`): The shard's number.
+        n_shards (`int`): Of how many.
+        first_row (`int`): The row of the training set that the shard begins with.
+    """
+
+    identity_sha256: str
+    member: int | None
+    shard: int
+    n_shards: int
+    first_row: int
+
+
+def origin_of(folder: Path, identity: Mapping[str, Any], shard: int, *, n_shards: int) -> Origin:
+    """Return the origin of a shard of the member in `folder`."""
+    first_row = shard * int(identity["shard_rows"])
+    return Origin(hash_json(identity), member_number(folder), shard, n_shards, first_row)
+
+
+def write_origin(origin: Origin) -> dict[bytes, bytes]:
+    """Return the metadata of a shard's schema."""
+    return {_KEY: json.dumps(origin._asdict()).encode()}
+
+
+def read_origin(metadata: Mapping[bytes, bytes] | None) -> Origin | None:
+    """Return what a file says of itself; None if it says nothing."""
+    try:
+        return Origin(**json.loads((metadata or {})[_KEY]))
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return None
+
+
+def refuse_other_origin(path: Path, found: Origin | None, expected: Origin) -> None:
+    """Refuse a shard that belongs elsewhere.
+
+    Raises:
+        ValueError: Saying what it is, and where it belongs.
+    """
+    if found == expected:
+        return
+    if found is None:
+        what = "is a Parquet file that no member of an index wrote"
+    elif found.identity_sha256 != expected.identity_sha256:
+        what = f"is shard {found.shard} of another member or another index" + (
+            f", whose number is {found.member}" if found.member not in (None, expected.member) else ""
+        )
+    elif found.member != expected.member:
+        what = f"is of member_{found.member}"
+    else:
+        what = f"is shard {found.shard} of {found.n_shards}"
+    raise ValueError(
+        f"{path} {what}, where shard {expected.shard} of {expected.n_shards}"
+        f"{'' if expected.member is None else f' of member_{expected.member}'} of this index is expected. Restore it from a copy, or run "
+        "the command that made the index again: only damaged files are made again."
+    )
+
+
+def read_member_info(folder: Path) -> dict[str, Any]:
+    """Return what a finished member says of itself.
+
+    Raises:
+        ValueError: If `member.json` is damaged, or lists what no member of an index has; the message names the field.
+    """
+    path = folder / MEMBER_NAME
+    info = read_json(path)
+    identity = field_of(path, info, "identity", dict)
+    n_rows = field_of(path, identity, "n_rows", int)
+    for name in ("n_rows", "shard_rows"):
+        if field_of(path, identity, name, int) < 1:
+            raise _damaged(path, f"{name!r} is {identity[name]}, where a positive number is expected")
+    if "point" in identity:
+        _check_point(path, info, field_of(path, identity, "point", dict))
+    rows = 0
+    for number, entry in enumerate(field_of(path, info, "files", list)):
+        if not isinstance(entry, dict):
+            raise _damaged(path, f"entry {number} of 'files' is no object")
+        name = field_of(path, entry, "file", str)
+        if Path(name).name != name:
+            raise ValueError(f"{path} lists {name!r}, which does not lie in its folder: it is no member of hf_trak's.")
+        if field_of(path, entry, "bytes", int) < 0 or not re.fullmatch("[0-9a-f]{64}", field_of(path, entry, "sha256", str)):
+            raise _damaged(path, f"the size or SHA-256 of {name!r} is none")
+        rows += field_of(path, entry, "rows", int) if "rows" in entry else 0
+    if rows != n_rows:
+        raise _damaged(path, f"its files have {rows:,} rows, where 'n_rows' is {n_rows:,}")
+    return info
+
+
+def _check_point(path: Path, info: dict[str, Any], point: dict[str, Any]) -> None:
+    """Check that a member which is a point of a path says which, and where its base is."""
+    alpha = point.get("alpha")
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha < 1:
+        raise _damaged(path, f"'alpha' is {alpha!r}, where a number of at least 0 and below 1 is expected")
+    for name in ("from_zero", "kept"):
+        field_of(path, point, name, list)
+    base = field_of(path, info, "base", dict)
+    if wrong := [name for name in ("path", "repository", "revision") if not isinstance(base.get(name), (str, type(None)))]:
+        raise _damaged(path, f"{wrong[0]!r} of 'base' is {base[wrong[0]]!r}, where text or nothing is expected")
+    base = {"path": None, "repository": None, **base}
+    if point.get("base") is None and base["path"] is None and base["repository"] is None:
+        raise _damaged(path, "it does not say where the base of the path is")
+
+
+def _damaged(path: Path, reason: str) -> ValueError:
+    return ValueError(f"{path} is damaged: {reason}. Restore it from a copy, or delete {path.parent} and featurize again.")

@@ -1,0 +1,253 @@
+"""A finished member, read: its rows, whole or a row group at a time, and its Gram matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, overload
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from jaxtyping import Bool, Float64
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from hf_trak.hashing import hash_file
+from hf_trak.storage.columns import Shard, check_example_ids, read_shard
+from hf_trak.storage.files import file_size
+from hf_trak.storage.format import (
+    BANK_NAME,
+    KERNEL_NAME,
+    MASK_NAME,
+    MEMBER_NAME,
+    PROGRESS,
+    Origin,
+    origin_of,
+    read_member_info,
+    read_origin,
+    refuse_other_origin,
+)
+from hf_trak.storage.verify import is_as_written
+
+_CHANGED = f"has changed since it was written: its SHA-256 differs from the one in {MEMBER_NAME}"
+_MEND = "Restore it from a copy, or run the command that made the index again: only files that are missing or damaged are made again."
+
+
+class MemberReader:
+    """A finished member.
+
+    Args:
+        folder (`Path`): The member's folder.
+        fetch (*optional*): Called with the name of a file before its first use, to bring it into `folder`. By default, all files are
+            there already.
+
+    Files are hashed before they are used: those that are fetched and shards on their first use, the others here.
+
+    Raises:
+        FileNotFoundError: If the folder is not a finished member.
+        ValueError: If a file is missing, or is not what was written; of shards that are there, a wrong length is found here.
+    """
+
+    def __init__(self, folder: Path, fetch: Callable[[str], Any] | None = None) -> None:
+        self.folder = folder
+        if not (folder / MEMBER_NAME).exists():
+            begun = (folder / PROGRESS).exists()
+            raise FileNotFoundError(
+                f"{folder} is unfinished; run the command that began it again to continue."
+                if begun
+                else f"{folder} holds no {MEMBER_NAME}, so it is not a member of an attribution index."
+            )
+        self.info = read_member_info(folder)
+        self.identity: dict[str, Any] = self.info["identity"]
+        self.records: dict[str, dict[str, Any]] = {entry["file"]: entry for entry in self.info["files"]}
+        self._fetch = fetch
+        self._verified: set[str] = set()
+        self.shard_paths: Sequence[Path] = _ShardPaths(self)
+        if fetch is None:
+            for name in self.records:
+                self._check_size(name)
+            for name, record in self.records.items():
+                if "rows" not in record:
+                    self.path(name)
+
+    def _check_size(self, name: str) -> None:
+        path, expected = self.folder / name, self.records[name]["bytes"]
+        size = file_size(path)
+        if size != expected:
+            state = "is missing" if size is None else f"has {size:,} bytes"
+            raise ValueError(self._what_it_is(path, f"{state}, where {expected:,} bytes were written"))
+
+    def path(self, name: str) -> Path:
+        """Return where a file lies: one that is elsewhere is fetched, and all are used only if they are what was written.
+
+        Raises:
+            ValueError: If it is something else; a fetched file is dropped then.
+        """
+        path = self.folder / name
+        if name in self._verified:
+            return path
+        if self._fetch is not None:
+            self._fetch(name)
+        if not is_as_written(path, self.records[name]):
+            if self._fetch is None:
+                raise ValueError(self._what_it_is(path, _CHANGED))
+            for damaged in (path.resolve(), path):  # in a cache, a link and what it leads to
+                damaged.unlink(missing_ok=True)
+            raise ValueError(
+                f"{path} is not what was written: its SHA-256 differs from the one in {MEMBER_NAME}. It was dropped, so that the next "
+                "call fetches it anew. If it comes the same again, it is damaged where it comes from: ask for it to be pushed again."
+            )
+        self._verified.add(name)
+        return path
+
+    def _what_it_is(self, path: Path, problem: str) -> str:
+        """Say of a file that is not what was written what it is, as far as it tells; otherwise, what the problem is."""
+        names = [name for name, record in self.records.items() if "rows" in record]
+        if path.name in names:
+            try:
+                found = read_origin(pq.read_schema(path).metadata)
+                refuse_other_origin(path, found, self.origin(names.index(path.name)))
+            except (pa.ArrowException, OSError):
+                pass  # it is damaged, which the hash says
+            except ValueError as error:
+                return str(error)
+        return f"{path} {problem}. {_MEND}"
+
+    def origin(self, shard: int) -> Origin:
+        """Return where a shard belongs, as the shard itself says."""
+        return origin_of(self.folder, self.identity, shard, n_shards=len(self.shard_paths))
+
+    @property
+    def n_rows(self) -> int:
+        return self.identity["n_rows"]
+
+    def shards(self) -> Iterator[Shard]:
+        """Yield the shards in order, one in memory at a time."""
+        for number, path in enumerate(self.shard_paths):
+            yield read_shard(path, self.origin(number))
+
+    def kernel(self) -> Float64[Tensor, "proj_dim proj_dim"]:
+        return self._read_tensor(KERNEL_NAME)
+
+    def mask(self) -> Bool[Tensor, " rows"] | None:
+        """Return which rows the checkpoint was trained on; None if that is not recorded."""
+        return self._read_tensor(MASK_NAME) if MASK_NAME in self.records else None
+
+    def bank(self) -> dict[str, Tensor] | None:
+        """Return what examples were held against, by name; None for tasks that have no bank.
+
+        Raises:
+            ValueError: If it is not what was written: every score of the member depends on it.
+        """
+        if BANK_NAME not in self.records:
+            return None
+        return load_file(self.path(BANK_NAME))
+
+    def _read_tensor(self, name: str) -> Tensor:
+        path = self.path(name)
+        try:
+            return load_file(path)[name.split(".")[0]]
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(f"{path} is damaged: {error}. {_MEND}") from error
+
+    def verify(self) -> None:
+        """Hash every file, whatever is remembered of it.
+
+        Raises:
+            ValueError: Naming the first file whose content is not what was written.
+        """
+        for name, record in self.records.items():
+            if hash_file(self.path(name)) != record["sha256"]:
+                raise ValueError(self._what_it_is(self.folder / name, _CHANGED))
+
+
+class _ShardPaths(Sequence[Path]):
+    """A member's shards in order, each fetched when it is asked for."""
+
+    def __init__(self, member: MemberReader) -> None:
+        self._member = member
+        self._names = [name for name, record in member.records.items() if "rows" in record]
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @overload
+    def __getitem__(self, index: int) -> Path: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Path]: ...
+    def __getitem__(self, index: int | slice) -> Path | Sequence[Path]:
+        if isinstance(index, slice):
+            return [self._member.path(name) for name in self._names[index]]
+        return self._member.path(self._names[index])
+
+
+_COLUMNS = ("example_id", "trak_features", "trak_scale", "trak_out_to_loss", "trak_output")
+
+
+class BlockSize(NamedTuple):
+    """The first row group of a member, which the others are no larger than."""
+
+    rows: int
+    proj_dim: int
+    bytes: int
+    """On disk, and as Arrow holds it."""
+
+
+def block_size(member: MemberReader) -> BlockSize:
+    """Return how large a member's blocks are."""
+    with pq.ParquetFile(member.shard_paths[0]) as file:
+        group = file.metadata.row_group(0)
+        length = file.schema_arrow.field("trak_features").type.list_size
+        return BlockSize(group.num_rows, length, group.total_byte_size)
+
+
+def member_blocks(member: MemberReader, shards: range | None = None) -> Iterator[Shard]:
+    """Yield the row groups of some shards, or of all, in order, one in memory at a time; features are float32."""
+    for number in range(len(member.shard_paths)) if shards is None else shards:
+        yield from read_blocks(member.shard_paths[number], member.origin(number))
+
+
+def aligned_blocks(members: Sequence[MemberReader], shards: range | None = None) -> Iterator[tuple[Shard, ...]]:
+    """Yield the same rows of every member; members of one index are cut alike."""
+    return zip(*(member_blocks(member, shards) for member in members), strict=True)
+
+
+def read_blocks(path: Path, origin: Origin | None = None) -> Iterator[Shard]:
+    """Yield the row groups of one Parquet shard, checking the checksum of every page, and that each row is that of its place.
+
+    Args:
+        origin ([`Origin`], *optional*): Where the shard belongs; a file that says something else is refused.
+
+    Raises:
+        ValueError: If the file is damaged, or belongs elsewhere.
+    """
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            if origin is not None:
+                refuse_other_origin(path, read_origin(file.schema_arrow.metadata), origin)
+            columns = [name for name in _COLUMNS if name in file.schema_arrow.names]
+            row = 0 if origin is None else origin.first_row
+            for group in range(file.num_row_groups):
+                block = _decode(file.read_row_group(group, columns=columns, use_threads=False))
+                if origin is not None:
+                    check_example_ids(path, block.example_id, row)
+                row += len(block.example_id)
+                yield block
+    except (pa.ArrowException, OSError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error}. Restore it from a copy, or featurize again.") from error
+
+
+def _decode(table: pa.Table) -> Shard:
+    length = table.schema.field("trak_features").type.list_size
+    flat = table.column("trak_features").combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    features = torch.from_numpy(flat.astype(np.float32)).reshape(-1, length)
+    if "trak_scale" in table.column_names:
+        features.mul_(_tensor(table, "trak_scale").unsqueeze(1))
+    return Shard(_tensor(table, "example_id"), features, _tensor(table, "trak_out_to_loss"), _tensor(table, "trak_output"))
+
+
+def _tensor(table: pa.Table, name: str) -> Tensor:
+    return torch.from_numpy(np.array(table.column(name).to_numpy()))
