@@ -17,12 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from paper_settings import Prepared, Setting, prepare, pretrain
 from train_subsets import add_setting_shortcut
 
 from hf_trak.cli.main import hush
 from hf_trak.cli.parsing import make_parser, parse
 from hf_trak.cli.results import commit, write_results
-from hf_trak.evaluation import Prepared, Recipe, Setting, prepare, pretrain
+from hf_trak.evaluation import Recipe
 from hf_trak.evaluation.counterfactual import Counterfactuals, Retrain, run_counterfactuals, summarize_counterfactuals
 from hf_trak.evaluation.training import outputs_on, train
 from hf_trak.hashing import stream_key

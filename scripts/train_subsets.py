@@ -21,20 +21,11 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
+from paper_settings import Prepared, Setting, prepare, pretrain
 
 from hf_trak.cli.main import hush
 from hf_trak.cli.parsing import make_parser, parse
-from hf_trak.evaluation import (
-    Prepared,
-    Recipe,
-    Setting,
-    SubsetJob,
-    collect,
-    ground_truth_reliability,
-    make_masks,
-    prepare,
-    pretrain,
-)
+from hf_trak.evaluation import Recipe, SubsetJob, collect, ground_truth_reliability, make_masks
 
 CONFIGS = Path(__file__).parent / "configs"
 SETTINGS = ("cifar2", "cifar10", "imagenet", "qnli", "sst2")
