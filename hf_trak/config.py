@@ -97,7 +97,7 @@ class TrakConfig:
         "What the model computes in: float32 (or whatever dtype it is loaded in), or bfloat16 by autocast. Sketches are float32.",
     )
     damping: float | Literal["auto"] = _option(
-        "auto", "Regularisation as a multiple of the kernel's mean nonzero eigenvalue; 0 is the paper's TRAK."
+        "auto", "Regularisation as a multiple of the Gram matrix's mean nonzero eigenvalue; 0 is the paper's TRAK."
     )
     dtype: Literal["float32", "float16"] = _option(
         "float32", "How features are stored. float16 keeps a scale per row and halves the disk."

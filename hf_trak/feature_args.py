@@ -67,7 +67,7 @@ class FeatureArguments:
     )
     damping: str = field(
         default="auto",
-        metadata={"help": "Regularisation as a multiple of the kernel's mean nonzero eigenvalue; 0 is the paper's TRAK."},
+        metadata={"help": "Regularisation as a multiple of the Gram matrix's mean nonzero eigenvalue; 0 is the paper's TRAK."},
     )
     features_dtype: str = field(default="float32", metadata={"help": "How features are stored: float32 or float16."})
     attribution_parameters: list[str] | None = field(

@@ -12,7 +12,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from hf_trak.building.build import build_members
-from hf_trak.building.jobs import Part, forget_parts, merge_members
+from hf_trak.building.jobs import Job, merge_members, remove_job_records
 from hf_trak.config import TrakConfig
 from hf_trak.distributed import Processes, current_processes, launched_processes
 from hf_trak.featurizing.featurizer import Featurizer
@@ -24,7 +24,7 @@ from hf_trak.hub.mixin import HubMixin
 from hf_trak.hub.object_index import ObjectIndex
 from hf_trak.messages import list_differences
 from hf_trak.querying.queries import QuerySide
-from hf_trak.querying.questions import Questions
+from hf_trak.querying.scoring_methods import ScoringMethods
 from hf_trak.querying.training_rows import KeptRows, align_rows
 from hf_trak.runtime import terminable
 from hf_trak.scoring.damping import DAMPING_NAME, DampingChoice
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 DEFAULT_SHARD_ROWS = 1024
 
 
-class AttributionIndex(Questions, HubMixin):
+class AttributionIndex(ScoringMethods, HubMixin):
     """Features of a training set under one or more members, on disk.
 
     Make one with [`AttributionIndex.build`] or `AttributionTrainer.featurize`, load one with
@@ -213,7 +213,7 @@ class AttributionIndex(Questions, HubMixin):
         return index
 
     @classmethod
-    def build_part(
+    def build_shards(
         cls,
         folder: str | Path,
         *,
@@ -252,7 +252,7 @@ class AttributionIndex(Questions, HubMixin):
         Raises:
             ValueError: As [`AttributionIndex.build`]; also if the job was started by a launcher of several processes.
         """
-        folder, part = place(folder), Part(shard_index, num_shards, command)
+        folder, part = place(folder), Job(shard_index, num_shards, command)
         if launched_processes() > 1:
             raise ValueError(
                 "`shard_index` is for jobs of one process each; a launcher's processes divide the work by themselves."
@@ -285,7 +285,7 @@ class AttributionIndex(Questions, HubMixin):
 
     @classmethod
     def merge(cls, folder: str | Path, **loading: Any) -> AttributionIndex:
-        """Finish an index whose parts were made by [`AttributionIndex.build_part`], and return it.
+        """Finish an index whose parts were made by [`AttributionIndex.build_shards`], and return it.
 
         The result is, byte for byte, what [`AttributionIndex.build`] would have made.
 
@@ -300,7 +300,7 @@ class AttributionIndex(Questions, HubMixin):
         merge_members(folder)
         index = cls(folder, **loading)
         index._complete()
-        forget_parts(folder)
+        remove_job_records(folder)
         return index
 
     def _complete(self) -> None:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging as transformers_logging
 
-from hf_trak.building.checks import rehearse
+from hf_trak.building.checks import check_rows_before_training
 from hf_trak.config import TrakConfig
 from hf_trak.hub.cards import render_model_section
 from hf_trak.index import AttributionIndex
@@ -305,7 +305,7 @@ class AttributionTrainer(Trainer):
             check_writable(self._members_folder)
             check_kept(self._attributed, self.args.kept_columns())
             with random_state_kept(), _without_progress_bars():
-                self._rehearse()
+                self._check_rows_before_training()
                 self._tell_of_queries(task)
         self.accelerator.wait_for_everyone()
         losses = list_unknown_losses(self) if self.task is None else []
@@ -313,14 +313,14 @@ class AttributionTrainer(Trainer):
             warnings.warn(warning_of_losses(losses, task.name), UserWarning, stacklevel=3)
         self._told_losses = losses
 
-    def _rehearse(self) -> None:
+    def _check_rows_before_training(self) -> None:
         """Save the weights, load them as members will be, check all rows and featurize two."""
         for leftover in self._members_folder.glob(f"{_TRIED}*{TEMPORARY}"):  # of a process that was killed
             shutil.rmtree(leftover)
         with tempfile.TemporaryDirectory(prefix=_TRIED, suffix=TEMPORARY, dir=self._members_folder) as folder:
             snapshot = Path(folder) / "snapshot"
             save_snapshot(snapshot, self.model, self.processing_class)
-            featurizer = rehearse(
+            featurizer = check_rows_before_training(
                 self._member(snapshot),
                 self._attributed,
                 self._trak_config(),

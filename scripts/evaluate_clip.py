@@ -25,7 +25,7 @@ import transformers
 from clip_evaluation import run_contrastive
 from clip_training import ContrastiveArguments
 
-from hf_trak.cli.main import hush
+from hf_trak.cli.main import quiet_libraries
 from hf_trak.cli.parsing import make_parser, parse
 from hf_trak.cli.results import commit, write_results
 from hf_trak.evaluation.plots import save_plots
@@ -44,7 +44,7 @@ class ReportArguments:
 
 def main(args: ContrastiveArguments, report: ReportArguments) -> None:
     """Score, retrain, report."""
-    hush()
+    quiet_libraries()
     if report.threads:
         torch.set_num_threads(report.threads)
     rows = run_contrastive(args)

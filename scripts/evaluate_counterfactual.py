@@ -20,7 +20,7 @@ import torch
 from paper_settings import Prepared, Setting, prepare, pretrain
 from train_subsets import add_setting_shortcut
 
-from hf_trak.cli.main import hush
+from hf_trak.cli.main import quiet_libraries
 from hf_trak.cli.parsing import make_parser, parse
 from hf_trak.cli.results import commit, write_results
 from hf_trak.evaluation import Recipe
@@ -51,7 +51,7 @@ class RemovalArguments:
 
 def main(args: RemovalArguments, setting: Setting, recipe: Recipe) -> None:
     """Do the runs of this shard; sum up where none is missing."""
-    hush()
+    quiet_libraries()
     if args.threads:
         torch.set_num_threads(args.threads)
     options = {"data_folder": Path(args.data), "device": "cuda" if torch.cuda.is_available() else "cpu"}

@@ -52,9 +52,9 @@ def trak_scores(
     for features, queries in zip(features_per_member, query_features_per_member, strict=True):
         features, queries = features.astype(np.float64), queries.astype(np.float64)
         n, proj_dim = features.shape
-        kernel = features.T @ features
-        mean_eigenvalue = np.trace(kernel) / min(n, proj_dim)
-        product = product + features @ np.linalg.inv(kernel + damping * mean_eigenvalue * np.eye(proj_dim)) @ queries.T
+        gram = features.T @ features
+        mean_eigenvalue = np.trace(gram) / min(n, proj_dim)
+        product = product + features @ np.linalg.inv(gram + damping * mean_eigenvalue * np.eye(proj_dim)) @ queries.T
     mean_out_to_loss = sum(values.astype(np.float64) for values in out_to_loss_per_member) / n_members
     return product / n_members * mean_out_to_loss[:, None]
 
@@ -86,7 +86,7 @@ def madrylab_scores(
 ) -> np.ndarray:
     """Return the scores of MadryLab/trak 0.3.2 with lambda_reg = 0, in float64.
 
-    Features are divided by the square root of the number of parameters, and each inverse kernel by its mean absolute entry.
+    Features are divided by the square root of the number of parameters, and each inverse Gram matrix by its mean absolute entry.
 
     Args:
         grads_per_member: (n, grad_dim) each.
@@ -123,9 +123,9 @@ def corrected_scores(
     for features, queries, q in zip(features_per_member, query_features_per_member, out_to_loss_per_member, strict=True):
         features, queries, q = features.astype(np.float64), queries.astype(np.float64), q.astype(np.float64)
         residuals = q * (1 - q) if residual_weighting else np.ones(len(q))
-        kernel = features.T @ np.diag(residuals) @ features
-        mean_eigenvalue = np.trace(kernel) / min(features.shape)
-        inverse = np.linalg.inv(kernel + damping * mean_eigenvalue * np.eye(len(kernel)))
+        gram = features.T @ np.diag(residuals) @ features
+        mean_eigenvalue = np.trace(gram) / min(features.shape)
+        inverse = np.linalg.inv(gram + damping * mean_eigenvalue * np.eye(len(gram)))
         influence = features @ inverse @ queries.T
         if leverage:
             influence /= (1 - residuals * np.einsum("ij,jk,ik->i", features, inverse, features))[:, None]

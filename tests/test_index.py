@@ -355,7 +355,9 @@ def test_an_index_of_a_model_in_memory_asks_for_it(tmp_path):
 def test_tiny_datasets_are_scored_or_refused_clearly(tmp_path, checkpoints, n_rows):
     index = build(tmp_path / "index", checkpoints[0], dataset=TRAIN.select(range(n_rows)))
     assert np.isfinite(index.score(QUERIES, progress=False)).all()
-    with pytest.raises(ValueError, match=f"With damping=0 the kernel of {n_rows} training examples is singular at proj_dim=32"):
+    with pytest.raises(
+        ValueError, match=f"With damping=0 the Gram matrix of {n_rows} training examples is singular at proj_dim=32"
+    ):
         index.score(QUERIES, damping=0.0, progress=False)
 
 

@@ -145,8 +145,8 @@ def test_an_exact_index_has_the_losses_gradients_and_scores_them_with_plain_quer
     np.testing.assert_array_equal(found["exact"], found["mean"])
     assert np.abs(features["exact"] - features["mean"]).max() > 1e-2 * np.abs(features["mean"]).max()
     assert built["exact"].features()["trak_output"][:] == pytest.approx(built["mean"].features()["trak_output"][:], rel=1e-5)
-    kernel = features["exact"].T.astype(np.float64) @ features["exact"]
-    damped = kernel + np.trace(kernel) / min(features["exact"].shape) * np.eye(PROJ_DIM)
+    gram = features["exact"].T.astype(np.float64) @ features["exact"]
+    damped = gram + np.trace(gram) / min(features["exact"].shape) * np.eye(PROJ_DIM)
     expected = features["exact"] @ np.linalg.solve(damped, found["exact"].T.astype(np.float64))
     np.testing.assert_allclose(
         built["exact"].score(queries, progress=False), expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max()

@@ -16,7 +16,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from hf_trak.building.checks import TrainingRows
-from hf_trak.building.jobs import Part, forget_parts, remember_parts
+from hf_trak.building.jobs import Job, record_jobs, remove_job_records
 from hf_trak.config import CONFIG_NAME, TrakConfig
 from hf_trak.distributed import Processes
 from hf_trak.featurizing.devices import check_whole
@@ -30,7 +30,7 @@ from hf_trak.sources.checkpoints import check_is_checkpoint
 from hf_trak.sources.path_bases import find_base
 from hf_trak.storage.files import read_json, remove_leftovers, write_folder, write_json, write_json_once
 from hf_trak.storage.format import MEMBER_NAME, is_index_name, member_folders
-from hf_trak.storage.passes import PassWriter, keep_stretch, kernel_of, stretches
+from hf_trak.storage.passes import PassWriter, gram_of, keep_stretch, stretches
 from hf_trak.storage.replacing import (
     begin_replacement,
     drop_replacement,
@@ -109,7 +109,7 @@ def build_pass(
         processes.wait()
     if processes.is_first:
         for writer in unfinished:
-            writer.finish(kernel_of(writer, proj_dim=proj_dim), describe_member(folder, plan, featurizer, rows.dataset), mask)
+            writer.finish(gram_of(writer, proj_dim=proj_dim), describe_member(folder, plan, featurizer, rows.dataset), mask)
     processes.wait()
 
 
@@ -134,13 +134,13 @@ def _see_shards(writer: PassWriter, *, patience: float = 90.0) -> None:
         time.sleep(1.0)
 
 
-def build_part_of_pass(
+def build_shards_of_pass(
     folder: Path,
     plan: Pass,
     featurizer: Featurizer,
     rows: TrainingRows,
     *,
-    part: Part,
+    part: Job,
     mask: Bool[Tensor, " rows"] | None = None,
     batch_size: int | str,
     shard_rows: int,
@@ -393,7 +393,7 @@ def build_members(
     config: TrakConfig,
     *,
     processes: Processes,
-    part: Part | None = None,
+    part: Job | None = None,
     processing_class: Any,
     task: Task | TaskMaker | None,
     revision: str | None,
@@ -412,7 +412,7 @@ def build_members(
 
     Args:
         processes ([`Processes`]): Among which shards are divided, and of which the first does what only one may do.
-        part ([`Part`], *optional*): Make only this part of the shards, in a folder that others write to, and leave it unfinished.
+        part ([`Job`], *optional*): Make only this part of the shards, in a folder that others write to, and leave it unfinished.
     """
     if not models:
         raise ValueError("`models` is empty: give at least one checkpoint.")
@@ -462,14 +462,14 @@ def build_members(
             n_members = passes[-1].members[-1] + 1
             if part is not None:
                 begin_index(folder, config, n_members, overwrite=False, shared=True)
-                remember_parts(folder, part, n_members)
+                record_jobs(folder, part, n_members)
             elif processes.is_first:
                 begin_index(folder, config, n_members, overwrite=overwrite)
             processes.wait()
         build = (
             partial(build_pass, processes=processes, overwrite=overwrite)
             if part is None
-            else partial(build_part_of_pass, part=part)
+            else partial(build_shards_of_pass, part=part)
         )
         mask = None if masks is None else masks[checkpoint.model]
         description = f"Featurizing {number + 1}/{len(passes)}"
@@ -477,7 +477,7 @@ def build_members(
     if part is None and processes.is_first:
         if overwrite:
             replace_members(folder, n_members)
-        forget_parts(folder)
+        remove_job_records(folder)
     processes.wait()  # no process loads the index before it is in its place
 
 

@@ -106,7 +106,7 @@ def run(args: AttributeArguments) -> None:
 
     from hf_trak.cli.data import load_rows
     from hf_trak.cli.examples import ExampleReader, read_attributions
-    from hf_trak.cli.main import hush
+    from hf_trak.cli.main import quiet_libraries
     from hf_trak.cli.report import save_report, table
     from hf_trak.distributed import current_processes, rank_and_size
     from hf_trak.index import AttributionIndex
@@ -114,7 +114,7 @@ def run(args: AttributeArguments) -> None:
     from hf_trak.storage.outputs import naming, output_file
     from hf_trak.tasks import import_task
 
-    hush()
+    quiet_libraries()
     parse_memory(args.max_memory)
     current_processes()  # joins those of a launcher
     first = rank_and_size()[0] == 0

@@ -36,7 +36,9 @@ class DemoArguments:
     members: str = field(
         default="final", metadata={"help": "Checkpoints of the training run: final, or epoch:K for the last K."}
     )
-    damping: str = field(default="auto", metadata={"help": "A multiple of the kernel's mean eigenvalue; 0 is the paper's."})
+    damping: str = field(
+        default="auto", metadata={"help": "A multiple of the Gram matrix's mean eigenvalue; 0 is the paper's."}
+    )
     epochs: int | None = field(default=None, metadata={"help": "Epochs of training: 6 for the digits, 3 with --model --train."})
     learning_rate: float | None = field(
         default=None, metadata={"help": "Of the training: 3e-3 for the digits, 5e-5 with --model --train."}
@@ -175,9 +177,9 @@ def run(args: DemoArguments) -> dict[str, Any]:
 
     from hf_trak.cli.demo_data import digits, featurize, flip_labels, n_threads, out_to_loss, own_data, train_and_featurize
     from hf_trak.cli.featurize import how_to_load
-    from hf_trak.cli.main import hush
+    from hf_trak.cli.main import quiet_libraries
 
-    hush()
+    quiet_libraries()
     with n_threads(1 if args.model is None else None):
         data = digits(args.seed) if args.model is None else own_data(args)
         true_labels = list(data.train[data.label_column])

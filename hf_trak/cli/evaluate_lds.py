@@ -274,10 +274,10 @@ def run(args: LDSArguments, arguments: Sequence[str] = ()) -> list[dict[str, Any
     """Evaluate, print, and return the rows of results."""
     _check(args)
 
-    from hf_trak.cli.main import hush
+    from hf_trak.cli.main import quiet_libraries
     from hf_trak.evaluation import lds
 
-    hush()
+    quiet_libraries()
     truth = load_ground_truth(args)
     print(f"{describe(truth)}\n{describe_reliability(truth, reliability := reliability_of(truth, args))}\n")
     inputs = load_inputs(args, truth)

@@ -99,12 +99,12 @@ def run(args: FeaturizeArguments, features: FeatureArguments, given: Sequence[st
     with uncollected(for_good=True):
         import hf_trak.models  # noqa: F401  what loading a model needs, whatever the model
         from hf_trak.cli.data import load_rows
-        from hf_trak.cli.main import hush, say_which_columns
+        from hf_trak.cli.main import quiet_libraries, say_which_columns
         from hf_trak.distributed import current_processes, warn_of_lone_process
         from hf_trak.index import AttributionIndex
         from hf_trak.tasks import import_task
 
-        hush()
+        quiet_libraries()
         say_which_columns()
     if args.shard_index is None and (warning := warn_of_lone_process()):
         print(f"hf-trak: warning: {warning}", file=sys.stderr)
@@ -129,7 +129,7 @@ def run(args: FeaturizeArguments, features: FeatureArguments, given: Sequence[st
         "keep_columns": features.kept_columns(),
     }
     if args.shard_index is not None and args.num_shards is not None:
-        AttributionIndex.build_part(
+        AttributionIndex.build_shards(
             args.output, shard_index=args.shard_index, num_shards=args.num_shards, command=_without_part(given), **arguments
         )
         print(f"\nPart {args.shard_index} of {args.num_shards} is done. When all are:\n\n    hf-trak merge {args.output}")

@@ -11,7 +11,7 @@ from hf_trak.hub.cards import CURVE_NAME
 from hf_trak.scoring.damping import DAMPING_NAME
 from hf_trak.storage.format import MEMBER_NAME
 
-# Kernels, banks, masks and shards are left for later; of a repository that is no index, next to nothing is fetched.
+# Gram matrices, banks, masks and shards are left for later; of a repository that is no index, next to nothing is fetched.
 _FIRST = [CARD_NAME, CONFIG_NAME, DAMPING_NAME, CURVE_NAME, f"member_*/{MEMBER_NAME}"]
 
 

@@ -41,7 +41,7 @@ class HubMixin:
     ) -> _Index:
         """Load an index from a folder, a dataset repository of the Hub, or an object store such as `s3://bucket/my-index`.
 
-        Of a repository or a store, only what says what the index is comes at once. Kernels and shards are fetched when a call reads them,
+        Of a repository or a store, only what says what the index is comes at once. Gram matrices and shards are fetched when a call reads them,
         from the same commit whatever happens to the repository meanwhile, and are used only if their hashes are those recorded.
 
         Args:

@@ -77,7 +77,7 @@ class LabelEvidence:
     def __init__(self, members: Sequence[MemberReader], *, damping: float) -> None:
         self.members = members
         self.n_rows = members[0].n_rows
-        self._cholesky = [factor(member.kernel(), n_rows=self.n_rows, damping=damping) for member in members]
+        self._cholesky = [factor(member.gram(), n_rows=self.n_rows, damping=damping) for member in members]
         self._leverage = torch.zeros(len(members), self.n_rows, dtype=torch.float64)
         output = torch.zeros(self.n_rows, dtype=torch.float64)
         for number, member in enumerate(members):

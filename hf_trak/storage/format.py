@@ -1,7 +1,7 @@
 """The format of an index on disk: names of files and folders, `member.json`, and what a shard says of itself.
 
 member_0/train-00000-of-00004.parquet     example_id and the trak_* columns
-member_0/kernel.safetensors
+member_0/gram.safetensors
 member_0/bank.safetensors                 only for contrastive tasks: what their examples are held against; written first
 member_0/mask.safetensors                 only where the checkpoint was trained on some of the rows: which
 member_0/member.json                      what these rows are; written last: a folder without it is unfinished
@@ -21,7 +21,7 @@ from hf_trak.hashing import hash_json
 from hf_trak.storage.files import field_of, file_sizes, read_json
 
 MEMBER_NAME = "member.json"
-KERNEL_NAME = "kernel.safetensors"
+GRAM_NAME = "gram.safetensors"
 MASK_NAME = "mask.safetensors"
 BANK_NAME = "bank.safetensors"
 PROGRESS = ".progress"
@@ -33,7 +33,7 @@ DAMPING_NAME = "damping.json"
 CURVE_NAME = "damping.png"
 
 _SHARD = re.compile(r"train-\d{5,}-of-\d{5,}\.parquet")
-_PROGRESS_FILE = re.compile(r"identity\.json|engine\.json|description\.json|\d{5,}\.json|kernel-\d{5,}\.safetensors")
+_PROGRESS_FILE = re.compile(r"identity\.json|engine\.json|description\.json|\d{5,}\.json|gram-\d{5,}\.safetensors")
 _MEMBER = re.compile(r"member_(0|[1-9]\d*)")
 
 
@@ -69,7 +69,7 @@ def is_member_name(name: str) -> bool:
     inside = name.removeprefix(f"{PROGRESS}/")
     if inside != name:
         return _PROGRESS_FILE.fullmatch(inside) is not None
-    return name in (MEMBER_NAME, KERNEL_NAME, MASK_NAME, BANK_NAME) or is_shard_name(name)
+    return name in (MEMBER_NAME, GRAM_NAME, MASK_NAME, BANK_NAME) or is_shard_name(name)
 
 
 def is_index_name(name: str) -> bool:

@@ -20,7 +20,7 @@ from hf_trak.storage.columns import Shard, check_example_ids, read_shard
 from hf_trak.storage.files import file_size
 from hf_trak.storage.format import (
     BANK_NAME,
-    KERNEL_NAME,
+    GRAM_NAME,
     MASK_NAME,
     MEMBER_NAME,
     PROGRESS,
@@ -129,8 +129,8 @@ class MemberReader:
         for number, path in enumerate(self.shard_paths):
             yield read_shard(path, self.origin(number))
 
-    def kernel(self) -> Float64[Tensor, "proj_dim proj_dim"]:
-        return self._read_tensor(KERNEL_NAME)
+    def gram(self) -> Float64[Tensor, "proj_dim proj_dim"]:
+        return self._read_tensor(GRAM_NAME)
 
     def mask(self) -> Bool[Tensor, " rows"] | None:
         """Return which rows the checkpoint was trained on; None if that is not recorded."""

@@ -37,8 +37,8 @@ from hf_trak.storage.format import (
     BANK_NAME,
     DESCRIPTION_NAME,
     ENGINE_NAME,
+    GRAM_NAME,
     IDENTITY_NAME,
-    KERNEL_NAME,
     MASK_NAME,
     MEMBER_NAME,
     PROGRESS,
@@ -155,7 +155,7 @@ class MemberWriter:
                 f"train-{shard:05d}-of-{math.ceil(n_rows / max(1, shard_rows)):05d}.parquet"
                 for shard in range(n_rows // max(1, shard_rows) + 1)
             ]
-            new = [f"{home.name}/{name}" for name in (*names, KERNEL_NAME, MASK_NAME, BANK_NAME, MEMBER_NAME)]
+            new = [f"{home.name}/{name}" for name in (*names, GRAM_NAME, MASK_NAME, BANK_NAME, MEMBER_NAME)]
             refuse_foreign(folder, new, written_files(folder))
         if not shared and recorded_identity(staged) not in ((wanted, None) if is_apart else (None,)):
             remove_files(staged, _names_of(staged))  # of another run that was to replace this index
@@ -393,11 +393,11 @@ class MemberWriter:
 
     def finish(
         self,
-        kernel: Float64[Tensor, "proj_dim proj_dim"],
+        gram: Float64[Tensor, "proj_dim proj_dim"],
         description: dict[str, Any],
         mask: Bool[Tensor, " rows"] | None = None,
     ) -> None:
-        """Write the kernel, the rows the checkpoint was trained on if not all, and, last, `member.json`."""
+        """Write the Gram matrix, the rows the checkpoint was trained on if not all, and, last, `member.json`."""
         records = self._records()
         if len(records) < self.n_shards:
             raise FileNotFoundError(
@@ -405,7 +405,7 @@ class MemberWriter:
                 "this member, or deleted it? Run again to see."
             )
         files = list(records.values())
-        for name, tensor in ((KERNEL_NAME, kernel), (MASK_NAME, mask)):
+        for name, tensor in ((GRAM_NAME, gram), (MASK_NAME, mask)):
             if tensor is not None:
                 files.append(self._write_tensor(name, tensor))
         if (self.folder / BANK_NAME).exists():

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-class Questions:
+class ScoringMethods:
     """The half of [`AttributionIndex`] that answers; the other half makes, loads and keeps what is asked."""
 
     folder: Path
@@ -80,7 +80,7 @@ class Questions:
         Args:
             queries (`Dataset`): With the columns of the training set; labels say which output is meant.
             damping (`float` or `"auto"`, *optional*): By default, the configuration's.
-            residual_weighting (`bool`): Weigh the kernel's rows by p(1 − p); for class labels. See [`ScoreOptions`].
+            residual_weighting (`bool`): Weigh the Gram matrix's rows by p(1 − p); for class labels. See [`ScoreOptions`].
             leverage (`bool`): Divide each row's influence by 1 − its leverage. See [`ScoreOptions`].
             soft_threshold (`int`, *optional*): Scores per query to stay nonzero: all move towards 0 until no more are left. The
                 paper's last step, which picks the number by cross-validation.
@@ -346,8 +346,8 @@ class Questions:
         """Return the queries' features under every member, and their mean output."""
         features, outputs = [], []
         self._queries.check(queries)
-        # A singular kernel is refused before queries cost anything.
-        damped(self.members[0].kernel(), n_rows=self.n_rows, damping=options.damping)
+        # A singular Gram matrix is refused before queries cost anything.
+        damped(self.members[0].gram(), n_rows=self.n_rows, damping=options.damping)
         for number, plan in enumerate(self.passes):
             description = f"Queries {number + 1}/{len(self.passes)}"
             columns = self._queries.featurize(
