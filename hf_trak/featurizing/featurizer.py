@@ -40,12 +40,12 @@ from hf_trak.gradients import (
     CallPlan,
     ParameterSelection,
     TooFewExamples,
+    dropout_mask,
     evaluation_mode,
     functional_features,
     layerwise_features,
     loop_features,
     select_parameters,
-    with_dropout_mask,
 )
 from hf_trak.hashing import hash_tensors
 from hf_trak.members import MIDDLE, PathPoint, read_alphas
@@ -327,7 +327,7 @@ class Featurizer:
         parts = []
         for chunk in chunks:
             batch = to_device(task.collate(read_rows(dataset, chunk), processing_class), self.device)
-            with with_dropout_mask(self.model, self.dropout_seed), evaluation_mode(self.model), self._autocast():
+            with dropout_mask(self.model, self.dropout_seed), evaluation_mode(self.model), self._autocast():
                 parts.append(embed_bank(task, self.model, batch, torch.tensor(chunk)))
         bank = Bank.join(parts)
         self.use_bank(bank)
@@ -424,7 +424,7 @@ class Featurizer:
 
         setting = self.config.gradients
         # Not under autocast, whose round-off would hide what is looked for.
-        with with_dropout_mask(self.model, self.dropout_seed), self._attention(setting):
+        with dropout_mask(self.model, self.dropout_seed), self._attention(setting):
             try:
                 engine, plan = decide(self.model, collate, len(numbers), setting=setting, **arguments)
             except TooFewExamples:
@@ -454,7 +454,7 @@ class Featurizer:
         Args:
             projector ([`Projector`], *optional*): In place of the featurizer's own.
         """
-        with with_dropout_mask(self.model, self.dropout_seed):
+        with dropout_mask(self.model, self.dropout_seed):
             return self._features(batch, projector or self.prepare()[2])
 
     def _features(self, batch: Mapping[str, Any], projector: Projector) -> BatchFeatures:
@@ -516,7 +516,7 @@ class Featurizer:
         bad = not_finite(features)
         if bad and (self._engine is None or self._engine.name != "loop"):
             # Padding may have done it, as in models that take the logarithm of what a mask hides.
-            with with_dropout_mask(self.model, self.dropout_seed):
+            with dropout_mask(self.model, self.dropout_seed):
                 again = fetch(self._by_loop(batch, self.prepare()[2], bad))
             for values, new in zip(features, again, strict=True):
                 values[bad] = new
