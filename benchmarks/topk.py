@@ -61,7 +61,7 @@ def write_features(options: argparse.Namespace) -> None:
         return
     if options.folder.exists() and any(options.folder.iterdir()):
         raise SystemExit(f"{options.folder} is not empty and holds no finished member. Delete it, or choose another folder.")
-    config = TrakConfig(task="text-classification", proj_dim=options.proj_dim, dtype="float16")
+    config = TrakConfig(task="text-classification", proj_dim=options.proj_dim, features_dtype="float16")
     config.save_pretrained(options.folder)
     identity = {
         "task": config.task,

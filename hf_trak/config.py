@@ -12,15 +12,15 @@ CARD_NAME = "README.md"
 FORMAT_VERSION = 4
 
 # Fields that decide scores after the fact; two indices that differ in them still speak the same language.
-_CHOSEN_AFTER = ("damping", "dtype", "skip_unscored")
+_CHOSEN_AFTER = ("damping", "features_dtype", "skip_unscored")
 # The task may be "auto", and columns and labels are those of a training set.
 _NOT_OF_ROWS = ("task", "damping", "columns_read", "label_names")
 _CHOICES = {
-    "dtype": ("float32", "float16"),
+    "features_dtype": ("float32", "float16"),
     "gradients": ("auto", "layerwise", "functional", "loop"),
     "compute_dtype": ("float32", "bfloat16"),
     "label_mapping": ("auto", "by_id", "by_name"),
-    "reduction": ("mean", "sum"),
+    "token_reduction": ("mean", "sum"),
     "score_tokens": ("all", "content"),
     "token_out_to_loss": ("mean", "exact"),
     "loss_on": ("auto", "assistant", "completion", "all"),
@@ -29,7 +29,7 @@ _CHOICES = {
 # and one of now that mean the same have the same files.
 _LATER = (
     "label_mapping",
-    "reduction",
+    "token_reduction",
     "score_tokens",
     "token_out_to_loss",
     "loss_on",
@@ -77,7 +77,7 @@ class TrakConfig:
     proj_dim: int = _option(
         4096, "Numbers kept per example. More is better and costs disk, not compute; 1,024 to 16,384 is usual."
     )
-    seed: int = _option(0, "Sketch seed of the first member; member i uses seed + i.")
+    sketch_seed: int = _option(0, "Sketch seed of the first member; member i uses this plus i.")
     projector: str = _option(
         "block_count_sketch",
         "Sketch: block_count_sketch, dense_rademacher (the paper's; slow), identity (none), fast_jl (CUDA; tied to the GPU's model).",
@@ -99,7 +99,7 @@ class TrakConfig:
     damping: float | Literal["auto"] = _option(
         "auto", "Regularisation as a multiple of the Gram matrix's mean nonzero eigenvalue; 0 is the paper's TRAK."
     )
-    dtype: Literal["float32", "float16"] = _option(
+    features_dtype: Literal["float32", "float16"] = _option(
         "float32", "How features are stored. float16 keeps a scale per row and halves the disk."
     )
     parameters: tuple[str, ...] | None = _option(
@@ -116,7 +116,7 @@ class TrakConfig:
         "contradict each other), by_id (as they are, whatever the names), by_name (translated by the names).",
     )
     max_length: int | None = _option(None, "Tokens kept of a text; the model's own limit by default.")
-    reduction: Literal["mean", "sum"] = _option(
+    token_reduction: Literal["mean", "sum"] = _option(
         "mean", "How the outputs of an example's scored tokens become one: mean, or sum. For language models."
     )
     score_tokens: Literal["all", "content"] = _option(
@@ -127,7 +127,7 @@ class TrakConfig:
     token_out_to_loss: Literal["mean", "exact"] = _option(
         "mean",
         "How 1 - p of an example's tokens enters its scores: by its mean, or exactly, each token's gradient times its own 1 - p, "
-        "which needs reduction sum. For language models.",
+        "which needs token_reduction sum. For language models.",
     )
     loss_on: Literal["auto", "assistant", "completion", "all"] = _option(
         "auto",
@@ -182,10 +182,10 @@ class TrakConfig:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {', '.join(choices)}, but is {getattr(self, name)!r}.")
-        if self.token_out_to_loss == "exact" and self.reduction != "sum":
+        if self.token_out_to_loss == "exact" and self.token_reduction != "sum":
             raise ValueError(
-                "`token_out_to_loss='exact'` needs reduction='sum', since the loss it makes exact is a sum over tokens, but `reduction` "
-                f"is {self.reduction!r}. Set both, or leave `token_out_to_loss` at 'mean'."
+                "`token_out_to_loss='exact'` needs token_reduction='sum', since the loss it makes exact is a sum over tokens, but `token_reduction` "
+                f"is {self.token_reduction!r}. Set both, or leave `token_out_to_loss` at 'mean'."
             )
         if self.parameters == ():
             raise ValueError(

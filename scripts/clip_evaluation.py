@@ -113,7 +113,7 @@ class Workspace:
             self.folder / name,
             models=models,
             dataset=self.trained.train_rows,
-            config=replace(self.config, seed=sketch_seed),
+            config=replace(self.config, sketch_seed=sketch_seed),
             processing_class=self.trained.processing_class,
             task=self.trained.task,
             masks=None if masks is None else torch.from_numpy(masks),

@@ -27,7 +27,7 @@ def store_index(
 ) -> AttributionIndex:
     """Write members' features and out-to-loss."""
     n_rows, proj_dim = members[0][0].shape
-    config = TrakConfig(task="text-classification", proj_dim=proj_dim, dtype=dtype)
+    config = TrakConfig(task="text-classification", proj_dim=proj_dim, features_dtype=dtype)
     config.save_pretrained(folder)
     drawn = hashlib.sha256(b"".join(part.tobytes() for member in members for part in member)).hexdigest()
     for number, (features, out_to_loss) in enumerate(members):

@@ -168,7 +168,7 @@ REFUSED = {
         "7 (at|in) row 20",
     ),
     "proj_dim": (lambda folder: make_trainer(folder, proj_dim=10**6), "proj_dim=1,000,000 is more than"),
-    "parameters": (lambda folder: make_trainer(folder, attribution_parameters=["nothing"]), "'nothing' matches none"),
+    "parameters": (lambda folder: make_trainer(folder, parameters=["nothing"]), "'nothing' matches none"),
     "broken task": (broken_task, "Featurizing failed for rows 0, 1 of the training set.*KeyError: 'missing'"),
     "lazy module": (lazy_module, "'lazy.weight' in the `state_dict` of this Lazy is a UninitializedParameter"),
     "tied checkpoints": (

@@ -55,7 +55,7 @@ def files_of(member):
 def test_one_pass_for_several_sketches_makes_the_bytes_of_separate_passes(built, checkpoints, tmp_path):
     """But for the checkpoint's path, which is as seen from each index, and for whose rows a file says that it holds."""
     for number, (checkpoint, seed) in enumerate([(0, 0), (0, 1), (1, 2), (1, 3)]):
-        alone = build(tmp_path / str(seed), checkpoints[checkpoint], config=TrakConfig(proj_dim=32, seed=seed))
+        alone = build(tmp_path / str(seed), checkpoints[checkpoint], config=TrakConfig(proj_dim=32, sketch_seed=seed))
         found, expected = files_of(built.members[number]), files_of(alone.members[0])
         assert found.keys() == expected.keys()
         for name in expected.keys() - {"member.json"}:

@@ -82,7 +82,7 @@ def columns(index, member):
 def test_features_are_those_of_a_model_at_the_point(pair, built, tmp_path, member, alpha):
     _, base, final = pair
     point = halfway(base, final, alpha)
-    config = TrakConfig(proj_dim=32, seed=member)
+    config = TrakConfig(proj_dim=32, sketch_seed=member)
     expected = columns(build(tmp_path / "index", point, config=config), 0)
     for name, values in columns(built, member).items():
         assert np.isfinite(values).all()

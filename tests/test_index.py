@@ -148,7 +148,7 @@ def test_plain_datasets_reads_the_columns(built, tmp_path):
 
 
 def test_float16_features_score_nearly_as_float32(checkpoints, built, tmp_path):
-    half = build(tmp_path / "half", checkpoints, config=TrakConfig(proj_dim=32, dtype="float16"))
+    half = build(tmp_path / "half", checkpoints, config=TrakConfig(proj_dim=32, features_dtype="float16"))
     scores, expected = half.score(QUERIES, progress=False), built.score(QUERIES, progress=False)
     assert np.corrcoef(scores.ravel(), expected.ravel())[0, 1] > 0.9999
     assert "trak_scale" in half.features().column_names

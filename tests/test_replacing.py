@@ -327,7 +327,7 @@ def test_another_stored_dtype_without_overwrite_leaves_the_index_as_it_was(model
             tmp_path / "index",
             models=model,
             dataset=token_rows(10),
-            config=TrakConfig(proj_dim=16, dtype="float16"),
+            config=TrakConfig(proj_dim=16, features_dtype="float16"),
             shard_rows=4,
             progress=False,
         )

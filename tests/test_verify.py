@@ -375,7 +375,7 @@ LIST, CONFIG = "member_0/member.json", "trak_config.json"
         (LIST, lambda text: text.replace(b'"sha256": "', b'"sha256": "x', 3)),
         (LIST, None),
         (CONFIG, lambda text: text[:-40]),
-        (CONFIG, lambda text: text.replace(b'"seed": 0', b'"seed": 4')),
+        (CONFIG, lambda text: text.replace(b'"sketch_seed": 0', b'"sketch_seed": 4')),
         (CONFIG, lambda text: text.replace(b'"damping": "auto"', b'"damping": "outo"')),
         (CONFIG, None),
         ("damping.json", lambda text: b'{"damping": 1e9, "grid": [1e9], "curve": [1.0]}'),

@@ -426,7 +426,7 @@ def build_members(
     checkpoints = lay_out_checkpoints(models, base, alpha, revision=revision, base_revision=base_revision)
     passes = lay_out_passes(
         len(checkpoints),
-        seed=config.seed,
+        seed=config.sketch_seed,
         sketch_seeds_per_checkpoint=sketch_seeds_per_checkpoint,
         dropout_seeds=dropout_seeds,
     )

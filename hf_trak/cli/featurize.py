@@ -90,7 +90,7 @@ def main(arguments: Sequence[str]) -> None:
 def run(args: FeaturizeArguments, features: FeatureArguments, given: Sequence[str] = ()) -> None:
     """Build the index, or a part of one, and say where it lies."""
     config, counts, path = features.trak_config(), features.member_counts(), features.path()
-    rows_at_a_time(features.featurize_batch_size, "--featurize_batch_size")
+    rows_at_a_time(features.batch_size, "--batch_size")
     if features.shard_rows < 1:
         raise ValueError(f"--shard_rows must be at least 1, but is {features.shard_rows}.")
     if args.revision is not None and all(Path(model).is_dir() for model in args.model):

@@ -128,7 +128,7 @@ class Featurizer:
         device: str | torch.device | None = None,
     ) -> None:
         self.config = config or TrakConfig()
-        seed = self.config.seed if seed is None else seed
+        seed = self.config.sketch_seed if seed is None else seed
         self.seeds = (seed,) if isinstance(seed, int) else tuple(seed)
         self.dropout_seed = dropout_seed
         self.source = str(model) if isinstance(model, (str, Path)) else None
@@ -525,7 +525,9 @@ class Featurizer:
 
     def encode(self, features: BatchFeatures) -> dict[str, np.ndarray]:
         """Return the trak_* columns, as they are stored."""
-        return encode_pass(features.features, features.output, features.out_to_loss, seeds=self.seeds, dtype=self.config.dtype)
+        return encode_pass(
+            features.features, features.output, features.out_to_loss, seeds=self.seeds, dtype=self.config.features_dtype
+        )
 
     def __call__(self, rows: Mapping[str, Sequence[Any]], indices: Sequence[int] | None = None) -> dict[str, np.ndarray]:
         """Return the trak_* columns of some rows.

@@ -241,7 +241,7 @@ def _tokens(
     name: str, inputs: type[TokenInputs], output: type[TokenOutput | SpanOutput], **options: bool
 ) -> Callable[..., Task]:
     def make(model: PreTrainedModel, config: TrakConfig) -> Task:
-        function = output(config.reduction, exact=config.token_out_to_loss == "exact", **options)
+        function = output(config.token_reduction, exact=config.token_out_to_loss == "exact", **options)
         kind = "one" if config.token_out_to_loss == "exact" else "mean_one_minus_p"
         return Task(name, inputs.for_model(model, config), function, needs_labels=False, out_to_loss_kind=kind)
 
@@ -275,7 +275,7 @@ def _speech(model: PreTrainedModel, config: TrakConfig) -> Task:
 
 def _media_to_text(name: str, config: TrakConfig, inputs: Inputs) -> Task:
     exact = config.token_out_to_loss == "exact"
-    function = TokenOutput(config.reduction, exact=exact, decodes=True)
+    function = TokenOutput(config.token_reduction, exact=exact, decodes=True)
     return Task(name, inputs, function, needs_labels=False, out_to_loss_kind="one" if exact else "mean_one_minus_p")
 
 
