@@ -62,6 +62,24 @@ def _as_json(name: str, value: Any) -> str:
     return text
 
 
+def _fetch(repo_id: str, **access: Any) -> Path:
+    """Return the configuration of an index on the Hub, in the cache.
+
+    Raises:
+        FileNotFoundError: If it cannot be fetched; the message says why.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repo_id, CONFIG_NAME, repo_type="dataset", **access))
+    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"{repo_id!r} is neither a folder here nor a dataset repository with a {CONFIG_NAME} within reach: {reason}"
+        ) from error
+
+
 @dataclass(frozen=True)
 class TrakConfig:
     """What features mean. Two sets of features may be compared only if their configurations agree.
@@ -223,21 +241,76 @@ class TrakConfig:
         # Fields of another version are left to the version check, which has the better message.
         return cls(**{key: value for key, value in values.items() if key not in unknown})
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `trak_config.json` into `folder`."""
+    def save_pretrained(
+        self, folder: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None, **pushing: Any
+    ) -> None:
+        """Write `trak_config.json` into `folder`.
+
+        Args:
+            push_to_hub (`bool`): Push it to the Hub, too.
+            repo_id (`str`, *optional*): Where to; by default, the name of `folder` under the account that is logged in.
+            pushing: Of [`~TrakConfig.push_to_hub`].
+        """
         Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        (Path(folder) / CONFIG_NAME).write_text(self._text())
+        if push_to_hub:
+            self.push_to_hub(repo_id or Path(folder).name, **pushing)
+
+    def _text(self) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        token: str | bool | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str = "Upload TrakConfig",
+    ) -> str:
+        """Upload `trak_config.json` to a dataset repository, which is made if need be, and return the URL of the commit or pull request."""
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        name = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
+        commit = api.upload_file(
+            path_or_fileobj=self._text().encode(),
+            path_in_repo=CONFIG_NAME,
+            repo_id=name,
+            repo_type="dataset",
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+        )
+        return str(commit.pr_url or commit.commit_url)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> TrakConfig:
-        """Read `trak_config.json` from `folder`.
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> TrakConfig:
+        """Read `trak_config.json` from a folder or a dataset repository of the Hub.
+
+        Args:
+            revision, token, cache_dir, local_files_only, force_download (*optional*): Of a repository, as huggingface_hub takes them.
 
         Raises:
-            FileNotFoundError: If the folder holds none.
+            FileNotFoundError: If there is none, or it cannot be fetched.
             ValueError: If the file is damaged, or of another format version.
         """
-        path = (Path(folder) if isinstance(folder, str) else folder) / CONFIG_NAME
-        if not path.is_file():
+        folder = Path(name_or_path) if isinstance(name_or_path, str) else name_or_path
+        path = folder / CONFIG_NAME
+        if isinstance(name_or_path, str) and not folder.exists() and name_or_path.count("/") <= 1:
+            access = {"cache_dir": cache_dir, "local_files_only": local_files_only, "force_download": force_download}
+            path = _fetch(name_or_path, revision=revision, token=token, **access)
+        elif not path.is_file():
             raise FileNotFoundError(f"{folder} holds no {CONFIG_NAME}, so it is not an attribution index.")
         try:
             values = json.loads(path.read_bytes())

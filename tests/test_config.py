@@ -162,7 +162,9 @@ def test_what_is_chosen_after_featurizing_is_no_difference():
     assert TrakConfig(damping=0.0, features_dtype="float16", skip_unscored=True).differences(TrakConfig()) == []
 
 
-@pytest.mark.parametrize("field", sorted(set(FULL) - {"damping", "features_dtype", "skip_unscored", "format_version", "gradients"}))
+@pytest.mark.parametrize(
+    "field", sorted(set(FULL) - {"damping", "features_dtype", "skip_unscored", "format_version", "gradients"})
+)
 def test_every_field_that_gives_features_their_meaning_is_a_difference(field: str):
     needed = {"token_reduction": "sum"} if field == "token_out_to_loss" else {}
     assert len(TrakConfig(**needed, **{field: FULL[field]}).differences(TrakConfig(**needed))) == 1

@@ -358,9 +358,14 @@ def test_rows_that_cannot_serve_are_named(name: str, rows: dict[str, Any], optio
 
 
 def test_a_configuration_that_says_nothing_of_tokens_is_written_as_before():
-    assert not {"token_reduction", "score_tokens", "token_out_to_loss", "loss_on", "skip_unscored", "chat_template_kwargs"} & set(
-        TrakConfig().to_dict()
-    )
+    assert not {
+        "token_reduction",
+        "score_tokens",
+        "token_out_to_loss",
+        "loss_on",
+        "skip_unscored",
+        "chat_template_kwargs",
+    } & set(TrakConfig().to_dict())
     assert TrakConfig(token_reduction="sum").differences(TrakConfig()) == ["token_reduction: 'sum' here, 'mean' there"]
 
 
