@@ -555,10 +555,10 @@ def _collator_of_rows(model: Any, args: Any, train: Any, processing_class: Any, 
     if names is None or is_transformed(train) or {model.main_input_name, *_PREPARED} & set(names):
         return None
     try:
-        found = AutoTask.from_model(model, args.trak_config())
-    except ValueError:  # no task serves this model, which `train` says with the way out
+        found = AutoTask.from_model(model, args.trak_config()).reading(train)
+    except ValueError:  # no task serves this model, or it finds no columns: `train` says so, with the way out
         return None
-    return TaskCollator(found.reading(train), processing_class)
+    return TaskCollator(found, processing_class)
 
 
 @contextmanager

@@ -250,13 +250,13 @@ def test_another_task_is_refused(index, checkpoints):
         other.score(QUERIES, progress=False)
 
 
-@pytest.mark.parametrize("field", ["proj_dim", "projector", "parameters", "seed", "gradients"])
+@pytest.mark.parametrize("field", ["proj_dim", "projector", "parameters", "sketch_seed", "gradients"])
 def test_another_configuration_in_the_same_folder_is_refused_and_nothing_is_touched(index, checkpoints, field):
     other = {
         "proj_dim": 16,
         "projector": "dense_rademacher",
         "parameters": ("classifier", "pooler"),
-        "seed": 7,
+        "sketch_seed": 7,
         "gradients": "functional",
     }
     before = files_of(index.folder)
