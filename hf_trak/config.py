@@ -12,10 +12,11 @@ CARD_NAME = "README.md"
 FORMAT_VERSION = 4
 
 # Fields that decide scores after the fact; two indices that differ in them still speak the same language.
-_CHOSEN_AFTER = ("damping", "features_dtype", "skip_unscored")
+_CHOSEN_AFTER = ("damping", "out_to_loss_power", "combination", "features_dtype", "skip_unscored")
 # The task may be "auto", and columns and labels are those of a training set.
-_NOT_OF_ROWS = ("task", "damping", "columns_read", "label_names")
+_NOT_OF_ROWS = ("task", "damping", "out_to_loss_power", "combination", "columns_read", "label_names")
 _CHOICES = {
+    "combination": ("scaled", "means"),
     "features_dtype": ("float32", "float16"),
     "gradients": ("auto", "layerwise", "functional", "loop"),
     "compute_dtype": ("float32", "bfloat16"),
@@ -28,6 +29,8 @@ _CHOICES = {
 # Fields that came after the first indexes of this format version: written only where they say something, so that an index of before
 # and one of now that mean the same have the same files.
 _LATER = (
+    "out_to_loss_power",
+    "combination",
     "label_mapping",
     "token_reduction",
     "score_tokens",
@@ -117,6 +120,14 @@ class TrakConfig:
     damping: float | Literal["auto"] = _option(
         "auto", "Regularisation as a multiple of the Gram matrix's mean nonzero eigenvalue; 0 is the paper's TRAK."
     )
+    out_to_loss_power: float | None = _option(
+        None, "What 1 - p is raised to in scores; by default 1/2, and 1 for points of a path. 1 is the paper's TRAK."
+    )
+    combination: Literal["scaled", "means"] = _option(
+        "scaled",
+        "How the scores of several members become one: scaled (the mean of each one's, brought to one scale), or means (the paper's product "
+        "of two means).",
+    )
     features_dtype: Literal["float32", "float16"] = _option(
         "float32", "How features are stored. float16 keeps a scale per row and halves the disk."
     )
@@ -187,6 +198,9 @@ class TrakConfig:
                 raise ValueError(f"`damping` must be 'auto' or a number, but is {self.damping!r}.") from None
         if self.damping != "auto" and not 0 <= self.damping < float("inf"):
             raise ValueError(f"`damping` must be 'auto' or a finite number of at least 0, but is {self.damping}.")
+        power = self.out_to_loss_power
+        if power is not None and (isinstance(power, bool) or not isinstance(power, (int, float)) or not 0 <= power <= 1):
+            raise ValueError(f"`out_to_loss_power` must lie in 0 to 1, but is {power!r}.")
         for name in ("proj_dim", "fold"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -216,6 +230,25 @@ class TrakConfig:
                 f"These files have format version {self.format_version}, and this hf_trak reads version {FORMAT_VERSION}. "
                 "Upgrade hf_trak, or featurize again."
             )
+
+    @classmethod
+    def published(cls, **changes: Any) -> TrakConfig:
+        """Return the configuration of TRAK as Park et al. (2023) published it: a dense sketch of random signs, no damping, the mean influence
+        over members times their mean 1 − p.
+
+        The rest of the recipe is not the configuration's: its members are the final checkpoints of runs on random halves of the training
+        set (`members="subsets:M"`), and no `base` is given. A larger `proj_dim` is not better without damping.
+
+        Args:
+            changes: Other fields, such as `proj_dim`; or `projector="block_count_sketch"`, which is faster and serves as well.
+        """
+        values: dict[str, Any] = {
+            "projector": "dense_rademacher",
+            "damping": 0.0,
+            "out_to_loss_power": 1.0,
+            "combination": "means",
+        }
+        return cls(**(values | changes))
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-serialisable dictionary."""

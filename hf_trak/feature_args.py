@@ -5,7 +5,7 @@ The fields of [`TrakConfig`] become flags with the same names, defaults and help
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, field, fields, make_dataclass, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from hf_trak.config import TrakConfig
@@ -59,6 +59,14 @@ class FeatureArguments(ConfigFlags):
         },
     )
     base_revision: str | None = field(default=None, metadata={"help": "Revision of the repository in base."})
+    preset: str | None = field(
+        default=None,
+        metadata={
+            "help": "published: TRAK as its paper has it, by --projector dense_rademacher, --damping 0, --out_to_loss_power 1 and --combination means. "
+            "A flag that is not at its default wins.",
+            "choices": ["published"],
+        },
+    )
     sketch_seeds_per_checkpoint: int = field(
         default=1,
         metadata={
@@ -89,12 +97,27 @@ class FeatureArguments(ConfigFlags):
         return tuple(name for given in self.keep_columns or () for name in given.split(",") if name)
 
     def trak_config(self) -> TrakConfig:
-        """Return what features mean."""
+        """Return what features mean.
+
+        Raises:
+            ValueError: If a flag has an impossible value, or `preset` names no preset or meets a `base`.
+        """
+        if self.preset not in (None, "published"):
+            raise ValueError(f"`preset` must be 'published' or left out, but is {self.preset!r}.")
+        if self.preset is not None and self.base is not None:
+            raise ValueError(
+                "preset='published' (--preset) is of final checkpoints, and `base` (--base) of points before them. Leave one of them out."
+            )
+        start = TrakConfig() if self.preset is None else TrakConfig.published()
         values = {option.name: getattr(self, option.name) for option in fields(ConfigFlags)}
         if values["text_columns"]:
             values["text_columns"] = tuple(name for given in values["text_columns"] for name in given.split(","))
-        chosen: dict[str, Any] = {name: None if value == [] else value for name, value in values.items()}
-        return TrakConfig(**chosen)
+        given = {
+            option.name: values[option.name]
+            for option in fields(ConfigFlags)
+            if values[option.name] not in (option.default, [])
+        }
+        return replace(start, **given)
 
     def path(self) -> dict[str, Any]:
         """Return which points of which path features are of, as [`AttributionIndex.build`] takes it.

@@ -17,6 +17,8 @@ FULL: dict[str, Any] = {
     "gradients": "functional",
     "compute_dtype": "bfloat16",
     "damping": 0.5,
+    "out_to_loss_power": 1.0,
+    "combination": "means",
     "features_dtype": "float16",
     "parameters": ("classifier", r"layer\.1\."),
     "text_columns": ("question", "sentence"),
@@ -96,6 +98,8 @@ def test_a_damping_of_zero_is_the_papers_and_allowed():
     ("values", "message"),
     [
         ({"compute_dtype": "float16"}, "`compute_dtype` must be one of float32, bfloat16, but is 'float16'"),
+        ({"out_to_loss_power": 2}, "`out_to_loss_power` must lie in 0 to 1, but is 2"),
+        ({"combination": "sum"}, "`combination` must be one of scaled, means, but is 'sum'"),
         ({"damping": "much"}, "`damping` must be 'auto' or a number, but is 'much'"),
         ({"damping": -0.1}, "`damping` must be 'auto' or a finite number of at least 0, but is -0.1"),
         ({"damping": float("nan")}, "finite number of at least 0, but is nan"),
@@ -163,7 +167,11 @@ def test_what_is_chosen_after_featurizing_is_no_difference():
 
 
 @pytest.mark.parametrize(
-    "field", sorted(set(FULL) - {"damping", "features_dtype", "skip_unscored", "format_version", "gradients"})
+    "field",
+    sorted(
+        set(FULL)
+        - {"damping", "out_to_loss_power", "combination", "features_dtype", "skip_unscored", "format_version", "gradients"}
+    ),
 )
 def test_every_field_that_gives_features_their_meaning_is_a_difference(field: str):
     needed = {"token_reduction": "sum"} if field == "token_out_to_loss" else {}
@@ -171,5 +179,5 @@ def test_every_field_that_gives_features_their_meaning_is_a_difference(field: st
 
 
 def test_fields_that_came_later_are_no_part_of_an_older_members_identity():
-    assert not {"bank_size", "bank_seed", "task", "damping"} & set(TrakConfig().identity())
+    assert not {"bank_size", "bank_seed", "task", "damping", "combination"} & set(TrakConfig().identity())
     assert TrakConfig(bank_size=300).identity()["bank_size"] == 300

@@ -428,7 +428,7 @@ def test_jobs_share_a_bank_and_record_masks(tmp_path):
     for index in (1, 0):
         AttributionIndex.build_shards(tmp_path / "jobs" / "index", shard_index=index, num_shards=2, **options)
     merged = AttributionIndex.merge(tmp_path / "jobs" / "index")
-    assert merged.members[0].bank() is not None
+    assert merged.members[0].tensors("bank.safetensors") is not None
     assert torch.equal(merged.members[0].mask(), options["masks"][0])
     assert files_of(merged.folder) == files_of(whole.folder)
 

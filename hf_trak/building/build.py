@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,7 +29,7 @@ from hf_trak.messages import list_differences
 from hf_trak.sources.checkpoints import check_is_checkpoint
 from hf_trak.sources.path_bases import find_base
 from hf_trak.storage.files import read_json, remove_leftovers, write_folder, write_json, write_json_once
-from hf_trak.storage.format import MEMBER_NAME, is_index_name, member_folders
+from hf_trak.storage.format import BANK_NAME, MEMBER_NAME, STATISTICS_NAME, is_index_name, member_folders
 from hf_trak.storage.passes import PassWriter, gram_of, keep_stretch, stretches
 from hf_trak.storage.replacing import (
     begin_replacement,
@@ -76,13 +76,11 @@ def build_pass(
     proj_dim = featurizer.config.proj_dim
     if processes.is_first:
         writers = _open(folder, plan, featurizer, rows, shard_rows, overwrite=overwrite)
-        _share_bank(writers, featurizer, rows.dataset)
-        _share_engine(writers, featurizer, rows.dataset)
+        _share(writers, featurizer, rows.dataset)
     processes.wait()
     if not processes.is_first:
         writers = _open(folder, plan, featurizer, rows, shard_rows, overwrite=overwrite, shared=True)
-        _share_bank(writers, featurizer, rows.dataset)
-        _share_engine(writers, featurizer, rows.dataset)
+        _share(writers, featurizer, rows.dataset)
     whole = PassWriter(writers, plan.seeds)
     # The first process's view: a network file system may show the others an older one.
     open_members, missing = processes.tell([_unfinished(writers), whole.missing()] if processes.is_first else None)
@@ -155,8 +153,7 @@ def build_shards_of_pass(
     unfinished = [writer for writer in writers if not writer.is_finished]
     if not unfinished:
         return
-    _share_bank(writers, featurizer, rows.dataset)
-    _share_engine(writers, featurizer, rows.dataset)
+    _share(writers, featurizer, rows.dataset)
     for writer in unfinished:
         writer.describe(describe_member(folder, plan, featurizer, rows.dataset), mask)
     featurize(
@@ -219,23 +216,35 @@ def _with_recorded_libraries(member: Path, identity: dict[str, Any]) -> dict[str
     return {**identity, "libraries": recorded.get("libraries")}
 
 
-def _share_bank(writers: Sequence[MemberWriter], featurizer: Featurizer, dataset: Dataset) -> None:
-    """Give every member of a pass the same bank: the one an earlier call or another process wrote, so that going on gives the same
-    bytes, or a new one."""
+def _share(writers: Sequence[MemberWriter], featurizer: Featurizer, dataset: Dataset) -> None:
+    """Give all members and processes of a pass one of each of what its rows depend on, the first of them first."""
     if all(writer.is_finished for writer in writers):
         return
-    found = next((tensors for writer in writers if (tensors := writer.bank()) is not None), None)
+    statistics = _share_tensors(writers, STATISTICS_NAME, partial(featurizer.measure_statistics, dataset))
+    if statistics is not None:
+        featurizer.use_statistics(statistics)
+    bank = _share_tensors(writers, BANK_NAME, lambda: made.tensors() if (made := featurizer.make_bank(dataset)) else None)
+    if bank is not None:
+        featurizer.use_bank(Bank.from_tensors(bank))
+    _share_engine(writers, featurizer, dataset)
+
+
+def _share_tensors(
+    writers: Sequence[MemberWriter], file: str, make: Callable[[], dict[str, Tensor] | None]
+) -> dict[str, Tensor] | None:
+    """Return what an earlier call or another process wrote, so that going on gives the same bytes, or what is made and written now."""
+    found = next((tensors for writer in writers if (tensors := writer.tensors(file)) is not None), None)
     if found is None:
-        bank = featurizer.make_bank(dataset)
-        if bank is None:
-            return
-        writers[0].write_bank(bank.tensors())
-        found = writers[0].bank()  # another process may have been first
+        made = make()
+        if made is None:
+            return None
+        writers[0].write_tensors(file, made)
+        found = writers[0].tensors(file)  # another process may have been first
     assert found is not None
-    featurizer.use_bank(Bank.from_tensors(found))
     for writer in writers:
-        if writer.bank() is None:
-            writer.write_bank(found)
+        if writer.tensors(file) is None:
+            writer.write_tensors(file, found)
+    return found
 
 
 def _share_engine(writers: Sequence[MemberWriter], featurizer: Featurizer, dataset: Dataset) -> None:
@@ -244,8 +253,6 @@ def _share_engine(writers: Sequence[MemberWriter], featurizer: Featurizer, datas
     Every process checks the same rows of the data set, whichever shards it makes, and goes by what was written first.
     """
     unfinished = [writer for writer in writers if not writer.is_finished]
-    if not unfinished:
-        return
     found = next((engine for writer in unfinished if (engine := writer.engine()) is not None), None)
     if found is None or found["name"] != "loop":
         chosen = featurizer.choose_engine(dataset)

@@ -165,7 +165,7 @@ def describe_points(index: AttributionIndex) -> str:
     """Say of which points of which path an index is, and what follows from that; nothing where it is of checkpoints themselves."""
     from hf_trak.hub.cards import describe_paths
 
-    lines = describe_paths([member.info for member in index.members])
+    lines = describe_paths([member.info for member in index.members], index.config.out_to_loss_power)
     return "".join(f"{line}\n" for line in lines)
 
 

@@ -84,11 +84,12 @@ class ScoringMethods:
             leverage (`bool`): Divide each row's influence by 1 − its leverage. See [`ScoreOptions`].
             soft_threshold (`int`, *optional*): Scores per query to stay nonzero: all move towards 0 until no more are left. The
                 paper's last step, which picks the number by cross-validation.
-            out_to_loss_power (`float`, *optional*): What 1 − p is raised to; by default 1/2, and 1 where `trak_out_to_loss` is no
-                1 − p or all members are points of a path before its end. The paper's TRAK is `damping=0, out_to_loss_power=1, combination="means"`.
+            out_to_loss_power (`float`, *optional*): What 1 − p is raised to; by default the configuration's, else 1/2, and 1 where
+                `trak_out_to_loss` is no 1 − p or all members are points of a path before its end. The paper's TRAK is
+                [`TrakConfig.published`]: `damping=0, out_to_loss_power=1, combination="means"`.
             combination (`str`, *optional*): How several members are combined: "means", the product of two means over members, as in
                 the paper, or "scaled", the mean over members of each one's influence, brought to one scale, times its own 1 − p; see
-                [`ScoreOptions`]. By default "scaled".
+                [`ScoreOptions`]. By default, the configuration's.
             direction (`str`): For image-caption pairs, what of a query is attributed: "pair"; "image", how the image tells its caption
                 from those of the bank; or "caption", how the caption tells its image.
             reference_rescale (`bool`): Only to reproduce MadryLab/trak's numbers, with `damping=0, out_to_loss_power=1`.
@@ -138,14 +139,15 @@ class ScoringMethods:
             exact (`bool`): Score every training row, the default; False asks the index of [`AttributionIndex.add_search_index`].
 
         Returns:
-            `Dataset`: One row per query: `query_id`, `query_output`, `proponents` and `opponents` (rows of the training set, the
+            `Dataset`: One row per query: `query_id`, `query_output` (the mean over models; of points of a path, what the final model says,
+            which takes a forward pass), `proponents` and `opponents` (rows of the training set, the
             strongest first), `proponent_scores` and `opponent_scores`; where columns were kept (`keep_columns`), also
             `proponent_<column>` and `opponent_<column>`, lists in the same order.
         """
         options = self._options(damping, residual_weighting, leverage, out_to_loss_power, combination)
         scorer = Scorer(self.members, options, len(queries), check_top_k(top_k), soft_threshold, max_memory, progress)
         rank = self._ranker(scorer, exact)
-        features, output = self._featurize(queries, options, batch_size, progress, direction)
+        features, output = self._featurize(queries, options, batch_size, progress, direction, shown=True)
         return self._with_kept(to_hits(rank(solve_all(self.members, features, options)), output))
 
     def attribute_features(
@@ -173,7 +175,7 @@ class ScoringMethods:
                 with one for each. See [`read_query_features`].
 
         Returns:
-            `Dataset`: As [`AttributionIndex.attribute`]; `query_output` only where the features come with `trak_output`.
+            `Dataset`: As [`AttributionIndex.attribute`]; `query_output` only where the features come with `trak_output`, whose mean it is.
         """
         options = self._options(damping, residual_weighting, leverage, out_to_loss_power, combination)
         found = self._read_features(features)
@@ -306,7 +308,8 @@ class ScoringMethods:
 
     @property
     def _default_power(self) -> float:
-        return default_power_of(self.members)
+        chosen = self.config.out_to_loss_power
+        return default_power_of(self.members) if chosen is None else float(chosen)
 
     def _options(
         self,
@@ -322,7 +325,7 @@ class ScoringMethods:
         power = self._default_power if out_to_loss_power is None else float(out_to_loss_power)
         if not 0 <= power <= 1:
             raise ValueError(f"`out_to_loss_power` must lie in 0 to 1, but is {out_to_loss_power}.")
-        combination = combination or "scaled"
+        combination = combination or self.config.combination
         if combination not in COMBINATIONS:
             raise ValueError(f"`combination` must be {' or '.join(map(repr, COMBINATIONS))}, but is {combination!r}.")
         return ScoreOptions(self.resolve_damping(damping), residual_weighting, leverage, reference_rescale, power, combination)
@@ -341,10 +344,22 @@ class ScoringMethods:
         return self._choice
 
     def _featurize(
-        self, queries: Dataset, options: ScoreOptions, batch_size: int | str, progress: bool, direction: str
+        self,
+        queries: Dataset,
+        options: ScoreOptions,
+        batch_size: int | str,
+        progress: bool,
+        direction: str,
+        *,
+        shown: bool = False,
     ) -> tuple[list[Float[Tensor, "n_query proj_dim"]], Float[np.ndarray, " n_query"]]:
-        """Return the queries' features under every member, and their mean output."""
+        """Return the queries' features under every member, and their mean output.
+
+        Args:
+            shown (`bool`): The output is to be shown: of points of a path, take that of the final model.
+        """
         features, outputs = [], []
+        final: dict[int | None, np.ndarray | None] = {}
         self._queries.check(queries)
         # A singular Gram matrix is refused before queries cost anything.
         damped(self.members[0].gram(), n_rows=self.n_rows, damping=options.damping)
@@ -353,10 +368,12 @@ class ScoringMethods:
             columns = self._queries.featurize(
                 self._queries.featurizer(plan, direction=direction), queries, batch_size, progress, description
             )
+            if shown and plan.model not in final:
+                final[plan.model] = self._queries.final_output(plan, queries, batch_size, progress)
             for seed in plan.seeds:
                 mine = columns_of(columns, seed, plan.seeds)
                 features.append(torch.from_numpy(mine["trak_features"]))
-                outputs.append(mine["trak_output"])
+                outputs.append(mine["trak_output"] if (last := final.get(plan.model)) is None else last)
         return features, np.mean(outputs, axis=0)
 
     def _read_features(self, features: Any) -> list[Float[Tensor, "n_query proj_dim"]]:
