@@ -33,7 +33,7 @@ from hf_trak.featurizing.batching import (
     read_rows,
     to_device,
 )
-from hf_trak.featurizing.devices import in_bfloat16
+from hf_trak.featurizing.devices import in_bfloat16, unwrapped
 from hf_trak.featurizing.engine_choice import EngineChoice, check_first_rows, cost_of_loop, decide, rows_to_check
 from hf_trak.gradients import (
     BatchFeatures,
@@ -137,7 +137,7 @@ class Featurizer:
         self.trust_remote_code = trust_remote_code
         self._commit: str | None = None
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self._final = None if isinstance(model, (str, Path)) else model  # in memory
+        self._final = None if isinstance(model, (str, Path)) else unwrapped(model)  # in memory
         alphas = read_alphas(base, MIDDLE if alpha is None and base is not None else alpha)
         if len(alphas) > 1:
             raise ValueError(f"A Featurizer is of one point, but `alpha` is {alpha!r}. Make one for each.")

@@ -335,14 +335,21 @@ class BlockCountSketch(Projector):
             ring, signs = small
             _add_around(accumulator, matrices.flatten(1) * signs, ring)
             return
+        folded: dict[int, Tensor] = {}  # by the first row of tiles side by side, which fold their columns alike
         for column in self._layout(name, shape, grads.device):
             whole = column.rows(matrices, dim=-2) if column.rows.is_folded else matrices
             row_signs = torch.ones_like(column.rows.signs) if column.rows.is_folded else column.rows.signs
             for tile in column.tiles:
-                entries = tile.columns(whole[:, tile.rows]) if tile.columns.is_folded else whole[:, tile.rows]
-                column_signs = torch.ones_like(tile.columns.signs) if tile.columns.is_folded else tile.columns.signs
+                entries = whole[:, tile.rows]
+                if tile.columns.is_folded:
+                    first = tile.rows.start
+                    folded[first] = entries = folded[first] if first in folded else tile.columns(entries)
+                signs_of_columns = tile.columns.signs
+                column_signs = (
+                    signs_of_columns.new_ones(column.width) if tile.columns.is_folded else signs_of_columns[column.columns]
+                )
                 laps = ring_sum(accumulator, tile.ring, column.width * (tile.rows.stop - tile.rows.start))
-                signs = torch.outer(row_signs[tile.rows], column_signs[: entries.shape[2]][column.columns])
+                signs = torch.outer(row_signs[tile.rows], column_signs)
                 laps.add(entries[:, :, column.columns].flatten(1), signs.to(grads).flatten())
                 laps.close()
 

@@ -263,9 +263,11 @@ def _ctc(model: PreTrainedModel, config: TrakConfig) -> Task:
 
 
 def _image_text(model: PreTrainedModel, config: TrakConfig) -> Task:
-    """Return the task of a decoder that reads images among its tokens, or of a decoder with an encoder of images."""
+    """Return the task of a decoder that reads images among its tokens, or of a decoder with an encoder of images, or of both (Florence-2)."""
     if not model.config.is_encoder_decoder and not type(model).__name__.endswith("EncoderDecoderModel"):
         return _tokens("image-text-to-text", MediaInputs, TokenOutput, shifted=True, decodes=True)(model, config)
+    if model.main_input_name == "input_ids" and "input_ids" in inspect.signature(model.forward).parameters:
+        return _tokens("image-text-to-text", Seq2SeqInputs, TokenOutput, decodes=True)(model, config)
     return _media_to_text("image-text-to-text", config, TranscriptInputs.for_decoder(model, config))
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from hf_trak.tasks.chat import ChatTemplate
 from hf_trak.tasks.columns import find_whole_text, is_set_aside, refuse_pairs, refuse_unserved
 from hf_trak.tasks.padding import is_packed, refuse_packed
+from hf_trak.tasks.pictures import find_image_columns
 from hf_trak.tasks.token_inputs import Example, TokenInputs, labels_like, text_of
 from hf_trak.tasks.token_outputs import IGNORED, DecoderInputs
 
@@ -309,6 +310,12 @@ class Seq2SeqInputs(TokenInputs):
         return DecoderInputs.for_model(model)
 
     def _check_columns(self, features: Features, processing_class: Any) -> None:
+        images = find_image_columns(features) if "pixel_values" in self.accepted and "pixel_values" not in features else []
+        if images:
+            raise ValueError(
+                f"The model reads a text beside the image, and the images in {images[0]!r} would not be read. Prepare the rows with its processor "
+                f"('input_ids', 'pixel_values' and 'labels'), or remove {images[0]!r} if the model was trained without."
+            )
         if self._is_tokenized(features):
             self._need(features, ["input_ids", self.label_column or "labels"], "Tokenized rows of seq2seq")
             return
