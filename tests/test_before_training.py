@@ -141,7 +141,7 @@ REFUSED = {
         lambda folder: make_trainer(folder, max_steps=2, given={"train_dataset": TRAIN.to_iterable_dataset()}),
         "is an IterableDataset, which is streaming. Load it without `streaming=True`",
     ),
-    "none": (lambda folder: make_trainer(folder, given={"train_dataset": None}), "is None. Give the rows to train on"),
+    "none": (lambda folder: make_trainer(folder, given={"train_dataset": None}), "is None. Give the rows"),
     "empty": (lambda folder: make_trainer(folder, given={"train_dataset": TRAIN.select([])}), "The training set is empty"),
     "queries": (
         lambda folder: make_trainer(folder, given={"eval_dataset": VALIDATION.to_pandas()}),

@@ -41,7 +41,7 @@ from hf_trak.storage.replacing import (
 )
 from hf_trak.storage.writer import MemberWriter, recorded_identity, replace_members
 from hf_trak.tasks import Bank, draw_rows, needs_bank
-from hf_trak.tasks.rows import as_stored, features_of
+from hf_trak.tasks.rows import as_stored, check_is_dataset, features_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -423,6 +423,7 @@ def build_members(
     """
     if not models:
         raise ValueError("`models` is empty: give at least one checkpoint.")
+    check_is_dataset(dataset, "`dataset`")
     if len(dataset) == 0:
         raise ValueError("The dataset is empty: there is nothing to featurize.")
     dataset = as_stored(dataset)

@@ -590,7 +590,8 @@ class Featurizer:
                 again = fetch(self._by_loop(batch, self.prepare()[2], bad))
             for values, new in zip(features, again, strict=True):
                 values[bad] = new
-        check_finite(features, ids)
+        if bad:
+            check_finite(features, ids)
         return features
 
     def encode(self, features: BatchFeatures) -> dict[str, np.ndarray]:

@@ -87,9 +87,14 @@ def forget_caches(model: nn.Module) -> None:
     put in training mode, by their own `train`.
     """
     for module in model.modules():
-        if type(module).train is not nn.Module.train and not module.training:
+        if not module.training and _keeps_caches(type(module)):
             module.train(True)
             module.train(False)
+
+
+def _keeps_caches(kind: type[nn.Module]) -> bool:
+    """Whether modules of a class have a `train` of their own. That of transformers' models keeps nothing, and would walk all modules."""
+    return kind.train is not nn.Module.train and kind.train.__qualname__ != "PreTrainedModel.train"
 
 
 def _is_batch_norm(module: nn.Module) -> bool:

@@ -36,7 +36,7 @@ from hf_trak.storage.passes import encode_pass
 from hf_trak.storage.reader import MemberReader
 from hf_trak.tasks import TASKS, Bank, Task, TaskMaker, in_direction
 from hf_trak.tasks.inputs import CustomInputs
-from hf_trak.tasks.rows import as_stored, features_of
+from hf_trak.tasks.rows import as_stored, check_is_dataset, features_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -140,6 +140,7 @@ class QuerySide:
         Raises:
             ValueError: Naming what is missing or different.
         """
+        check_is_dataset(queries, "Queries")
         self._check_task()
         read, names = self._recorded["columns"], self._recorded["label_names"]
         found: Any = features_of(queries)

@@ -34,6 +34,7 @@ from hf_trak.scoring.search_index import SearchIndex, describe
 from hf_trak.scoring.top_k import TopK
 from hf_trak.storage.passes import columns_of
 from hf_trak.storage.reader import MemberReader
+from hf_trak.tasks.rows import check_is_dataset
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -101,6 +102,7 @@ class ScoringMethods:
             max_memory (`int` or `str`, *optional*): Bytes that solving and scoring may take, such as "2GB", beside the model and
                 what is loaded already; by default 2 GB, or what it takes. It does not change a bit of the scores.
         """
+        check_is_dataset(queries, "`queries`")
         options = self._options(damping, residual_weighting, leverage, out_to_loss_power, combination, reference_rescale)
         scorer = Scorer(self.members, options, len(queries), 0, soft_threshold, max_memory, progress)
 
@@ -144,6 +146,7 @@ class ScoringMethods:
             strongest first), `proponent_scores` and `opponent_scores`; where columns were kept (`keep_columns`), also
             `proponent_<column>` and `opponent_<column>`, lists in the same order.
         """
+        check_is_dataset(queries, "`queries`")
         options = self._options(damping, residual_weighting, leverage, out_to_loss_power, combination)
         scorer = Scorer(self.members, options, len(queries), check_top_k(top_k), soft_threshold, max_memory, progress)
         rank = self._ranker(scorer, exact)
@@ -288,6 +291,7 @@ class ScoringMethods:
         options = self._options(damping, False, False, None, None)
         features, doubt, n_classes = None, None, 2
         if validation is not None:
+            check_is_dataset(validation, "`validation`")
             if len(validation) == 0:
                 raise ValueError("`validation` has no rows. Leave it out if there are no held-out rows.")
             features, output = self._featurize(validation, options, batch_size, progress, "pair")

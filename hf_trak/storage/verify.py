@@ -140,7 +140,9 @@ def verify_index(folder: Path, fetch: Callable[[str], Any] | None = None, mend: 
         FileNotFoundError: If there is no index.
     """
     if not (folder / CONFIG_NAME).exists():
-        raise FileNotFoundError(f"{folder} holds no {CONFIG_NAME}, so it is not an attribution index.")
+        members = fetch is None and member_numbers(folder)
+        way_out = f", but members of one. {AGAIN}" if members else ", so it is not an attribution index."
+        raise FileNotFoundError(f"{folder} holds no {CONFIG_NAME}{way_out}")
     config, finding = _read_config(folder)
     yield finding
     numbers = member_numbers(folder)

@@ -9,6 +9,7 @@ import numpy as np
 
 from hf_trak.tasks.chat import ChatTemplate
 from hf_trak.tasks.columns import find_whole_text, is_set_aside, refuse_pairs, refuse_unserved
+from hf_trak.tasks.inputs import need_tokenizer
 from hf_trak.tasks.padding import is_packed, refuse_packed
 from hf_trak.tasks.pictures import find_image_columns
 from hf_trak.tasks.token_inputs import Example, TokenInputs, labels_like, text_of
@@ -100,7 +101,7 @@ class CausalInputs(TokenInputs):
         if kind != "tokens":
             if kind == "text":
                 self._text_column(features, self._string_columns(features))
-            self._need_tokenizer(processing_class)
+            need_tokenizer(processing_class)
 
     def _kind(self, columns: Any) -> str:
         """Return what rows with some columns hold: tokens, completion, messages or text."""
@@ -320,7 +321,7 @@ class Seq2SeqInputs(TokenInputs):
             self._need(features, ["input_ids", self.label_column or "labels"], "Tokenized rows of seq2seq")
             return
         self._texts(features, self._string_columns(features))
-        self._need_tokenizer(processing_class)
+        need_tokenizer(processing_class)
 
     def _texts_read(self, features: Features) -> dict[str, Any]:
         source, target = self._texts(features, self._string_columns(features))
