@@ -289,16 +289,14 @@ class ScoringMethods:
         given = given_labels(train, self.members[0], label_column=self.config.label_column, index=self.folder)
         kept = KeptRows(self.members[0]) if train is None else None
         options = self._options(damping, False, False, None, None)
-        features, doubt, n_classes = None, None, 2
+        features = None
         if validation is not None:
             check_is_dataset(validation, "`validation`")
             if len(validation) == 0:
                 raise ValueError("`validation` has no rows. Leave it out if there are no held-out rows.")
-            features, output = self._featurize(validation, options, batch_size, progress, "pair")
-            doubt = torch.sigmoid(-torch.from_numpy(output))
-            n_classes = self._queries.featurizer(self.passes[0]).task.n_classes or 2
+            features, _ = self._featurize(validation, options, batch_size, progress, "pair")
         evidence = LabelEvidence(self.members, damping=options.damping)
-        suspicion = label_suspicion(evidence, features, doubt, n_classes=n_classes)
+        suspicion = label_suspicion(evidence, features)
         return label_error_rows(evidence, suspicion, given, n_reported, kept)
 
     def resolve_damping(self, damping: float | str | None = None) -> float:
