@@ -12,6 +12,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from hf_trak.building.build import build_members
+from hf_trak.building.estimate import Estimate, estimate_build
 from hf_trak.building.jobs import Job, merge_members, remove_job_records
 from hf_trak.config import TrakConfig
 from hf_trak.distributed import Processes, current_processes, launched_processes
@@ -211,6 +212,34 @@ class AttributionIndex(ScoringMethods, HubMixin):
             if processes.is_first:
                 index._complete()
         return index
+
+    @classmethod
+    def estimate(
+        cls,
+        *,
+        models: PreTrainedModel | str | Path | Sequence[PreTrainedModel | str | Path],
+        dataset: Dataset,
+        config: TrakConfig | None = None,
+        **options: Any,
+    ) -> Estimate:
+        """Return what [`AttributionIndex.build`] would take: time, disk and memory, from some rows of the first checkpoint.
+
+        ```python
+        print(AttributionIndex.estimate(models="me/my-bert", dataset=train))
+        ```
+
+        Nothing is written. A model or rows that a build would refuse are refused here.
+
+        Args:
+            models, dataset, config: As in [`AttributionIndex.build`].
+            options: `processing_class`, `task`, `base`, `alpha`, `revision`, `base_revision`, `trust_remote_code`,
+                `sketch_seeds_per_checkpoint`, `dropout_seeds` and `batch_size`, as there.
+
+        Returns:
+            `Estimate`: `seconds`, `disk_bytes`, `memory_bytes`, `engine`, `columns` and the numbers of rows, members and passes.
+        """
+        checkpoints = list(models) if isinstance(models, (list, tuple)) else [models]
+        return estimate_build(checkpoints, dataset, config or TrakConfig(), **options)
 
     @classmethod
     def build_shards(
