@@ -16,7 +16,7 @@ from hf_trak import AttributionArguments, AttributionCallback, AttributionTraine
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
 
-DOCS = Path(__file__).parents[1] / "docs" / "custom_tasks.md"
+DOCS = Path(__file__).parents[1] / "docs" / "guides" / "custom_tasks.md"
 OPTIONS = {
     "use_cpu": True,
     "save_strategy": "no",

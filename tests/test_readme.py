@@ -100,7 +100,7 @@ def test_commands_of_the_readme_exist():
 
 
 def test_every_name_of_ours_in_the_paper_index_exists():
-    text = (ROOT / "docs" / "paper_index.md").read_text()
+    text = (ROOT / "docs" / "evidence" / "paper_index.md").read_text()
     names = sorted(set(re.findall(r"`(hf_trak(?:\.\w+)+)", text)))
     assert len(names) > 5
     for name in names:
