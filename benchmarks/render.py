@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "benchmarks" / "README.md"]
 BLOCK = re.compile(r"(<!-- results: (\S+)((?: \S+)*) -->\n).*?(<!-- end -->)", re.DOTALL)
 
-VALUE = re.compile(r"(<!-- value: (\S+)((?: \S+)*) -->).*?(<!-- end -->)")
+VALUE = re.compile(r"(<!-- value: (\S+)((?: \S+)*?) -->).*?(<!-- end -->)")
 
 
 def table(name: str, wanted: list[str]) -> str:
