@@ -29,7 +29,7 @@ class DemoArguments:
     data: str = field(
         default="images",
         metadata={
-            "help": "images: scikit-learn's digits and a small ResNet; text: docstrings of Python's standard library and a small BERT.",
+            "help": "images: scikit-learn's digits and a small ResNet; text: docstrings of Python's standard library and a small ModernBERT.",
             "choices": ["images", "text"],
         },
     )
@@ -48,10 +48,10 @@ class DemoArguments:
     )
     damping: str = field(default="auto", metadata={"help": "A multiple of the kernel's mean eigenvalue; 0 is the paper's."})
     epochs: int | None = field(
-        default=None, metadata={"help": "Epochs of training: 6 for images, 12 for text, 3 with --model --train."}
+        default=None, metadata={"help": "Epochs of training: 6 for images, 3 for text, 3 with --model --train."}
     )
     learning_rate: float | None = field(
-        default=None, metadata={"help": "Of the training: 3e-3 for images, 1e-3 for text, 5e-5 with --model --train."}
+        default=None, metadata={"help": "Of the training: 3e-3 for images, 2e-3 for text, 5e-5 with --model --train."}
     )
     model: str | None = field(default=None, metadata={"help": "Your own classification model: a folder or repository."})
     processor: str | None = field(
@@ -159,7 +159,7 @@ _MARKER = ".hf_trak_demo.json"
 _USAGE = "[images | text] [--output FOLDER] [options]"
 _DESCRIPTION = """\
 Train a small model after flipping 10 % of its training labels, featurize, attribute held-out rows, and count how many flipped labels
-attribution finds. Needs no network. The default is a ResNet on scikit-learn's 1,797 digits; `hf-trak demo text` trains a BERT to tell
+attribution finds. Needs no network. The default is a ResNet on scikit-learn's 1,797 digits; `hf-trak demo text` trains a ModernBERT to tell
 the topic of docstrings of Python's standard library.
 
 With --model and --dataset: the same for a classification model and dataset of yours. The model is taken as trained and no label
@@ -238,17 +238,17 @@ def run(args: DemoArguments) -> dict[str, Any]:
 
 def try_next(args: DemoArguments, output: Path) -> str:
     """Return commands that go on from here."""
-    index = output / "run" / "index"
-    lines = [] if args.data == "text" or args.model else ["hf-trak demo text"]
-    if args.model is None:
-        rows = f"--train {output / 'train.parquet'} --validation {output / 'validation.parquet'}"
-        lines += [
-            f"hf-trak label-errors {index} {rows} --output suspicious.parquet",
-            f"hf-trak attribute {index} --queries {output / 'validation.parquet'} --train {output / 'train.parquet'} --output hits.jsonl",
+    index, validation = output / "run" / "index", output / "validation.parquet"
+    if args.model is not None:
+        lines = [f"hf-trak push {index} me/my-index --private", "hf-trak featurize --help"]
+    else:
+        train = "" if args.data == "text" else f"--train {output / 'train.parquet'} "  # the index of texts has kept them
+        lines = [
+            f"hf-trak label-errors {index} {train}--validation {validation} --output suspicious.parquet",
+            f"hf-trak attribute {index} {train}--queries {validation} --output hits.jsonl",
+            *(["hf-trak demo text"] if args.data == "images" else []),
             "hf-trak demo --model MODEL --dataset TRAIN.csv --queries VALIDATION.csv",
         ]
-    else:
-        lines += [f"hf-trak push {index} me/my-index --private", "hf-trak featurize --help"]
     return "\n".join(["\nTry next:", *(f"    {line}" for line in lines)])
 
 
