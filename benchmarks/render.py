@@ -132,10 +132,15 @@ def line(columns: list[str]) -> str:
     return f"| {' | '.join(columns)} |"
 
 
+def with_values(text: str) -> str:
+    """Return a text with the numbers in its sentences made anew."""
+    return VALUE.sub(lambda match: match[1] + value(match[2], match[3].split()) + match[4], text)
+
+
 def render(text: str) -> str:
     import render_zoo
 
-    text = VALUE.sub(lambda match: match[1] + value(match[2], match[3].split()) + match[4], text)
+    text = with_values(text)
     return render_zoo.render(BLOCK.sub(lambda match: match[1] + table(match[2], match[3].split()) + match[4], text))
 
 

@@ -1,4 +1,4 @@
-"""Every block of code in docs/custom_tasks.md is run, and what it attributes is what it says."""
+"""Every block of code in docs/guides/custom_tasks.md is run, and what it attributes is what it says."""
 
 from __future__ import annotations
 

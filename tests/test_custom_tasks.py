@@ -1,4 +1,4 @@
-"""Losses that attribution does not know: told before training, and stated with a task of one's own, as docs/custom_tasks.md shows."""
+"""Losses that attribution does not know: told before training, and stated with a task of one's own, as docs/guides/custom_tasks.md shows."""
 
 import re
 import warnings
