@@ -18,7 +18,7 @@ The suspicion is a weighted mean of ranks: of −e, with weight 1 for each of it
 
 where η, the share of rows with e_i < 0, estimates the share of wrong labels. The ratio is small if the model knows its training rows by heart.
 The other factor is the square of what evenly drawn wrong labels leave of the signal that the model learned from. In both cases the doubt says
-little. Without held-out rows, −e and d weigh alike. docs/label_errors.md has the measurements.
+little. Without held-out rows, −e and d weigh alike. docs/evidence/label_errors.md has the measurements.
 """
 
 from __future__ import annotations
