@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import re
 from dataclasses import MISSING, fields
+from html import unescape
 from typing import Any
 
 
@@ -123,5 +124,12 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Take the brackets off names such as [`AttributionIndex`], which docstrings have as transformers' do."""
-    return re.sub(r"\[(<code>[^<]*</code>)\]", r"\1", html)
+    """Take the brackets off names such as [`AttributionIndex`], which docstrings have as transformers' do, write types without marks, and make formulae MathML."""
+    from latex2mathml.converter import convert
+
+    def formula(match: re.Match[str]) -> str:
+        return convert(unescape(match[2]), display="block" if match[1] == "div" else "inline")
+
+    html = re.sub(r"\[(<code>[^<]*</code>)\]", r"\1", html)
+    html = re.sub(r"<code>[^<]*(?:`|\*optional\*)[^<]*</code>", lambda match: re.sub(r"[`*]", "", match[0]), html)
+    return re.sub(r'<(div|span) class="arithmatex">\\[\[(](.*?)\\[\])]</\1>', formula, html, flags=re.DOTALL)
