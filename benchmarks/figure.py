@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 PANELS = {"Text: SST-2, small BERT": "text", "Images: CIFAR-2, ResNet-9": "image"}
@@ -102,6 +103,7 @@ def draw(skin: str, path: Path) -> None:
         handles, labels, loc="center left", bbox_to_anchor=(0.715, 0.53), fontsize=8, frameon=False, labelcolor=colors["ink"]
     )
     figure.savefig(path, format="png", facecolor=colors["page"])
+    Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
-"""The README's pictures: sections of the reports that `hf-trak demo` and `hf-trak demo text` write, in a headless Chromium.
+"""The README's pictures: sections of two reports, in a headless Chromium.
 
     hf-trak demo && hf-trak demo text
-    python benchmarks/screenshots.py --text hf_trak_demo_text/report.html --images hf_trak_demo/report.html
+    hf-trak attribute hf_trak_demo_text/run/index --queries hf_trak_demo_text/validation.parquet --top_k 3 --output hits.jsonl --report report
+    python benchmarks/screenshots.py --text report/report.html --images hf_trak_demo/report.html
 
 Writes docs/assets/report_{text,images}_{light,dark}.png. Needs Chromium, and pillow to shrink the files.
 """
@@ -53,7 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--images", type=Path, required=True)
-    parser.add_argument("--text_section", type=int, default=2)
+    parser.add_argument("--text_section", type=int, default=0)
     parser.add_argument("--images_section", type=int, default=0)
     parser.add_argument("--chromium", default="chromium")
     args = parser.parse_args()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ast
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,7 +44,6 @@ _RECIPES: dict[str, dict[str, Any]] = {
     "own": {"epochs": 3, "learning_rate": 5e-5, "batch_size": 16},
 }
 _LONGEST_TEXT = 300
-_VOCABULARY = 2000
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,6 @@ def docstrings(seed: int) -> DemoData:
     """
     import torch
     from datasets import ClassLabel, Dataset, Features, Value
-    from tokenizers import BertWordPieceTokenizer
     from transformers import BertTokenizerFast, ModernBertConfig, ModernBertForSequenceClassification
 
     found = _first_paragraphs(Path(sysconfig.get_path("stdlib")))
@@ -119,9 +118,7 @@ def docstrings(seed: int) -> DemoData:
         {"text": list(texts), "label": [topics.index(label) for label in labels]},
         features=Features({"text": Value("string"), "label": ClassLabel(names=topics)}),
     )
-    words = BertWordPieceTokenizer()
-    words.train_from_iterator(texts, vocab_size=_VOCABULARY, min_frequency=2, show_progress=False)
-    tokenizer = BertTokenizerFast(vocab=words.get_vocab(), model_max_length=128)
+    tokenizer = BertTokenizerFast(vocab=_vocabulary(texts), model_max_length=128)
     torch.manual_seed(seed)
     config = ModernBertConfig(
         vocab_size=len(tokenizer),
@@ -168,6 +165,31 @@ def _first_paragraphs(folder: Path) -> list[tuple[str, str]]:
             f"{', '.join(sorted(set(_TOPICS) - set(topics.values())))}. Run it with a Python that has them, or try `hf-trak demo`."
         )
     return list(topics.items())
+
+
+def _vocabulary(texts: Sequence[str]) -> dict[str, int]:
+    """Return a vocabulary of WordPiece: the words that occur twice or more, and characters, of which the others are made.
+
+    It is counted, because the trainers of `tokenizers` break ties in another order each time.
+    """
+    from tokenizers.normalizers import BertNormalizer
+    from tokenizers.pre_tokenizers import BertPreTokenizer
+
+    normalizer, splitter = BertNormalizer(), BertPreTokenizer()
+    counts = Counter(word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))
+    characters = sorted({character for word in counts for character in word})
+    words = sorted(word for word, count in counts.items() if count > 1)
+    pieces = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *characters,
+        *(f"##{character}" for character in characters),
+        *words,
+    ]
+    return {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
 
 
 def own_data(args: DemoArguments) -> DemoData:
