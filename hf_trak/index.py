@@ -148,17 +148,17 @@ class AttributionIndex(ScoringMethods, HubMixin):
         """Featurize a training set under each checkpoint, and return the index.
 
         Stopped at any moment, the same call goes on where it stopped; called again when all is done, it only loads. Processes of a
-        launcher divide the rows among them, and each returns the index: docs/processes.md.
+        launcher divide the rows among them, and each returns the index: docs/guides/processes.md.
 
         Args:
             folder (`str` or `Path`): Where the index goes; an empty or new folder, or one this call began. Or the URL of an object
-                store, such as `s3://bucket/my-index`: docs/processes.md.
+                store, such as `s3://bucket/my-index`: docs/guides/processes.md.
             models (`PreTrainedModel`, `str` or a sequence): One or more checkpoints. Queries are later featurized with the same: a
                 folder or repository is recorded and found again, a model in memory has to be given again.
             dataset (`Dataset`): The training set; its row order is the index's.
             base (`str`, `Path` or a sequence, *optional*): The checkpoint that `models` were trained from: a folder or repository;
                 "adapter", the base model under a LoRA adapter; or "auto", that, or the `base_model` that the model's card names. Features
-                are then of points of the line from it to the model: docs/halfway.md. Several are one per model, None for the model itself.
+                are then of points of the line from it to the model: docs/concepts/halfway.md. Several are one per model, None for the model itself.
             alpha (`float` or a sequence, *optional*): Which points base + alpha (model − base), each a checkpoint that costs a pass of
                 gradients, at least 0 and below 1; by default 0.2, 0.5 and 0.8.
             revision, base_revision (`str`, *optional*): Of the repositories in `models` and `base`; the commits they stand for are recorded.

@@ -25,10 +25,10 @@ training. Stopped at any moment, the same command goes on where it stopped. Unde
 examples:
   hf-trak featurize --model my-bert --dataset train.parquet --output my-index
   hf-trak featurize --model my-bert --dataset train.parquet --output my-index --keep_columns text,label
-  hf-trak featurize --model my-bert --base google-bert/bert-base-uncased --dataset train.parquet --output my-index   (docs/halfway.md)
+  hf-trak featurize --model my-bert --base google-bert/bert-base-uncased --dataset train.parquet --output my-index   (docs/concepts/halfway.md)
   hf-trak featurize --model run/members/epoch-0002 run/members/epoch-0003 --dataset stanfordnlp/sst2 --output my-index
   accelerate launch --multi_gpu scripts/featurize.py --model my-bert --dataset train.parquet --output my-index
-  hf-trak featurize --model my-bert --dataset train.parquet --output my-index --task my_tasks:weighted   (docs/custom_tasks.md)
+  hf-trak featurize --model my-bert --dataset train.parquet --output my-index --task my_tasks:weighted   (docs/guides/custom_tasks.md)
   hf-trak featurize ... --shard-index 0 --num-shards 8      (the first of eight jobs; then: hf-trak merge my-index)
 """
 

@@ -203,7 +203,7 @@ class ScoringMethods:
 
         It holds each row's features under all members, side by side and weighted, so that its maximum inner product with a solved
         query is the score; damping is still chosen at every call. FAISS keeps it in memory: 4 · n_members · proj_dim bytes a row
-        unless `string_factory` compresses them. While it is built, the vectors lie in a temporary file of that size. docs/scaling.md
+        unless `string_factory` compresses them. While it is built, the vectors lie in a temporary file of that size. docs/evidence/scaling.md
         has what different kinds find of the exact best, and how large they are. Needs `pip install 'hf-trak[search]'`.
 
         Args:
@@ -264,7 +264,7 @@ class ScoringMethods:
         """Return the training rows whose labels look wrong, the most suspicious first; for classifiers.
 
         A label is suspicious if the rows that it resembles oppose it, in the training set and in `validation`, and if the model doubts it.
-        docs/label_errors.md has the formula, and how many planted errors it finds.
+        docs/evidence/label_errors.md has the formula, and how many planted errors it finds.
 
         Args:
             validation (`Dataset`, *optional*): Held-out rows with the columns of the training set, whose labels can be trusted. A few

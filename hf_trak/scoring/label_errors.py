@@ -17,7 +17,7 @@ the training labels, and may be wrong together where the model has learned from 
     a = corr(rank d, rank −v) / corr(rank d, rank −r)        b = corr(rank −r, rank −v) / corr(rank d, rank −r)        both cut to 0 to 1
 
 say how well the doubt, and the other rows, agree with the held-out rows, compared with how well they agree with each other. Without held-out
-rows, d and −r weigh alike. docs/label_errors.md has the measurements.
+rows, d and −r weigh alike. docs/evidence/label_errors.md has the measurements.
 """
 
 from __future__ import annotations
