@@ -37,7 +37,7 @@ from hf_trak import Featurizer, TrakConfig
 from hf_trak.evaluation import Recipe, make_masks, predicted_outputs, spearman
 from hf_trak.evaluation.lds import ground_truth_reliability, percentile_interval
 from hf_trak.gradients import layerwise_features
-from hf_trak.linalg import accumulate_kernel, default_damping
+from hf_trak.linalg import accumulate_gram, default_damping
 from hf_trak.models import ResNet9Config, ResNet9ForImageClassification
 from hf_trak.projectors import count_sketch as ring
 from hf_trak.projectors import make_projector
@@ -304,7 +304,7 @@ class Member(NamedTuple):
 
     features: Tensor
     out_to_loss: Tensor
-    kernel: Tensor
+    gram: Tensor
     queries: Tensor
 
 
@@ -382,9 +382,9 @@ class Gradients:
             raise FloatingPointError("Some features are not finite.")
         self.rates.append(len(features) / (time.perf_counter() - start))
         n_train, proj_dim = len(self.train), self.scale.proj_dim
-        kernel = torch.zeros(proj_dim, proj_dim, dtype=torch.float64, device=features.device)
-        accumulate_kernel(kernel, features[:n_train])
-        return Member(features[:n_train], out_to_loss[:n_train], kernel, features[n_train:])
+        gram = torch.zeros(proj_dim, proj_dim, dtype=torch.float64, device=features.device)
+        accumulate_gram(gram, features[:n_train])
+        return Member(features[:n_train], out_to_loss[:n_train], gram, features[n_train:])
 
     def error(self) -> float:
         """Return the median relative error of a few queries' features, beside autograd in float64 on the CPU."""
@@ -442,13 +442,13 @@ class Method:
             n_rows = len(member.features)
             found = precondition(
                 member.queries,
-                member.kernel,
+                member.gram,
                 n_rows=n_rows,
                 damping=self.damping,
                 reference_rescale=self.reference_rescale,
                 dtype=torch.float32,
             )
-            rms = influence_rms(found, member.kernel, n_rows=n_rows) if self.combination == "scaled" else None
+            rms = influence_rms(found, member.gram, n_rows=n_rows) if self.combination == "scaled" else None
             solved.append(SolvedQueries(found, None, rms))
         queries = [one.preconditioned for one in bring_to_one_scale(solved)]
         blocks = [MemberBlock(member.features, member.out_to_loss) for member in members]
@@ -545,10 +545,12 @@ class Comparison:
     def _score(self, method: Method, groups: Sequence[Sequence[Member]]) -> tuple[Method, list[Tensor]] | None:
         """Return the scores of every group, and the method they are of; None where there are none.
 
-        Where a kernel is singular without damping, the least damping that serves takes its place, and the method's name says so.
+        Where a Gram matrix is singular without damping, the least damping that serves takes its place, and the method's name says so.
         """
         for damping in (method.damping,) if method.damping else (0.0, *LEAST):
-            name = method.name if damping == method.damping else f"{method.name} ({damping:g}, since the kernel is singular)"
+            name = (
+                method.name if damping == method.damping else f"{method.name} ({damping:g}, since the Gram matrix is singular)"
+            )
             tried = replace(method, name=name, damping=damping)
             try:
                 return tried, [tried.scores(group) for group in groups]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,11 @@ from featurize import write
 from lds_setting import Job, Judge, as_row, parquet
 
 from hf_trak import AttributionIndex, TrakConfig
-from hf_trak.evaluation import Setting, ground_truth_from, prepare
+from hf_trak.evaluation import ground_truth_from
 from hf_trak.members import DEFAULT_ALPHAS
 
-CONFIGS = Path(__file__).parents[1] / "scripts" / "configs"
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+CONFIGS = SCRIPTS / "configs"
 
 
 def parse() -> argparse.Namespace:
@@ -50,6 +52,9 @@ def base_of(options: argparse.Namespace) -> Path:
     if not folder.exists():
         values = yaml.safe_load((CONFIGS / f"{options.setting}_small.yaml").read_text())
         values["model"] = options.model or str(options.job.parent / "pretrained")
+        sys.path.append(str(SCRIPTS))
+        from paper_settings import Setting, prepare
+
         setting = Setting(**{key: value for key, value in values.items() if key in {field.name for field in fields(Setting)}})
         if setting.text_columns:
             model = prepare(setting, data_folder=Path("../shared/data")).make_model()

@@ -117,7 +117,7 @@ def product_rows(
     scale = torch.exp2(phi.abs().amax(1, keepdim=True).log2().floor() + 1)
     half = (phi / scale).half().float() * scale
     for damping in options.damping:
-        solved = precondition(features, member.kernel(), n_rows=len(phi), damping=damping)
+        solved = precondition(features, member.gram(), n_rows=len(phi), damping=damping)
 
         def score(rows: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
             parts = [rows_of.to(queries.dtype) @ queries.T for rows_of in rows.split(2048)]

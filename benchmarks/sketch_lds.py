@@ -25,7 +25,7 @@ from torch import Tensor
 from hf_trak import Featurizer, TrakConfig
 from hf_trak.evaluation import ground_truth_from, lds
 from hf_trak.gradients import layerwise_features
-from hf_trak.linalg import accumulate_kernel, factor, solve
+from hf_trak.linalg import accumulate_gram, factor, solve
 from hf_trak.projectors import BlockCountSketch, DenseRademacher, Identity, Projector
 
 CPU = torch.device("cpu")
@@ -125,9 +125,9 @@ def load_features(
 
 def scores(features: list[Tensor], out_to_loss: Tensor, damping: float) -> Tensor:
     train, queries = features
-    kernel = torch.zeros(train.shape[1], train.shape[1], dtype=torch.float64)
-    accumulate_kernel(kernel, train)
-    cholesky = factor(kernel, n_rows=len(train), damping=damping)
+    gram = torch.zeros(train.shape[1], train.shape[1], dtype=torch.float64)
+    accumulate_gram(gram, train)
+    cholesky = factor(gram, n_rows=len(train), damping=damping)
     return (train.double() @ solve(cholesky, queries).T) * out_to_loss.double().unsqueeze(1)
 
 

@@ -27,12 +27,12 @@ import pyarrow.parquet as pq
 import torch
 
 from hf_trak import AttributionIndex, TrakConfig
-from hf_trak.linalg import accumulate_kernel
+from hf_trak.linalg import accumulate_gram
 from hf_trak.storage.columns import encode_columns
 from hf_trak.storage.writer import MemberWriter
 
 CHECKED = 20  # queries
-KERNEL_SHARDS = 3
+GRAM_SHARDS = 3
 
 
 def parse() -> argparse.Namespace:
@@ -61,7 +61,7 @@ def write_features(options: argparse.Namespace) -> None:
         return
     if options.folder.exists() and any(options.folder.iterdir()):
         raise SystemExit(f"{options.folder} is not empty and holds no finished member. Delete it, or choose another folder.")
-    config = TrakConfig(task="text-classification", proj_dim=options.proj_dim, dtype="float16")
+    config = TrakConfig(task="text-classification", proj_dim=options.proj_dim, features_dtype="float16")
     config.save_pretrained(options.folder)
     identity = {
         "task": config.task,
@@ -73,7 +73,7 @@ def write_features(options: argparse.Namespace) -> None:
     }
     writer = MemberWriter(options.folder / "member_0", identity=identity, n_rows=options.rows, shard_rows=options.shard_rows)
     mixing = torch.logspace(0, -1.5, options.proj_dim)
-    kernel = torch.zeros(options.proj_dim, options.proj_dim, dtype=torch.float64)
+    gram = torch.zeros(options.proj_dim, options.proj_dim, dtype=torch.float64)
     for shard in range(writer.n_shards):
         generator = torch.Generator().manual_seed(shard)
         features = torch.randn(len(writer.rows(shard)), options.proj_dim, generator=generator).mul_(mixing)
@@ -81,12 +81,12 @@ def write_features(options: argparse.Namespace) -> None:
         out_to_loss = torch.rand(len(features), generator=generator)
         writer.write(shard, encode_columns(features, out_to_loss, out_to_loss, dtype="float16"))
         if (
-            shard < KERNEL_SHARDS
-        ):  # rows are drawn alike, so these stand for all; a kernel of all would take longer than the search
+            shard < GRAM_SHARDS
+        ):  # rows are drawn alike, so these stand for all; a Gram matrix of all would take longer than the search
             for block in features.split(4096):
-                accumulate_kernel(kernel, block)
-    kernel *= writer.n_shards / min(KERNEL_SHARDS, writer.n_shards)
-    writer.finish(kernel, {"checkpoint": {"path": None, "repo": None, "revision": None}, "checkpoint_number": 0})
+                accumulate_gram(gram, block)
+    gram *= writer.n_shards / min(GRAM_SHARDS, writer.n_shards)
+    writer.finish(gram, {"checkpoint": {"path": None, "repo": None, "revision": None}, "checkpoint_number": 0})
 
 
 def queries_of(options: argparse.Namespace) -> np.ndarray:
@@ -121,7 +121,7 @@ def check(options: argparse.Namespace) -> float:
     queries = torch.from_numpy(queries_of(options)[:CHECKED]).double()
     from hf_trak.scoring.score import precondition, weigh
 
-    solved = precondition(queries, reader.kernel(), n_rows=reader.n_rows, damping=index.resolve_damping())
+    solved = precondition(queries, reader.gram(), n_rows=reader.n_rows, damping=index.resolve_damping())
     scores = torch.cat(
         [(s.features.double() @ solved.T) * weigh(s.out_to_loss.double(), 0.5)[:, None] for s in reader.shards()]
     )

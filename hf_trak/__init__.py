@@ -14,11 +14,13 @@ _CONTENTS = {
     "AttributionArguments": "hf_trak.training_args",
     "AttributionCallback": "hf_trak.training.callback",
     "AttributionIndex": "hf_trak.index",
+    "AttributionMixin": "hf_trak.trainer",
     "AttributionTrainer": "hf_trak.trainer",
     "AutoTask": "hf_trak.tasks",
     "Featurizer": "hf_trak.featurizing.featurizer",
     "Task": "hf_trak.tasks",
     "TrakConfig": "hf_trak.config",
+    "attribution": "hf_trak.trainer",
 }
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from hf_trak.featurizing.featurizer import Featurizer
     from hf_trak.index import AttributionIndex
     from hf_trak.tasks import AutoTask, Task
-    from hf_trak.trainer import AttributionTrainer
+    from hf_trak.trainer import AttributionMixin, AttributionTrainer, attribution
     from hf_trak.training.callback import AttributionCallback
     from hf_trak.training_args import AttributionArguments
 
@@ -34,11 +36,13 @@ __all__ = [
     "AttributionArguments",
     "AttributionCallback",
     "AttributionIndex",
+    "AttributionMixin",
     "AttributionTrainer",
     "AutoTask",
     "Featurizer",
     "Task",
     "TrakConfig",
+    "attribution",
 ]
 
 

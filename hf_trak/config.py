@@ -12,15 +12,16 @@ CARD_NAME = "README.md"
 FORMAT_VERSION = 4
 
 # Fields that decide scores after the fact; two indices that differ in them still speak the same language.
-_CHOSEN_AFTER = ("damping", "dtype", "skip_unscored")
+_CHOSEN_AFTER = ("damping", "out_to_loss_power", "combination", "features_dtype", "skip_unscored")
 # The task may be "auto", and columns and labels are those of a training set.
-_NOT_OF_ROWS = ("task", "damping", "columns_read", "label_names")
+_NOT_OF_ROWS = ("task", "damping", "out_to_loss_power", "combination", "columns_read", "label_names")
 _CHOICES = {
-    "dtype": ("float32", "float16"),
+    "combination": ("scaled", "means"),
+    "features_dtype": ("float32", "float16"),
     "gradients": ("auto", "layerwise", "functional", "loop"),
     "compute_dtype": ("float32", "bfloat16"),
     "label_mapping": ("auto", "by_id", "by_name"),
-    "reduction": ("mean", "sum"),
+    "token_reduction": ("mean", "sum"),
     "score_tokens": ("all", "content"),
     "token_out_to_loss": ("mean", "exact"),
     "loss_on": ("auto", "assistant", "completion", "all"),
@@ -28,8 +29,10 @@ _CHOICES = {
 # Fields that came after the first indexes of this format version: written only where they say something, so that an index of before
 # and one of now that mean the same have the same files.
 _LATER = (
+    "out_to_loss_power",
+    "combination",
     "label_mapping",
-    "reduction",
+    "token_reduction",
     "score_tokens",
     "token_out_to_loss",
     "loss_on",
@@ -62,6 +65,24 @@ def _as_json(name: str, value: Any) -> str:
     return text
 
 
+def _fetch(repo_id: str, **access: Any) -> Path:
+    """Return the configuration of an index on the Hub, in the cache.
+
+    Raises:
+        FileNotFoundError: If it cannot be fetched; the message says why.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repo_id, CONFIG_NAME, repo_type="dataset", **access))
+    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"{repo_id!r} is neither a folder here nor a dataset repository with a {CONFIG_NAME} within reach: {reason}"
+        ) from error
+
+
 @dataclass(frozen=True)
 class TrakConfig:
     """What features mean. Two sets of features may be compared only if their configurations agree.
@@ -77,7 +98,7 @@ class TrakConfig:
     proj_dim: int = _option(
         4096, "Numbers kept per example. More is better and costs disk, not compute; 1,024 to 16,384 is usual."
     )
-    seed: int = _option(0, "Sketch seed of the first member; member i uses seed + i.")
+    sketch_seed: int = _option(0, "Sketch seed of the first member; member i uses this plus i.")
     projector: str = _option(
         "block_count_sketch",
         "Sketch: block_count_sketch, dense_rademacher (the paper's; slow), identity (none), fast_jl (CUDA; tied to the GPU's model).",
@@ -97,9 +118,17 @@ class TrakConfig:
         "What the model computes in: float32 (or whatever dtype it is loaded in), or bfloat16 by autocast. Sketches are float32.",
     )
     damping: float | Literal["auto"] = _option(
-        "auto", "Regularisation as a multiple of the kernel's mean nonzero eigenvalue; 0 is the paper's TRAK."
+        "auto", "Regularisation as a multiple of the Gram matrix's mean nonzero eigenvalue; 0 is the paper's TRAK."
     )
-    dtype: Literal["float32", "float16"] = _option(
+    out_to_loss_power: float | None = _option(
+        None, "What 1 - p is raised to in scores; by default 1/2, and 1 for points of a path. 1 is the paper's TRAK."
+    )
+    combination: Literal["scaled", "means"] = _option(
+        "scaled",
+        "How the scores of several members become one: scaled (the mean of each one's, brought to one scale), or means (the paper's product "
+        "of two means).",
+    )
+    features_dtype: Literal["float32", "float16"] = _option(
         "float32", "How features are stored. float16 keeps a scale per row and halves the disk."
     )
     parameters: tuple[str, ...] | None = _option(
@@ -116,7 +145,7 @@ class TrakConfig:
         "contradict each other), by_id (as they are, whatever the names), by_name (translated by the names).",
     )
     max_length: int | None = _option(None, "Tokens kept of a text; the model's own limit by default.")
-    reduction: Literal["mean", "sum"] = _option(
+    token_reduction: Literal["mean", "sum"] = _option(
         "mean", "How the outputs of an example's scored tokens become one: mean, or sum. For language models."
     )
     score_tokens: Literal["all", "content"] = _option(
@@ -127,7 +156,7 @@ class TrakConfig:
     token_out_to_loss: Literal["mean", "exact"] = _option(
         "mean",
         "How 1 - p of an example's tokens enters its scores: by its mean, or exactly, each token's gradient times its own 1 - p, "
-        "which needs reduction sum. For language models.",
+        "which needs token_reduction sum. For language models.",
     )
     loss_on: Literal["auto", "assistant", "completion", "all"] = _option(
         "auto",
@@ -169,6 +198,9 @@ class TrakConfig:
                 raise ValueError(f"`damping` must be 'auto' or a number, but is {self.damping!r}.") from None
         if self.damping != "auto" and not 0 <= self.damping < float("inf"):
             raise ValueError(f"`damping` must be 'auto' or a finite number of at least 0, but is {self.damping}.")
+        power = self.out_to_loss_power
+        if power is not None and (isinstance(power, bool) or not isinstance(power, (int, float)) or not 0 <= power <= 1):
+            raise ValueError(f"`out_to_loss_power` must lie in 0 to 1, but is {power!r}.")
         for name in ("proj_dim", "fold"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -182,10 +214,10 @@ class TrakConfig:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {', '.join(choices)}, but is {getattr(self, name)!r}.")
-        if self.token_out_to_loss == "exact" and self.reduction != "sum":
+        if self.token_out_to_loss == "exact" and self.token_reduction != "sum":
             raise ValueError(
-                "`token_out_to_loss='exact'` needs reduction='sum', since the loss it makes exact is a sum over tokens, but `reduction` "
-                f"is {self.reduction!r}. Set both, or leave `token_out_to_loss` at 'mean'."
+                "`token_out_to_loss='exact'` needs token_reduction='sum', since the loss it makes exact is a sum over tokens, but `token_reduction` "
+                f"is {self.token_reduction!r}. Set both, or leave `token_out_to_loss` at 'mean'."
             )
         if self.parameters == ():
             raise ValueError(
@@ -198,6 +230,25 @@ class TrakConfig:
                 f"These files have format version {self.format_version}, and this hf_trak reads version {FORMAT_VERSION}. "
                 "Upgrade hf_trak, or featurize again."
             )
+
+    @classmethod
+    def published(cls, **changes: Any) -> TrakConfig:
+        """Return the configuration of TRAK as Park et al. (2023) published it: a dense sketch of random signs, no damping, the mean influence
+        over members times their mean 1 − p.
+
+        The rest of the recipe is not the configuration's: its members are the final checkpoints of runs on random halves of the training
+        set (`members="subsets:M"`), and no `base` is given. A larger `proj_dim` is not better without damping.
+
+        Args:
+            changes: Other fields, such as `proj_dim`; or `projector="block_count_sketch"`, which is faster and serves as well.
+        """
+        values: dict[str, Any] = {
+            "projector": "dense_rademacher",
+            "damping": 0.0,
+            "out_to_loss_power": 1.0,
+            "combination": "means",
+        }
+        return cls(**(values | changes))
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-serialisable dictionary."""
@@ -223,21 +274,76 @@ class TrakConfig:
         # Fields of another version are left to the version check, which has the better message.
         return cls(**{key: value for key, value in values.items() if key not in unknown})
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `trak_config.json` into `folder`."""
+    def save_pretrained(
+        self, folder: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None, **pushing: Any
+    ) -> None:
+        """Write `trak_config.json` into `folder`.
+
+        Args:
+            push_to_hub (`bool`): Push it to the Hub, too.
+            repo_id (`str`, *optional*): Where to; by default, the name of `folder` under the account that is logged in.
+            pushing: Of [`~TrakConfig.push_to_hub`].
+        """
         Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        (Path(folder) / CONFIG_NAME).write_text(self._text())
+        if push_to_hub:
+            self.push_to_hub(repo_id or Path(folder).name, **pushing)
+
+    def _text(self) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        token: str | bool | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str = "Upload TrakConfig",
+    ) -> str:
+        """Upload `trak_config.json` to a dataset repository, which is made if need be, and return the URL of the commit or pull request."""
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        name = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
+        commit = api.upload_file(
+            path_or_fileobj=self._text().encode(),
+            path_in_repo=CONFIG_NAME,
+            repo_id=name,
+            repo_type="dataset",
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+        )
+        return str(commit.pr_url or commit.commit_url)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> TrakConfig:
-        """Read `trak_config.json` from `folder`.
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> TrakConfig:
+        """Read `trak_config.json` from a folder or a dataset repository of the Hub.
+
+        Args:
+            revision, token, cache_dir, local_files_only, force_download (*optional*): Of a repository, as huggingface_hub takes them.
 
         Raises:
-            FileNotFoundError: If the folder holds none.
+            FileNotFoundError: If there is none, or it cannot be fetched.
             ValueError: If the file is damaged, or of another format version.
         """
-        path = (Path(folder) if isinstance(folder, str) else folder) / CONFIG_NAME
-        if not path.is_file():
+        folder = Path(name_or_path) if isinstance(name_or_path, str) else name_or_path
+        path = folder / CONFIG_NAME
+        if isinstance(name_or_path, str) and not folder.exists() and name_or_path.count("/") <= 1:
+            access = {"cache_dir": cache_dir, "local_files_only": local_files_only, "force_download": force_download}
+            path = _fetch(name_or_path, revision=revision, token=token, **access)
+        elif not path.is_file():
             raise FileNotFoundError(f"{folder} holds no {CONFIG_NAME}, so it is not an attribution index.")
         try:
             values = json.loads(path.read_bytes())

@@ -12,7 +12,8 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from hf_trak.building.build import build_members
-from hf_trak.building.jobs import Part, forget_parts, merge_members
+from hf_trak.building.estimate import Estimate, estimate_build
+from hf_trak.building.jobs import Job, merge_members, remove_job_records
 from hf_trak.config import TrakConfig
 from hf_trak.distributed import Processes, current_processes, launched_processes
 from hf_trak.featurizing.featurizer import Featurizer
@@ -24,7 +25,7 @@ from hf_trak.hub.mixin import HubMixin
 from hf_trak.hub.object_index import ObjectIndex
 from hf_trak.messages import list_differences
 from hf_trak.querying.queries import QuerySide
-from hf_trak.querying.questions import Questions
+from hf_trak.querying.scoring_methods import ScoringMethods
 from hf_trak.querying.training_rows import KeptRows, align_rows
 from hf_trak.runtime import terminable
 from hf_trak.scoring.damping import DAMPING_NAME, DampingChoice
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 DEFAULT_SHARD_ROWS = 1024
 
 
-class AttributionIndex(Questions, HubMixin):
+class AttributionIndex(ScoringMethods, HubMixin):
     """Features of a training set under one or more members, on disk.
 
     Make one with [`AttributionIndex.build`] or `AttributionTrainer.featurize`, load one with
@@ -213,7 +214,35 @@ class AttributionIndex(Questions, HubMixin):
         return index
 
     @classmethod
-    def build_part(
+    def estimate(
+        cls,
+        *,
+        models: PreTrainedModel | str | Path | Sequence[PreTrainedModel | str | Path],
+        dataset: Dataset,
+        config: TrakConfig | None = None,
+        **options: Any,
+    ) -> Estimate:
+        """Return what [`AttributionIndex.build`] would take: time, disk and memory, from some rows of the first checkpoint.
+
+        ```python
+        print(AttributionIndex.estimate(models="me/my-bert", dataset=train))
+        ```
+
+        Nothing is written. A model or rows that a build would refuse are refused here.
+
+        Args:
+            models, dataset, config: As in [`AttributionIndex.build`].
+            options: `processing_class`, `task`, `base`, `alpha`, `revision`, `base_revision`, `trust_remote_code`,
+                `sketch_seeds_per_checkpoint`, `dropout_seeds` and `batch_size`, as there.
+
+        Returns:
+            `Estimate`: `seconds`, `disk_bytes`, `memory_bytes`, `engine`, `columns` and the numbers of rows, members and passes.
+        """
+        checkpoints = list(models) if isinstance(models, (list, tuple)) else [models]
+        return estimate_build(checkpoints, dataset, config or TrakConfig(), **options)
+
+    @classmethod
+    def build_shards(
         cls,
         folder: str | Path,
         *,
@@ -252,7 +281,7 @@ class AttributionIndex(Questions, HubMixin):
         Raises:
             ValueError: As [`AttributionIndex.build`]; also if the job was started by a launcher of several processes.
         """
-        folder, part = place(folder), Part(shard_index, num_shards, command)
+        folder, part = place(folder), Job(shard_index, num_shards, command)
         if launched_processes() > 1:
             raise ValueError(
                 "`shard_index` is for jobs of one process each; a launcher's processes divide the work by themselves."
@@ -285,7 +314,7 @@ class AttributionIndex(Questions, HubMixin):
 
     @classmethod
     def merge(cls, folder: str | Path, **loading: Any) -> AttributionIndex:
-        """Finish an index whose parts were made by [`AttributionIndex.build_part`], and return it.
+        """Finish an index whose parts were made by [`AttributionIndex.build_shards`], and return it.
 
         The result is, byte for byte, what [`AttributionIndex.build`] would have made.
 
@@ -300,7 +329,7 @@ class AttributionIndex(Questions, HubMixin):
         merge_members(folder)
         index = cls(folder, **loading)
         index._complete()
-        forget_parts(folder)
+        remove_job_records(folder)
         return index
 
     def _complete(self) -> None:

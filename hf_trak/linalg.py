@@ -1,4 +1,4 @@
-"""The kernel and its damped inverse: everything TRAK solves, in float64."""
+"""The Gram matrix and its damped inverse: everything TRAK solves, in float64."""
 
 from __future__ import annotations
 
@@ -22,72 +22,68 @@ def default_damping(n_checkpoints: int) -> float:
     return DEFAULT_DAMPING if n_checkpoints < LARGE_ENSEMBLE else LARGE_ENSEMBLE_DAMPING
 
 
-def accumulate_kernel(
-    kernel: Float64[Tensor, "proj_dim proj_dim"], features: Float[Tensor, "rows proj_dim"]
+def accumulate_gram(
+    gram: Float64[Tensor, "proj_dim proj_dim"], features: Float[Tensor, "rows proj_dim"]
 ) -> Float64[Tensor, "proj_dim proj_dim"]:
-    r"""Add $\Phi^\top\Phi$ of one block of rows to `kernel`, in place: float32 products of the block, float64 sum over blocks.
+    r"""Add $\Phi^\top\Phi$ of one block of rows to `gram`, in place: float32 products of the block, float64 sum over blocks.
 
     Float64 features are multiplied in float64.
     """
     block = features.float() if features.dtype == torch.float16 else features
-    return kernel.add_(block.T @ block)
+    return gram.add_(block.T @ block)
 
 
-def mean_eigenvalue(kernel: Float64[Tensor, "proj_dim proj_dim"], *, n_rows: int) -> float:
-    r"""Return $\bar\mu$, the kernel's mean nonzero eigenvalue: trace / min(n_rows, proj_dim)."""
-    return kernel.diagonal().sum().item() / min(n_rows, kernel.shape[0])
+def mean_eigenvalue(gram: Float64[Tensor, "proj_dim proj_dim"], *, n_rows: int) -> float:
+    r"""Return $\bar\mu$, the Gram matrix's mean nonzero eigenvalue: trace / min(n_rows, proj_dim)."""
+    return gram.diagonal().sum().item() / min(n_rows, gram.shape[0])
 
 
-def damped(
-    kernel: Float64[Tensor, "proj_dim proj_dim"], *, n_rows: int, damping: float
-) -> Float64[Tensor, "proj_dim proj_dim"]:
+def damped(gram: Float64[Tensor, "proj_dim proj_dim"], *, n_rows: int, damping: float) -> Float64[Tensor, "proj_dim proj_dim"]:
     r"""Return $\Phi^\top\Phi + \lambda\bar\mu I$.
 
     Raises:
-        ValueError: If `damping` is negative or not finite, the kernel holds no rows, or no gradient is nonzero.
-        ValueError: If `damping` is 0 and there are fewer rows than `proj_dim`, so that the kernel is singular.
+        ValueError: If `damping` is negative or not finite, the Gram matrix holds no rows, or no gradient is nonzero.
+        ValueError: If `damping` is 0 and there are fewer rows than `proj_dim`, so that the Gram matrix is singular.
     """
-    proj_dim = kernel.shape[0]
+    proj_dim = gram.shape[0]
     if not (math.isfinite(damping) and damping >= 0):
         raise ValueError(f"`damping` must be a finite number of at least 0, or 'auto', but is {damping}.")
     if n_rows < 1:
-        raise ValueError("The kernel was built from 0 rows; featurize at least one training example.")
+        raise ValueError("The Gram matrix was built from 0 rows; featurize at least one training example.")
     if damping == 0 and n_rows < proj_dim:
         raise ValueError(
-            f"With damping=0 the kernel of {n_rows} training examples is singular at proj_dim={proj_dim}: its rank is at most "
+            f"With damping=0 the Gram matrix of {n_rows} training examples is singular at proj_dim={proj_dim}: its rank is at most "
             f"{n_rows}. Use a positive damping (damping='auto' is the default), or featurize with proj_dim below {n_rows}."
         )
-    scale = mean_eigenvalue(kernel, n_rows=n_rows)
+    scale = mean_eigenvalue(gram, n_rows=n_rows)
     if not (math.isfinite(scale) and scale > 0):
         raise ValueError(
-            f"The kernel's mean eigenvalue is {scale}, so nothing can be attributed: every training gradient is zero or not "
+            f"The Gram matrix's mean eigenvalue is {scale}, so nothing can be attributed: every training gradient is zero or not "
             "finite. Check that the model's outputs depend on the selected parameters."
         )
-    result = kernel.clone()
+    result = gram.clone()
     result.diagonal().add_(damping * scale)
     return result
 
 
-def factor(
-    kernel: Float64[Tensor, "proj_dim proj_dim"], *, n_rows: int, damping: float
-) -> Float64[Tensor, "proj_dim proj_dim"]:
+def factor(gram: Float64[Tensor, "proj_dim proj_dim"], *, n_rows: int, damping: float) -> Float64[Tensor, "proj_dim proj_dim"]:
     r"""Return the lower Cholesky factor of $\Phi^\top\Phi + \lambda\bar\mu I$; factor once, solve many.
 
     Args:
-        kernel (`torch.Tensor`): $\Phi^\top\Phi$, summed (not averaged) over the training set, float64.
+        gram (`torch.Tensor`): $\Phi^\top\Phi$, summed (not averaged) over the training set, float64.
         n_rows (`int`): How many training examples were summed.
-        damping (`float`): $\lambda$, as a multiple of the kernel's mean nonzero eigenvalue $\bar\mu$. The paper uses 0.
+        damping (`float`): $\lambda$, as a multiple of the Gram matrix's mean nonzero eigenvalue $\bar\mu$. The paper uses 0.
 
     Raises:
-        ValueError: As [`damped`], and if the damped kernel is singular in float64.
+        ValueError: As [`damped`], and if the damped Gram matrix is singular in float64.
     """
-    cholesky, info = torch.linalg.cholesky_ex(damped(kernel, n_rows=n_rows, damping=damping))
+    cholesky, info = torch.linalg.cholesky_ex(damped(gram, n_rows=n_rows, damping=damping))
     pivots = cholesky.diagonal()
     # A pivot this small is round-off: the solve would return finite garbage.
-    singular = info.item() != 0 or (pivots.min() / pivots.max()).item() ** 2 < kernel.shape[0] * torch.finfo(kernel.dtype).eps
+    singular = info.item() != 0 or (pivots.min() / pivots.max()).item() ** 2 < gram.shape[0] * torch.finfo(gram.dtype).eps
     if singular:
         raise ValueError(
-            f"The kernel of {n_rows} training examples at proj_dim={kernel.shape[0]} is singular with damping={damping}: some "
+            f"The Gram matrix of {n_rows} training examples at proj_dim={gram.shape[0]} is singular with damping={damping}: some "
             "gradients are linear combinations of others. Use a larger damping (damping='auto' is the default) or a smaller proj_dim."
         )
     return cholesky
@@ -96,9 +92,9 @@ def factor(
 def solve(
     cholesky: Float64[Tensor, "proj_dim proj_dim"], features: Float[Tensor, "rows proj_dim"]
 ) -> Float64[Tensor, "rows proj_dim"]:
-    r"""Right-multiply `features` by the inverse of the factored kernel, in float64 whatever the storage dtype.
+    r"""Right-multiply `features` by the inverse of the factored Gram matrix, in float64 whatever the storage dtype.
 
-    The kernel's condition number is the square of that of $\Phi$, so float32 is not enough. Source: Park et al. (2023),
+    The Gram matrix's condition number is the square of that of $\Phi$, so float32 is not enough. Source: Park et al. (2023),
     [TRAK](https://huggingface.co/papers/2303.14186), Algorithm 1.
     """
     return torch.cholesky_solve(features.to(cholesky.dtype).T, cholesky).T

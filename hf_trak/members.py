@@ -120,7 +120,7 @@ def read_alphas(base: Any, alpha: float | Sequence[float] | None) -> tuple[float
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass of gradients over a dataset: a checkpoint, thinned or whole, sketched for several members at once.
+    """One pass of gradients over a dataset: a checkpoint, with a dropout mask or without, sketched for several members at once.
 
     Args:
         checkpoint (`int`): Its number.

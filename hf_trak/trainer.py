@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,17 +16,19 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import broadcast_object_list
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging as transformers_logging
 
-from hf_trak.building.checks import rehearse
+from hf_trak.building.checks import check_rows_before_training
 from hf_trak.config import TrakConfig
 from hf_trak.hub.cards import render_model_section
 from hf_trak.index import AttributionIndex
 from hf_trak.members import ADAPTER, AUTO, INITIAL
+from hf_trak.sources.checkpoints import load_model
 from hf_trak.sources.path_bases import find_base, load_base
 from hf_trak.sources.path_points import check_scalable
+from hf_trak.sources.processors import load_processing_class
 from hf_trak.sources.row_digests import check_kept
 from hf_trak.storage.files import TEMPORARY, write_folder
 from hf_trak.storage.snapshots import is_snapshot
@@ -61,38 +63,36 @@ from hf_trak.training.snapshots import (
     loads_by_name,
     save_snapshot,
 )
-from hf_trak.training_args import AttributionArguments
+from hf_trak.training_args import AttributionArguments, AttributionFields
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import Trainer as _Base
 
     from hf_trak.tasks import Task
+
+else:
+    _Base = object
 
 logger = logging.getLogger(__name__)
 
 _TRIED = ".tried-"
+_PREPARED = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features")  # columns that models take
 _TAGS = ("trak", "data-attribution")
 _SNAPSHOTS = {"final": "final", "epoch": "epoch-*", "steps": "step-*", "path": "step-*", "runs": "run-*", "subsets": "subset-*"}
 
 
-class AttributionTrainer(Trainer):
-    """A `Trainer` whose model can be asked which training examples made it do what it does.
+class AttributionMixin(_Base):
+    """What makes a `Trainer` attribute: put it before the class of any Trainer, or call [`attribution`].
 
     ```python
-    trainer = AttributionTrainer(model=model, args=AttributionArguments("out", members="epoch:3"), train_dataset=train)
-    trainer.train()
-    trainer.featurize()
-    hits = trainer.attribute(validation, top_k=10)
+    class MyTrainer(AttributionMixin, SFTTrainer): ...
     ```
 
     Whatever `members` are, `train()` leaves the ordinary model of the whole training set, trained bit for bit as `Trainer` does.
     The further runs of `members="runs:M"` and `"subsets:M"` follow it, from the same initial weights (or `model_init`), with other
     seeds. A process that was killed goes on when the same command is run again: finished runs are not repeated, an unfinished one
     resumes from its last checkpoint if `save_strategy` writes any, and starts again otherwise.
-
-    A dual encoder such as CLIP is trained with its own contrastive loss, on images and captions as they are: see [`PairCollator`].
-    A language model is trained on conversations, prompts with completions, texts or tokens as they are, with the loss of the very
-    tokens that are attributed: see [`CausalInputs`] and its kin. Both hold where no `data_collator` is given.
 
     What attribution would refuse is refused before the first step: `train()` checks every row, saves the initial weights, loads them
     again and featurizes two rows. A loss that attribution does not know is told by a warning.
@@ -107,39 +107,28 @@ class AttributionTrainer(Trainer):
         task (`Task`, *optional*): What to attribute, for models no task serves; by default, by the model's architecture.
         attribution_dataset (`Dataset`, *optional*): The rows of `train_dataset` in the same order as attribution shall read them, where
             training reads them otherwise: with random augmentation, or from another class than `datasets.Dataset`.
-        args, kwargs: As `Trainer` has them. `args` are [`AttributionArguments`].
+        model, args, kwargs: As the Trainer has them. `args` that are no [`AttributionArguments`] are taken over with the defaults of an
+            attribution; see [`AttributionArguments.from_training_arguments`]. The caller's `args` stay as they are.
     """
 
-    args: AttributionArguments
+    args: Any
 
     def __init__(
         self,
-        model: PreTrainedModel | None = None,
-        args: AttributionArguments | None = None,
+        model: Any = None,
+        args: TrainingArguments | None = None,
         *,
         task: Task | None = None,
         attribution_dataset: Dataset | None = None,
         **kwargs: Any,
     ) -> None:
-        args = args or AttributionArguments()
-        if not isinstance(args, AttributionArguments):
-            raise ValueError(
-                f"`args` must be AttributionArguments, but is {type(args).__name__}; they take the same arguments."
-            )
+        args = _as_attribution_arguments(args)
         if attribution_dataset is not None:
             check_training_set(attribution_dataset, "attribution_dataset")
             check_same_rows(attribution_dataset, kwargs.get("train_dataset"))
         elif kwargs.get("train_dataset") is not None:
             check_training_set(kwargs["train_dataset"])
         check_evaluation_set(kwargs.get("eval_dataset"))
-        if kwargs.get("data_collator") is None and model is not None and not is_plain(model):
-            if is_dual_encoder(model):
-                kwargs["data_collator"] = PairCollator(model, args.trak_config(), kwargs.get("processing_class"))
-                args = _with_all_columns(args)  # images and captions become what the model takes in the collator
-            elif task is None and is_language_model(model):
-                task_of_model = AutoTask.from_model(model, args.trak_config())
-                kwargs["data_collator"] = TaskCollator(task_of_model, kwargs.get("processing_class"))
-                args = _with_all_columns(args)  # so do conversations and texts
         write_folder(Path(args.output_dir))
         super().__init__(model=model, args=args, **kwargs)
         self.task = task
@@ -151,7 +140,7 @@ class AttributionTrainer(Trainer):
         self._described: dict[str, Any] = {}
         self._told_losses: list[str] = []
         if self.members.is_single_run:
-            callback = AttributionCallback(args.members, keep_initial=args.base == INITIAL)
+            callback = AttributionCallback(args.members, keep_initial=self.args.base == INITIAL)
             callback._uploads_indexes = callback._tells_losses = False
             self.add_callback(callback)
 
@@ -305,7 +294,7 @@ class AttributionTrainer(Trainer):
             check_writable(self._members_folder)
             check_kept(self._attributed, self.args.kept_columns())
             with random_state_kept(), _without_progress_bars():
-                self._rehearse()
+                self._check_rows_before_training()
                 self._tell_of_queries(task)
         self.accelerator.wait_for_everyone()
         losses = list_unknown_losses(self) if self.task is None else []
@@ -313,14 +302,14 @@ class AttributionTrainer(Trainer):
             warnings.warn(warning_of_losses(losses, task.name), UserWarning, stacklevel=3)
         self._told_losses = losses
 
-    def _rehearse(self) -> None:
+    def _check_rows_before_training(self) -> None:
         """Save the weights, load them as members will be, check all rows and featurize two."""
         for leftover in self._members_folder.glob(f"{_TRIED}*{TEMPORARY}"):  # of a process that was killed
             shutil.rmtree(leftover)
         with tempfile.TemporaryDirectory(prefix=_TRIED, suffix=TEMPORARY, dir=self._members_folder) as folder:
             snapshot = Path(folder) / "snapshot"
             save_snapshot(snapshot, self.model, self.processing_class)
-            featurizer = rehearse(
+            featurizer = check_rows_before_training(
                 self._member(snapshot),
                 self._attributed,
                 self._trak_config(),
@@ -455,6 +444,123 @@ class AttributionTrainer(Trainer):
             card.write_text(card.read_text() + render_model_section(self.args.members), encoding="utf-8")
 
 
+class AttributionTrainer(AttributionMixin, Trainer):
+    """A `Trainer` whose model can be asked which training examples made it do what it does.
+
+    ```python
+    trainer = AttributionTrainer("me/my-bert", AttributionArguments("out", members="epoch:3"), train_dataset=train)
+    trainer.train()
+    trainer.featurize()
+    hits = trainer.attribute(validation, top_k=10)
+    ```
+
+    Where no `data_collator` is given, rows are trained on as they are: texts, images and labels by a classifier, images and captions by a
+    dual encoder such as CLIP with its own contrastive loss, conversations, prompts with completions or texts by a language model with the
+    loss of the tokens that are attributed. The `processing_class` reads them. Rows that are tokenized or hold pixels already are collated
+    as `Trainer` does. See [`AttributionMixin`] for what is checked and kept.
+
+    Args:
+        model (`PreTrainedModel`, `nn.Module` or `str`, *optional*): The model, or the folder or repository of one: it is loaded by the class
+            that the checkpoint names, with its own `processing_class` if none is given.
+        args (`TrainingArguments`, *optional*): [`AttributionArguments`], or others, which are taken over with the defaults of an attribution
+            and stay as they are.
+        data_collator, train_dataset, eval_dataset, processing_class, model_init, compute_loss_func, compute_metrics, callbacks, optimizers,
+            optimizer_cls_and_kwargs, preprocess_logits_for_metrics (*optional*): As `Trainer` has them.
+        task (`Task`, *optional*): What to attribute, for models no task serves; by default, by the model's architecture.
+        attribution_dataset (`Dataset`, *optional*): The rows of `train_dataset` in the same order as attribution shall read them, where
+            training reads them otherwise.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | str | Path | None = None,
+        args: TrainingArguments | None = None,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
+        compute_loss_func: Callable[..., Any] | None = None,
+        compute_metrics: Callable[..., dict[str, Any]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[..., Any] | None = None,
+        *,
+        task: Task | None = None,
+        attribution_dataset: Dataset | None = None,
+    ) -> None:
+        args = _as_attribution_arguments(args)
+        if isinstance(model, (str, Path)):
+            name = str(model)
+            processing_class = load_processing_class(name) if processing_class is None else processing_class
+            model = load_model(name)
+        if data_collator is None and model is not None and not is_plain(model):
+            data_collator = _collator_of_rows(model, args, train_dataset, processing_class, task)
+            if data_collator is not None:
+                args = _with_all_columns(args)  # texts and images become what the model takes in the collator
+        super().__init__(
+            model,
+            args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            model_init=model_init,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            task=task,
+            attribution_dataset=attribution_dataset,
+        )
+
+
+def attribution(trainer: type[Trainer]) -> type[Trainer]:
+    """Return a class of Trainer that also attributes, such as `attribution(SFTTrainer)`; see [`AttributionMixin`].
+
+    ```python
+    trainer = attribution(SFTTrainer)("Qwen/Qwen3-0.6B", SFTConfig("out"), train_dataset=conversations)
+    trainer.train()
+    index = trainer.featurize()  # of the rows as the trainer has tokenized them
+    ```
+    """
+    return type(f"Attribution{trainer.__name__}", (AttributionMixin, trainer), {"__doc__": trainer.__doc__})
+
+
+def _as_attribution_arguments(args: TrainingArguments | None) -> Any:
+    """Return a copy of the arguments with the fields of an attribution.
+
+    Raises:
+        ValueError: If they are no `TrainingArguments`.
+    """
+    if args is None:
+        return AttributionArguments()
+    if not isinstance(args, TrainingArguments):
+        raise ValueError(f"`args` must be AttributionArguments or other TrainingArguments, but is {type(args).__name__}.")
+    return copy.copy(args) if isinstance(args, AttributionFields) else AttributionArguments.from_training_arguments(args)
+
+
+def _collator_of_rows(model: Any, args: Any, train: Any, processing_class: Any, task: Task | None) -> Any:
+    """Return what makes batches of rows that no one has tokenized or made pixels of; None where `Trainer` collates them."""
+    if is_dual_encoder(model):
+        return PairCollator(model, args.trak_config(), processing_class)
+    if task is not None:
+        return None
+    if is_language_model(model):
+        return TaskCollator(AutoTask.from_model(model, args.trak_config()), processing_class)
+    names = getattr(train, "column_names", None)
+    if names is None or is_transformed(train) or {model.main_input_name, *_PREPARED} & set(names):
+        return None
+    try:
+        found = AutoTask.from_model(model, args.trak_config()).reading(train)
+    except ValueError:  # no task serves this model, or it finds no columns: `train` says so, with the way out
+        return None
+    return TaskCollator(found, processing_class)
+
+
 @contextmanager
 def _without_progress_bars() -> Iterator[None]:
     """Hush transformers' bars of files that are saved and loaded."""
@@ -467,7 +573,7 @@ def _without_progress_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _with_all_columns(args: AttributionArguments) -> AttributionArguments:
+def _with_all_columns(args: Any) -> Any:
     """Return arguments under which the collator sees every column; the caller's own stay as they are."""
     if not args.remove_unused_columns:
         return args

@@ -22,11 +22,12 @@ from typing import Any
 
 import torch
 import transformers
+from clip_evaluation import run_contrastive
+from clip_training import ContrastiveArguments
 
-from hf_trak.cli.main import hush
+from hf_trak.cli.main import quiet_libraries
 from hf_trak.cli.parsing import make_parser, parse
 from hf_trak.cli.results import commit, write_results
-from hf_trak.evaluation.contrastive import ContrastiveArguments, run_contrastive
 from hf_trak.evaluation.plots import save_plots
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -43,7 +44,7 @@ class ReportArguments:
 
 def main(args: ContrastiveArguments, report: ReportArguments) -> None:
     """Score, retrain, report."""
-    hush()
+    quiet_libraries()
     if report.threads:
         torch.set_num_threads(report.threads)
     rows = run_contrastive(args)

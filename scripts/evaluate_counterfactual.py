@@ -17,12 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from paper_settings import Prepared, Setting, prepare, pretrain
 from train_subsets import add_setting_shortcut
 
-from hf_trak.cli.main import hush
+from hf_trak.cli.main import quiet_libraries
 from hf_trak.cli.parsing import make_parser, parse
 from hf_trak.cli.results import commit, write_results
-from hf_trak.evaluation import Prepared, Recipe, Setting, prepare, pretrain
+from hf_trak.evaluation import Recipe
 from hf_trak.evaluation.counterfactual import Counterfactuals, Retrain, run_counterfactuals, summarize_counterfactuals
 from hf_trak.evaluation.training import outputs_on, train
 from hf_trak.hashing import stream_key
@@ -50,7 +51,7 @@ class RemovalArguments:
 
 def main(args: RemovalArguments, setting: Setting, recipe: Recipe) -> None:
     """Do the runs of this shard; sum up where none is missing."""
-    hush()
+    quiet_libraries()
     if args.threads:
         torch.set_num_threads(args.threads)
     options = {"data_folder": Path(args.data), "device": "cuda" if torch.cuda.is_available() else "cpu"}

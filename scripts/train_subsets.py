@@ -21,20 +21,11 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
+from paper_settings import Prepared, Setting, prepare, pretrain
 
-from hf_trak.cli.main import hush
+from hf_trak.cli.main import quiet_libraries
 from hf_trak.cli.parsing import make_parser, parse
-from hf_trak.evaluation import (
-    Prepared,
-    Recipe,
-    Setting,
-    SubsetJob,
-    collect,
-    ground_truth_reliability,
-    make_masks,
-    prepare,
-    pretrain,
-)
+from hf_trak.evaluation import Recipe, SubsetJob, collect, ground_truth_reliability, make_masks
 
 CONFIGS = Path(__file__).parent / "configs"
 SETTINGS = ("cifar2", "cifar10", "imagenet", "qnli", "sst2")
@@ -63,7 +54,7 @@ class JobArguments:
 
 def main(args: JobArguments, setting: Setting, recipe: Recipe) -> None:
     """Run the jobs; the process that finishes last collects them."""
-    hush()
+    quiet_libraries()
     # Processes wait for each other at the end only, and for as long as a run takes.
     state = PartialState(cpu=use_cpu(), timeout=timedelta(days=30))
     check_processes(state)

@@ -82,4 +82,4 @@ def large(tmp_path_factory, checkpoint):
 @pytest.fixture(scope="module")
 def small(tmp_path_factory, checkpoint):
     """One member of one shard, of another sketch."""
-    return build(tmp_path_factory.mktemp("small") / "index", checkpoint, config=TrakConfig(proj_dim=16, seed=7))
+    return build(tmp_path_factory.mktemp("small") / "index", checkpoint, config=TrakConfig(proj_dim=16, sketch_seed=7))

@@ -24,7 +24,7 @@ def build(folder, models, **options):
 
 def new_config(**options):
     """A configuration that nobody has used: what a Hub has seen before, in whatever repository, is not sent again."""
-    return TrakConfig(**{"proj_dim": 16, "seed": uuid4().int % 2**31, **options})
+    return TrakConfig(**{"proj_dim": 16, "sketch_seed": uuid4().int % 2**31, **options})
 
 
 def scores_of(index):

@@ -51,7 +51,7 @@ def part(folder: str, index: str, count: str, *models: Any) -> None:
     tell_of_shards()
     print("ready", flush=True)
     sys.stdin.readline()
-    AttributionIndex.build_part(folder, shard_index=int(index), num_shards=int(count), **options(*models))
+    AttributionIndex.build_shards(folder, shard_index=int(index), num_shards=int(count), **options(*models))
 
 
 def accelerator(folder: str, *models: str) -> AttributionIndex:
@@ -100,5 +100,5 @@ if __name__ == "__main__":
         sys.exit(1)
     if index is None:
         sys.exit(0)
-    sums = [member.kernel().sum().item() for member in index.members]
-    print(json.dumps({"n_rows": index.n_rows, "kernels": sums}))
+    sums = [member.gram().sum().item() for member in index.members]
+    print(json.dumps({"n_rows": index.n_rows, "grams": sums}))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from hf_trak import AttributionIndex, TrakConfig
-from hf_trak.linalg import accumulate_kernel
+from hf_trak.linalg import accumulate_gram
 from hf_trak.storage.columns import encode_columns
 from hf_trak.storage.writer import MemberWriter
 
@@ -27,7 +27,7 @@ def store_index(
 ) -> AttributionIndex:
     """Write members' features and out-to-loss."""
     n_rows, proj_dim = members[0][0].shape
-    config = TrakConfig(task="text-classification", proj_dim=proj_dim, dtype=dtype)
+    config = TrakConfig(task="text-classification", proj_dim=proj_dim, features_dtype=dtype)
     config.save_pretrained(folder)
     drawn = hashlib.sha256(b"".join(part.tobytes() for member in members for part in member)).hexdigest()
     for number, (features, out_to_loss) in enumerate(members):
@@ -47,7 +47,7 @@ def store_index(
             rows = list(writer.rows(shard))
             phi, q = torch.from_numpy(features[rows]), torch.from_numpy(out_to_loss[rows])
             writer.write(shard, encode_columns(phi, torch.zeros_like(q), q, dtype=dtype))
-        kernel = accumulate_kernel(torch.zeros(proj_dim, proj_dim, dtype=torch.float64), torch.from_numpy(features).double())
+        gram = accumulate_gram(torch.zeros(proj_dim, proj_dim, dtype=torch.float64), torch.from_numpy(features).double())
         description = {
             "checkpoint": {"path": None, "repository": None, "revision": None},
             "checkpoint_number": number,
@@ -57,5 +57,5 @@ def store_index(
             "versions": {"hf_trak": "0", "torch": "0", "transformers": "0", "datasets": "0", "python": "3"},
             "hardware": "x86_64",
         }
-        writer.finish(kernel, description)
+        writer.finish(gram, description)
     return AttributionIndex.from_pretrained(folder)

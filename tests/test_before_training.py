@@ -141,7 +141,7 @@ REFUSED = {
         lambda folder: make_trainer(folder, max_steps=2, given={"train_dataset": TRAIN.to_iterable_dataset()}),
         "is an IterableDataset, which is streaming. Load it without `streaming=True`",
     ),
-    "none": (lambda folder: make_trainer(folder, given={"train_dataset": None}), "is None. Give the rows to train on"),
+    "none": (lambda folder: make_trainer(folder, given={"train_dataset": None}), "is None. Give the rows"),
     "empty": (lambda folder: make_trainer(folder, given={"train_dataset": TRAIN.select([])}), "The training set is empty"),
     "queries": (
         lambda folder: make_trainer(folder, given={"eval_dataset": VALIDATION.to_pandas()}),
@@ -168,7 +168,7 @@ REFUSED = {
         "7 (at|in) row 20",
     ),
     "proj_dim": (lambda folder: make_trainer(folder, proj_dim=10**6), "proj_dim=1,000,000 is more than"),
-    "parameters": (lambda folder: make_trainer(folder, attribution_parameters=["nothing"]), "'nothing' matches none"),
+    "parameters": (lambda folder: make_trainer(folder, parameters=["nothing"]), "'nothing' matches none"),
     "broken task": (broken_task, "Featurizing failed for rows 0, 1 of the training set.*KeyError: 'missing'"),
     "lazy module": (lazy_module, "'lazy.weight' in the `state_dict` of this Lazy is a UninitializedParameter"),
     "tied checkpoints": (

@@ -68,7 +68,7 @@ def everything():
         {"case": "sst2", "method": "index", "metric": "featurize_cpu_ratio", "value": 0.9, "unit": "x", "interval": None},
     ]
     return {
-        "config": TrakConfig(proj_dim=4096, dtype="float16"),
+        "config": TrakConfig(proj_dim=4096, features_dtype="float16"),
         "members": members,
         "name": "me/sst2-trak",
         "choice": DampingChoice(3.0, (0.3, 3.0), (0.1, 0.25), 4, 2048, "0" * 64),

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from datasets import Dataset, Image
 from datasets_for_tests import save_model, token_rows
 from models import bert, make_model
@@ -358,6 +359,15 @@ def test_an_image_processor_is_not_made_up_either(tmp_path):
     ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "processor")
     scores = build(tmp_path / "index", model, rows, config, processing_class=tmp_path / "processor").score(rows, progress=False)
     assert np.isfinite(scores).all()
+
+
+@pytest.mark.parametrize(
+    ("extractor", "config"), [("Wav2Vec2FeatureExtractor", "HubertConfig"), ("WhisperFeatureExtractor", "WhisperConfig")]
+)
+def test_the_feature_extractor_of_a_classifier_of_sound_is_found_by_name(tmp_path, extractor, config):
+    getattr(transformers, config)().save_pretrained(tmp_path)
+    getattr(transformers, extractor)().save_pretrained(tmp_path)
+    assert type(load_processing_class(str(tmp_path))).__name__ == extractor
 
 
 def test_a_name_without_a_processor_is_refused(tmp_path):

@@ -188,6 +188,15 @@ def test_yaml_gives_every_kind_of_value(tmp_path: Path) -> None:
     assert features.trak_config().damping == 1e-4
 
 
+def test_the_published_preset_leaves_flags_that_are_given() -> None:
+    needed = ["--model", "m", "--dataset", "d", "--output", "o", "--proj_dim", "8", "--preset", "published"]
+    assert parse_featurize(needed)[1].trak_config() == TrakConfig.published(proj_dim=8)
+    _, features = parse_featurize([*needed, "--damping", "1", "--projector", "identity"])
+    assert features.trak_config() == TrakConfig.published(proj_dim=8, damping=1.0, projector="identity")
+    with pytest.raises(ValueError, match="`base` \\(--base\\) of points before them"):
+        parse_featurize([*needed, "--base", "b"])[1].trak_config()
+
+
 def test_flags_beat_yaml(tmp_path: Path) -> None:
     flags = ["--model", "c", "--proj_dim=8", "--model", "d", "--overwrite=false"]
     args, features = parse_featurize([*flags, "--config", write_yaml(tmp_path, YAML)])

@@ -11,20 +11,22 @@ from hf_trak.config import CONFIG_NAME, FORMAT_VERSION, TrakConfig
 FULL: dict[str, Any] = {
     "task": "text-classification",
     "proj_dim": 512,
-    "seed": 3,
+    "sketch_seed": 3,
     "projector": "dense_rademacher",
     "fold": 1,
     "gradients": "functional",
     "compute_dtype": "bfloat16",
     "damping": 0.5,
-    "dtype": "float16",
+    "out_to_loss_power": 1.0,
+    "combination": "means",
+    "features_dtype": "float16",
     "parameters": ("classifier", r"layer\.1\."),
     "text_columns": ("question", "sentence"),
     "image_column": "image",
     "label_column": "label",
     "label_mapping": "by_name",
     "max_length": 64,
-    "reduction": "sum",
+    "token_reduction": "sum",
     "score_tokens": "content",
     "token_out_to_loss": "exact",
     "loss_on": "assistant",
@@ -63,8 +65,8 @@ def test_arguments_of_the_chat_template_are_one_text_however_they_are_given():
 def test_the_file_is_golden(tmp_path):
     TrakConfig(task="image-classification", parameters=["classifier"]).save_pretrained(tmp_path)
     assert (tmp_path / CONFIG_NAME).read_text() == (
-        '{\n  "task": "image-classification",\n  "proj_dim": 4096,\n  "seed": 0,\n  "projector": "block_count_sketch",\n'
-        '  "fold": 4,\n  "gradients": "auto",\n  "compute_dtype": "float32",\n  "damping": "auto",\n  "dtype": "float32",\n  "parameters": [\n    "classifier"\n  ],\n'
+        '{\n  "task": "image-classification",\n  "proj_dim": 4096,\n  "sketch_seed": 0,\n  "projector": "block_count_sketch",\n'
+        '  "fold": 4,\n  "gradients": "auto",\n  "compute_dtype": "float32",\n  "damping": "auto",\n  "features_dtype": "float32",\n  "parameters": [\n    "classifier"\n  ],\n'
         '  "text_columns": null,\n  "image_column": null,\n  "label_column": null,\n  "max_length": null,\n'
         '  "format_version": 4\n}\n'
     )
@@ -96,6 +98,8 @@ def test_a_damping_of_zero_is_the_papers_and_allowed():
     ("values", "message"),
     [
         ({"compute_dtype": "float16"}, "`compute_dtype` must be one of float32, bfloat16, but is 'float16'"),
+        ({"out_to_loss_power": 2}, "`out_to_loss_power` must lie in 0 to 1, but is 2"),
+        ({"combination": "sum"}, "`combination` must be one of scaled, means, but is 'sum'"),
         ({"damping": "much"}, "`damping` must be 'auto' or a number, but is 'much'"),
         ({"damping": -0.1}, "`damping` must be 'auto' or a finite number of at least 0, but is -0.1"),
         ({"damping": float("nan")}, "finite number of at least 0, but is nan"),
@@ -105,13 +109,13 @@ def test_a_damping_of_zero_is_the_papers_and_allowed():
         ({"proj_dim": "8"}, "`proj_dim` must be a whole number of at least 1, but is '8'"),
         ({"proj_dim": True}, "`proj_dim` must be a whole number of at least 1, but is True"),
         ({"fold": 0}, "`fold` must be a whole number of at least 1, but is 0"),
-        ({"reduction": "max"}, "`reduction` must be one of mean, sum, but is 'max'"),
+        ({"token_reduction": "max"}, "`token_reduction` must be one of mean, sum, but is 'max'"),
         (
             {"token_out_to_loss": "exact"},
-            "`token_out_to_loss='exact'` needs reduction='sum', .* but `reduction` is 'mean'. Set both",
+            "`token_out_to_loss='exact'` needs token_reduction='sum', .* but `token_reduction` is 'mean'. Set both",
         ),
         ({"score_tokens": "some"}, "`score_tokens` must be one of all, content, but is 'some'"),
-        ({"dtype": "int8"}, "`dtype` must be one of float32, float16, but is 'int8'"),
+        ({"features_dtype": "int8"}, "`features_dtype` must be one of float32, float16, but is 'int8'"),
         ({"gradients": "magic"}, "`gradients` must be one of auto, layerwise, functional, loop, but is 'magic'"),
         ({"text_columns": ()}, "one column or two, but has 0"),
         ({"text_columns": ("a", "b", "c")}, "one column or two, but has 3"),
@@ -151,23 +155,29 @@ def test_equal_configurations_do_not_differ():
 
 
 def test_differences_name_each_field_and_both_values():
-    assert TrakConfig(seed=1).differences(TrakConfig(proj_dim=512, parameters=("head",))) == [
+    assert TrakConfig(sketch_seed=1).differences(TrakConfig(proj_dim=512, parameters=("head",))) == [
         "proj_dim: 4096 here, 512 there",
-        "seed: 1 here, 0 there",
+        "sketch_seed: 1 here, 0 there",
         "parameters: None here, ['head'] there",
     ]
 
 
 def test_what_is_chosen_after_featurizing_is_no_difference():
-    assert TrakConfig(damping=0.0, dtype="float16", skip_unscored=True).differences(TrakConfig()) == []
+    assert TrakConfig(damping=0.0, features_dtype="float16", skip_unscored=True).differences(TrakConfig()) == []
 
 
-@pytest.mark.parametrize("field", sorted(set(FULL) - {"damping", "dtype", "skip_unscored", "format_version", "gradients"}))
+@pytest.mark.parametrize(
+    "field",
+    sorted(
+        set(FULL)
+        - {"damping", "out_to_loss_power", "combination", "features_dtype", "skip_unscored", "format_version", "gradients"}
+    ),
+)
 def test_every_field_that_gives_features_their_meaning_is_a_difference(field: str):
-    needed = {"reduction": "sum"} if field == "token_out_to_loss" else {}
+    needed = {"token_reduction": "sum"} if field == "token_out_to_loss" else {}
     assert len(TrakConfig(**needed, **{field: FULL[field]}).differences(TrakConfig(**needed))) == 1
 
 
 def test_fields_that_came_later_are_no_part_of_an_older_members_identity():
-    assert not {"bank_size", "bank_seed", "task", "damping"} & set(TrakConfig().identity())
+    assert not {"bank_size", "bank_seed", "task", "damping", "combination"} & set(TrakConfig().identity())
     assert TrakConfig(bank_size=300).identity()["bank_size"] == 300

@@ -212,7 +212,7 @@ def test_a_trainer_trains_a_dual_encoder_and_attributes(tmp_path: Path):
     model, processor = make_dual_encoder("clip"), make_processor()
     args = AttributionArguments(
         str(tmp_path / "out"), proj_dim=32, bank_size=6, num_train_epochs=8, per_device_train_batch_size=4, learning_rate=3e-3,
-        report_to="none", disable_tqdm=True, save_strategy="no", use_cpu=True, members="final", logging_steps=3, featurize_batch_size="4",
+        report_to="none", disable_tqdm=True, save_strategy="no", use_cpu=True, members="final", logging_steps=3, batch_size="4",
     )  # fmt: skip
     trainer = AttributionTrainer(
         model,

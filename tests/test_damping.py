@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from hf_trak.linalg import accumulate_kernel
+from hf_trak.linalg import accumulate_gram
 from hf_trak.scoring.damping import GRID, DampingChoice, choose_damping, spearman, split_in_halves, take
 from hf_trak.storage.columns import encode_columns
 from hf_trak.storage.reader import MemberReader
@@ -18,7 +18,7 @@ N, PROJ_DIM, N_CHECKPOINTS = 120, 16, 8
 
 
 def features_of(seed, spread=3.0):
-    """Rows whose kernel has eigenvalues of many sizes, so that λ matters."""
+    """Rows whose Gram matrix has eigenvalues of many sizes, so that λ matters."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(N, PROJ_DIM, generator=generator) * torch.logspace(0, -spread / 2, PROJ_DIM)
 
@@ -26,9 +26,9 @@ def features_of(seed, spread=3.0):
 def scores_of(features, q, damping):
     """Return τ for the training rows as queries, (n, n), from the equation."""
     phi = features.double().numpy()
-    kernel = phi.T @ phi
-    mean_eigenvalue = np.trace(kernel) / min(phi.shape)
-    return phi @ np.linalg.inv(kernel + damping * mean_eigenvalue * np.eye(len(kernel))) @ phi.T * q.double().numpy()[:, None]
+    gram = phi.T @ phi
+    mean_eigenvalue = np.trace(gram) / min(phi.shape)
+    return phi @ np.linalg.inv(gram + damping * mean_eigenvalue * np.eye(len(gram))) @ phi.T * q.double().numpy()[:, None]
 
 
 def write_members(folder, outputs, masks, *, features, out_to_loss, sketches=1):
@@ -42,8 +42,8 @@ def write_members(folder, outputs, masks, *, features, out_to_loss, sketches=1):
             part = slice(rows.start, rows.stop)
             output = torch.as_tensor(outputs[checkpoint][part]).float()
             writer.write(shard, encode_columns(features[part], output, out_to_loss[part], dtype="float32"))
-        kernel = accumulate_kernel(torch.zeros(PROJ_DIM, PROJ_DIM, dtype=torch.float64), features.double())
-        writer.finish(kernel, {}, None if masks is None else masks[checkpoint])
+        gram = accumulate_gram(torch.zeros(PROJ_DIM, PROJ_DIM, dtype=torch.float64), features.double())
+        writer.finish(gram, {}, None if masks is None else masks[checkpoint])
         readers.append(MemberReader(writer.folder))
     return readers
 

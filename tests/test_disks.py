@@ -73,7 +73,7 @@ def test_a_disk_too_full_for_tensors_is_said_alike(disk):
     mount("-t", "tmpfs", "-o", "size=16k", "tmpfs", disk)
     writer = open_member(disk)
     with pytest.raises(OSError, match="The disk is full: .*bank.safetensors"):
-        writer.write_bank({"images": torch.zeros(100_000)})
+        writer.write_tensors(BANK_NAME, {"images": torch.zeros(100_000)})
     assert not (writer.folder / BANK_NAME).exists()
     assert not list(disk.rglob("*.tmp"))
 

@@ -1,4 +1,4 @@
-"""A thinned network: one mask for all rows, whatever batch they arrive in."""
+"""Dropout masks: one mask for all rows, whatever batch they arrive in."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from models import bert, make_model, resnet
 from torch import nn
 
 from hf_trak import Featurizer, TrakConfig
-from hf_trak.gradients import thinned
+from hf_trak.gradients import dropout_mask
 from hf_trak.gradients.layer_patches import draw_mask
 
 CPU = torch.device("cpu")
@@ -35,7 +35,7 @@ def test_a_thinned_network_is_the_network_without_those_units():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 2)).eval()
     inputs = torch.randn(5, 3)
-    with thinned(model, 4):
+    with dropout_mask(model, 4):
         hidden = model[1](torch.ones(1, 8))[0]
         outputs = model(inputs)
     assert set(hidden.tolist()) == {0.0, 2.0}
@@ -45,14 +45,14 @@ def test_a_thinned_network_is_the_network_without_those_units():
 
 def test_every_token_of_every_row_lacks_the_same_units():
     model = nn.Sequential(nn.Dropout(0.5)).eval()
-    with thinned(model, 0):
+    with dropout_mask(model, 0):
         dropped = model(torch.ones(3, 7, 16))
         assert torch.equal(dropped, dropped[:1, :1].expand(3, 7, 16))
         attention = model(torch.ones(3, 2, 7, 7))
         assert torch.equal(attention, attention[:1].expand(3, 2, 7, 7))
     assert attention[0].std() > 0
     channels = nn.Sequential(nn.Dropout2d(0.5)).eval()
-    with thinned(channels, 0):
+    with dropout_mask(channels, 0):
         picture = channels(torch.ones(2, 16, 4, 4))
     assert torch.equal(picture, picture[:1, :, :1, :1].expand(2, 16, 4, 4))
 
@@ -82,5 +82,5 @@ def test_layerwise_and_functional_gradients_see_the_same_network():
 
 def test_a_network_without_dropout_is_refused():
     for model in (resnet(), bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)):
-        with pytest.raises(ValueError, match="has no dropout module with a probability above 0"), thinned(model, 0):
+        with pytest.raises(ValueError, match="has no dropout module with a probability above 0"), dropout_mask(model, 0):
             pass

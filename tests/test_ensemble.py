@@ -9,11 +9,13 @@ import pytest
 import torch
 from datasets_for_tests import save_model, token_rows
 from models import make_model
-from reference import corrected_scores, scaled_scores, trak_scores
+from reference import corrected_scores, gradient_loop, scaled_scores, trak_scores
+from transformers import AutoModelForSequenceClassification
 
 from hf_trak import AttributionIndex, TrakConfig
 from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.linalg import DEFAULT_DAMPING, LARGE_ENSEMBLE, default_damping
+from hf_trak.projectors import make_projector
 from hf_trak.storage.reader import MemberReader
 from hf_trak.storage.writer import MemberWriter
 
@@ -55,7 +57,7 @@ def files_of(member):
 def test_one_pass_for_several_sketches_makes_the_bytes_of_separate_passes(built, checkpoints, tmp_path):
     """But for the checkpoint's path, which is as seen from each index, and for whose rows a file says that it holds."""
     for number, (checkpoint, seed) in enumerate([(0, 0), (0, 1), (1, 2), (1, 3)]):
-        alone = build(tmp_path / str(seed), checkpoints[checkpoint], config=TrakConfig(proj_dim=32, seed=seed))
+        alone = build(tmp_path / str(seed), checkpoints[checkpoint], config=TrakConfig(proj_dim=32, sketch_seed=seed))
         found, expected = files_of(built.members[number]), files_of(alone.members[0])
         assert found.keys() == expected.keys()
         for name in expected.keys() - {"member.json"}:
@@ -82,6 +84,34 @@ def test_scores_of_many_members_are_the_product_of_two_means(built):
     scores = built.score(QUERIES, out_to_loss_power=1, combination="means", progress=False)
     assert np.isfinite(scores).all()
     np.testing.assert_allclose(scores, expected, rtol=2e-6, atol=1e-7 * np.abs(expected).max())
+
+
+def test_the_published_preset_is_the_papers_formula(checkpoints, tmp_path):
+    """From gradients to scores in float64: signs, Gram matrices without damping, the product of two means."""
+    train, config = TRAIN.select(range(14)), TrakConfig.published(proj_dim=6)
+    built = build(tmp_path / "index", checkpoints, dataset=train, config=config)
+    influence, out_to_loss = 0.0, 0.0
+    for seed, model in enumerate(map(AutoModelForSequenceClassification.from_pretrained, checkpoints)):
+        featurizer = Featurizer(model, config)
+        names, projector = list(dict(model.named_parameters())), make_projector("dense_rademacher", proj_dim=6, seed=seed)
+
+        def sketch(row, model=model, task=featurizer.task, names=names, projector=projector):
+            batch = {"input_ids": torch.tensor([row["input_ids"]]), "labels": torch.tensor([row["label"]])}
+            _, out_to_loss, grads = gradient_loop(model, batch, task.output_function, names)
+            total = projector.start(1, dtype=torch.float64, device=torch.device("cpu"))
+            for name, part in zip(names, grads.split([p.numel() for p in model.parameters()], dim=1), strict=True):
+                projector.add(total, name, part.reshape(1, *model.get_parameter(name).shape))
+            return projector.finish(total)[0].numpy(), out_to_loss.item()
+
+        features, weights = (np.array(values) for values in zip(*map(sketch, train), strict=True))
+        asked = np.array([sketch(row)[0] for row in QUERIES])
+        influence = influence + features @ np.linalg.inv(features.T @ features) @ asked.T / 2
+        out_to_loss = out_to_loss + weights / 2
+    expected = influence * out_to_loss[:, None]
+    for index in (built, AttributionIndex.from_pretrained(built.folder)):
+        scores = index.score(QUERIES, progress=False)
+        np.testing.assert_allclose(scores, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+    assert not np.allclose(expected, built.score(QUERIES, out_to_loss_power=0.5, progress=False), rtol=0.05)
 
 
 @pytest.mark.parametrize("power", [0.5, 1.0])

@@ -9,15 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from clip_evaluation import GroundTruth, Removals, Workspace, all_scores, ensembles
+from clip_training import ContrastiveArguments
 from models import VOCAB_SIZE
 from pairs_for_tests import make_processor, pair_rows, save_dual_encoder
 from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model
 
 from hf_trak import AttributionIndex
-from hf_trak.evaluation.contrastive import ContrastiveArguments
-from hf_trak.evaluation.contrastive.measures import GroundTruth, Removals
-from hf_trak.evaluation.contrastive.scores import all_scores, ensembles
-from hf_trak.evaluation.contrastive.workspace import Workspace
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "evaluate_clip.py"
 SIZES = {
@@ -96,8 +94,8 @@ def test_every_method_is_measured_and_the_ensembles_on_average(run):
 def test_the_same_call_again_trains_nothing_and_other_settings_are_refused(run, script, folder, monkeypatch, capsys):
     args, rows = run
     scale = "small" if args.model is None else "paper"
-    for kind in ("projections.Projections", "whole.WholeEncoder"):
-        monkeypatch.setattr(f"hf_trak.evaluation.contrastive.{kind}.train", lambda *_, **__: pytest.fail("trained again"))
+    for kind in ("Projections", "WholeEncoder"):
+        monkeypatch.setattr(f"clip_training.{kind}.train", lambda *_, **__: pytest.fail("trained again"))
     script.main(*parse(script, folder, args.output, scale))
     assert json.loads((Path(args.output) / "results.json").read_text())["rows"] == rows
     with pytest.raises(ValueError, match=r"epochs: 2 here, 3 there|was begun with other settings"):

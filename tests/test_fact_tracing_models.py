@@ -235,7 +235,7 @@ def test_trak_wants_the_whole_training_set(tmp_path, data, model, encoder):
     scores = method(data[0], data[1])
     assert scores.shape == (len(data[0]), len(data[1]))
     np.testing.assert_array_equal(scores, index.score(data[1], damping=1.0, progress=False))
-    with pytest.raises(ValueError, match="kernel is of the whole training set"):
+    with pytest.raises(ValueError, match="Gram matrix is of the whole training set"):
         method(data[0].select(range(3)), data[1])
 
 

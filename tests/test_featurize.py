@@ -13,7 +13,7 @@ from hf_trak.featurizing.batching import BatchSize, Budget, ShardBatches
 from hf_trak.featurizing.loop import featurize, featurize_ranges, featurize_rows
 from hf_trak.gradients import BatchFeatures
 from hf_trak.storage.columns import encode_columns
-from hf_trak.storage.passes import kernel_of
+from hf_trak.storage.passes import gram_of
 from hf_trak.storage.writer import MemberWriter
 
 PROJ_DIM = 4
@@ -302,13 +302,13 @@ def test_an_interrupted_run_ends_in_the_same_bytes(tmp_path):
         featurize(CountingFeaturizer(), values(23), writer, shards=shards, batch_size=5, progress=False)
     for shard in range(3):
         assert writer.path(shard).read_bytes() == whole.path(shard).read_bytes()
-    assert torch.equal(kernel_of(writer, proj_dim=PROJ_DIM), kernel_of(whole, proj_dim=PROJ_DIM))
+    assert torch.equal(gram_of(writer, proj_dim=PROJ_DIM), gram_of(whole, proj_dim=PROJ_DIM))
 
 
-def test_the_kernel_is_the_sum_over_all_stored_rows(tmp_path):
+def test_the_gram_is_the_sum_over_all_stored_rows(tmp_path):
     writer = run(tmp_path, CountingFeaturizer())
     features = torch.cat([writer.read(shard).features for shard in range(3)]).double()
-    torch.testing.assert_close(kernel_of(writer, proj_dim=PROJ_DIM), features.T @ features)
+    torch.testing.assert_close(gram_of(writer, proj_dim=PROJ_DIM), features.T @ features)
 
 
 def test_progress_counts_rows(tmp_path, capsys):

@@ -272,3 +272,11 @@ def test_class_labels_are_understood():
     assert Featurizer(make_model("bert"), CONFIG)(dataset[:])["trak_features"].shape == (3, 64)
     floats = token_rows(3).cast_column("label", Value("float32"))
     assert Featurizer(make_model("bert"), CONFIG)(floats[:])["trak_features"].shape == (3, 64)
+
+
+@pytest.mark.parametrize("wrap", [torch.nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+def test_a_wrapped_model_has_the_features_of_the_model_inside(wrap):
+    model, rows = make_model("bert"), token_rows(4)
+    plain, wrapped = (Featurizer(one, TrakConfig(proj_dim=16), device="cpu") for one in (model, wrap(model)))
+    expected = plain.compute(plain.collate(rows[:])).features
+    assert torch.equal(wrapped.compute(wrapped.collate(rows[:])).features, expected)

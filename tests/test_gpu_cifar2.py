@@ -95,7 +95,7 @@ def test_what_is_published_is_judged_at_the_final_weights_alone(finished):
             assert more == pytest.approx(found[f"{point}, damping auto", n] - row["value"])
 
 
-def test_a_kernel_that_is_singular_is_damped_as_little_as_can_be(tmp_path):
+def test_a_gram_that_is_singular_is_damped_as_little_as_can_be(tmp_path):
     benchmark = import_benchmark("gpu_cifar2")
     masks, outputs = np.eye(6, N_TRAIN, dtype=bool), np.random.default_rng(0).standard_normal((6, N_QUERY))
     features = torch.randn(N_TRAIN, 4, generator=torch.Generator().manual_seed(0)).repeat(1, 2)  # of rank 4 in 8 dimensions
@@ -105,7 +105,7 @@ def test_a_kernel_that_is_singular_is_damped_as_little_as_can_be(tmp_path):
     compare.point("here", [member], final=True)
     published = [row for row in results.rows if "TRAK as published" in row["method"]]
     assert [row["damping"] for row in published] == [1e-6, 1e-6]
-    assert all("(1e-06, since the kernel is singular)" in row["method"] for row in published)
+    assert all("(1e-06, since the Gram matrix is singular)" in row["method"] for row in published)
     assert any("is singular with damping=0" in note for note in results.notes)
 
 
@@ -172,7 +172,7 @@ def test_a_run_that_diverges_is_noted_and_another_seed_takes_its_place(tmp_path,
 
 
 class NoCompiler:
-    """Kernels that cannot be compiled."""
+    """Gram matrices that cannot be compiled."""
 
     def __getattr__(self, name):
         raise RuntimeError("there is no compiler")

@@ -12,7 +12,7 @@ import models
 import numpy as np
 import pytest
 import torch
-from datasets_for_tests import token_rows
+from datasets_for_tests import image_rows, token_rows
 from models import make_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, BertForPreTraining, GPT2Config, GPT2LMHeadModel, TrainerCallback
@@ -22,7 +22,7 @@ from hf_trak.cli.main import main
 from hf_trak.members import PathPoint
 from hf_trak.scoring.ensemble import default_power_of
 from hf_trak.sources.path_bases import find_base, load_base, make_point
-from hf_trak.sources.path_points import scale_adapter
+from hf_trak.sources.path_points import scale_adapter, statistics_rows
 from hf_trak.storage.writer import MemberWriter
 
 # Trainer's loader asks for pinned memory where there is none.
@@ -82,7 +82,7 @@ def columns(index, member):
 def test_features_are_those_of_a_model_at_the_point(pair, built, tmp_path, member, alpha):
     _, base, final = pair
     point = halfway(base, final, alpha)
-    config = TrakConfig(proj_dim=32, seed=member)
+    config = TrakConfig(proj_dim=32, sketch_seed=member)
     expected = columns(build(tmp_path / "index", point, config=config), 0)
     for name, values in columns(built, member).items():
         assert np.isfinite(values).all()
@@ -108,6 +108,18 @@ def test_a_member_records_the_whole_recipe(pair, built):
 
 def test_the_final_models_hash_is_what_it_is_without_a_base(pair, built):
     assert Featurizer(pair[0] / "final", CONFIG).model_hash() == built.members[0].identity["model_sha256"]
+
+
+@pytest.mark.parametrize("gradients", ["auto", "loop"])
+def test_hits_show_what_the_final_model_says(pair, built, gradients, tmp_path):
+    folder, _, final = pair
+    if gradients == "loop":
+        config = TrakConfig(proj_dim=32, gradients="loop")
+        built = build(tmp_path / "index", folder / "final", base=folder / "base", alpha=0.5, config=config)
+    expected = Featurizer(final, CONFIG)(QUERIES[:])["trak_output"]
+    hits = built.attribute(QUERIES, 2, progress=False)
+    np.testing.assert_allclose(hits["query_output"], expected, rtol=1e-5)
+    assert np.abs(built.featurize_queries(QUERIES, progress=False)["trak_output"] - expected).min() > 1e-3
 
 
 def test_a_fresh_process_asks_a_copy_by_its_recipe_alone(built, tmp_path):
@@ -382,20 +394,99 @@ def test_auto_takes_the_base_that_the_model_card_names(pair, tmp_path, caplog):
         find_base(tmp_path / "final", "auto")
 
 
-def test_statistics_of_batch_norm_are_those_of_the_point(tmp_path):
-    base = make_model("resnet9")
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A network with BatchNorm, what it was fine-tuned from, and an index of the middle between them."""
+    folder = tmp_path_factory.mktemp("pictures")
+    base = make_model("resnet")
     final = moved(base)
     with torch.no_grad():
         for name, buffer in final.named_buffers():
             if buffer.is_floating_point():
                 buffer.mul_(1.5 if "var" in name else 2.0)
-    base.save_pretrained(tmp_path / "base")
-    point = copy.deepcopy(final)
-    make_point(point, PathPoint(str(tmp_path / "base"), 0.5))
-    there, here = dict(base.named_buffers()), dict(final.named_buffers())
-    for name, found in point.named_buffers():
-        if found.is_floating_point():
-            torch.testing.assert_close(found, (there[name] + here[name]) / 2)
+    base.save_pretrained(folder / "base")
+    final.save_pretrained(folder / "final")
+    options = {"dataset": image_rows(140), "shard_rows": 50, "sketch_seeds_per_checkpoint": 2, "alpha": 0.5}
+    return folder, base, final, build(folder / "index", folder / "final", base=folder / "base", **options), options
+
+
+def measured(point, rows):
+    """A model with the running statistics that PyTorch measures in float64 on the rows that are drawn."""
+    point = copy.deepcopy(point).double()
+    for module in point.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None
+    point.train()
+    for batch in statistics_rows(len(rows)):
+        point(pixel_values=torch.tensor(rows[batch]["pixel_values"], dtype=torch.float64))
+    return point.float().eval()
+
+
+def test_statistics_of_batch_norm_are_measured_at_the_point(pictures, tmp_path):
+    _, base, final, index, options = pictures
+    middle = halfway(base, final, 0.5, new=())
+    expected = measured(middle, options["dataset"])
+    found = load_file(index.members[0].folder / "statistics.safetensors")
+    assert index.members[0].identity["point"]["statistics"]["modules"] == len(found) / 2 > 4
+    for name, values in found.items():
+        torch.testing.assert_close(values, expected.get_buffer(name), rtol=1e-5, atol=1e-6)
+        line = torch.lerp(base.get_buffer(name), final.get_buffer(name), 0.5)
+        assert not torch.allclose(values, line, rtol=0.05)
+    alone = columns(build(tmp_path / "index", expected, dataset=options["dataset"]), 0)
+    for name, values in columns(index, 0).items():
+        np.testing.assert_allclose(values, alone[name], rtol=1e-4, atol=1e-5 * np.abs(alone[name]).max(), err_msg=name)
+
+
+def test_queries_use_the_statistics_that_are_stored(pictures, tmp_path, monkeypatch):
+    _, _, _, index, options = pictures
+    monkeypatch.setattr(Featurizer, "measure_statistics", lambda *_: pytest.fail("they were measured again"))
+    index.save_pretrained(tmp_path / "copy")
+    copied = AttributionIndex.from_pretrained(tmp_path / "copy")
+    rows = copied.featurize_queries(options["dataset"].select(range(4)), progress=False)
+    np.testing.assert_allclose(rows["trak_features"], columns(index, 0)["trak_features"][:4], rtol=1e-4, atol=1e-5)
+
+
+def test_jobs_share_the_statistics_that_the_first_measures(pictures, tmp_path, monkeypatch):
+    folder, _, _, index, options = pictures
+    arguments = {"models": folder / "final", "base": folder / "base", "config": CONFIG, "progress": False, **options}
+    for part in (1, 0, 1):
+        AttributionIndex.build_shards(tmp_path / "index", shard_index=part, num_shards=2, **arguments)
+        monkeypatch.setattr(Featurizer, "measure_statistics", lambda *_: pytest.fail("they were measured again"))
+    merged = AttributionIndex.merge(tmp_path / "index")
+    for member, whole in zip(merged.members, index.members, strict=True):
+        for name in whole.records:
+            assert (member.folder / name).read_bytes() == (whole.folder / name).read_bytes()
+
+
+def test_statistics_that_have_changed_or_are_gone_are_refused(pictures, tmp_path):
+    pictures[3].save_pretrained(tmp_path / "copy")
+    path = tmp_path / "copy" / "member_0" / "statistics.safetensors"
+    statistics = load_file(path)
+    next(iter(statistics.values()))[0] += 1
+    save_file(statistics, path)
+    with pytest.raises(ValueError, match=r"statistics.safetensors has changed since it was written"):
+        AttributionIndex.from_pretrained(tmp_path / "copy")
+    info = json.loads((path.parent / "member.json").read_text())
+    info["files"] = [entry for entry in info["files"] if entry["file"] != path.name]
+    (path.parent / "member.json").write_text(json.dumps(info))
+    with pytest.raises(ValueError, match=r"it lists no statistics\.safetensors"):
+        AttributionIndex.from_pretrained(tmp_path / "copy")
+
+
+def test_a_featurizer_alone_asks_for_training_rows(pictures):
+    folder, _, _, index, options = pictures
+    train = options["dataset"]
+    featurizer = Featurizer(folder / "final", CONFIG, base=folder / "base", alpha=0.5)
+    with pytest.raises(ValueError, match=r"running statistics of \d+ modules.*featurizer\.measure_statistics\(train\)"):
+        featurizer(train[:2])
+    before = pickle.dumps(featurizer)
+    featurizer.measure_statistics(train)
+    assert pickle.dumps(featurizer) != before
+    rows = pickle.loads(pickle.dumps(featurizer))(train[:4])["trak_features"]
+    np.testing.assert_allclose(rows, columns(index, 0)["trak_features"][:4], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="These running statistics are not of this point"):
+        featurizer.use_statistics({})
 
 
 def test_tied_weights_move_once(tmp_path):

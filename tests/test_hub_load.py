@@ -95,7 +95,7 @@ def use_step_by_step(repo, models):
     """Return which files each use of an index downloads, by name."""
     steps = {}
     index, steps["open"] = watch(AttributionIndex.from_pretrained, repo, models=models)
-    _, steps["kernel"] = watch(index.members[1].kernel)
+    _, steps["gram"] = watch(index.members[1].gram)
     shards = index.members[0].shards()
     _, steps["shard"] = watch(next, shards)
     _, steps["next shard"] = watch(next, shards)
@@ -231,9 +231,7 @@ def test_a_trainer_pushes_its_model_its_members_and_a_card(client, repo, tmp_pat
     files, card = client(train_and_push, tmp_path / "run", repo)
     assert {"model.safetensors", "members/run-0000/model.safetensors", "members/run-0001/model.safetensors"} <= set(files)
     assert not any(name.startswith("_runs") for name in files)
-    assert not any(name.endswith(("trak_config.json", ".parquet", "kernel.safetensors")) for name in files), (
-        "features stay here"
-    )
+    assert not any(name.endswith(("trak_config.json", ".parquet", "gram.safetensors")) for name in files), "features stay here"
     assert "- data-attribution" in card
     assert "## Training data attribution" in card
     assert (tmp_path / "run" / "index" / "trak_config.json").is_file()
@@ -254,12 +252,12 @@ def test_files_are_fetched_when_they_are_used_and_once(client, repo, large, chec
     steps, n_rows = client(use_step_by_step, repo, [checkpoint] * 2)
     shards = [[f"member_{member}/train-0000{shard}-of-00003.parquet" for shard in range(3)] for member in range(2)]
     assert sorted(set(steps["open"])) == ["README.md", "member_0/member.json", "member_1/member.json", "trak_config.json"]
-    assert set(steps["kernel"]) == {"member_1/kernel.safetensors"}
+    assert set(steps["gram"]) == {"member_1/gram.safetensors"}
     assert set(steps["shard"]) == {shards[0][0]}
     assert set(steps["next shard"]) == {shards[0][1]}
     assert set(steps["features"]) == set(shards[1])
     assert n_rows == 20
-    assert set(steps["score"]) == {"member_0/kernel.safetensors", shards[0][2]}
+    assert set(steps["score"]) == {"member_0/gram.safetensors", shards[0][2]}
     assert steps["score again"] == []
 
 
@@ -291,7 +289,7 @@ from hub_for_tests import scores_of
 from hf_trak import AttributionIndex
 index = AttributionIndex.from_pretrained(sys.argv[1], models=sys.argv[3])
 np.save(sys.argv[4], scores_of(index))
-for use in (lambda: AttributionIndex.from_pretrained(sys.argv[2], models=sys.argv[3]).members[0].kernel(),
+for use in (lambda: AttributionIndex.from_pretrained(sys.argv[2], models=sys.argv[3]).members[0].gram(),
             lambda: AttributionIndex.from_pretrained(sys.argv[2] + "-other")):
     try:
         use()
@@ -315,7 +313,7 @@ def test_what_was_used_before_works_offline_and_what_was_not_is_named(
     assert result.returncode == 0, result.stderr
     assert np.array_equal(np.load(tmp_path / "scores.npy"), scores_of(AttributionIndex(tmp_path / used)))
     missing, unknown = result.stdout.splitlines()[-2:]
-    assert f"member_0/kernel.safetensors of '{opened}' is not in the cache" in missing
+    assert f"member_0/gram.safetensors of '{opened}' is not in the cache" in missing
     assert f"'{opened}-other' is neither a folder here nor a dataset repository within reach" in unknown
     assert all("HF_HUB_OFFLINE is set. Unset it" in message for message in (missing, unknown))
 
@@ -382,7 +380,7 @@ def test_an_incomplete_repository_is_refused_by_the_missing_file(client, repo, l
         client(load_and_score, repo, [checkpoint] * 2)
 
 
-@pytest.mark.parametrize("name", ["member_0/train-00000-of-00001.parquet", "member_0/kernel.safetensors"])
+@pytest.mark.parametrize("name", ["member_0/train-00000-of-00001.parquet", "member_0/gram.safetensors"])
 def test_a_file_that_is_not_what_was_pushed_is_refused_by_name_and_not_kept(client, repo, small, checkpoint, name):
     client(push, small.folder, repo)
     content = bytearray((small.folder / name).read_bytes())

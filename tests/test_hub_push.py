@@ -117,7 +117,7 @@ def push_as_second_process(folder, repo):
 def test_the_repository_holds_the_index_whole_and_nothing_else(client, repo, large, tmp_path):
     large.save_pretrained(tmp_path / "index")
     expected = pushed(tmp_path / "index", repo)
-    beside = ["notes.txt", ".README.md.1.tmp", "member_0/.progress/00000.json", "member_0/.kernel.safetensors.1.tmp"]
+    beside = ["notes.txt", ".README.md.1.tmp", "member_0/.progress/00000.json", "member_0/.gram.safetensors.1.tmp"]
     for name in [*beside, "member_0/train-copy.parquet", "runs/model.bin"]:
         (tmp_path / "index" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "index" / name).write_bytes(b"not of the index")
@@ -213,9 +213,9 @@ def test_one_process_of_several_pushes(client, repo, small):
 
 def test_a_file_that_has_changed_since_it_was_written_is_not_pushed(client, repo, small, tmp_path):
     small.save_pretrained(tmp_path / "index")
-    path = tmp_path / "index" / "member_0" / "kernel.safetensors"
+    path = tmp_path / "index" / "member_0" / "gram.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"!")
-    with pytest.raises(ValueError, match=r"member_0/kernel\.safetensors has changed since it was written"):
+    with pytest.raises(ValueError, match=r"member_0/gram\.safetensors has changed since it was written"):
         client(push, tmp_path / "index", repo)
     with pytest.raises(RepositoryNotFoundError, match="404"):  # it is refused before a repository is made
         client(contents, repo)

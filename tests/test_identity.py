@@ -417,6 +417,35 @@ def test_columns_that_cannot_be_kept_are_refused_before_anything_is_written(mode
     assert not (tmp_path / "index").exists()
 
 
+def test_kept_columns_of_nulls_come_back_and_those_that_cannot_be_read_again_are_refused(model, tmp_path):
+    config = TrakConfig(proj_dim=16, text_columns="text")
+    rows = text_rows().select(range(6)).add_column("nothing", [None] * 6)
+    index = build(tmp_path / "index", model, rows, keep_columns=["nothing"], config=config)
+    assert index.attribute(rows.select([0]), top_k=2, progress=False)[0]["proponent_nothing"] == [None, None]
+    views = rows.cast_column("url", Value("string_view"))
+    with pytest.raises(
+        ValueError, match="'url', of the type string_view, of which some rows cannot be read again. Cast it first"
+    ):
+        build(tmp_path / "views", model, views, keep_columns=["url"], config=config)
+    assert not (tmp_path / "views").exists()
+
+
+@pytest.mark.parametrize("ask", ["score", "attribute", "label_errors", "featurize_queries"])
+def test_what_is_no_dataset_is_refused_with_how_to_make_one(model, tmp_path, ask):
+    config = TrakConfig(proj_dim=16, text_columns="text")
+    rows = text_rows().select(range(6))
+    for given, way in (
+        (rows.to_iterable_dataset(), "without `streaming=True`"),
+        (rows.to_pandas(), "Dataset.from_pandas"),
+        (rows.to_list(), "Dataset.from_list"),
+        ({"train": rows}, "Give one of its splits"),
+    ):
+        with pytest.raises(ValueError, match=way):
+            AttributionIndex.build(tmp_path / "no", models=model, dataset=given, config=config)
+        with pytest.raises(ValueError, match=way):
+            getattr(build(tmp_path / "index", model, rows, config=config), ask)(given)
+
+
 def custom_task(weights, skipped="a"):
     def output(model, batch):
         words = {"a", "b", "c", "d", "e", "f", "g"}

@@ -148,7 +148,7 @@ def test_plain_datasets_reads_the_columns(built, tmp_path):
 
 
 def test_float16_features_score_nearly_as_float32(checkpoints, built, tmp_path):
-    half = build(tmp_path / "half", checkpoints, config=TrakConfig(proj_dim=32, dtype="float16"))
+    half = build(tmp_path / "half", checkpoints, config=TrakConfig(proj_dim=32, features_dtype="float16"))
     scores, expected = half.score(QUERIES, progress=False), built.score(QUERIES, progress=False)
     assert np.corrcoef(scores.ravel(), expected.ravel())[0, 1] > 0.9999
     assert "trak_scale" in half.features().column_names
@@ -250,13 +250,13 @@ def test_another_task_is_refused(index, checkpoints):
         other.score(QUERIES, progress=False)
 
 
-@pytest.mark.parametrize("field", ["proj_dim", "projector", "parameters", "seed", "gradients"])
+@pytest.mark.parametrize("field", ["proj_dim", "projector", "parameters", "sketch_seed", "gradients"])
 def test_another_configuration_in_the_same_folder_is_refused_and_nothing_is_touched(index, checkpoints, field):
     other = {
         "proj_dim": 16,
         "projector": "dense_rademacher",
         "parameters": ("classifier", "pooler"),
-        "seed": 7,
+        "sketch_seed": 7,
         "gradients": "functional",
     }
     before = files_of(index.folder)
@@ -355,7 +355,9 @@ def test_an_index_of_a_model_in_memory_asks_for_it(tmp_path):
 def test_tiny_datasets_are_scored_or_refused_clearly(tmp_path, checkpoints, n_rows):
     index = build(tmp_path / "index", checkpoints[0], dataset=TRAIN.select(range(n_rows)))
     assert np.isfinite(index.score(QUERIES, progress=False)).all()
-    with pytest.raises(ValueError, match=f"With damping=0 the kernel of {n_rows} training examples is singular at proj_dim=32"):
+    with pytest.raises(
+        ValueError, match=f"With damping=0 the Gram matrix of {n_rows} training examples is singular at proj_dim=32"
+    ):
         index.score(QUERIES, damping=0.0, progress=False)
 
 

@@ -136,7 +136,9 @@ def test_an_exact_index_has_the_losses_gradients_and_scores_them_with_plain_quer
     common = {"models": model, "dataset": train, "progress": False}
     built = {
         how: AttributionIndex.build(
-            tmp_path / how, config=TrakConfig(proj_dim=PROJ_DIM, reduction="sum", token_out_to_loss=how, damping=1.0), **common
+            tmp_path / how,
+            config=TrakConfig(proj_dim=PROJ_DIM, token_reduction="sum", token_out_to_loss=how, damping=1.0),
+            **common,
         )
         for how in ("mean", "exact")
     }
@@ -145,8 +147,8 @@ def test_an_exact_index_has_the_losses_gradients_and_scores_them_with_plain_quer
     np.testing.assert_array_equal(found["exact"], found["mean"])
     assert np.abs(features["exact"] - features["mean"]).max() > 1e-2 * np.abs(features["mean"]).max()
     assert built["exact"].features()["trak_output"][:] == pytest.approx(built["mean"].features()["trak_output"][:], rel=1e-5)
-    kernel = features["exact"].T.astype(np.float64) @ features["exact"]
-    damped = kernel + np.trace(kernel) / min(features["exact"].shape) * np.eye(PROJ_DIM)
+    gram = features["exact"].T.astype(np.float64) @ features["exact"]
+    damped = gram + np.trace(gram) / min(features["exact"].shape) * np.eye(PROJ_DIM)
     expected = features["exact"] @ np.linalg.solve(damped, found["exact"].T.astype(np.float64))
     np.testing.assert_allclose(
         built["exact"].score(queries, progress=False), expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max()
@@ -159,8 +161,8 @@ def test_settings_that_say_nothing_are_not_written(tmp_path: Path):
     index = AttributionIndex.build(tmp_path, models=model, dataset=train, config=TrakConfig(proj_dim=PROJ_DIM), progress=False)
     scores = index.score(queries, progress=False)
     old = {
-        "task": "seq2seq", "proj_dim": PROJ_DIM, "seed": 0, "projector": "block_count_sketch", "fold": 4, "gradients": "auto",
-        "compute_dtype": "float32", "damping": "auto", "dtype": "float32", "parameters": None, "text_columns": None,
+        "task": "seq2seq", "proj_dim": PROJ_DIM, "sketch_seed": 0, "projector": "block_count_sketch", "fold": 4, "gradients": "auto",
+        "compute_dtype": "float32", "damping": "auto", "features_dtype": "float32", "parameters": None, "text_columns": None,
         "image_column": None, "label_column": None, "max_length": None, "format_version": FORMAT_VERSION,
     }  # fmt: skip
     written = json.loads((tmp_path / CONFIG_NAME).read_text())

@@ -75,7 +75,7 @@ def test_a_decoder_reads_what_the_models_own_loss_makes_it_read(name: str):
     """In float64; whatever labels of -100 stand at the end. With those in between the decoder reads padding, as in training."""
     torch.manual_seed(0)
     model = SEQ2SEQ[name]().double().eval()
-    task = AutoTask.from_model(model, TrakConfig(reduction="sum", token_out_to_loss="exact"))
+    task = AutoTask.from_model(model, TrakConfig(token_reduction="sum", token_out_to_loss="exact"))
     inputs, labels = [[5, 6, 7, 2], [8, 9, 2], [6, 2]], [[21, 22, 23, 24, 2, 91], [31, -100, 32, 2], [-100, -100, 33, 2]]
     batch = task.collate({"input_ids": inputs, "labels": labels}, None)
     longer = task.collate({"input_ids": inputs, "labels": [[*row, -100, -100] for row in labels]}, None)
@@ -170,7 +170,7 @@ def test_every_column_that_forward_takes_reaches_the_model(name: str):
     torch.manual_seed(0)
     model, column = make().double().eval(), name.split()[0]
     rows = {"input_ids": IDS, column: values, "labels": [[1, -100, 2, 0, 1], [0, 1, 2]]}
-    task = AutoTask.from_model(model, TrakConfig(reduction="sum", token_out_to_loss="exact"))
+    task = AutoTask.from_model(model, TrakConfig(token_reduction="sum", token_out_to_loss="exact"))
     task.check(datasets.Dataset.from_dict(rows), None)
     batch = task.collate(rows, None)
     padded = {  # padding of a row itself, which the batch takes off
@@ -281,7 +281,7 @@ def decoder(name: str) -> nn.Module:
 def test_packed_documents_have_the_gradient_of_the_documents_alone(name: str, columns: str):
     model = decoder(name).double().eval()
     size = sum(parameter.numel() for parameter in model.parameters())
-    featurizer = Featurizer(model, TrakConfig(projector="identity", proj_dim=size, reduction="sum"))
+    featurizer = Featurizer(model, TrakConfig(projector="identity", proj_dim=size, token_reduction="sum"))
     rows = datasets.Dataset.from_dict({"input_ids": PACKED_IDS, **PACKED[columns]})
     featurizer.task.check(rows, None)
     found = featurizer.compute(featurizer.collate(rows[:]))
@@ -401,7 +401,7 @@ def test_skipped_rows_stay_in_place_with_zeros_and_leave_the_others_as_they_are(
     reduction: str, gradients: str, tmp_path: Path, caplog
 ):
     model = make_model("gpt2 lm")
-    exact = {"reduction": "sum", "token_out_to_loss": "exact"} if reduction == "exact" else {"reduction": reduction}
+    exact = {"token_reduction": "sum", "token_out_to_loss": "exact"} if reduction == "exact" else {"token_reduction": reduction}
     config = TrakConfig(proj_dim=16, damping=1.0, gradients=gradients, **exact)
     rows = [[5, 6, 7], [8], [9, 10, 11], [12, 13], []]
     labels = [[5, 6, 7], [8], [-100] * 3, [12, 13], []]
@@ -589,7 +589,7 @@ def test_language_models_that_do_not_shift_labels_are_masked_ones():
     from transformers import XLNetConfig, XLNetLMHeadModel
 
     model = XLNetLMHeadModel(XLNetConfig(vocab_size=60, d_model=16, n_layer=1, n_head=2, d_inner=24)).double().eval()
-    task = AutoTask.from_model(model, TrakConfig(reduction="sum", token_out_to_loss="exact"))
+    task = AutoTask.from_model(model, TrakConfig(token_reduction="sum", token_out_to_loss="exact"))
     rows = {"input_ids": IDS[:1], "labels": [[1, -100, 2, 0, 1]]}
     output, _ = task.output_function(model, task.collate(rows, None))
     loss = model(**{key: torch.tensor(values) for key, values in rows.items()}).loss * 4

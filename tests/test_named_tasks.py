@@ -231,7 +231,7 @@ def test_lds_takes_the_task(place, capsys):
     assert main([*common, "--task", "my_tasks:logit"]) == 0
     assert "gradient_cosine" in capsys.readouterr().out
     assert main(["evaluate", "lds", "--ground_truth", "truth.parquet", "--scores", "x.npy", "--task", "my_tasks:logit"]) == 1
-    assert "--task say how an index scores, but there is no --index" in error_of(capsys)
+    assert "--task: how an index scores, but there is no --index" in error_of(capsys)
 
 
 def test_label_errors_imports_the_task_and_refuses_what_has_no_labels(place, capsys):

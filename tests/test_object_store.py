@@ -182,12 +182,12 @@ def test_a_connection_that_breaks_ends_the_run_and_keeps_what_was_finished(url, 
 
 
 def test_jobs_make_parts_in_any_order_and_merging_makes_the_bytes_of_one_process(url, model, expected, tmp_path):
-    AttributionIndex.build_part(url, shard_index=1, num_shards=2, **options_of(model))
+    AttributionIndex.build_shards(url, shard_index=1, num_shards=2, **options_of(model))
     with pytest.raises(
         ValueError, match="(?s)faulty://bucket/index is not complete.*lacks 2 of 5 shards: 0 to 1.*shard_index=0"
     ):
         AttributionIndex.merge(url)
-    AttributionIndex.build_part(url, shard_index=0, num_shards=2, **options_of(model))
+    AttributionIndex.build_shards(url, shard_index=0, num_shards=2, **options_of(model))
     assert AttributionIndex.merge(url).n_rows == N_TRAIN
     assert without_places(objects(url), model) == expected
 
@@ -234,7 +234,7 @@ def test_a_run_killed_while_it_replaces_an_index_leaves_the_old_or_the_new_one(u
     assert without_places(objects(url), model) == expected
 
 
-@pytest.mark.parametrize("name", ["member_1/train-00002-of-00005.parquet", "member_0/kernel.safetensors"])
+@pytest.mark.parametrize("name", ["member_1/train-00002-of-00005.parquet", "member_0/gram.safetensors"])
 @pytest.mark.parametrize(
     ("damage", "told"), [(lambda b: b[:-9], "it has .* bytes, where"), (lambda b: b[:-1] + b"?", "another SHA-256")]
 )
@@ -253,7 +253,7 @@ def test_a_damaged_object_is_refused_by_name(url, model, local, name, damage, to
 
 def test_a_truncated_shard_of_an_unfinished_index_is_made_again_and_a_changed_one_refused(url, model, expected, monkeypatch):
     for index in (0, 1):
-        AttributionIndex.build_part(url, shard_index=index, num_shards=2, **options_of(model))
+        AttributionIndex.build_shards(url, shard_index=index, num_shards=2, **options_of(model))
     store, key = fsspec.core.url_to_fs(url)
     shard = f"{key}/member_0/train-00003-of-00005.parquet"
     content = store.cat_file(shard)
@@ -279,8 +279,8 @@ def test_only_what_a_call_reads_is_fetched_and_only_once(url, local):
     local.save_pretrained(url)
     index = AttributionIndex.from_pretrained(url)
     assert FaultyStore.fetched == []
-    index.members[0].kernel()
-    assert [Path(name).name for name in FaultyStore.fetched] == ["kernel.safetensors"]
+    index.members[0].gram()
+    assert [Path(name).name for name in FaultyStore.fetched] == ["gram.safetensors"]
     index.score(token_rows(2), progress=False)
     assert len(FaultyStore.fetched) == 2 * (1 + 5)
     AttributionIndex.from_pretrained(url).score(token_rows(2), progress=False)
@@ -421,7 +421,7 @@ def test_the_commands_take_urls(url, model, expected, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert f"The index lies in {url}." in printed
     assert f'load_dataset("parquet", data_files="{url}/member_0/*.parquet", split="train")' in printed
-    found, shards = objects(url), [name for name in expected if name.endswith((".parquet", "kernel.safetensors"))]
+    found, shards = objects(url), [name for name in expected if name.endswith((".parquet", "gram.safetensors"))]
     assert {name: found[name] for name in shards} == {name: expected[name] for name in shards}
     asked = ["attribute", "--index", url, "--queries", str(tmp_path / "queries.parquet"), "--split", "train"]
     assert main([*asked, "--output", str(tmp_path / "hits.jsonl")]) == 0

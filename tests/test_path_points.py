@@ -6,7 +6,7 @@ import models
 import pytest
 import torch
 
-from hf_trak.sources.path_points import move_to_point, scale_adapter
+from hf_trak.sources.path_points import measure_statistics, move_to_point, scale_adapter, set_statistics, statistics_rows
 
 
 def moved(model, seed=1, size=0.1):
@@ -101,6 +101,63 @@ def test_statistics_of_batch_norm_move_with_the_weights():
     assert torch.equal(final[1].running_mean, torch.ones(4))
     assert torch.equal(final[1].running_var, torch.full((4,), 2.0))
     assert final[1].num_batches_tracked.dtype == torch.int64
+
+
+def test_statistics_are_measured_where_training_moved_them():
+    torch.manual_seed(0)
+    layers = [
+        torch.nn.Linear(4, 4),
+        torch.nn.BatchNorm1d(4),
+        torch.nn.SyncBatchNorm(4),
+        torch.nn.InstanceNorm1d(4, track_running_stats=True),
+    ]
+    base = torch.nn.ModuleList([*layers, torch.nn.BatchNorm1d(4, track_running_stats=False)])
+    final = moved(base)
+    with torch.no_grad():
+        for norm in (final[2], final[3]):  # the first was frozen
+            norm.running_var.mul_(3.0)
+    assert move_to_point(final, base.state_dict(), 0.5).measured == ("2", "3")
+    values = torch.randn(2, 6, 4, 5) * 2 + 1
+    found = measure_statistics(final, ("2", "3"), values, lambda batch: [final[2](batch), final[3](batch)])
+    places = torch.var_mean(values.double(), dim=(1, 3))
+    torch.testing.assert_close(found["2.running_var"].double(), places[0].mean(0))
+    torch.testing.assert_close(found["2.running_mean"].double(), places[1].mean(0))
+    own = torch.nn.InstanceNorm1d(4, momentum=1.0, track_running_stats=True).double()
+    each = [(own(batch.double()), own.running_var.clone())[1] for batch in values]
+    torch.testing.assert_close(found["3.running_var"].double(), torch.stack(each).mean(0))
+    again = moved(base)
+    set_statistics(again, ("2", "3"), found)
+    assert torch.equal(again[3].running_var, found["3.running_var"])
+    with pytest.raises(ValueError, match="a batch of them has one value per channel"):
+        measure_statistics(final, ("1",), [torch.ones(1, 4)], final[1])
+
+
+class WithActivation(torch.nn.BatchNorm2d):
+    """As timm has them: more happens in `forward` than normalising."""
+
+    def forward(self, hidden):
+        return super().forward(hidden).relu()
+
+
+def test_a_batch_norm_with_a_forward_of_its_own_keeps_it():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(WithActivation(3), torch.nn.Conv2d(3, 2, 2), torch.nn.BatchNorm2d(2)).eval()
+    expected = copy.deepcopy(net).double().train()
+    expected[0].momentum = expected[2].momentum = None
+    values = torch.randn(3, 8, 3, 5, 5) * 2 + 1
+    found = measure_statistics(net, ("0", "2"), values, net)
+    for batch in values:
+        expected(batch.double())
+    assert not any(module.training for module in net.modules())
+    for name, statistic in found.items():
+        torch.testing.assert_close(statistic.double(), expected.get_buffer(name), rtol=1e-5, atol=1e-6)
+
+
+def test_rows_for_statistics_are_drawn_and_no_batch_is_of_one():
+    assert [len(batch) for batch in statistics_rows(65)] == [33, 32]
+    drawn = [row for batch in statistics_rows(2000) for row in batch]
+    assert len(drawn) == len(set(drawn)) == 512
+    assert drawn[:4] != sorted(drawn[:4])
 
 
 def test_half_precision_is_rounded_once():

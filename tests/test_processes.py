@@ -25,7 +25,7 @@ from hf_trak.cli.main import main
 from hf_trak.distributed import Processes, _Watch, current_processes, share, warn_of_lone_process
 from hf_trak.featurizing.devices import check_whole
 from hf_trak.storage.columns import encode_columns
-from hf_trak.storage.passes import PassWriter, keep_stretch, kernel_of, stretches
+from hf_trak.storage.passes import PassWriter, gram_of, keep_stretch, stretches
 from hf_trak.storage.writer import MemberWriter
 
 N_TRAIN, SHARD_ROWS = 50, 12  # five shards, the last of two rows
@@ -176,7 +176,7 @@ def test_accelerate_launch_of_the_script(models, expected, tmp_path):
     assert done.stdout.count("50 rows, 4 members") == 1, "the first process alone speaks"
     assert "2 processes" in done.stderr, "the bar says whose rows it counts"
     found = files_of(tmp_path / "index")
-    shards = [name for name in expected if name.endswith((".parquet", "kernel.safetensors"))]
+    shards = [name for name in expected if name.endswith((".parquet", "gram.safetensors"))]
     assert all(found[name] == expected[name] for name in shards)
 
 
@@ -326,10 +326,10 @@ def test_a_device_map_of_one_device_changes_nothing(models, expected, tmp_path):
     assert len(set(devices.values())) == 1
     options = {**build_options(models[:1]), "models": model, "sketch_seeds_per_checkpoint": 1}
     found = files_of(AttributionIndex.build(tmp_path / "index", **options).folder)
-    assert all(found[name] == expected[name] for name in found if name.endswith((".parquet", "kernel.safetensors")))
+    assert all(found[name] == expected[name] for name in found if name.endswith((".parquet", "gram.safetensors")))
 
 
-# Kernels
+# Gram matrices
 
 
 def test_up_to_64_shards_are_one_stretch_and_a_million_are_64():
@@ -339,16 +339,16 @@ def test_up_to_64_shards_are_one_stretch_and_a_million_are_64():
     assert [shard for stretch in stretches(977) for shard in stretch] == list(range(977))
 
 
-def test_a_kernel_is_the_same_bytes_whoever_sums_its_stretches(tmp_path):
+def test_a_gram_is_the_same_bytes_whoever_sums_its_stretches(tmp_path):
     writer = MemberWriter(tmp_path / "m", identity={}, n_rows=66, shard_rows=1)
     features = torch.randn(66, 8, generator=torch.Generator().manual_seed(0))
     for shard in range(66):
         writer.write(shard, encode_columns(features[shard : shard + 1], torch.zeros(1), torch.zeros(1), dtype="float32"))
-    alone = kernel_of(writer, proj_dim=8)
+    alone = gram_of(writer, proj_dim=8)
     torch.testing.assert_close(alone, features.double().T @ features.double(), rtol=1e-6, atol=1e-6)
     keep_stretch(writer, stretches(66)[1], proj_dim=8)
     writer.path(65).unlink()
-    assert torch.equal(kernel_of(writer, proj_dim=8), alone), "what was kept is not summed again"
+    assert torch.equal(gram_of(writer, proj_dim=8), alone), "what was kept is not summed again"
 
 
 # Jobs of an array
@@ -361,7 +361,7 @@ def test_parts_made_in_any_order_by_any_number_of_jobs_merge_to_the_bytes_of_one
         raise KeyboardInterrupt
 
     folder, options = tmp_path / "index", build_options(models)
-    AttributionIndex.build_part(
+    AttributionIndex.build_shards(
         folder, shard_index=2, num_shards=3, command=["hf-trak", "featurize", "--dataset", "a b"], **options
     )
     with pytest.raises(FileNotFoundError, match="is unfinished"):
@@ -371,8 +371,8 @@ def test_parts_made_in_any_order_by_any_number_of_jobs_merge_to_the_bytes_of_one
     assert "member_3 lacks 3 of 5 shards: 0 to 2" in err
     assert "hf-trak featurize --dataset 'a b' --shard-index 1 --num-shards 3" in err
     assert "--shard-index 2" not in err
-    AttributionIndex.build_part(folder, shard_index=0, num_shards=2, **options)
-    AttributionIndex.build_part(folder, shard_index=1, num_shards=3, **options)
+    AttributionIndex.build_shards(folder, shard_index=0, num_shards=2, **options)
+    AttributionIndex.build_shards(folder, shard_index=1, num_shards=3, **options)
     (folder / "member_0" / ".train-00000-of-00005.parquet.elsewhere.7.tmp").write_bytes(
         b"of a job that was killed on another machine"
     )
@@ -400,7 +400,7 @@ def test_jobs_that_start_at_the_same_moment_one_of_them_twice_merge_to_the_bytes
 
 def test_folders_of_jobs_that_share_no_disk_merge_when_copied_together(models, expected, tmp_path):
     for index in range(2):
-        AttributionIndex.build_part(
+        AttributionIndex.build_shards(
             tmp_path / f"job{index}" / "index", shard_index=index, num_shards=2, **build_options(models)
         )
     for index in range(2):
@@ -426,9 +426,9 @@ def test_jobs_share_a_bank_and_record_masks(tmp_path):
     }
     whole = AttributionIndex.build(tmp_path / "one" / "index", **options)
     for index in (1, 0):
-        AttributionIndex.build_part(tmp_path / "jobs" / "index", shard_index=index, num_shards=2, **options)
+        AttributionIndex.build_shards(tmp_path / "jobs" / "index", shard_index=index, num_shards=2, **options)
     merged = AttributionIndex.merge(tmp_path / "jobs" / "index")
-    assert merged.members[0].bank() is not None
+    assert merged.members[0].tensors("bank.safetensors") is not None
     assert torch.equal(merged.members[0].mask(), options["masks"][0])
     assert files_of(merged.folder) == files_of(whole.folder)
 
@@ -436,7 +436,7 @@ def test_jobs_share_a_bank_and_record_masks(tmp_path):
 def test_merging_refuses_a_shard_that_has_changed(models, tmp_path):
     options = {**build_options(models[:1]), "sketch_seeds_per_checkpoint": 1}
     for index in range(2):
-        AttributionIndex.build_part(tmp_path, shard_index=index, num_shards=2, **options)
+        AttributionIndex.build_shards(tmp_path, shard_index=index, num_shards=2, **options)
     shard = tmp_path / "member_0" / "train-00003-of-00005.parquet"
     content = bytearray(shard.read_bytes())
     content[100] ^= 1
@@ -450,20 +450,20 @@ def test_merging_refuses_a_shard_that_has_changed(models, tmp_path):
 
 def test_a_job_of_another_run_is_refused(models, tmp_path):
     options = {**build_options(models[:1]), "sketch_seeds_per_checkpoint": 1}
-    AttributionIndex.build_part(tmp_path, shard_index=0, num_shards=2, **options)
+    AttributionIndex.build_shards(tmp_path, shard_index=0, num_shards=2, **options)
     with pytest.raises(ValueError, match=r"(?s)holds other features.*dataset\.sha256"):
-        AttributionIndex.build_part(
+        AttributionIndex.build_shards(
             tmp_path, shard_index=1, num_shards=2, **{**options, "dataset": token_rows(N_TRAIN, seed=3)}
         )
     with pytest.raises(ValueError, match="(?s)holds another index.*proj_dim"):
-        AttributionIndex.build_part(tmp_path, shard_index=1, num_shards=2, **{**options, "config": TrakConfig(proj_dim=8)})
+        AttributionIndex.build_shards(tmp_path, shard_index=1, num_shards=2, **{**options, "config": TrakConfig(proj_dim=8)})
     with pytest.raises(ValueError, match="`shard_index` must be 0 to 1"):
-        AttributionIndex.build_part(tmp_path, shard_index=2, num_shards=2, **options)
+        AttributionIndex.build_shards(tmp_path, shard_index=2, num_shards=2, **options)
 
 
 def test_one_process_can_finish_what_jobs_have_begun(models, expected, tmp_path):
     folder = tmp_path / "index"
-    AttributionIndex.build_part(folder, shard_index=7, num_shards=8, **build_options(models))
+    AttributionIndex.build_shards(folder, shard_index=7, num_shards=8, **build_options(models))
     AttributionIndex.build(folder, **build_options(models))
     assert files_of(folder) == expected
 

@@ -327,7 +327,7 @@ def test_another_stored_dtype_without_overwrite_leaves_the_index_as_it_was(model
             tmp_path / "index",
             models=model,
             dataset=token_rows(10),
-            config=TrakConfig(proj_dim=16, dtype="float16"),
+            config=TrakConfig(proj_dim=16, features_dtype="float16"),
             shard_rows=4,
             progress=False,
         )
@@ -403,7 +403,7 @@ def test_an_exchange_that_was_stopped_is_ended_by_who_opens_the_index(stored, tm
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "trak_config.json", "member_0/kernel.safetensors", "member_0/member.json", "member_1"]
+    "name", ["README.md", "trak_config.json", "member_0/gram.safetensors", "member_0/member.json", "member_1"]
 )
 def test_a_link_in_an_index_is_not_sent(stored, tmp_path, name):
     stored[1].save_pretrained(tmp_path / "index")
@@ -437,9 +437,9 @@ def test_links_of_the_hubs_cache_are_files_of_its_repository(tmp_path):
     blobs.mkdir()
     for place in (blobs / "1", tmp_path / "private"):
         place.write_text("")
-    (snapshot / "member_0" / "kernel.safetensors").symlink_to("../../../blobs/1")
+    (snapshot / "member_0" / "gram.safetensors").symlink_to("../../../blobs/1")
     (snapshot / "README.md").symlink_to(tmp_path / "private")
-    assert is_in_hub_cache(snapshot / "member_0" / "kernel.safetensors")
+    assert is_in_hub_cache(snapshot / "member_0" / "gram.safetensors")
     assert not is_in_hub_cache(snapshot / "README.md")
 
 

@@ -569,3 +569,16 @@ def test_labels_that_change_between_readings_are_refused(tokenizer: Any):
 
     with pytest.raises(ValueError, match=r"not the same twice.*'labels'"):
         AutoTask.from_model(bert()).check(texts().with_transform(relabel), None)
+
+
+def test_a_processor_of_the_wrong_kind_reads_no_rows():
+    """An image processor would take a text for the name of a picture."""
+    from transformers import ViTImageProcessor
+
+    from hf_trak.messages import MissingProcessor
+    from hf_trak.tasks.inputs import need_tokenizer
+
+    for processor in (None, ViTImageProcessor()):
+        with pytest.raises(MissingProcessor, match="need a tokenizer"):
+            need_tokenizer(processor)
+    need_tokenizer(word_tokenizer())

@@ -7,7 +7,7 @@ import pytest
 import torch
 from reference import madrylab_scores, trak_scores
 
-from hf_trak.linalg import accumulate_kernel
+from hf_trak.linalg import accumulate_gram
 from hf_trak.projectors import DenseRademacher
 from hf_trak.scoring.score import MemberBlock, precondition, score_blocks
 from hf_trak.scoring.top_k import merge_top_k, top_k
@@ -25,13 +25,13 @@ def make_members(n_members):
     return grads, queries, out_to_loss, signs
 
 
-def kernel_of(features):
-    return accumulate_kernel(torch.zeros(PROJ_DIM, PROJ_DIM, dtype=torch.float64), features)
+def gram_of(features):
+    return accumulate_gram(torch.zeros(PROJ_DIM, PROJ_DIM, dtype=torch.float64), features)
 
 
 def scores_of(features, queries, out_to_loss, *, damping, block=N, **options):
     preconditioned = [
-        precondition(query, kernel_of(phi), n_rows=N, damping=damping, **options)
+        precondition(query, gram_of(phi), n_rows=N, damping=damping, **options)
         for phi, query in zip(features, queries, strict=True)
     ]
     blocks = (
@@ -169,13 +169,13 @@ def test_float32_products_of_a_float64_solve_keep_the_scores_to_round_off():
     mix = torch.logspace(0, -3, PROJ_DIM, dtype=torch.float64).unsqueeze(1) * rotation
     phi, query = (features_of([values], signs)[0] @ mix for values in (grads[0], queries[0]))
     expected = trak_scores([phi.numpy()], [query.numpy()], out_to_loss, 0.0)
-    single = precondition(query.float(), kernel_of(phi), n_rows=N, damping=0.0, dtype=torch.float32)
+    single = precondition(query.float(), gram_of(phi), n_rows=N, damping=0.0, dtype=torch.float32)
     block = MemberBlock(phi.float(), torch.from_numpy(out_to_loss[0]).float())
     scores = next(score_blocks(iter([[block]]), [single]))
     assert scores.dtype == torch.float32
     assert np.isfinite(expected).all()
     assert np.abs(scores.numpy() - expected).max() < 2e-4 * expected.std()
-    in_float32 = phi.float() @ torch.linalg.solve(kernel_of(phi).float(), query.float().T) * block.out_to_loss.unsqueeze(1)
+    in_float32 = phi.float() @ torch.linalg.solve(gram_of(phi).float(), query.float().T) * block.out_to_loss.unsqueeze(1)
     assert np.abs(in_float32.numpy() - expected).max() > 2e-3 * expected.std()
 
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
 from models import bert
+from paper_settings import Setting, center_crop, prepare, random_crop
 from PIL import Image as PILImage
 
-from hf_trak.evaluation import Recipe, Setting, ground_truth_from, make_masks, prepare
-from hf_trak.evaluation.settings import center_crop, random_crop
+from hf_trak.evaluation import Recipe, ground_truth_from, make_masks
 from hf_trak.evaluation.training import outputs_on, train
 from hf_trak.sources.checkpoints import load_model
 

@@ -40,7 +40,7 @@ def test_a_member_reads_back_what_was_written(tmp_path):
     assert torch.cat([shard.example_id for shard in shards]).tolist() == list(range(10))
     for number, shard in enumerate(shards):
         assert torch.equal(shard.features, make_columns(len(writer.rows(number)), seed=number)[1])
-    assert torch.equal(reader.kernel(), torch.eye(PROJ_DIM, dtype=torch.float64))
+    assert torch.equal(reader.gram(), torch.eye(PROJ_DIM, dtype=torch.float64))
     reader.verify()
     assert not (tmp_path / "member_0" / ".progress").exists()
 
@@ -155,7 +155,7 @@ def test_an_unfinished_member_is_not_read(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncate", "delete"])
-@pytest.mark.parametrize("name", ["train-00001-of-00003.parquet", "kernel.safetensors"])
+@pytest.mark.parametrize("name", ["train-00001-of-00003.parquet", "gram.safetensors"])
 def test_a_truncated_or_missing_file_is_refused_by_name(tmp_path, damage, name):
     write_member(tmp_path / "m")
     path = tmp_path / "m" / name

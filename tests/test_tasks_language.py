@@ -114,7 +114,7 @@ def test_the_gradient_of_token_margins_is_that_of_plain_operations():
 @pytest.mark.parametrize("name", ["gpt2 lm", "t5"])
 def test_outputs_are_reduced_over_an_examples_own_scored_tokens(name: str, reduction: str):
     model = make_model(name).double().eval()
-    task = AutoTask.from_model(model, TrakConfig(reduction=reduction))
+    task = AutoTask.from_model(model, TrakConfig(token_reduction=reduction))
     batch = task.collate(rows_for(task), None)
     output, out_to_loss = task.output_function(model, batch)
     for i in range(len(IDS)):
@@ -134,8 +134,8 @@ def test_outputs_are_reduced_over_an_examples_own_scored_tokens(name: str, reduc
 def test_the_exact_gradient_weighs_each_token_by_its_own_one_minus_p(name: str):
     """In float64, against a loop over examples and tokens; it is that of minus the summed loss. Queries keep the plain sum."""
     model = make_model(name).double().eval()
-    task = AutoTask.from_model(model, TrakConfig(reduction="sum", token_out_to_loss="exact"))
-    plain = AutoTask.from_model(model, TrakConfig(reduction="sum"))
+    task = AutoTask.from_model(model, TrakConfig(token_reduction="sum", token_out_to_loss="exact"))
+    plain = AutoTask.from_model(model, TrakConfig(token_reduction="sum"))
     batch = task.collate(rows_for(task), None)
     parameters = select_parameters(model).parameters
     expected, outputs = [], []
@@ -358,10 +358,15 @@ def test_rows_that_cannot_serve_are_named(name: str, rows: dict[str, Any], optio
 
 
 def test_a_configuration_that_says_nothing_of_tokens_is_written_as_before():
-    assert not {"reduction", "score_tokens", "token_out_to_loss", "loss_on", "skip_unscored", "chat_template_kwargs"} & set(
-        TrakConfig().to_dict()
-    )
-    assert TrakConfig(reduction="sum").differences(TrakConfig()) == ["reduction: 'sum' here, 'mean' there"]
+    assert not {
+        "token_reduction",
+        "score_tokens",
+        "token_out_to_loss",
+        "loss_on",
+        "skip_unscored",
+        "chat_template_kwargs",
+    } & set(TrakConfig().to_dict())
+    assert TrakConfig(token_reduction="sum").differences(TrakConfig()) == ["token_reduction: 'sum' here, 'mean' there"]
 
 
 def test_tokens_of_a_large_vocabulary_count_for_several():

@@ -1,11 +1,17 @@
 """`AttributionTrainer`: an ordinary run, and then attribution."""
 
+import inspect
+import pickle
+
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from datasets_for_tests import token_rows
 from models import make_model
-from transformers import Trainer, TrainingArguments
+from test_runs import assert_equal_models
+from tokenizers_for_tests import WORDS, word_tokenizer
+from transformers import DataCollatorWithPadding, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 from hf_trak import AttributionArguments, AttributionCallback, AttributionIndex, AttributionTrainer, Featurizer, TrakConfig
 
@@ -149,9 +155,54 @@ def test_unknown_members_are_refused_before_training(tmp_path):
         AttributionArguments(str(tmp_path), members="last")
 
 
-def test_stock_arguments_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="`args` must be AttributionArguments, but is TrainingArguments"):
-        AttributionTrainer(model=make_model("bert"), args=TrainingArguments(str(tmp_path)))
+def test_stock_arguments_are_taken_over_and_stay_as_they_are(tmp_path):
+    args = TrainingArguments(str(tmp_path), learning_rate=3e-4, use_cpu=True)
+    before = dict(vars(args))
+    trainer = AttributionTrainer(make_model("bert"), args)
+    assert isinstance(trainer.args, AttributionArguments)
+    assert (trainer.args.learning_rate, trainer.args.members, trainer.args.proj_dim) == (3e-4, "final", 4096)
+    assert vars(args) == before
+    with pytest.raises(ValueError, match="`args` must be AttributionArguments or other TrainingArguments, but is dict"):
+        AttributionTrainer(model=make_model("bert"), args={})
+
+
+def test_arguments_of_another_trainer_keep_their_class_through_pickle(tmp_path):
+    given = Seq2SeqTrainingArguments(str(tmp_path), predict_with_generate=True, use_cpu=True)
+    args = AttributionArguments.from_training_arguments(given, members="epoch:2", proj_dim=16)
+    again = pickle.loads(pickle.dumps(args))
+    for found in (args, again):
+        assert isinstance(found, Seq2SeqTrainingArguments)
+        assert (found.predict_with_generate, found.members, found.trak_config().proj_dim) == (True, "epoch:2", 16)
+    assert again.to_dict() == args.to_dict()
+    with pytest.raises(ValueError, match="no fields of an attribution: learning_rate"):
+        AttributionArguments.from_training_arguments(given, learning_rate=1.0)
+
+
+def test_the_signature_is_that_of_trainer():
+    theirs = list(inspect.signature(Trainer.__init__).parameters)
+    assert list(inspect.signature(AttributionTrainer.__init__).parameters)[: len(theirs)] == theirs
+
+
+def test_a_folder_and_raw_texts_are_enough(tmp_path):
+    """The model and its tokenizer are loaded, texts and labels are read, and the scores are those of rows tokenized beforehand."""
+    tokenizer = word_tokenizer()
+    make_model("bert").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    texts = Dataset.from_dict({"text": [f"{WORDS[i]} {WORDS[2 * i]}" for i in range(8)], "label": [0, 1, 2, 0] * 2})
+    tokens = texts.map(lambda row: tokenizer(row["text"])).rename_column("label", "labels").remove_columns("text")
+    options = {**OPTIONS, "num_train_epochs": 1, "proj_dim": 32}
+    raw = AttributionTrainer(str(tmp_path / "model"), AttributionArguments(str(tmp_path / "raw"), **options), None, texts)
+    raw.train()
+    given = AttributionTrainer(
+        make_model("bert"),
+        AttributionArguments(str(tmp_path / "tokens"), **options),
+        DataCollatorWithPadding(tokenizer),
+        tokens,
+        processing_class=tokenizer,
+    )
+    given.train()
+    assert_equal_models(raw.model, given.model)
+    np.testing.assert_array_equal(raw.featurize().score(texts, progress=False), given.featurize().score(tokens, progress=False))
 
 
 def test_bad_feature_arguments_are_refused_before_training(tmp_path):

@@ -253,7 +253,7 @@ def test_packed_rows_have_the_gradient_that_sfttrainer_trains_with(strategy: str
     assert ("seq_lengths" in rows.column_names) == (strategy == "bfd")
     model = language_model().double().eval()
     size = sum(parameter.numel() for parameter in model.parameters())
-    config = TrakConfig(projector="identity", proj_dim=size, reduction="sum", token_out_to_loss="exact")
+    config = TrakConfig(projector="identity", proj_dim=size, token_reduction="sum", token_out_to_loss="exact")
     featurizer = Featurizer(model, config, tokenizer)
     featurizer.task.check(rows, tokenizer)
     features = featurizer.compute(featurizer.collate(rows[:])).features

@@ -118,8 +118,8 @@ def test_a_stale_row_is_refused_with_its_place(folder):
             read(folder)
 
 
-@pytest.mark.parametrize("name", ["kernel.safetensors"])
-def test_a_kernel_of_another_index_is_refused_when_the_index_is_opened(stored, folder, name):
+@pytest.mark.parametrize("name", ["gram.safetensors"])
+def test_a_gram_of_another_index_is_refused_when_the_index_is_opened(stored, folder, name):
     shutil.copyfile(stored.folder.parent / "other" / "member_0" / name, folder / "member_0" / name)
     with pytest.raises(ValueError, match=f"{name} has changed since it was written: its SHA-256 differs.*run the command"):
         AttributionIndex.from_pretrained(folder)
@@ -258,12 +258,10 @@ def test_every_damage_is_listed_with_how_to_mend_it(stored, folder, capsys):
     swap(folder / shard(1), folder / shard(3))
     (folder / shard(4)).unlink()
     (folder / shard(0, 1)).write_bytes((folder / shard(0, 1)).read_bytes()[:-3])
-    shutil.copyfile(
-        stored.folder.parent / "other" / "member_1" / "kernel.safetensors", folder / "member_1" / "kernel.safetensors"
-    )
+    shutil.copyfile(stored.folder.parent / "other" / "member_1" / "gram.safetensors", folder / "member_1" / "gram.safetensors")
     with_ids(folder / shard(2), [8, 9, 9, 11])
     record_again(folder, shard(2))
-    (folder / "member_0" / ".kernel.safetensors.elsewhere.7.tmp").write_bytes(b"half")
+    (folder / "member_0" / ".gram.safetensors.elsewhere.7.tmp").write_bytes(b"half")
     (folder / "thesis.tex").write_text("years of work")
     status, found = verify(folder, capsys)
     assert status == 1
@@ -273,8 +271,8 @@ def test_every_damage_is_listed_with_how_to_mend_it(stored, folder, capsys):
         shard(3): "damaged",
         shard(4): "missing",
         shard(0, 1): "damaged",
-        "member_1/kernel.safetensors": "damaged",
-        "member_0/.kernel.safetensors.elsewhere.7.tmp": "left",
+        "member_1/gram.safetensors": "damaged",
+        "member_0/.gram.safetensors.elsewhere.7.tmp": "left",
     }
     assert main(["verify", str(folder)]) == 1
     printed = capsys.readouterr()
@@ -335,7 +333,7 @@ def test_only_damaged_files_are_made_again_and_with_the_same_bytes(model, built,
     (built / shard(4)).unlink()
     with_ids(built / shard(0), [0, 1, 1, 3])
     record_again(built, shard(0))
-    (built / "member_0" / "kernel.safetensors").write_bytes(b"?" * 100)
+    (built / "member_0" / "gram.safetensors").write_bytes(b"?" * 100)
     (built / "member_0" / "thesis.tex").write_text("years of work")
     (built / ".trak_config.json.elsewhere.7.tmp").write_text("half")
     written = []
@@ -377,7 +375,7 @@ LIST, CONFIG = "member_0/member.json", "trak_config.json"
         (LIST, lambda text: text.replace(b'"sha256": "', b'"sha256": "x', 3)),
         (LIST, None),
         (CONFIG, lambda text: text[:-40]),
-        (CONFIG, lambda text: text.replace(b'"seed": 0', b'"seed": 4')),
+        (CONFIG, lambda text: text.replace(b'"sketch_seed": 0', b'"sketch_seed": 4')),
         (CONFIG, lambda text: text.replace(b'"damping": "auto"', b'"damping": "outo"')),
         (CONFIG, None),
         ("damping.json", lambda text: b'{"damping": 1e9, "grid": [1e9], "curve": [1.0]}'),

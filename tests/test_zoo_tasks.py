@@ -128,7 +128,9 @@ def choice_reference(model: nn.Module, row: Row) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("kind", ["bert", "distilbert"])
 @pytest.mark.parametrize("counts", [(3, 3, 3), (3, 2, 4)])
 def test_multiple_choice_is_that_of_each_row_alone(kind, counts):
-    assert_right(choice_model(kind), choice_rows(counts), choice_reference)
+    featurizer = assert_right(choice_model(kind), choice_rows(counts), choice_reference)
+    engine = featurizer.choose_engine(Dataset.from_list(choice_rows(counts)))
+    assert engine.name == ("layerwise" if len(set(counts)) == 1 else "loop"), engine.reason
 
 
 # Sound.

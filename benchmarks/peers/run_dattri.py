@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 ENVIRONMENT = Environment("dattri==0.3.0")
 CHECKED = 4
 REGULARIZATION = 1e-3
-"""Any positive number makes the kernel of so few rows invertible; its size costs nothing."""
+"""Any positive number makes the Gram matrix of so few rows invertible; its size costs nothing."""
 
 
 class Cached:

@@ -176,7 +176,7 @@ def compared(options: argparse.Namespace, setting: Any, judge: Any, theirs: np.n
             paths,
             setting,
             options.proj_dim,
-            config=TrakConfig(proj_dim=options.proj_dim, seed=100 * seed),
+            config=TrakConfig(proj_dim=options.proj_dim, sketch_seed=100 * seed),
         )
         for seed in range(options.seeds)
     ]

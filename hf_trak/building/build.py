@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +16,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from hf_trak.building.checks import TrainingRows
-from hf_trak.building.jobs import Part, forget_parts, remember_parts
+from hf_trak.building.jobs import Job, record_jobs, remove_job_records
 from hf_trak.config import CONFIG_NAME, TrakConfig
 from hf_trak.distributed import Processes
 from hf_trak.featurizing.devices import check_whole
@@ -29,8 +29,8 @@ from hf_trak.messages import list_differences
 from hf_trak.sources.checkpoints import check_is_checkpoint
 from hf_trak.sources.path_bases import find_base
 from hf_trak.storage.files import read_json, remove_leftovers, write_folder, write_json, write_json_once
-from hf_trak.storage.format import MEMBER_NAME, is_index_name, member_folders
-from hf_trak.storage.passes import PassWriter, keep_stretch, kernel_of, stretches
+from hf_trak.storage.format import BANK_NAME, MEMBER_NAME, STATISTICS_NAME, is_index_name, member_folders
+from hf_trak.storage.passes import PassWriter, gram_of, keep_stretch, stretches
 from hf_trak.storage.replacing import (
     begin_replacement,
     drop_replacement,
@@ -41,7 +41,7 @@ from hf_trak.storage.replacing import (
 )
 from hf_trak.storage.writer import MemberWriter, recorded_identity, replace_members
 from hf_trak.tasks import Bank, draw_rows, needs_bank
-from hf_trak.tasks.rows import as_stored, features_of
+from hf_trak.tasks.rows import as_stored, check_is_dataset, features_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -76,13 +76,11 @@ def build_pass(
     proj_dim = featurizer.config.proj_dim
     if processes.is_first:
         writers = _open(folder, plan, featurizer, rows, shard_rows, overwrite=overwrite)
-        _share_bank(writers, featurizer, rows.dataset)
-        _share_engine(writers, featurizer, rows.dataset)
+        _share(writers, featurizer, rows.dataset)
     processes.wait()
     if not processes.is_first:
         writers = _open(folder, plan, featurizer, rows, shard_rows, overwrite=overwrite, shared=True)
-        _share_bank(writers, featurizer, rows.dataset)
-        _share_engine(writers, featurizer, rows.dataset)
+        _share(writers, featurizer, rows.dataset)
     whole = PassWriter(writers, plan.seeds)
     # The first process's view: a network file system may show the others an older one.
     open_members, missing = processes.tell([_unfinished(writers), whole.missing()] if processes.is_first else None)
@@ -109,7 +107,7 @@ def build_pass(
         processes.wait()
     if processes.is_first:
         for writer in unfinished:
-            writer.finish(kernel_of(writer, proj_dim=proj_dim), describe_member(folder, plan, featurizer, rows.dataset), mask)
+            writer.finish(gram_of(writer, proj_dim=proj_dim), describe_member(folder, plan, featurizer, rows.dataset), mask)
     processes.wait()
 
 
@@ -134,13 +132,13 @@ def _see_shards(writer: PassWriter, *, patience: float = 90.0) -> None:
         time.sleep(1.0)
 
 
-def build_part_of_pass(
+def build_shards_of_pass(
     folder: Path,
     plan: Pass,
     featurizer: Featurizer,
     rows: TrainingRows,
     *,
-    part: Part,
+    part: Job,
     mask: Bool[Tensor, " rows"] | None = None,
     batch_size: int | str,
     shard_rows: int,
@@ -155,8 +153,7 @@ def build_part_of_pass(
     unfinished = [writer for writer in writers if not writer.is_finished]
     if not unfinished:
         return
-    _share_bank(writers, featurizer, rows.dataset)
-    _share_engine(writers, featurizer, rows.dataset)
+    _share(writers, featurizer, rows.dataset)
     for writer in unfinished:
         writer.describe(describe_member(folder, plan, featurizer, rows.dataset), mask)
     featurize(
@@ -219,23 +216,35 @@ def _with_recorded_libraries(member: Path, identity: dict[str, Any]) -> dict[str
     return {**identity, "libraries": recorded.get("libraries")}
 
 
-def _share_bank(writers: Sequence[MemberWriter], featurizer: Featurizer, dataset: Dataset) -> None:
-    """Give every member of a pass the same bank: the one an earlier call or another process wrote, so that going on gives the same
-    bytes, or a new one."""
+def _share(writers: Sequence[MemberWriter], featurizer: Featurizer, dataset: Dataset) -> None:
+    """Give all members and processes of a pass one of each of what its rows depend on, the first of them first."""
     if all(writer.is_finished for writer in writers):
         return
-    found = next((tensors for writer in writers if (tensors := writer.bank()) is not None), None)
+    statistics = _share_tensors(writers, STATISTICS_NAME, partial(featurizer.measure_statistics, dataset))
+    if statistics is not None:
+        featurizer.use_statistics(statistics)
+    bank = _share_tensors(writers, BANK_NAME, lambda: made.tensors() if (made := featurizer.make_bank(dataset)) else None)
+    if bank is not None:
+        featurizer.use_bank(Bank.from_tensors(bank))
+    _share_engine(writers, featurizer, dataset)
+
+
+def _share_tensors(
+    writers: Sequence[MemberWriter], file: str, make: Callable[[], dict[str, Tensor] | None]
+) -> dict[str, Tensor] | None:
+    """Return what an earlier call or another process wrote, so that going on gives the same bytes, or what is made and written now."""
+    found = next((tensors for writer in writers if (tensors := writer.tensors(file)) is not None), None)
     if found is None:
-        bank = featurizer.make_bank(dataset)
-        if bank is None:
-            return
-        writers[0].write_bank(bank.tensors())
-        found = writers[0].bank()  # another process may have been first
+        made = make()
+        if made is None:
+            return None
+        writers[0].write_tensors(file, made)
+        found = writers[0].tensors(file)  # another process may have been first
     assert found is not None
-    featurizer.use_bank(Bank.from_tensors(found))
     for writer in writers:
-        if writer.bank() is None:
-            writer.write_bank(found)
+        if writer.tensors(file) is None:
+            writer.write_tensors(file, found)
+    return found
 
 
 def _share_engine(writers: Sequence[MemberWriter], featurizer: Featurizer, dataset: Dataset) -> None:
@@ -244,8 +253,6 @@ def _share_engine(writers: Sequence[MemberWriter], featurizer: Featurizer, datas
     Every process checks the same rows of the data set, whichever shards it makes, and goes by what was written first.
     """
     unfinished = [writer for writer in writers if not writer.is_finished]
-    if not unfinished:
-        return
     found = next((engine for writer in unfinished if (engine := writer.engine()) is not None), None)
     if found is None or found["name"] != "loop":
         chosen = featurizer.choose_engine(dataset)
@@ -393,7 +400,7 @@ def build_members(
     config: TrakConfig,
     *,
     processes: Processes,
-    part: Part | None = None,
+    part: Job | None = None,
     processing_class: Any,
     task: Task | TaskMaker | None,
     revision: str | None,
@@ -412,10 +419,11 @@ def build_members(
 
     Args:
         processes ([`Processes`]): Among which shards are divided, and of which the first does what only one may do.
-        part ([`Part`], *optional*): Make only this part of the shards, in a folder that others write to, and leave it unfinished.
+        part ([`Job`], *optional*): Make only this part of the shards, in a folder that others write to, and leave it unfinished.
     """
     if not models:
         raise ValueError("`models` is empty: give at least one checkpoint.")
+    check_is_dataset(dataset, "`dataset`")
     if len(dataset) == 0:
         raise ValueError("The dataset is empty: there is nothing to featurize.")
     dataset = as_stored(dataset)
@@ -426,7 +434,7 @@ def build_members(
     checkpoints = lay_out_checkpoints(models, base, alpha, revision=revision, base_revision=base_revision)
     passes = lay_out_passes(
         len(checkpoints),
-        seed=config.seed,
+        seed=config.sketch_seed,
         sketch_seeds_per_checkpoint=sketch_seeds_per_checkpoint,
         dropout_seeds=dropout_seeds,
     )
@@ -462,14 +470,14 @@ def build_members(
             n_members = passes[-1].members[-1] + 1
             if part is not None:
                 begin_index(folder, config, n_members, overwrite=False, shared=True)
-                remember_parts(folder, part, n_members)
+                record_jobs(folder, part, n_members)
             elif processes.is_first:
                 begin_index(folder, config, n_members, overwrite=overwrite)
             processes.wait()
         build = (
             partial(build_pass, processes=processes, overwrite=overwrite)
             if part is None
-            else partial(build_part_of_pass, part=part)
+            else partial(build_shards_of_pass, part=part)
         )
         mask = None if masks is None else masks[checkpoint.model]
         description = f"Featurizing {number + 1}/{len(passes)}"
@@ -477,7 +485,7 @@ def build_members(
     if part is None and processes.is_first:
         if overwrite:
             replace_members(folder, n_members)
-        forget_parts(folder)
+        remove_job_records(folder)
     processes.wait()  # no process loads the index before it is in its place
 
 

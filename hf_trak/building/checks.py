@@ -123,7 +123,7 @@ logger = logging.getLogger(__name__)
 _ROWS = 2
 
 
-def rehearse(
+def check_rows_before_training(
     model: nn.Module | Path,
     dataset: Dataset,
     config: TrakConfig,

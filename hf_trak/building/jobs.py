@@ -15,14 +15,14 @@ from hf_trak.config import TrakConfig
 from hf_trak.distributed import share
 from hf_trak.storage.files import field_of, read_json, remove_leftovers, write_json_once
 from hf_trak.storage.format import MEMBER_NAME, PARTS_NAME, is_index_name, member_folders
-from hf_trak.storage.passes import kernel_of
+from hf_trak.storage.passes import gram_of
 from hf_trak.storage.writer import MemberWriter, forget_progress
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Part:
+class Job:
     """One job's part of the shards of an index.
 
     Args:
@@ -49,15 +49,15 @@ class Part:
         return share(items, self.index, self.count)
 
 
-def remember_parts(folder: Path, part: Part, n_members: int) -> None:
+def record_jobs(folder: Path, part: Job, n_members: int) -> None:
     """Leave word in an index's folder of what jobs are making, unless another job has."""
     if any(not (folder / f"member_{number}" / MEMBER_NAME).exists() for number in range(n_members)):
         command = None if part.command is None else list(part.command)
         write_json_once(folder / PARTS_NAME, {"n_members": n_members, "num_shards": part.count, "command": command})
 
 
-def forget_parts(folder: Path) -> None:
-    """Remove the word that [`remember_parts`] left: the index is finished."""
+def remove_job_records(folder: Path) -> None:
+    """Remove the word that [`record_jobs`] left: the index is finished."""
     if (folder / PARTS_NAME).exists():
         (folder / PARTS_NAME).unlink(missing_ok=True)
 
@@ -68,7 +68,7 @@ def is_in_parts(folder: Path) -> bool:
 
 
 def merge_members(folder: Path) -> None:
-    """Finish the members of an index whose shards jobs have made: check each shard against its hash, and sum the kernels.
+    """Finish the members of an index whose shards jobs have made: check each shard against its hash, and sum the Gram matrices.
 
     Raises:
         FileNotFoundError: If no job has begun an index here.
@@ -96,7 +96,7 @@ def merge_members(folder: Path) -> None:
         for shard in range(writer.n_shards):
             writer.verify(shard)
     for writer in begun.values():
-        writer.finish(kernel_of(writer, proj_dim=proj_dim), writer.described(), writer.mask())
+        writer.finish(gram_of(writer, proj_dim=proj_dim), writer.described(), writer.mask())
 
 
 def _what_is_missing(

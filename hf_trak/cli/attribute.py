@@ -51,6 +51,16 @@ class AttributeArguments:
         },
     )
     damping: str | None = field(default=None, metadata={"help": "A number or auto, in place of the index's damping."})
+    out_to_loss_power: float | None = field(
+        default=None, metadata={"help": "What 1 - p is raised to, 0 to 1, in place of the index's; 1 is the paper's."}
+    )
+    combination: str | None = field(
+        default=None,
+        metadata={
+            "help": "How members are combined, in place of the index's way: scaled, or means (the paper's).",
+            "choices": ["scaled", "means"],
+        },
+    )
     model: list[str] | None = field(
         default=None, metadata={"help": "Checkpoints, in order, in place of the recorded ones.", "action": Collect}
     )
@@ -106,7 +116,7 @@ def run(args: AttributeArguments) -> None:
 
     from hf_trak.cli.data import load_rows
     from hf_trak.cli.examples import ExampleReader, read_attributions
-    from hf_trak.cli.main import hush
+    from hf_trak.cli.main import quiet_libraries
     from hf_trak.cli.report import save_report, table
     from hf_trak.distributed import current_processes, rank_and_size
     from hf_trak.index import AttributionIndex
@@ -114,7 +124,7 @@ def run(args: AttributeArguments) -> None:
     from hf_trak.storage.outputs import naming, output_file
     from hf_trak.tasks import import_task
 
-    hush()
+    quiet_libraries()
     parse_memory(args.max_memory)
     current_processes()  # joins those of a launcher
     first = rank_and_size()[0] == 0
@@ -132,6 +142,7 @@ def run(args: AttributeArguments) -> None:
     damping = None if args.damping is None else replace(index.config, damping=args.damping).damping  # type: ignore[arg-type]
     options: dict[str, Any] = {"damping": damping, "direction": args.direction, "batch_size": batch_size}
     options.update(max_memory=args.max_memory, progress=first)
+    options.update(out_to_loss_power=args.out_to_loss_power, combination=args.combination)
     ask, blocks = _asking(args, index, queries, output, options)
     if not first:  # processes share the ranking; one writes
         ask()
@@ -164,7 +175,8 @@ def _asking(
 
     if len(queries) <= hit_blocks.BLOCK_QUERIES:
         return lambda: index.attribute(queries, args.top_k, **options), None
-    decisive = {"top_k": args.top_k, "damping": index.resolve_damping(options["damping"]), "direction": args.direction}
+    ways = {name: options[name] for name in ("direction", "out_to_loss_power", "combination")}
+    decisive = {"top_k": args.top_k, "damping": index.resolve_damping(options["damping"]), **ways}
     blocks = hit_blocks.HitBlocks(output, hit_blocks.identity_of_hits(index, queries, decisive))
 
     def say(text: str) -> None:

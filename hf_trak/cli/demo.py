@@ -46,7 +46,9 @@ class DemoArguments:
     members: str = field(
         default="final", metadata={"help": "Checkpoints of the training run: final, or epoch:K for the last K."}
     )
-    damping: str = field(default="auto", metadata={"help": "A multiple of the kernel's mean eigenvalue; 0 is the paper's."})
+    damping: str = field(
+        default="auto", metadata={"help": "A multiple of the Gram matrix's mean eigenvalue; 0 is the paper's."}
+    )
     epochs: int | None = field(
         default=None, metadata={"help": "Epochs of training: 6 for images, 3 for text, 3 with --model --train."}
     )
@@ -198,9 +200,9 @@ def run(args: DemoArguments) -> dict[str, Any]:
         train_and_featurize,
     )
     from hf_trak.cli.featurize import how_to_load
-    from hf_trak.cli.main import hush
+    from hf_trak.cli.main import quiet_libraries
 
-    hush()
+    quiet_libraries()
     with n_threads(1 if args.model is None else None):
         data = own_data(args) if args.model else {"images": digits, "text": docstrings}[args.data](args.seed)
         true_labels = list(data.train[data.label_column])

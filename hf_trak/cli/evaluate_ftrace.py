@@ -23,11 +23,11 @@ examples:
 
 def main(arguments: Sequence[str]) -> None:
     """Parse and run."""
-    from hf_trak.cli.main import hush
+    from hf_trak.cli.main import quiet_libraries
     from hf_trak.evaluation.fact_tracing import run_ftrace
 
     args, recipe = parse_arguments(arguments)
-    hush()
+    quiet_libraries()
     print(table(run_ftrace(args, recipe).get("rows", [])))
 
 

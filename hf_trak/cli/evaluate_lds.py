@@ -72,13 +72,15 @@ class Inputs:
             yield name, self._baseline(name)
 
     def _of_index(self, index: AttributionIndex) -> Iterator[tuple[str, np.ndarray]]:
+        ways = {name: value for name in ("out_to_loss_power", "combination") if (value := getattr(self.args, name)) is not None}
+        said = "".join(f", {name} {value}" for name, value in ways.items())
         dampings: list[str | None] = [*self.args.damping] if self.args.damping else [None]
         for damping in dampings:
             given = index.config.damping if damping is None else replace(index.config, damping=damping).damping  # type: ignore[arg-type]
             value = index.resolve_damping(given)
             auto = " (auto)" if given == "auto" else ""
-            scores = index.score(self.queries, damping=value, batch_size=_rows_at_a_time(self.args))
-            yield f"hf_trak {__version__}, damping {value:g}{auto}", scores
+            scores = index.score(self.queries, damping=value, batch_size=_rows_at_a_time(self.args), **ways)
+            yield f"hf_trak {__version__}, damping {value:g}{auto}{said}", scores
 
     def _baseline(self, name: str) -> np.ndarray:
         if name == "random":  # of any rows, as many as there are
@@ -209,6 +211,16 @@ class LDSArguments:
         default=None,
         metadata={"help": "Numbers or auto, in place of the index's damping; one score for each.", "action": Collect},
     )
+    out_to_loss_power: float | None = field(
+        default=None, metadata={"help": "What 1 - p is raised to, 0 to 1, in place of the index's; 1 is the paper's."}
+    )
+    combination: str | None = field(
+        default=None,
+        metadata={
+            "help": "How members are combined, in place of the index's way: scaled, or means (the paper's).",
+            "choices": ["scaled", "means"],
+        },
+    )
     baselines: list[str] | None = field(
         default=None,
         metadata={
@@ -274,10 +286,10 @@ def run(args: LDSArguments, arguments: Sequence[str] = ()) -> list[dict[str, Any
     """Evaluate, print, and return the rows of results."""
     _check(args)
 
-    from hf_trak.cli.main import hush
+    from hf_trak.cli.main import quiet_libraries
     from hf_trak.evaluation import lds
 
-    hush()
+    quiet_libraries()
     truth = load_ground_truth(args)
     print(f"{describe(truth)}\n{describe_reliability(truth, reliability := reliability_of(truth, args))}\n")
     inputs = load_inputs(args, truth)
@@ -299,8 +311,9 @@ def _check(args: LDSArguments) -> None:
         raise ValueError("Whose score? Give --index and --queries, or --scores.")
     if args.index is not None and args.queries is None:
         raise ValueError("--index needs --queries: the rows whose outputs the ground truth holds, in its order.")
-    if args.index is None and (args.damping or args.model or args.base or args.processor or args.task):
-        raise ValueError("--damping, --model, --base, --processor and --task say how an index scores, but there is no --index.")
+    of_index = ("damping", "out_to_loss_power", "combination", "model", "base", "processor", "task")
+    if args.index is None and (given := [name for name in of_index if getattr(args, name) is not None]):
+        raise ValueError(f"{', '.join(f'--{name}' for name in given)}: how an index scores, but there is no --index.")
     rows_at_a_time(args.batch_size, "--batch_size")
     if args.n_bootstrap < 0 or not 0 < args.confidence < 1:
         raise ValueError(

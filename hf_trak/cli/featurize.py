@@ -72,6 +72,10 @@ class FeaturizeArguments:
         metadata={"help": "Make only this part of the files of features, from 0; `hf-trak merge` puts them together."},
     )
     num_shards: int | None = field(default=None, metadata={"help": "Into how many parts, such as the jobs of an array."})
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Say what it would take (time, disk, memory, engine, columns), from some rows, and write nothing."},
+    )
 
     def __post_init__(self) -> None:
         if (self.shard_index is None) != (self.num_shards is None):
@@ -90,7 +94,7 @@ def main(arguments: Sequence[str]) -> None:
 def run(args: FeaturizeArguments, features: FeatureArguments, given: Sequence[str] = ()) -> None:
     """Build the index, or a part of one, and say where it lies."""
     config, counts, path = features.trak_config(), features.member_counts(), features.path()
-    rows_at_a_time(features.featurize_batch_size, "--featurize_batch_size")
+    rows_at_a_time(features.batch_size, "--batch_size")
     if features.shard_rows < 1:
         raise ValueError(f"--shard_rows must be at least 1, but is {features.shard_rows}.")
     if args.revision is not None and all(Path(model).is_dir() for model in args.model):
@@ -99,12 +103,12 @@ def run(args: FeaturizeArguments, features: FeatureArguments, given: Sequence[st
     with uncollected(for_good=True):
         import hf_trak.models  # noqa: F401  what loading a model needs, whatever the model
         from hf_trak.cli.data import load_rows
-        from hf_trak.cli.main import hush, say_which_columns
+        from hf_trak.cli.main import quiet_libraries, say_which_columns
         from hf_trak.distributed import current_processes, warn_of_lone_process
         from hf_trak.index import AttributionIndex
         from hf_trak.tasks import import_task
 
-        hush()
+        quiet_libraries()
         say_which_columns()
     if args.shard_index is None and (warning := warn_of_lone_process()):
         print(f"hf-trak: warning: {warning}", file=sys.stderr)
@@ -128,8 +132,12 @@ def run(args: FeaturizeArguments, features: FeatureArguments, given: Sequence[st
         "shard_rows": features.shard_rows,
         "keep_columns": features.kept_columns(),
     }
+    if args.dry_run:
+        unused = ("shard_rows", "keep_columns")
+        print(AttributionIndex.estimate(**{name: value for name, value in arguments.items() if name not in unused}))
+        return
     if args.shard_index is not None and args.num_shards is not None:
-        AttributionIndex.build_part(
+        AttributionIndex.build_shards(
             args.output, shard_index=args.shard_index, num_shards=args.num_shards, command=_without_part(given), **arguments
         )
         print(f"\nPart {args.shard_index} of {args.num_shards} is done. When all are:\n\n    hf-trak merge {args.output}")
@@ -165,7 +173,7 @@ def describe_points(index: AttributionIndex) -> str:
     """Say of which points of which path an index is, and what follows from that; nothing where it is of checkpoints themselves."""
     from hf_trak.hub.cards import describe_paths
 
-    lines = describe_paths([member.info for member in index.members])
+    lines = describe_paths([member.info for member in index.members], index.config.out_to_loss_power)
     return "".join(f"{line}\n" for line in lines)
 
 

@@ -96,12 +96,12 @@ def run(args: LabelErrorsArguments) -> None:
 
     from hf_trak.cli.attribute import write_hits
     from hf_trak.cli.data import load_rows
-    from hf_trak.cli.main import hush
+    from hf_trak.cli.main import quiet_libraries
     from hf_trak.index import AttributionIndex
     from hf_trak.storage.outputs import naming, output_file
     from hf_trak.tasks import import_task
 
-    hush()
+    quiet_libraries()
     index = AttributionIndex.from_pretrained(
         args.index,
         revision=args.revision,

@@ -60,7 +60,7 @@ def describe(error: BaseException) -> str:
 _CHATTER = ("requires torchvision", "torchvision is not available", "Using a slow image processor")
 
 
-def hush() -> None:
+def quiet_libraries() -> None:
     """Keep transformers and datasets to warnings, one line each, and hide the progress bars of loading and saving."""
     import datasets
     import transformers

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from hf_trak.cli.main import OneLineErrors
 
 _DESCRIPTION = """\
-Put an index together that jobs with --shard-index and --num-shards have made: check every file against its hash, sum the kernels,
+Put an index together that jobs with --shard-index and --num-shards have made: check every file against its hash, sum the Gram matrices,
 and write what an index has besides. If files are missing, say which, and how to make them. Run it once, when the jobs are done.
 
 example:
@@ -33,10 +33,10 @@ def main(arguments: Sequence[str]) -> None:
 def run(folder: str) -> None:
     """Merge, and say where the index lies."""
     from hf_trak.cli.featurize import describe_index
-    from hf_trak.cli.main import hush
+    from hf_trak.cli.main import quiet_libraries
     from hf_trak.index import AttributionIndex
 
-    hush()
+    quiet_libraries()
     begin = time.perf_counter()
     index = AttributionIndex.merge(folder)
     print(describe_index(index, folder, seconds=time.perf_counter() - begin))

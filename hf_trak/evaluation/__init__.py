@@ -2,17 +2,14 @@
 
 from hf_trak.evaluation.lds import LDS, Reliability, ground_truth_reliability, lds, predicted_outputs, spearman
 from hf_trak.evaluation.mislabeled import found_share, mislabel_auc
-from hf_trak.evaluation.settings import Prepared, Setting, prepare, pretrain
 from hf_trak.evaluation.subsets import GroundTruth, SubsetJob, collect, ground_truth_from, make_masks
 from hf_trak.evaluation.training import Recipe
 
 __all__ = [
     "LDS",
     "GroundTruth",
-    "Prepared",
     "Recipe",
     "Reliability",
-    "Setting",
     "SubsetJob",
     "collect",
     "found_share",
@@ -22,7 +19,5 @@ __all__ = [
     "make_masks",
     "mislabel_auc",
     "predicted_outputs",
-    "prepare",
-    "pretrain",
     "spearman",
 ]

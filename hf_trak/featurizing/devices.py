@@ -19,6 +19,13 @@ _GATHER = (
 )
 
 
+def unwrapped(model: Any) -> Any:
+    """Return the model inside `torch.nn.DataParallel` and `torch.compile`, which computes the same with the same weights."""
+    while (name := {"DataParallel": "module", "OptimizedModule": "_orig_mod"}.get(type(model).__name__)) is not None:
+        model = getattr(model, name)
+    return model
+
+
 def check_whole(model: nn.Module) -> None:
     """Check that a model is in one piece here.
 

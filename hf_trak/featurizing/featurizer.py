@@ -33,19 +33,19 @@ from hf_trak.featurizing.batching import (
     read_rows,
     to_device,
 )
-from hf_trak.featurizing.devices import in_bfloat16
+from hf_trak.featurizing.devices import in_bfloat16, unwrapped
 from hf_trak.featurizing.engine_choice import EngineChoice, check_first_rows, cost_of_loop, decide, rows_to_check
 from hf_trak.gradients import (
     BatchFeatures,
     CallPlan,
     ParameterSelection,
     TooFewExamples,
+    dropout_mask,
     evaluation_mode,
     functional_features,
     layerwise_features,
     loop_features,
     select_parameters,
-    thinned,
 )
 from hf_trak.hashing import hash_tensors
 from hf_trak.members import MIDDLE, PathPoint, read_alphas
@@ -53,6 +53,7 @@ from hf_trak.messages import MissingProcessor
 from hf_trak.projectors import FastJL, Identity, Projector, StackedProjector, make_projectors
 from hf_trak.sources.checkpoints import load_model_and_base_rows
 from hf_trak.sources.path_bases import MadePoint, find_base, make_point
+from hf_trak.sources.path_points import measure_statistics, set_statistics, statistics_rows
 from hf_trak.sources.processors import check_vocabulary, describe_absence, find_processing_class, hash_processing_class, is_name
 from hf_trak.sources.repositories import pinned_revision
 from hf_trak.sources.weights import check_dtype
@@ -104,7 +105,7 @@ class Featurizer:
         dropout_seed (`int`, *optional*): Of the units removed from the network, the same for every row; by default none are.
         revision (`str`, *optional*): Of the repository in `model`: a branch, tag or commit.
         base (`str` or `Path`, *optional*): The checkpoint that training began from. Features are then of the point base + alpha (final −
-            base), made in memory; see [`AttributionIndex.build`].
+            base), made in memory; see [`AttributionIndex.build`]. With BatchNorm, call [`~Featurizer.measure_statistics`] first.
         alpha (`float`, *optional*): Which point; 0.5 by default.
         base_revision (`str`, *optional*): Of the repository in `base`.
         trust_remote_code (`bool`): Run code that the repository in `model` brings along. Without it, such a model is refused.
@@ -128,7 +129,7 @@ class Featurizer:
         device: str | torch.device | None = None,
     ) -> None:
         self.config = config or TrakConfig()
-        seed = self.config.seed if seed is None else seed
+        seed = self.config.sketch_seed if seed is None else seed
         self.seeds = (seed,) if isinstance(seed, int) else tuple(seed)
         self.dropout_seed = dropout_seed
         self.source = str(model) if isinstance(model, (str, Path)) else None
@@ -136,7 +137,7 @@ class Featurizer:
         self.trust_remote_code = trust_remote_code
         self._commit: str | None = None
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self._final = None if isinstance(model, (str, Path)) else model  # in memory
+        self._final = None if isinstance(model, (str, Path)) else unwrapped(model)  # in memory
         alphas = read_alphas(base, MIDDLE if alpha is None and base is not None else alpha)
         if len(alphas) > 1:
             raise ValueError(f"A Featurizer is of one point, but `alpha` is {alpha!r}. Make one for each.")
@@ -155,6 +156,7 @@ class Featurizer:
         self._has_said: set[str] = set()
         self._collating = threading.Lock()  # a tokenizer serves one thread at a time
         self._bank: Bank | None = None  # until there is a task to hold it
+        self._statistics: dict[str, Tensor] | None = None
 
     @property
     def model(self) -> PreTrainedModel:
@@ -178,6 +180,8 @@ class Featurizer:
         if self.point is not None:
             self._hash = _hash_weights(model)
             self._made = make_point(model, self.point, base_rows=base_rows)
+            if self._statistics is not None:
+                set_statistics(model, self._made.report.measured, self._statistics)
         return model
 
     @property
@@ -327,7 +331,7 @@ class Featurizer:
         parts = []
         for chunk in chunks:
             batch = to_device(task.collate(read_rows(dataset, chunk), processing_class), self.device)
-            with thinned(self.model, self.dropout_seed), evaluation_mode(self.model), self._autocast():
+            with dropout_mask(self.model, self.dropout_seed), evaluation_mode(self.model), self._autocast():
                 parts.append(embed_bank(task, self.model, batch, torch.tensor(chunk)))
         bank = Bank.join(parts)
         self.use_bank(bank)
@@ -337,6 +341,56 @@ class Featurizer:
         """Hold examples against a bank that was made before."""
         task, *others = self.prepare()
         self._ready = (with_bank(task, bank.to(self.device)), *others)
+
+    @property
+    def statistics(self) -> dict[str, Tensor] | None:
+        """The running statistics of BatchNorm at a point of a path, by name; None until they are measured or given, and for other models."""
+        return self._statistics
+
+    def measure_statistics(self, dataset: Dataset) -> dict[str, Tensor] | None:
+        """Measure the running statistics of BatchNorm at the point of a path, on rows of the training set; None where there are none to measure.
+
+        Which rows those are depends on their number alone.
+
+        Raises:
+            ValueError: If there are too few rows, or a statistic is not finite.
+        """
+        task, _, _, processing_class = self.prepare()
+        names = self._measured
+        if not names:
+            return None
+
+        def forward(rows: list[int]) -> None:
+            batch = to_device(task.collate(read_rows(dataset, rows), processing_class), self.device)
+            if needs_bank(task):
+                embed_bank(task, self.model, batch, torch.tensor(rows))
+            else:
+                task.output_function(self.model, batch)
+
+        with dropout_mask(self.model, self.dropout_seed), evaluation_mode(self.model), self._autocast():
+            self._statistics = measure_statistics(self.model, names, statistics_rows(len(dataset)), forward)
+        return self._statistics
+
+    def use_statistics(self, statistics: Mapping[str, Tensor]) -> None:
+        """Use running statistics that were measured before.
+
+        Raises:
+            ValueError: If they are not of this point's modules.
+        """
+        set_statistics(self.model, self._measured, statistics)
+        self._statistics = dict(statistics)
+
+    @property
+    def _measured(self) -> tuple[str, ...]:
+        return self.made.report.measured if self.made is not None else ()
+
+    def _check_statistics(self) -> None:
+        if self._statistics is None and self._measured:
+            raise ValueError(
+                f"At a point of the path, the running statistics of {len(self._measured)} modules, such as {self._measured[0]}, are measured "
+                "on training rows, and this Featurizer has not seen any. Call `featurizer.measure_statistics(train)` first; "
+                "AttributionIndex.build does so, and `index.featurizer()` has those of the index."
+            )
 
     def use_task(self, task: Task) -> None:
         """Go on with another task of the same inputs."""
@@ -416,6 +470,7 @@ class Featurizer:
 
     def _decide(self, batch: Mapping[str, Any], numbers: Sequence[int]) -> None:
         """Check the engine on some rows of a batch, the longest first; leave it open if there is one row."""
+        self._check_statistics()
         task, selection, projector, _ = self.prepare()
         arguments: dict[str, Any] = {"output_function": task.output_function, "parameters": selection.parameters}
 
@@ -424,7 +479,7 @@ class Featurizer:
 
         setting = self.config.gradients
         # Not under autocast, whose round-off would hide what is looked for.
-        with thinned(self.model, self.dropout_seed), self._attention(setting):
+        with dropout_mask(self.model, self.dropout_seed), self._attention(setting):
             try:
                 engine, plan = decide(self.model, collate, len(numbers), setting=setting, **arguments)
             except TooFewExamples:
@@ -454,7 +509,8 @@ class Featurizer:
         Args:
             projector ([`Projector`], *optional*): In place of the featurizer's own.
         """
-        with thinned(self.model, self.dropout_seed):
+        self._check_statistics()
+        with dropout_mask(self.model, self.dropout_seed):
             return self._features(batch, projector or self.prepare()[2])
 
     def _features(self, batch: Mapping[str, Any], projector: Projector) -> BatchFeatures:
@@ -503,6 +559,20 @@ class Featurizer:
             output_function = in_bfloat16(output_function, device_type=self.device.type, vmapped=vmapped)
         return {"parameters": selection.parameters, "projector": projector, "output_function": output_function}
 
+    def outputs(self, batch: Mapping[str, Any]) -> BatchFeatures:
+        """Return the outputs of a batch by a forward pass alone, on the CPU; the features have no columns.
+
+        Rows go one by one where the engine is the loop, since there they are not independent of each other or of padding.
+        """
+        self._check_statistics()
+        n_rows = count_rows(batch)
+        alone = n_rows > 1 and self._engine is not None and self._engine.name == "loop"
+        parts = [part_of(batch, [number]) for number in range(n_rows)] if alone else [batch]
+        with dropout_mask(self.model, self.dropout_seed), evaluation_mode(self.model), self._autocast(), torch.no_grad():
+            found = [self.task.output_function(self.model, to_device(part, self.device)) for part in parts]
+        output, out_to_loss = (torch.cat(values).float().cpu() for values in zip(*found, strict=True))
+        return BatchFeatures(features=output.new_empty(n_rows, 0), output=output, out_to_loss=out_to_loss)
+
     def compute(self, batch: Mapping[str, Tensor], ids: Sequence[int] | None = None) -> BatchFeatures:
         """Return the features of a batch, on the CPU.
 
@@ -516,16 +586,19 @@ class Featurizer:
         bad = not_finite(features)
         if bad and (self._engine is None or self._engine.name != "loop"):
             # Padding may have done it, as in models that take the logarithm of what a mask hides.
-            with thinned(self.model, self.dropout_seed):
+            with dropout_mask(self.model, self.dropout_seed):
                 again = fetch(self._by_loop(batch, self.prepare()[2], bad))
             for values, new in zip(features, again, strict=True):
                 values[bad] = new
-        check_finite(features, ids)
+        if bad:
+            check_finite(features, ids)
         return features
 
     def encode(self, features: BatchFeatures) -> dict[str, np.ndarray]:
         """Return the trak_* columns, as they are stored."""
-        return encode_pass(features.features, features.output, features.out_to_loss, seeds=self.seeds, dtype=self.config.dtype)
+        return encode_pass(
+            features.features, features.output, features.out_to_loss, seeds=self.seeds, dtype=self.config.features_dtype
+        )
 
     def __call__(self, rows: Mapping[str, Sequence[Any]], indices: Sequence[int] | None = None) -> dict[str, np.ndarray]:
         """Return the trak_* columns of some rows.
@@ -554,7 +627,7 @@ class Featurizer:
             "processing_hash": hash_processing_class(self.processing_class if is_name(processing_class) else processing_class),
             "processor": self.processor,
             "task": _fingerprint(task) if task is not None else None,
-            "bank": {name: values.cpu().numpy() for name, values in bank.tensors().items()} if bank is not None else None,
+            "bank": _as_numpy(bank.tensors()) if bank is not None else None,
             "portable": self.source is not None and (processing_class is None or is_name(processing_class)) and task is None,
         }
 
@@ -563,7 +636,8 @@ class Featurizer:
         if (point := self.point) is None:
             return {}
         path = {"base": point.base, "alpha": point.alpha, "base_revision": point.revision}
-        return {"path": path, "made": self.made.identity if self.made is not None else None}
+        given = {} if self._statistics is None else {"statistics": _as_numpy(self._statistics)}
+        return {"path": path, "made": self.made.identity if self.made is not None else None, **given}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if multiprocess.parent_process() is not None:
@@ -582,7 +656,19 @@ class Featurizer:
         )
         self._hash = state["model_hash"]
         if state["bank"] is not None:
-            self._bank = Bank.from_tensors({name: torch.from_numpy(values) for name, values in state["bank"].items()})
+            self._bank = Bank.from_tensors(_as_tensors(state["bank"]))
+        if "statistics" in state:
+            self._statistics = _as_tensors(state["statistics"])
+
+
+def _as_numpy(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    return {
+        name: (values.float() if values.dtype == torch.bfloat16 else values).cpu().numpy() for name, values in tensors.items()
+    }
+
+
+def _as_tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(values) for name, values in arrays.items()}
 
 
 def _hash_weights(model: Any) -> str:

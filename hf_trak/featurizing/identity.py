@@ -12,6 +12,7 @@ import torch
 
 from hf_trak.config import TrakConfig
 from hf_trak.featurizing.featurizer import Featurizer
+from hf_trak.hashing import hash_tensors
 from hf_trak.members import ADAPTER, Pass
 from hf_trak.messages import list_differences
 from hf_trak.sources.checkpoints import describe_model_config
@@ -52,6 +53,7 @@ def describe_member(folder: Path, plan: Pass, featurizer: Featurizer, dataset: D
         "versions": library_versions(),
         "hardware": hardware_name(featurizer.device),
         **_describe_bank(featurizer),
+        **({"statistics": {"sha256": hash_tensors(found)}} if (found := featurizer.statistics) is not None else {}),
     }
 
 

@@ -9,7 +9,7 @@ from hf_trak.gradients.batch import (
     select_parameters,
 )
 from hf_trak.gradients.functional import functional_features
-from hf_trak.gradients.layer_patches import thinned
+from hf_trak.gradients.layer_patches import dropout_mask
 from hf_trak.gradients.layerwise import layerwise_features
 from hf_trak.gradients.loop import loop_features, rows_of
 from hf_trak.gradients.taps import CallPlan
@@ -28,11 +28,11 @@ __all__ = [
     "ParameterSelection",
     "TooFewExamples",
     "check_gradients",
+    "dropout_mask",
     "evaluation_mode",
     "functional_features",
     "layerwise_features",
     "loop_features",
     "rows_of",
     "select_parameters",
-    "thinned",
 ]

@@ -52,11 +52,14 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     if forces_gradients:
         model.disable_input_require_grads()  # type: ignore[operator]
     norms = [module for module in model.modules() if _is_batch_norm(module)]
+    # What `module.compile()` left: hooks that watch every layer would be compiled anew for each batch.
+    compiled = {module: call for module in model.modules() if (call := module._compiled_call_impl) is not None}
     model.eval()
     forget_caches(model)
     model.requires_grad_(False)
     for norm in norms:
         norm.forward = partial(_batch_norm, norm)  # type: ignore[arg-type]
+    _set(list(compiled), "_compiled_call_impl", None)
     _set(inplace, "inplace", False)
     _set(checkpointing, "gradient_checkpointing", False)
     try:
@@ -67,6 +70,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             del norm.forward
         if forces_gradients:
             model.enable_input_require_grads()  # type: ignore[operator]
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
         _set(inplace, "inplace", True)
         _set(checkpointing, "gradient_checkpointing", True)
         for parameter, flag in requires_grad.items():
@@ -82,9 +87,14 @@ def forget_caches(model: nn.Module) -> None:
     put in training mode, by their own `train`.
     """
     for module in model.modules():
-        if type(module).train is not nn.Module.train and not module.training:
+        if not module.training and _keeps_caches(type(module)):
             module.train(True)
             module.train(False)
+
+
+def _keeps_caches(kind: type[nn.Module]) -> bool:
+    """Whether modules of a class have a `train` of their own. That of transformers' models keeps nothing, and would walk all modules."""
+    return kind.train is not nn.Module.train and kind.train.__qualname__ != "PreTrainedModel.train"
 
 
 def _is_batch_norm(module: nn.Module) -> bool:
@@ -108,7 +118,7 @@ def _batch_norm(module: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d, inputs
     return inputs * scale.to(inputs).reshape(places) + shift.to(inputs).reshape(places)
 
 
-def _set(modules: list[nn.Module], attribute: str, value: bool) -> None:
+def _set(modules: list[nn.Module], attribute: str, value: bool | None) -> None:
     for module in modules:
         setattr(module, attribute, value)
 

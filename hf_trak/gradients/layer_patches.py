@@ -24,7 +24,7 @@ _AXIS = 1 << 20  # counters reserved along one axis: a unit's fate does not depe
 
 
 @contextmanager
-def thinned(model: nn.Module, seed: int | None) -> Iterator[None]:
+def dropout_mask(model: nn.Module, seed: int | None) -> Iterator[None]:
     """Remove the units that `seed` drops, within the block; None removes none.
 
     Only `nn.Dropout` and `nn.Dropout1d` to `3d` drop anything, each with its own probability; every other module computes as in

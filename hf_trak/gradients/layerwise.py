@@ -110,6 +110,7 @@ class _Watch:
         self.accumulator: Tensor | None = None
         self.recomputing = False
         self.expanded: dict[nn.Module, bool] = {}  # modules about to see ids that are expanded to one row per example
+        self.n_parts = 1  # rows of ids per example, such as the choices of a question, that the last embedding saw
         self.model = model
         self.parameters = parameters
         self.owned = watched_modules(model, parameters)
@@ -199,14 +200,14 @@ class _Watch:
         self.accumulator = self.projector.start(self.batch_size, dtype=working_dtype(like.dtype), device=like.device)
 
     def _expand_shared_rows(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Give every example its own copy of ids fed once for the whole batch, such as position ids of shape (1, seq)."""
+        """Give every example, or each of its parts, its own copy of ids fed once for the whole batch, such as position ids of shape (1, seq)."""
         if self.recomputing or not args or (self.standing is not None and self.standing.has(module)):
             return None
         call = self.plan.call(module, self.numbers.get(module, -1) + 1) if self.plan is not None else None
         is_single = call.is_single if call is not None else True
         if is_single and args[0].ndim == 2 and args[0].shape[0] == 1 < self.batch_size:
             self.expanded[module] = True
-            return (args[0].expand(self.batch_size, -1), *args[1:])
+            return (args[0].expand(self.batch_size * self.n_parts, -1), *args[1:])
         return None
 
     def _catch(self, rule: Callable[..., dict[str, Contribution]]) -> Callable[..., Tensor | None]:
@@ -220,6 +221,8 @@ class _Watch:
                 # Ids of shape (seq,) or (query, key), the same for all examples, must not pass for rows that make an example.
                 parts = not isinstance(module, nn.Embedding) or self.plan is not None
                 self._require_examples(module, inputs, axis, parts=parts)
+                if isinstance(module, nn.Embedding):
+                    self.n_parts = len(inputs) // self.batch_size
             check_unchanged = self._unchanged(module, [inputs])
 
             def catch(grads: Tensor) -> None:
@@ -406,7 +409,8 @@ class _Watch:
                     self.projector.add_outer(self.accumulator, name, self._join(left), self._join(right))
                 case Rows(rows, values):
                     shape = tuple(own_parameters(module)[own].shape)
-                    self.projector.add_rows(self.accumulator, name, shape, rows, values)  # type: ignore[arg-type]
+                    rows = rows.reshape(self.batch_size, -1)
+                    self.projector.add_rows(self.accumulator, name, shape, rows, self._join(values))  # type: ignore[arg-type]
                 case Dense(grads):
                     if len(grads) != self.batch_size:
                         grads = grads.unflatten(0, (self.batch_size, -1)).sum(1)

@@ -81,7 +81,7 @@ def render_index_card(
         source=_describe_training_set(first),
         members=[_describe_member(number, member) for number, member in enumerate(members[:_LISTED_MEMBERS])],
         more_members=max(0, len(members) - _LISTED_MEMBERS),
-        paths=describe_paths(members),
+        paths=describe_paths(members, config.out_to_loss_power),
         points=any("point" in member["identity"] for member in members),
         has_dropout=any("dropout_seed" in member["identity"] for member in members),
         kept=[markdown_code(str(column)) for column in first["identity"].get("kept", {}).get("columns", [])],
@@ -258,8 +258,12 @@ def _describe_point(point: Mapping[str, Any], base: Mapping[str, Any]) -> str:
     )
 
 
-def describe_paths(members: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Say of an index of points of a path what they are, and what of the scores follows from that; nothing of other indexes."""
+def describe_paths(members: Sequence[Mapping[str, Any]], out_to_loss_power: float | None = None) -> list[str]:
+    """Say of an index of points of a path what they are, and what of the scores follows from that; nothing of other indexes.
+
+    Args:
+        out_to_loss_power (`float`, *optional*): The configuration's.
+    """
     points = [member for member in members if "point" in member["identity"]]
     if not points:
         return []
@@ -273,7 +277,7 @@ def describe_paths(members: Sequence[Mapping[str, Any]]) -> list[str]:
     )
     lines = [
         f"{which} base + alpha (final - base) of a path, alpha = {', '.join(f'{alpha:g}' for alpha in alphas)}: outputs and out_to_loss are "
-        "the point's, not the final model's."
+        "the point's, not the final model's; query_output of hits is the final model's."
     ]
     new = sorted({name for member in points for name in member["identity"]["point"]["from_zero"] if ".lora_" not in name})
     kept = sorted({name for member in points for name in member["identity"]["point"]["kept"]})
@@ -281,7 +285,10 @@ def describe_paths(members: Sequence[Mapping[str, Any]]) -> list[str]:
         lines.append(f"New in the final model, so counted from 0: {_shorten(new)}.")
     if kept:
         lines.append(f"Not in the base, so at their final values: {_shorten(kept)}.")
-    if default_power(kind) < 1:
+    measured = max(member["identity"]["point"].get("statistics", {}).get("modules", 0) for member in points)
+    if measured:
+        lines.append(f"The running statistics of {measured} modules were measured at the point, on training rows.")
+    if default_power(kind) < 1 and out_to_loss_power is None:
         said = "1/2, as those of final checkpoints do" if many else "1; those of final checkpoints weigh by the power 1/2"
         lines.append(f"By default scores weigh by 1 - p to the power {said} (out_to_loss_power).")
     return lines

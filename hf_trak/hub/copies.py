@@ -116,6 +116,7 @@ def push_index(
     create_pr: bool,
     license: str | None,
     message: str,
+    token: str | bool | None = None,
 ) -> str:
     """Upload the index in `folder` to a dataset repository, and return the URL; see [`AttributionIndex.push_to_hub`].
 
@@ -123,10 +124,10 @@ def push_index(
         ValueError: If no licence is given, and none is known.
     """
     known = {"license": license} if license else find_licence(folder, members, None)
-    if not known and not repository_exists(repo_id):
+    if not known and not repository_exists(repo_id, token=token):
         raise _no_licence(repo_id)
     _refuse_links(folder, members)
-    upload = Upload.begin(repo_id, private=private, revision=revision, create_pr=create_pr)
+    upload = Upload.begin(repo_id, private=private, revision=revision, create_pr=create_pr, token=token)
     files = {name: partial(_regular, folder / name) for name in (CONFIG_NAME, *_extras(folder))}
     hashes = {}
     for member in members:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hf_trak.config import CARD_NAME, CONFIG_NAME
 from hf_trak.hub.cards import CURVE_NAME
 from hf_trak.scoring.damping import DAMPING_NAME
 from hf_trak.storage.format import MEMBER_NAME
 
-# Kernels, banks, masks and shards are left for later; of a repository that is no index, next to nothing is fetched.
+# Gram matrices, banks, masks and shards are left for later; of a repository that is no index, next to nothing is fetched.
 _FIRST = [CARD_NAME, CONFIG_NAME, DAMPING_NAME, CURVE_NAME, f"member_*/{MEMBER_NAME}"]
 
 
@@ -21,14 +22,16 @@ class HubIndex:
 
     Args:
         sha (`str`): The commit. A push that happens meanwhile changes nothing here.
+        access (`dict`): `token`, `cache_dir`, `local_files_only` and `force_download`, as huggingface_hub takes them.
     """
 
     repo_id: str
     sha: str
     folder: Path
+    access: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, repo_id: str, revision: str | None = None) -> HubIndex:
+    def open(cls, repo_id: str, revision: str | None = None, **access: Any) -> HubIndex:
         """Fetch what says what the index is: its configuration, and what each member is. Files already there are not fetched again.
 
         Raises:
@@ -44,7 +47,7 @@ class HubIndex:
         )
 
         try:
-            folder = Path(snapshot_download(repo_id, repo_type="dataset", revision=revision, allow_patterns=_FIRST))
+            folder = Path(snapshot_download(repo_id, repo_type="dataset", revision=revision, allow_patterns=_FIRST, **access))
         except RevisionNotFoundError as error:
             raise FileNotFoundError(f"The dataset repository {repo_id!r} has no revision {revision or 'main'!r}.") from error
         except HFValidationError as error:
@@ -67,7 +70,7 @@ class HubIndex:
             raise ValueError(
                 f"{repo_id!r} lacks member_{missing}/{MEMBER_NAME}: it is incomplete. Ask for it to be pushed again."
             )
-        return cls(repo_id, folder.name, folder)
+        return cls(repo_id, folder.name, folder, access)
 
     def fetcher(self, member: str) -> Callable[[str], None]:
         """Return what brings a file of a member into its folder, by the file's name."""
@@ -84,7 +87,7 @@ class HubIndex:
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RemoteEntryNotFoundError
 
         try:
-            hf_hub_download(self.repo_id, name, repo_type="dataset", revision=self.sha)
+            hf_hub_download(self.repo_id, name, repo_type="dataset", revision=self.sha, **self.access)
         except RemoteEntryNotFoundError as error:
             raise ValueError(
                 f"{self.repo_id!r} at {self.sha} lacks {name}, which its {MEMBER_NAME} lists: it is incomplete. Ask for it to be pushed "

@@ -28,6 +28,7 @@ class Upload:
     Args:
         revision (`str`, *optional*): The branch; main by default.
         create_pr (`bool`): Propose the commit as a pull request, in place of making it.
+        token (`str` or `bool`, *optional*): Of the Hub; by default, the one that is logged in.
     """
 
     repo_id: str
@@ -35,9 +36,12 @@ class Upload:
     private: bool | None
     revision: str | None
     create_pr: bool
+    token: str | bool | None = None
 
     @classmethod
-    def begin(cls, repo_id: str, *, private: bool | None, revision: str | None, create_pr: bool) -> Upload:
+    def begin(
+        cls, repo_id: str, *, private: bool | None, revision: str | None, create_pr: bool, token: str | bool | None = None
+    ) -> Upload:
         """Create the repository, and the branch, unless they exist.
 
         Raises:
@@ -49,7 +53,7 @@ class Upload:
 
         if create_pr and revision not in (None, "main"):
             raise ValueError(f"A pull request goes to main, so revision={revision!r} and create_pr=True exclude each other.")
-        api = HfApi()
+        api = HfApi(token=token)
         with _permission_needed(repo_id):
             repository = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
             if revision is not None:
@@ -57,7 +61,7 @@ class Upload:
                     api.dataset_info(repository.repo_id, revision=revision)
                 except RevisionNotFoundError:
                     api.create_branch(repository.repo_id, repo_type="dataset", branch=revision)
-        return cls(repository.repo_id, str(repository), private, revision, create_pr)
+        return cls(repository.repo_id, str(repository), private, revision, create_pr, token)
 
     def run(
         self,
@@ -110,7 +114,7 @@ class Upload:
         """Return the branch's commit, and its files."""
         from huggingface_hub import HfApi, RepoFile
 
-        api = HfApi()
+        api = HfApi(token=self.token)
         info = api.dataset_info(self.repo_id, revision=self.revision)
         if self.private and info.private is False:
             raise ValueError(
@@ -125,7 +129,7 @@ class Upload:
 
         if CARD_NAME not in found:
             return card(None)
-        path = hf_hub_download(self.repo_id, CARD_NAME, repo_type="dataset", revision=head)
+        path = hf_hub_download(self.repo_id, CARD_NAME, repo_type="dataset", revision=head, token=self.token)
         existing = Path(path).read_text(encoding="utf-8")
         new = card(existing)
         return None if new == existing else new
@@ -139,7 +143,7 @@ class Upload:
         if not operations:
             return self.url
         # Not `upload_folder`, which may spread a folder over several commits: a reader could load half an index.
-        commit = HfApi().create_commit(
+        commit = HfApi(token=self.token).create_commit(
             self.repo_id,
             operations,
             commit_message=message,
@@ -243,12 +247,12 @@ def _connection_needed(repo_id: str) -> Iterator[None]:
         ) from error
 
 
-def repository_exists(repo_id: str) -> bool:
+def repository_exists(repo_id: str, *, token: str | bool | None = None) -> bool:
     """Return whether a dataset repository is there for us to see."""
     from huggingface_hub import HfApi
 
     with _permission_needed(repo_id):
-        return HfApi().repo_exists(repo_id, repo_type="dataset")
+        return HfApi(token=token).repo_exists(repo_id, repo_type="dataset")
 
 
 def is_main_process() -> bool:

@@ -64,7 +64,7 @@ def draw_ring(key: int, width: int, *, proj_dim: int) -> Ring:
     return Ring(length, int(random_integers(key, 1, below=proj_dim, start=1)))
 
 
-class Laps:
+class RingSum:
     """Adds a stream of entries around a ring, in long contiguous pieces."""
 
     def __init__(self, accumulator: Float[Tensor, "batch width"], ring: Ring, n_entries: int) -> None:
@@ -94,7 +94,7 @@ class Laps:
             self.target += self.lap.view(len(self.lap), -1, self.ring.length).sum(1)
 
 
-class KernelLaps:
+class TritonRingSum:
     """The same in one kernel per call, on CUDA."""
 
     def __init__(self, accumulator: Float[Tensor, "batch width"], ring: Ring, kernels: Any) -> None:
@@ -126,10 +126,10 @@ def _load_kernels() -> Any:
     return ring_kernels
 
 
-def laps_around(accumulator: Float[Tensor, "batch width"], ring: Ring, n_entries: int) -> Laps | KernelLaps:
+def ring_sum(accumulator: Float[Tensor, "batch width"], ring: Ring, n_entries: int) -> RingSum | TritonRingSum:
     """Begin a stream of `n_entries` entries around `ring`."""
     kernels = kernels_for(accumulator.device)
-    return Laps(accumulator, ring, n_entries) if kernels is None else KernelLaps(accumulator, ring, kernels)
+    return RingSum(accumulator, ring, n_entries) if kernels is None else TritonRingSum(accumulator, ring, kernels)
 
 
 def add_rows_around(
@@ -335,14 +335,21 @@ class BlockCountSketch(Projector):
             ring, signs = small
             _add_around(accumulator, matrices.flatten(1) * signs, ring)
             return
+        folded: dict[int, Tensor] = {}  # by the first row of tiles side by side, which fold their columns alike
         for column in self._layout(name, shape, grads.device):
             whole = column.rows(matrices, dim=-2) if column.rows.is_folded else matrices
             row_signs = torch.ones_like(column.rows.signs) if column.rows.is_folded else column.rows.signs
             for tile in column.tiles:
-                entries = tile.columns(whole[:, tile.rows]) if tile.columns.is_folded else whole[:, tile.rows]
-                column_signs = torch.ones_like(tile.columns.signs) if tile.columns.is_folded else tile.columns.signs
-                laps = laps_around(accumulator, tile.ring, column.width * (tile.rows.stop - tile.rows.start))
-                signs = torch.outer(row_signs[tile.rows], column_signs[: entries.shape[2]][column.columns])
+                entries = whole[:, tile.rows]
+                if tile.columns.is_folded:
+                    first = tile.rows.start
+                    folded[first] = entries = folded[first] if first in folded else tile.columns(entries)
+                signs_of_columns = tile.columns.signs
+                column_signs = (
+                    signs_of_columns.new_ones(column.width) if tile.columns.is_folded else signs_of_columns[column.columns]
+                )
+                laps = ring_sum(accumulator, tile.ring, column.width * (tile.rows.stop - tile.rows.start))
+                signs = torch.outer(row_signs[tile.rows], column_signs)
                 laps.add(entries[:, :, column.columns].flatten(1), signs.to(grads).flatten())
                 laps.close()
 
@@ -372,7 +379,7 @@ class BlockCountSketch(Projector):
                 rows_at_once = max(1, chunk // (n_at_once * column.width))
                 for first in range(0, len(left), n_at_once):
                     examples = slice(first, first + n_at_once)
-                    laps = laps_around(accumulator[examples], tile.ring, column.width * tile_left.shape[1])
+                    laps = ring_sum(accumulator[examples], tile.ring, column.width * tile_left.shape[1])
                     # (batch, tokens, rows), (batch, tokens, columns) -> (batch, rows · columns), some rows at a time
                     for rows in tile_left[examples].split(rows_at_once, dim=1):
                         laps.add(bmm(rows, tile_right[examples]).flatten(1))

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_trak.config import TrakConfig
+from hf_trak.featurizing.batching import check_finite
 from hf_trak.featurizing.engine_choice import EngineChoice
 from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.featurizing.identity import (
@@ -25,15 +26,17 @@ from hf_trak.featurizing.identity import (
     warn_of_libraries,
 )
 from hf_trak.featurizing.loop import featurize_rows
+from hf_trak.gradients import BatchFeatures
 from hf_trak.members import Pass
 from hf_trak.messages import list_differences
 from hf_trak.sources.row_digests import describe_columns, in_order, label_names, names_read
 from hf_trak.sources.transforms import hash_callable
+from hf_trak.storage.format import BANK_NAME, STATISTICS_NAME
 from hf_trak.storage.passes import encode_pass
 from hf_trak.storage.reader import MemberReader
 from hf_trak.tasks import TASKS, Bank, Task, TaskMaker, in_direction
 from hf_trak.tasks.inputs import CustomInputs
-from hf_trak.tasks.rows import as_stored, features_of
+from hf_trak.tasks.rows import as_stored, check_is_dataset, features_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -89,10 +92,11 @@ class QuerySide:
         self.task = task
         self.trust_remote_code = trust_remote_code
 
-    def featurizer(self, plan: Pass, *, direction: str = "pair") -> Featurizer:
+    def featurizer(self, plan: Pass, *, direction: str = "pair", final: bool = False) -> Featurizer:
         """Return the featurizer of a pass.
 
         Args:
+            final (`bool`): Of a point of a path, that of the final model in its place, without dropout.
             direction (`str`): For image-caption pairs: pair, image or caption; see [`AttributionIndex.score`].
 
         Raises:
@@ -109,9 +113,9 @@ class QuerySide:
             else recorded_processor(self.folder, self.members[first].info),
             task=self.task,
             seed=plan.seeds,
-            dropout_seed=plan.dropout_seed,
+            dropout_seed=None if final else plan.dropout_seed,
             revision=place["revision"] if given is None else None,
-            **self._path(self.members[first]),
+            **({} if final else self._path(self.members[first])),
             trust_remote_code=self.trust_remote_code,
         )
         if lines := self._differences(first, featurizer):
@@ -121,7 +125,9 @@ class QuerySide:
                 + "\nGive the recorded checkpoint as `models`, with its tokenizer or image processor as `processing_class` if it is not saved "
                 "beside it, or featurize the training set again."
             )
-        if (bank := self.members[first].bank()) is not None:
+        if not final and (statistics := self.members[first].tensors(STATISTICS_NAME)) is not None:
+            featurizer.use_statistics(statistics)
+        if not final and (bank := self.members[first].tensors(BANK_NAME)) is not None:
             featurizer.use_bank(Bank.from_tensors(bank))
         if (engine := self.members[first].info.get("engine")) is not None:
             featurizer.use_engine(EngineChoice(**engine))
@@ -134,6 +140,7 @@ class QuerySide:
         Raises:
             ValueError: Naming what is missing or different.
         """
+        check_is_dataset(queries, "Queries")
         self._check_task()
         read, names = self._recorded["columns"], self._recorded["label_names"]
         found: Any = features_of(queries)
@@ -174,6 +181,24 @@ class QuerySide:
         if len(queries):
             self.check_read(featurizer, queries)
         return featurize_queries(featurizer, queries, batch_size, progress, description)
+
+    def final_output(
+        self, plan: Pass, queries: Dataset, batch_size: int | str, progress: bool
+    ) -> Float32[np.ndarray, " n_query"] | None:
+        """Return what the final model says of queries, by forward passes alone, where a pass is of a point before it; None for other passes,
+        and for dual encoders, whose outputs need a bank of that model."""
+        first = self.members[plan.members[0]]
+        if "point" not in first.identity or first.tensors(BANK_NAME) is not None:
+            return None
+        featurizer = self.featurizer(plan, final=True)
+        queries = as_stored(queries)
+        featurizer.check(queries)
+        with tqdm(total=len(queries), unit="rows", desc="Outputs", disable=not progress) as bar:
+            found = featurize_rows(
+                _Outputs(featurizer), queries, range(len(queries)), batch_size=batch_size, on_batch=bar.update
+            )
+        check_finite(found)
+        return found.output.numpy()
 
     def _check_task(self) -> None:
         """Check that a task of the user's own was given again: an index does not hold its code, and nothing is imported that it names.
@@ -252,6 +277,20 @@ class QuerySide:
         if self.base is None or "point" not in member.identity:
             return recorded_base(self.folder, member.info)
         return {"base": self.base, "alpha": member.identity["point"]["alpha"]}
+
+
+class _Outputs:
+    """A featurizer of which outputs alone are wanted."""
+
+    def __init__(self, featurizer: Featurizer) -> None:
+        self.budget, self.lengths, self.collate = featurizer.budget, featurizer.lengths, featurizer.collate
+        self._featurizer = featurizer
+
+    def compute(self, batch: Any, ids: Sequence[int] | None = None) -> BatchFeatures:
+        return self._featurizer.outputs(batch)
+
+    def encode(self, features: BatchFeatures) -> dict[str, np.ndarray]:
+        return self._featurizer.encode(features)
 
 
 def featurize_queries(

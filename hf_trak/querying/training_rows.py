@@ -131,7 +131,13 @@ class KeptRows:
                 values = found.data.column(name).combine_chunks().take(places)
                 arrays[f"{kind}_{name}"] = pa.ListArray.from_arrays(offsets, values)
                 features[f"{kind}_{name}"] = List(found.features[name])
-        table = pa.table(arrays).cast(Features(features).arrow_schema)
+        schema = Features(features).arrow_schema
+        # Only what differs is cast: pyarrow cannot cast lists of nulls, not even to their own type.
+        same = {
+            name: values if values.type == schema.field(name).type else values.cast(schema.field(name).type)
+            for name, values in arrays.items()
+        }
+        table = pa.table(same, schema=schema)
         return concatenate_datasets([hits, Dataset(InMemoryTable(table))], axis=1)
 
 

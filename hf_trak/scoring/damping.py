@@ -46,7 +46,7 @@ class DampingChoice:
 
     Args:
         damping (`float`): The one of `grid` that was taken.
-        grid (`tuple[float, ...]`): Each λ tried, as multiples of the kernel's mean nonzero eigenvalue.
+        grid (`tuple[float, ...]`): Each λ tried, as multiples of the Gram matrix's mean nonzero eigenvalue.
         curve (`tuple[float, ...]`): For each, the mean Spearman correlation of predicted and actual outputs.
         n_checkpoints (`int`): Checkpoints with a mask of their own.
         n_targets (`int`): Training rows whose outputs were ranked.
@@ -109,7 +109,7 @@ def choose_damping(
     """Choose λ by the members' own masks; None where they cannot tell: fewer than four checkpoints have one, or no λ ranks
     their outputs better than chance.
 
-    Each kernel is factored once per λ: up to a dozen λ, that is cheaper than its eigenvalues.
+    Each Gram matrix is factored once per λ: up to a dozen λ, that is cheaper than its eigenvalues.
 
     Args:
         checkpoints (`Sequence[int]`): Of each member, the number of its checkpoint, or of the model whose path it is a point of: members
@@ -179,14 +179,14 @@ def _predictions(
     grid: Sequence[float],
 ) -> Float64[Tensor, "n_grid n_ranked n_targets"]:
     """Return Σ_i weights_i φ_iᵀ (K + λμ̄)⁻¹ φ_j for every λ: sums over training rows come first, so no score is ever formed."""
-    kernel = member.kernel()
-    sums = torch.zeros(len(weights), kernel.shape[0], dtype=torch.float64)
+    gram = member.gram()
+    sums = torch.zeros(len(weights), gram.shape[0], dtype=torch.float64)
     queries = []
     for shard in member.shards():
         features = shard.features.double()
         sums += weights[:, shard.example_id] @ features
         queries.append(features[torch.isin(shard.example_id, targets)])
-    solved = [solve(factor(kernel, n_rows=member.n_rows, damping=damping), sums) for damping in grid]
+    solved = [solve(factor(gram, n_rows=member.n_rows, damping=damping), sums) for damping in grid]
     return torch.stack(solved) @ torch.cat(queries).T
 
 

@@ -1,4 +1,4 @@
-"""Members of an index as one: their kernels, the queries solved under each, and the stream of scores."""
+"""Members of an index as one: their Gram matrices, the queries solved under each, and the stream of scores."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
-from hf_trak.linalg import accumulate_kernel, factor
+from hf_trak.linalg import accumulate_gram, factor
 from hf_trak.linalg import leverage as leverage_of
 from hf_trak.runtime import ahead, one_thread
 from hf_trak.scoring.score import SOLVED_AT_ONCE, MemberBlock, precondition, residual_weights, score_blocks
@@ -25,13 +25,13 @@ class ScoreOptions:
     r"""What may be changed about scores after features are stored.
 
     Args:
-        damping (`float`): $\lambda$, as a multiple of the kernel's mean nonzero eigenvalue.
-        residual_weighting (`bool`): Weigh each row of the kernel by $R = p(1 - p)$, as the one-step Newton approximation of
+        damping (`float`): $\lambda$, as a multiple of the Gram matrix's mean nonzero eigenvalue.
+        residual_weighting (`bool`): Weigh each row of the Gram matrix by $R = p(1 - p)$, as the one-step Newton approximation of
             logistic regression does ([Pregibon, 1981](https://doi.org/10.1214/aos/1176345513)). The TRAK paper derives it and
             drops it.
         leverage (`bool`): Divide by $1 - h_i$, with $h_i$ the training row's leverage: what is left out cannot be relied upon to
             stay put. From the same approximation; the TRAK paper drops it too.
-        reference_rescale (`bool`): Divide each inverse kernel by its mean absolute entry, only to reproduce MadryLab/trak's numbers.
+        reference_rescale (`bool`): Divide each inverse Gram matrix by its mean absolute entry, only to reproduce MadryLab/trak's numbers.
         out_to_loss_power (`float`): What Q is raised to; the paper has 1. See [`default_power`].
         combination (`str`): How several members become one. "scaled", the default: each member's influence is scaled, query by query,
             to one size over the training set, and weighed by the member's own Q before the mean is taken. "means": the mean influence
@@ -90,36 +90,36 @@ def check_residuals(member: MemberReader) -> None:
         )
 
 
-def member_kernel(member: MemberReader, *, residual_weighting: bool) -> Float64[Tensor, "proj_dim proj_dim"]:
-    """Return the kernel that was stored, or the residual-weighted one, which takes a pass over the features."""
-    kernel = member.kernel()
+def member_gram(member: MemberReader, *, residual_weighting: bool) -> Float64[Tensor, "proj_dim proj_dim"]:
+    """Return the Gram matrix that was stored, or the residual-weighted one, which takes a pass over the features."""
+    gram = member.gram()
     if not residual_weighting:
-        return kernel
-    kernel.zero_()
+        return gram
+    gram.zero_()
     for shard in member_blocks(member):
-        accumulate_kernel(kernel, shard.features * residual_weights(shard.out_to_loss).sqrt().unsqueeze(1))
-    return kernel
+        accumulate_gram(gram, shard.features * residual_weights(shard.out_to_loss).sqrt().unsqueeze(1))
+    return gram
 
 
 def solve_queries(member: MemberReader, queries: Float[Tensor, "n_query proj_dim"], options: ScoreOptions) -> SolvedQueries:
     """Precondition queries under one member; with leverage, a pass over its features finds that of each row.
 
     Raises:
-        ValueError: If the damped kernel is singular, or a row's leverage is 1.
+        ValueError: If the damped Gram matrix is singular, or a row's leverage is 1.
     """
-    kernel = member_kernel(member, residual_weighting=options.residual_weighting)
+    gram = member_gram(member, residual_weighting=options.residual_weighting)
     preconditioned = precondition(
         queries,
-        kernel,
+        gram,
         n_rows=member.n_rows,
         damping=options.damping,
         reference_rescale=options.reference_rescale,
         dtype=torch.float32,
     )
-    rms = influence_rms(preconditioned, kernel, n_rows=member.n_rows) if options.combination == "scaled" else None
+    rms = influence_rms(preconditioned, gram, n_rows=member.n_rows) if options.combination == "scaled" else None
     if not options.leverage:
         return SolvedQueries(preconditioned, None, rms)
-    cholesky = factor(kernel, n_rows=member.n_rows, damping=options.damping)
+    cholesky = factor(gram, n_rows=member.n_rows, damping=options.damping)
     leverage = torch.cat([_leverage(shard, cholesky, options.residual_weighting) for shard in member_blocks(member)])
     if (alone := int((leverage > 1 - 1e-9).sum())) > 0:
         raise ValueError(
@@ -130,10 +130,10 @@ def solve_queries(member: MemberReader, queries: Float[Tensor, "n_query proj_dim
 
 
 def influence_rms(
-    preconditioned: Float[Tensor, "n_query proj_dim"], kernel: Float64[Tensor, "proj_dim proj_dim"], *, n_rows: int
+    preconditioned: Float[Tensor, "n_query proj_dim"], gram: Float64[Tensor, "proj_dim proj_dim"], *, n_rows: int
 ) -> Float64[Tensor, " n_query"]:
-    r"""Return $\sqrt{v^\top K v / n}$ of each preconditioned query $v$: the kernel knows it without a pass over the features."""
-    squares = [((some := part.double()) @ kernel * some).sum(1) for part in preconditioned.split(SOLVED_AT_ONCE)]
+    r"""Return $\sqrt{v^\top K v / n}$ of each preconditioned query $v$: the Gram matrix knows it without a pass over the features."""
+    squares = [((some := part.double()) @ gram * some).sum(1) for part in preconditioned.split(SOLVED_AT_ONCE)]
     return (torch.cat(squares).clamp_min(0) / n_rows).sqrt()
 
 
@@ -166,7 +166,7 @@ def self_influence(members: Sequence[MemberReader], *, damping: float) -> Float6
     n_rows = members[0].n_rows
     alone, out_to_loss = torch.zeros(2, n_rows, dtype=torch.float64)
     for member in members:
-        cholesky = factor(member.kernel(), n_rows=n_rows, damping=damping)
+        cholesky = factor(member.gram(), n_rows=n_rows, damping=damping)
         for block in member_blocks(member):
             alone[block.example_id] += leverage_of(cholesky, block.features) / len(members)
             out_to_loss[block.example_id] += block.out_to_loss.double() / len(members)

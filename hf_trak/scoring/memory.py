@@ -62,7 +62,7 @@ class ScoringMemory:
 
     @property
     def solving(self) -> int:
-        """The kernel, damped and factored, and 1,024 queries solved, in float64; the inverse is never formed."""
+        """The Gram matrix, damped and factored, and 1,024 queries solved, in float64; the inverse is never formed."""
         return 8 * self.proj_dim * (3 * self.proj_dim + 3 * min(self.n_query, 1024))
 
     @property

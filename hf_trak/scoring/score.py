@@ -43,7 +43,7 @@ def residual_weights(out_to_loss: Float[Tensor, " rows"]) -> Float[Tensor, " row
 
 def precondition(
     features: Float[Tensor, "n_query proj_dim"],
-    kernel: Float64[Tensor, "proj_dim proj_dim"],
+    gram: Float64[Tensor, "proj_dim proj_dim"],
     *,
     n_rows: int,
     damping: float,
@@ -53,18 +53,18 @@ def precondition(
     r"""Right-multiply query features by $(\Phi^\top\Phi + \lambda\bar\mu I)^{-1}$.
 
     Args:
-        kernel (`torch.Tensor`): $\Phi^\top\Phi$, summed over the training set.
+        gram (`torch.Tensor`): $\Phi^\top\Phi$, summed over the training set.
         n_rows (`int`): Rows in that sum.
-        damping (`float`): $\lambda$, as a multiple of the kernel's mean nonzero eigenvalue. The paper uses 0.
+        damping (`float`): $\lambda$, as a multiple of the Gram matrix's mean nonzero eigenvalue. The paper uses 0.
         reference_rescale (`bool`): Divide the inverse by its mean absolute entry, only to reproduce MadryLab/trak's numbers.
         dtype (`torch.dtype`): Of the result; the solve is in float64.
 
     Raises:
-        ValueError: If the damped kernel is singular.
+        ValueError: If the damped Gram matrix is singular.
     """
-    cholesky = factor(kernel, n_rows=n_rows, damping=damping)
+    cholesky = factor(gram, n_rows=n_rows, damping=damping)
     preconditioned = torch.cat([solve(cholesky, some).to(dtype) for some in features.split(SOLVED_AT_ONCE)])
-    # Differs from the reference: MadryLab/trak divides each member's inverse kernel by its mean absolute entry since version 0.2,
+    # Differs from the reference: MadryLab/trak divides each member's inverse Gram matrix by its mean absolute entry since version 0.2,
     # which weights members of an ensemble by the squared size of their gradients.
     if reference_rescale:
         preconditioned = preconditioned / torch.cholesky_inverse(cholesky).abs().mean()

@@ -66,7 +66,7 @@ class SearchIndex:
         identity = describe(
             members, string_factory=string_factory, out_to_loss_power=out_to_loss_power, combination=combination
         )
-        proj_dim, n_rows = members[0].kernel().shape[0], members[0].n_rows
+        proj_dim, n_rows = members[0].gram().shape[0], members[0].n_rows
         try:
             custom = faiss.index_factory(len(members) * proj_dim, string_factory, faiss.METRIC_INNER_PRODUCT)
         except RuntimeError as error:

@@ -2,22 +2,35 @@ r"""Points on the straight line from a base checkpoint to a final one, made in m
 
 A parameter that the base lacks, such as a new head, starts from its initial value where that is known and from 0 otherwise. A
 normalisation layer or an embedding that the base lacks keeps its final value, because neither does anything sensible near 0.
+
+The running statistics of BatchNorm are measured at the point, on training rows: those on the line between the two ends' are not its
+activations' (docs/concepts/halfway.md has the difference it makes).
 """
 
 from __future__ import annotations
 
+import logging
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+
+from hf_trak.hashing import random_bits, stream_key
+
+logger = logging.getLogger(__name__)
 
 _LEAST_SHARED = 0.5  # of the parameters outside embeddings; a base that shares fewer is another model's
 LEAST_COSINE = 0.1  # between base and final matrices; models that were trained apart have less
 # Starts of LoRA matrices that leave the base model as it is; the others take their product out of its weights.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva")
+STATISTICS_ROWS, STATISTICS_BATCH = 512, 64  # training rows that running statistics are measured on, in all and at a time
 _OTHER_KINDS = (".lora_magnitude_vector", ".ia3_", ".prompt_encoder", ".vera_", ".hada_", ".lokr_")
 
 
@@ -30,6 +43,7 @@ class PointReport:
         from_initial (`tuple[str, ...]`): From a given initial value.
         from_zero (`tuple[str, ...]`): From 0, as new heads are.
         kept (`tuple[str, ...]`): At the final value.
+        measured (`tuple[str, ...]`): Modules whose running statistics training moved, so that they are to be measured at the point.
         rows (`dict[str, int]`): Of parameters with another number of rows than the base's: how many rows, from the first on, start
             from the base. The others keep their final values.
         distance (`float`): $\\|\theta_1 - \theta_0\\| / \\|\theta_0\\|$ over the parameters that start from the base.
@@ -40,6 +54,7 @@ class PointReport:
     from_initial: tuple[str, ...] = field(default_factory=tuple)
     from_zero: tuple[str, ...] = field(default_factory=tuple)
     kept: tuple[str, ...] = field(default_factory=tuple)
+    measured: tuple[str, ...] = field(default_factory=tuple)
     rows: dict[str, int] = field(default_factory=dict)
     distance: float = 0.0
     cosine: float = 1.0
@@ -56,7 +71,11 @@ class PointReport:
             "from_zero": list(self.from_zero),
             "kept": list(self.kept),
             **({"rows": dict(self.rows)} if self.rows else {}),
+            **({"statistics": {**_RECIPE, "modules": len(self.measured)}} if self.measured else {}),
         }
+
+
+_RECIPE = {"rows": STATISTICS_ROWS, "rows_at_a_time": STATISTICS_BATCH}
 
 
 def move_to_point(
@@ -70,6 +89,8 @@ def move_to_point(
             per token of the vocabulary may have another number of rows: rows that both have are moved, the others kept.
         alpha (`float`): 0 is the base, 1 the final model.
         initial (`Mapping[str, Tensor]`, *optional*): Initial values of parameters that the base lacks.
+
+    Running statistics that differ between the two ends are interpolated until they are measured; see [`measure_statistics`].
 
     Raises:
         ValueError: If `alpha` is out of range, the base shares too few parameters with the model, it equals the final model, rows of its
@@ -123,11 +144,21 @@ def move_to_point(
             raise ValueError(
                 "The base has the weights of the final model, so there is no path between them. Give another `base`."
             )
+        measured = [
+            name
+            for name, module in running_norms(model).items()
+            if not all(_is_same(base.get(key), value) for key, value in _statistics_of(name, module).items())
+        ]
+        own = {name.rpartition(".")[0] for name, _ in model.named_buffers() if name.endswith(".running_mean")} - running_norms(
+            model
+        ).keys()
         for name, buffer in model.named_buffers():
             found = base.get(name)
+            if found is not None and name.rpartition(".")[0] in own and not _is_same(found, buffer):
+                logger.warning("%s is no BatchNorm of PyTorch's, so it is interpolated and not measured at the point.", name)
             if found is not None and found.shape == buffer.shape and buffer.is_floating_point():
                 buffer.copy_(_lerp(found, buffer, alpha))
-    names = {kind: tuple(found) for kind, found in start.items()}
+    names = {kind: tuple(found) for kind, found in start.items()} | {"measured": tuple(measured)}
     return replace(PointReport(**names), rows=some_rows, distance=sums.distance, cosine=sums.cosine)  # type: ignore[arg-type]
 
 
@@ -175,7 +206,8 @@ class _Sums:
 def scale_adapter(model: nn.Module, alpha: float, *, base_rows: Mapping[str, int] | None = None) -> PointReport:
     """Move a PEFT LoRA adapter towards its base model in place: the update B A of every layer is multiplied by `alpha`.
 
-    Modules that were trained whole beside the adapter (`modules_to_save`) start from the copy of the original that PEFT keeps.
+    Modules that were trained whole beside the adapter (`modules_to_save`) start from the copy of the original that PEFT keeps. Of the base
+    model under the adapter, running statistics stay: an adapter is saved without them.
 
     Args:
         base_rows (`Mapping[str, int]`, *optional*): Parameters of the base model, by its own names, of which the original is not the base's
@@ -213,7 +245,148 @@ def scale_adapter(model: nn.Module, alpha: float, *, base_rows: Mapping[str, int
             else:
                 parameter.mul_(alpha)
                 start["from_zero"].append(name)
+    buffers = dict(model.named_buffers())
+    measured = []
+    for name, module in running_norms(model).items():
+        if ".modules_to_save." in f".{name}.":
+            where, _, after = name.partition(".modules_to_save.")
+            origin = ".".join(part for part in (f"{where}.original_module", after.partition(".")[2]) if part)
+            ends = zip(_statistics_of(origin, module), _statistics_of(name, module).values(), strict=True)
+            if not all(_is_same(buffers.get(key), value) for key, value in ends):
+                measured.append(name)
+    start["measured"] = measured
     return replace(PointReport(**{kind: tuple(names) for kind, names in start.items()}), rows=some_rows)  # type: ignore[arg-type]
+
+
+def running_norms(model: nn.Module) -> dict[str, _NormBase]:
+    """Return the modules that normalise by running statistics outside training, by name: BatchNorm of every kind, and InstanceNorm that
+    tracks them."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _NormBase) and module.running_mean is not None and ".original_module" not in f".{name}"
+    }
+
+
+def _statistics_of(name: str, module: nn.Module) -> dict[str, Tensor]:
+    return {f"{name}.{kind}": getattr(module, kind) for kind in ("running_mean", "running_var")}
+
+
+def statistics_rows(n_rows: int) -> list[list[int]]:
+    """Return the rows of a training set that running statistics are measured on, in batches: a fixed draw, the same on every machine.
+
+    A draw, since evenly spaced rows of a sorted or alternating training set would be of few classes.
+    """
+    order = random_bits(stream_key(0, "statistics"), torch.arange(n_rows)).argsort()[:STATISTICS_ROWS]
+    return [part.tolist() for part in order.tensor_split(-(-len(order) // STATISTICS_BATCH))]  # no batch of one row
+
+
+@torch.no_grad()
+def measure_statistics(
+    model: nn.Module, names: Sequence[str], batches: Iterable[Any], forward: Callable[[Any], Any]
+) -> dict[str, Tensor]:
+    """Replace running statistics by those of some batches at the model's weights, in place, and return them by name.
+
+    A mean over batches of each batch's mean and unbiased variance, as `momentum=None` has it, while these modules normalise by the batch's own
+    and the rest of the model is as it is, dropout off. Processes do not exchange any.
+
+    Args:
+        names (`Sequence[str]`): Of the modules.
+        forward (`Callable`): Runs the model on a batch.
+
+    Raises:
+        ValueError: If a batch has one value per channel, or a statistic is not finite.
+    """
+    norms: dict[str, Any] = {name: model.get_submodule(name) for name in names}
+    with _normalising_by_batch(list(norms.values())) as sums:
+        for batch in batches:
+            forward(batch)
+    norm: Any
+    for norm in sums:
+        norm.running_mean.copy_(sums[norm].mean / sums[norm].calls)
+        norm.running_var.copy_(sums[norm].variance / sums[norm].calls)
+    if unseen := [name for name, norm in norms.items() if norm not in sums]:
+        logger.warning(
+            "%d modules, such as %s, saw none of the training rows that running statistics are measured on, so that theirs stay on the line "
+            "between base and final model.",
+            len(unseen),
+            unseen[0],
+        )
+    found = {key: value.clone() for name, norm in norms.items() for key, value in _statistics_of(name, norm).items()}
+    if bad := [key for key, value in found.items() if not bool(value.isfinite().all())]:
+        raise ValueError(
+            f"At this point of the path, {bad[0]} is not finite when it is measured on training rows: the activations overflow there. "
+            "Give another `alpha`."
+        )
+    return found
+
+
+def set_statistics(model: nn.Module, names: Sequence[str], statistics: Mapping[str, Tensor]) -> None:
+    """Give a point the running statistics that [`measure_statistics`] returned.
+
+    Raises:
+        ValueError: If they are of other modules.
+    """
+    places = {key: value for name in names for key, value in _statistics_of(name, model.get_submodule(name)).items()}
+    shapes, given = ({key: tuple(value.shape) for key, value in some.items()} for some in (places, statistics))
+    if shapes != given:
+        other = sorted(set(shapes.items()) ^ set(given.items()))[0][0]
+        raise ValueError(
+            f"These running statistics are not of this point: {other} is {given.get(other, 'missing')} among them and "
+            f"{shapes.get(other, 'missing')} in the model. Use those that were measured for it."
+        )
+    for key, place in places.items():
+        place.copy_(statistics[key])
+
+
+@dataclass
+class _Sum:
+    """Of a module's statistics over its calls, in float64."""
+
+    mean: Any = 0.0
+    variance: Any = 0.0
+    calls: int = 0
+
+
+@contextmanager
+def _normalising_by_batch(norms: Sequence[Any]) -> Iterator[dict[nn.Module, _Sum]]:
+    """Have modules normalise by the statistics of their inputs, and sum these, whatever else their `forward` does.
+
+    BatchNorm is given its batch's as running statistics, and not put into training mode, where SyncBatchNorm would wait for other processes.
+    InstanceNorm, which has statistics per example, is put there.
+    """
+    sums: dict[nn.Module, _Sum] = {}
+    with ExitStack() as stack:
+        for norm in norms:
+            stack.callback(setattr, norm, "training", norm.training)
+            norm.training = not isinstance(norm, _BatchNorm)
+            stack.callback(norm.register_forward_pre_hook(partial(_before, sums), with_kwargs=True).remove)
+        yield sums
+
+
+def _before(sums: dict[nn.Module, _Sum], norm: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Take the statistics of what a module is about to normalise."""
+    inputs = args[0] if args else next(iter(kwargs.values()))
+    by_batch = isinstance(norm, _BatchNorm)
+    batch = (inputs if by_batch or inputs.ndim > norm._get_no_batch_dim() else inputs.unsqueeze(0)).double()
+    places = tuple(range(2, batch.ndim)) if not by_batch else (0, *range(2, batch.ndim))
+    if (count := math.prod(batch.shape[place] for place in places)) < 2:
+        raise ValueError(
+            f"The running statistics of {type(norm).__name__} are measured on training rows at the point of the path, and a batch of them has "
+            f"one value per channel, of which there is no variance: its shape is {tuple(inputs.shape)}. Give more training rows, or no `base`."
+        )
+    variance, mean = torch.var_mean(batch, dim=places)
+    if by_batch:
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance * (count - 1) / count)
+    else:
+        variance, mean = variance.mean(0), mean.mean(0)
+    total = sums.setdefault(norm, _Sum())
+    total.mean, total.variance, total.calls = total.mean + mean, total.variance + variance, total.calls + 1
+
+
+def _is_same(found: Tensor | None, value: Tensor) -> bool:
+    return found is not None and torch.equal(found.to(value), value)
 
 
 def check_scalable(model: nn.Module) -> list[str]:

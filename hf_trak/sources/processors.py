@@ -270,7 +270,7 @@ def _has(listing: Listing, names: re.Pattern[str]) -> bool:
 
 def _load(source: str, listing: Listing, *, revision: str | None, trust_remote_code: bool) -> Any:
     """Load what the files are of: both, or the one that is there."""
-    from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+    from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor, AutoTokenizer
 
     _check_settings(source, listing, revision)
     reads_text, reads_pixels = _has(listing, _TOKENIZER), _has(listing, _PIXELS)
@@ -279,7 +279,7 @@ def _load(source: str, listing: Listing, *, revision: str | None, trust_remote_c
         if reads_text and reads_pixels
         else [AutoTokenizer]
         if reads_text
-        else [AutoImageProcessor, AutoProcessor]
+        else [AutoImageProcessor, AutoFeatureExtractor, AutoProcessor]  # the last would make up a tokenizer beside sound
     )
     reason = ""
     for kind in kinds:

@@ -86,7 +86,21 @@ def check_kept(dataset: Dataset, columns: Sequence[str]) -> tuple[str, ...]:
             f"`keep_columns` (--keep_columns) names {', '.join(map(repr, taken))}, a name that the index uses for a column of its "
             "results; rename the column first, with `dataset.rename_column`."
         )
+    for column in columns:
+        _check_readable(dataset, column)
     return tuple(columns)
+
+
+def _check_readable(dataset: Dataset, column: str) -> None:
+    """Refuse a type of which pyarrow cannot read some rows of a file, such as `string_view`, before anything is computed."""
+    kind = dataset.features.arrow_schema.field(column).type
+    try:
+        pa.nulls(1, kind).take(pa.array([0]))
+    except pa.ArrowNotImplementedError as error:
+        raise ValueError(
+            f"`keep_columns` (--keep_columns) names {column!r}, of the type {kind}, of which some rows cannot be read again. Cast it "
+            f"first: `dataset.cast_column({column!r}, Value('large_string'))` or another type."
+        ) from error
 
 
 def take_kept(dataset: Dataset, columns: Sequence[str], rows: range) -> pa.Table:

@@ -1,8 +1,9 @@
 """The format of an index on disk: names of files and folders, `member.json`, and what a shard says of itself.
 
 member_0/train-00000-of-00004.parquet     example_id and the trak_* columns
-member_0/kernel.safetensors
+member_0/gram.safetensors
 member_0/bank.safetensors                 only for contrastive tasks: what their examples are held against; written first
+member_0/statistics.safetensors           only for points of a path with BatchNorm: its running statistics there; written first
 member_0/mask.safetensors                 only where the checkpoint was trained on some of the rows: which
 member_0/member.json                      what these rows are; written last: a folder without it is unfinished
 member_0/.progress/                       while unfinished: what is being computed, and which shards are whole
@@ -21,9 +22,11 @@ from hf_trak.hashing import hash_json
 from hf_trak.storage.files import field_of, file_sizes, read_json
 
 MEMBER_NAME = "member.json"
-KERNEL_NAME = "kernel.safetensors"
+GRAM_NAME = "gram.safetensors"
 MASK_NAME = "mask.safetensors"
 BANK_NAME = "bank.safetensors"
+STATISTICS_NAME = "statistics.safetensors"
+WRITTEN_FIRST = (STATISTICS_NAME, BANK_NAME)  # every row of the member depends on them
 PROGRESS = ".progress"
 ENGINE_NAME = "engine.json"  # in `.progress`: which engine makes the gradients, of all processes and calls
 IDENTITY_NAME = "identity.json"  # in `.progress`: what the member will be of
@@ -33,7 +36,7 @@ DAMPING_NAME = "damping.json"
 CURVE_NAME = "damping.png"
 
 _SHARD = re.compile(r"train-\d{5,}-of-\d{5,}\.parquet")
-_PROGRESS_FILE = re.compile(r"identity\.json|engine\.json|description\.json|\d{5,}\.json|kernel-\d{5,}\.safetensors")
+_PROGRESS_FILE = re.compile(r"identity\.json|engine\.json|description\.json|\d{5,}\.json|gram-\d{5,}\.safetensors")
 _MEMBER = re.compile(r"member_(0|[1-9]\d*)")
 
 
@@ -69,7 +72,7 @@ def is_member_name(name: str) -> bool:
     inside = name.removeprefix(f"{PROGRESS}/")
     if inside != name:
         return _PROGRESS_FILE.fullmatch(inside) is not None
-    return name in (MEMBER_NAME, KERNEL_NAME, MASK_NAME, BANK_NAME) or is_shard_name(name)
+    return name in (MEMBER_NAME, GRAM_NAME, MASK_NAME, *WRITTEN_FIRST) or is_shard_name(name)
 
 
 def is_index_name(name: str) -> bool:
@@ -171,6 +174,8 @@ def read_member_info(folder: Path) -> dict[str, Any]:
         if field_of(path, entry, "bytes", int) < 0 or not re.fullmatch("[0-9a-f]{64}", field_of(path, entry, "sha256", str)):
             raise _damaged(path, f"the size or SHA-256 of {name!r} is none")
         rows += field_of(path, entry, "rows", int) if "rows" in entry else 0
+    if "statistics" in identity.get("point", {}) and STATISTICS_NAME not in {entry["file"] for entry in info["files"]}:
+        raise _damaged(path, f"it lists no {STATISTICS_NAME}, which its point is made with")
     if rows != n_rows:
         raise _damaged(path, f"its files have {rows:,} rows, where 'n_rows' is {n_rows:,}")
     return info

@@ -1,7 +1,7 @@
 """One pass of gradients that makes several members: its columns and files, and the float64 sums of their Gram matrices.
 
 Where the stretches lie depends on the number of shards alone, so that however many processes add them up, the bytes are the same.
-Up to 64 shards are one stretch: their kernel is the plain sum in shard order.
+Up to 64 shards are one stretch: their Gram matrix is the plain sum in shard order.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jaxtyping import Float, Float64
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from hf_trak.linalg import accumulate_kernel
+from hf_trak.linalg import accumulate_gram
 from hf_trak.storage.columns import encode_columns
 from hf_trak.storage.files import write_atomically
 from hf_trak.storage.object_store import local_copy
@@ -32,37 +32,37 @@ def stretches(n_shards: int) -> list[range]:
     return [range(first, min(first + size, n_shards)) for first in range(0, n_shards, size)]
 
 
-def kernel_of(writer: MemberWriter, *, proj_dim: int) -> Float64[Tensor, "proj_dim proj_dim"]:
-    """Return the kernel of a member whose shards are all written; stretches that were kept are read, not summed again."""
-    kernel = torch.zeros(proj_dim, proj_dim, dtype=torch.float64)
+def gram_of(writer: MemberWriter, *, proj_dim: int) -> Float64[Tensor, "proj_dim proj_dim"]:
+    """Return the Gram matrix of a member whose shards are all written; stretches that were kept are read, not summed again."""
+    gram = torch.zeros(proj_dim, proj_dim, dtype=torch.float64)
     for stretch in stretches(writer.n_shards):
         path = _path(writer, stretch)
-        kernel += _read(path) if path.exists() else _sum(writer, stretch, proj_dim)
-    return kernel
+        gram += _read(path) if path.exists() else _sum(writer, stretch, proj_dim)
+    return gram
 
 
 def keep_stretch(writer: MemberWriter, stretch: range, *, proj_dim: int) -> None:
     """Sum one stretch of shards and keep the result beside the records of an unfinished member, unless it is there."""
     path = _path(writer, stretch)
     if not path.exists():
-        kernel = _sum(writer, stretch, proj_dim)
-        write_atomically(path, lambda temporary: temporary.write_bytes(save({"kernel": kernel})))
+        gram = _sum(writer, stretch, proj_dim)
+        write_atomically(path, lambda temporary: temporary.write_bytes(save({"gram": gram})))
 
 
 def _read(path: Path) -> Float64[Tensor, "proj_dim proj_dim"]:
     with local_copy(path) as file:
-        return load_file(file)["kernel"]
+        return load_file(file)["gram"]
 
 
 def _sum(writer: MemberWriter, stretch: range, proj_dim: int) -> Float64[Tensor, "proj_dim proj_dim"]:
-    kernel = torch.zeros(proj_dim, proj_dim, dtype=torch.float64)
+    gram = torch.zeros(proj_dim, proj_dim, dtype=torch.float64)
     for shard in stretch:
-        accumulate_kernel(kernel, writer.read(shard).features)
-    return kernel
+        accumulate_gram(gram, writer.read(shard).features)
+    return gram
 
 
 def _path(writer: MemberWriter, stretch: range) -> Path:
-    return writer.progress / f"kernel-{stretch.start:05d}.safetensors"
+    return writer.progress / f"gram-{stretch.start:05d}.safetensors"
 
 
 def encode_pass(

@@ -19,8 +19,7 @@ from hf_trak.hashing import hash_file
 from hf_trak.storage.columns import Shard, check_example_ids, read_shard
 from hf_trak.storage.files import file_size
 from hf_trak.storage.format import (
-    BANK_NAME,
-    KERNEL_NAME,
+    GRAM_NAME,
     MASK_NAME,
     MEMBER_NAME,
     PROGRESS,
@@ -129,22 +128,21 @@ class MemberReader:
         for number, path in enumerate(self.shard_paths):
             yield read_shard(path, self.origin(number))
 
-    def kernel(self) -> Float64[Tensor, "proj_dim proj_dim"]:
-        return self._read_tensor(KERNEL_NAME)
+    def gram(self) -> Float64[Tensor, "proj_dim proj_dim"]:
+        return self._read_tensor(GRAM_NAME)
 
     def mask(self) -> Bool[Tensor, " rows"] | None:
         """Return which rows the checkpoint was trained on; None if that is not recorded."""
         return self._read_tensor(MASK_NAME) if MASK_NAME in self.records else None
 
-    def bank(self) -> dict[str, Tensor] | None:
-        """Return what examples were held against, by name; None for tasks that have no bank.
+    def tensors(self, file: str) -> dict[str, Tensor] | None:
+        """Return what every row depends on, by name: the bank that examples were held against, or running statistics; None for members
+        that have none.
 
         Raises:
-            ValueError: If it is not what was written: every score of the member depends on it.
+            ValueError: If it is not what was written.
         """
-        if BANK_NAME not in self.records:
-            return None
-        return load_file(self.path(BANK_NAME))
+        return load_file(self.path(file)) if file in self.records else None
 
     def _read_tensor(self, name: str) -> Tensor:
         path = self.path(name)

@@ -26,7 +26,7 @@ from hf_trak.storage.columns import check_shard
 from hf_trak.storage.files import file_sizes, name_of_temporary, read_sealed
 from hf_trak.storage.format import (
     DAMPING_NAME,
-    KERNEL_NAME,
+    GRAM_NAME,
     MEMBER_NAME,
     PROGRESS,
     Origin,
@@ -140,7 +140,9 @@ def verify_index(folder: Path, fetch: Callable[[str], Any] | None = None, mend: 
         FileNotFoundError: If there is no index.
     """
     if not (folder / CONFIG_NAME).exists():
-        raise FileNotFoundError(f"{folder} holds no {CONFIG_NAME}, so it is not an attribution index.")
+        members = fetch is None and member_numbers(folder)
+        way_out = f", but members of one. {AGAIN}" if members else ", so it is not an attribution index."
+        raise FileNotFoundError(f"{folder} holds no {CONFIG_NAME}{way_out}")
     config, finding = _read_config(folder)
     yield finding
     numbers = member_numbers(folder)
@@ -228,10 +230,10 @@ def _problem_inside(path: Path, entry: dict[str, Any], origin: Origin | None) ->
     try:
         if origin is not None:
             check_shard(path, origin, n_rows=entry["rows"])
-        elif path.name == KERNEL_NAME:
-            kernel = load_file(path)["kernel"]
-            if kernel.ndim != 2 or kernel.shape[0] != kernel.shape[1] or not torch.isfinite(kernel).all():
-                return f"it is no square matrix of finite numbers, but of shape {tuple(kernel.shape)}"
+        elif path.name == GRAM_NAME:
+            gram = load_file(path)["gram"]
+            if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or not torch.isfinite(gram).all():
+                return f"it is no square matrix of finite numbers, but of shape {tuple(gram.shape)}"
     except (ValueError, KeyError, OSError, pa.ArrowException, SafetensorError) as error:
         return str(error)
     return ""

@@ -34,14 +34,14 @@ from hf_trak.storage.files import (
     write_once,
 )
 from hf_trak.storage.format import (
-    BANK_NAME,
     DESCRIPTION_NAME,
     ENGINE_NAME,
+    GRAM_NAME,
     IDENTITY_NAME,
-    KERNEL_NAME,
     MASK_NAME,
     MEMBER_NAME,
     PROGRESS,
+    WRITTEN_FIRST,
     Origin,
     is_member_name,
     member_number,
@@ -155,7 +155,7 @@ class MemberWriter:
                 f"train-{shard:05d}-of-{math.ceil(n_rows / max(1, shard_rows)):05d}.parquet"
                 for shard in range(n_rows // max(1, shard_rows) + 1)
             ]
-            new = [f"{home.name}/{name}" for name in (*names, KERNEL_NAME, MASK_NAME, BANK_NAME, MEMBER_NAME)]
+            new = [f"{home.name}/{name}" for name in (*names, GRAM_NAME, MASK_NAME, *WRITTEN_FIRST, MEMBER_NAME)]
             refuse_foreign(folder, new, written_files(folder))
         if not shared and recorded_identity(staged) not in ((wanted, None) if is_apart else (None,)):
             remove_files(staged, _names_of(staged))  # of another run that was to replace this index
@@ -208,8 +208,9 @@ class MemberWriter:
         """Make a member whose `member.json` is damaged or lost an unfinished one that has the shards which are whole: each says which
         identity it is of, and has a checksum per page. Without such a shard, nothing is changed."""
         there = {} if isinstance(self.folder, ObjectPath) else file_sizes(self.folder)
-        if BANK_NAME in there or (MEMBER_NAME not in there and (self.progress / IDENTITY_NAME).exists()):
-            return  # nothing tells whether a bank is whole; or it is unfinished anyway
+        begun = MEMBER_NAME not in there and (self.progress / IDENTITY_NAME).exists()
+        if begun or any(name in there for name in WRITTEN_FIRST):
+            return  # it is unfinished anyway; or nothing tells whether what rows depend on is whole
         if MEMBER_NAME in there:
             with suppress(ValueError):
                 read_member_info(self.folder)
@@ -244,9 +245,9 @@ class MemberWriter:
         for entry in info["files"]:
             if "rows" in entry and entry["file"] in names and entry["file"] not in damaged:
                 write_json(self._record(names.index(entry["file"])), entry)
-        # Other damaged files are replaced once the new ones are whole; a bank is read before it is written.
-        if BANK_NAME in damaged:
-            remove_files(self.folder, [BANK_NAME])
+        # Other damaged files are replaced once the new ones are whole; these are read before they are written.
+        if lost := [name for name in WRITTEN_FIRST if name in damaged]:
+            remove_files(self.folder, lost)
         (self.folder / MEMBER_NAME).unlink()
 
     def _damaged(self, files: Sequence[Mapping[str, Any]]) -> set[str]:
@@ -351,18 +352,18 @@ class MemberWriter:
                 f"{self.path(shard)} has changed since it was written. Restore it from a copy, or delete it and make it again."
             )
 
-    def write_bank(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write what examples are held against, before the first shard, unless another process has."""
+    def write_tensors(self, file: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write what every row depends on, a bank or running statistics, before the first shard, unless another process has."""
         whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        write_once(self.folder / BANK_NAME, lambda temporary: temporary.write_bytes(save(whole)))
+        write_once(self.folder / file, lambda temporary: temporary.write_bytes(save(whole)))
 
-    def bank(self) -> dict[str, Tensor] | None:
-        """Return what [`~MemberWriter.write_bank`] wrote, if it did."""
-        path = self.folder / BANK_NAME
+    def tensors(self, file: str) -> dict[str, Tensor] | None:
+        """Return what [`~MemberWriter.write_tensors`] wrote, if it did."""
+        path = self.folder / file
         if not path.exists():
             return None
-        with local_copy(path) as file:
-            return load_file(file)
+        with local_copy(path) as local:
+            return load_file(local)
 
     def write_engine(self, engine: dict[str, Any]) -> None:
         """Write which engine makes the gradients, before the first shard, unless another process has."""
@@ -393,11 +394,11 @@ class MemberWriter:
 
     def finish(
         self,
-        kernel: Float64[Tensor, "proj_dim proj_dim"],
+        gram: Float64[Tensor, "proj_dim proj_dim"],
         description: dict[str, Any],
         mask: Bool[Tensor, " rows"] | None = None,
     ) -> None:
-        """Write the kernel, the rows the checkpoint was trained on if not all, and, last, `member.json`."""
+        """Write the Gram matrix, the rows the checkpoint was trained on if not all, and, last, `member.json`."""
         records = self._records()
         if len(records) < self.n_shards:
             raise FileNotFoundError(
@@ -405,12 +406,13 @@ class MemberWriter:
                 "this member, or deleted it? Run again to see."
             )
         files = list(records.values())
-        for name, tensor in ((KERNEL_NAME, kernel), (MASK_NAME, mask)):
+        for name, tensor in ((GRAM_NAME, gram), (MASK_NAME, mask)):
             if tensor is not None:
                 files.append(self._write_tensor(name, tensor))
-        if (self.folder / BANK_NAME).exists():
-            with local_copy(self.folder / BANK_NAME) as file:
-                files.append(_describe_file(BANK_NAME, file))
+        for name in WRITTEN_FIRST:
+            if (self.folder / name).exists():
+                with local_copy(self.folder / name) as file:
+                    files.append(_describe_file(name, file))
         self._remove_leftovers(shared=False)
         write_json(self.folder / MEMBER_NAME, {"identity": self.identity, **description, "files": files})
         forget_progress(self.folder)

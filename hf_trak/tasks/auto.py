@@ -241,7 +241,7 @@ def _tokens(
     name: str, inputs: type[TokenInputs], output: type[TokenOutput | SpanOutput], **options: bool
 ) -> Callable[..., Task]:
     def make(model: PreTrainedModel, config: TrakConfig) -> Task:
-        function = output(config.reduction, exact=config.token_out_to_loss == "exact", **options)
+        function = output(config.token_reduction, exact=config.token_out_to_loss == "exact", **options)
         kind = "one" if config.token_out_to_loss == "exact" else "mean_one_minus_p"
         return Task(name, inputs.for_model(model, config), function, needs_labels=False, out_to_loss_kind=kind)
 
@@ -263,9 +263,11 @@ def _ctc(model: PreTrainedModel, config: TrakConfig) -> Task:
 
 
 def _image_text(model: PreTrainedModel, config: TrakConfig) -> Task:
-    """Return the task of a decoder that reads images among its tokens, or of a decoder with an encoder of images."""
+    """Return the task of a decoder that reads images among its tokens, or of a decoder with an encoder of images, or of both (Florence-2)."""
     if not model.config.is_encoder_decoder and not type(model).__name__.endswith("EncoderDecoderModel"):
         return _tokens("image-text-to-text", MediaInputs, TokenOutput, shifted=True, decodes=True)(model, config)
+    if model.main_input_name == "input_ids" and "input_ids" in inspect.signature(model.forward).parameters:
+        return _tokens("image-text-to-text", Seq2SeqInputs, TokenOutput, decodes=True)(model, config)
     return _media_to_text("image-text-to-text", config, TranscriptInputs.for_decoder(model, config))
 
 
@@ -275,7 +277,7 @@ def _speech(model: PreTrainedModel, config: TrakConfig) -> Task:
 
 def _media_to_text(name: str, config: TrakConfig, inputs: Inputs) -> Task:
     exact = config.token_out_to_loss == "exact"
-    function = TokenOutput(config.reduction, exact=exact, decodes=True)
+    function = TokenOutput(config.token_reduction, exact=exact, decodes=True)
     return Task(name, inputs, function, needs_labels=False, out_to_loss_kind="one" if exact else "mean_one_minus_p")
 
 

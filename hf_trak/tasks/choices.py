@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_trak.messages import MissingProcessor
-from hf_trak.tasks.inputs import Rows
+from hf_trak.tasks.inputs import Rows, need_tokenizer
 from hf_trak.tasks.outputs import APART
 from hf_trak.tasks.padding import NOT_DATA, has_learned_positions, position_limit, refuse_texts_without_boxes, text_limit
 from hf_trak.tasks.rows import features_of, is_transformed, name_rows
@@ -96,10 +95,7 @@ class ChoiceInputs:
             return
         self._columns(features)
         refuse_texts_without_boxes(self.accepted)
-        if processing_class is None:
-            raise MissingProcessor(
-                "Text columns need a tokenizer: pass it as `processing_class`, or tokenize the dataset first."
-            )
+        need_tokenizer(processing_class)
 
     def reading(self, features: Mapping[str, Any], dataset: Dataset | None, label_column: str | None) -> ChoiceInputs:
         return self

@@ -39,6 +39,7 @@ DUAL_ENCODERS = {
     "CLIPSegModel": "softmax",
     "AlignModel": "softmax",
     "BlipModel": "softmax",
+    "Tipsv2Model": "softmax",
     "ChineseCLIPModel": "softmax",
     "VisionTextDualEncoderModel": "softmax",
     "SiglipModel": "sigmoid",
@@ -47,7 +48,6 @@ DUAL_ENCODERS = {
 """Class -> the kind of its loss."""
 
 REFUSED_ENCODERS = {
-    "Tipsv2Model": "its text tower is pooled with a mask of its own, which the contrastive task does not make",
     "Blip2ForImageTextRetrieval": "an image has several embeddings, of which the best counts for each text",
     "VideoPrismClipModel": "it embeds videos, and the contrastive task reads images",
     "OwlViTModel": "it is trained to detect objects",

@@ -86,6 +86,18 @@ class CutsTexts(Protocol):
         ...
 
 
+def need_tokenizer(processing_class: Any) -> None:
+    """Check that texts can be read: what reads pixels or sound alone has no tokens.
+
+    Raises:
+        MissingProcessor: If there is no tokenizer.
+    """
+    from transformers import FeatureExtractionMixin, ImageProcessingMixin
+
+    if processing_class is None or isinstance(processing_class, (FeatureExtractionMixin, ImageProcessingMixin)):
+        raise MissingProcessor("Text columns need a tokenizer: pass it as `processing_class`, or tokenize the dataset first.")
+
+
 @dataclass(frozen=True)
 class TextInputs:
     """Text columns through a tokenizer, or rows already tokenized.
@@ -132,10 +144,7 @@ class TextInputs:
                 raise ValueError(
                     f"The text column {column!r} holds {features[column]}, not strings. Set `text_columns` (--text_columns)."
                 )
-        if processing_class is None:
-            raise MissingProcessor(
-                "Text columns need a tokenizer: pass it as `processing_class`, or tokenize the dataset first."
-            )
+        need_tokenizer(processing_class)
 
     def reading(self, features: Mapping[str, Any], dataset: Dataset | None, label_column: str | None) -> TextInputs:
         if self._is_tokenized(features) or self.text_columns is not None:
@@ -421,7 +430,7 @@ class ImageInputs:
         if self._has_pixels(features):
             return
         self._column(features)
-        if processing_class is None:
+        if processing_class is None or hasattr(processing_class, "convert_tokens_to_ids"):
             raise MissingProcessor("An image column needs an image processor: pass it as `processing_class`.")
 
     def check_rows(self, dataset: Dataset, processing_class: Any) -> None:

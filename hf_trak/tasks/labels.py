@@ -245,7 +245,7 @@ class Labels:
                 f"label2id has {_listed(list(ids))}. Rename the labels, or filter these rows."
             )
         if spelled:
-            pairs = ", ".join(f"{mine!r} as {theirs!r}" for mine, theirs in list(spelled.items())[:_SHOWN])
+            pairs = ", ".join(f"{mine!r} as {theirs!r}" for mine, theirs in sorted(spelled.items())[:_SHOWN])
             logger.warning("Labels and the model's label2id differ in case; taken as the same: %s.", pairs)
         return torch.tensor(found, dtype=torch.int64)
 
@@ -390,7 +390,7 @@ def _is_string(kind: Any) -> bool:
 
 
 def _listed(names: Sequence[Any]) -> str:
-    return ", ".join(map(repr, list(names)[:_SHOWN])) + (", ..." if len(names) > _SHOWN else "")
+    return ", ".join(map(_short, list(names)[:_SHOWN])) + (", ..." if len(names) > _SHOWN else "")
 
 
 def _short(value: Any) -> str:

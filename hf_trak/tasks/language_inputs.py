@@ -9,7 +9,9 @@ import numpy as np
 
 from hf_trak.tasks.chat import ChatTemplate
 from hf_trak.tasks.columns import find_whole_text, is_set_aside, refuse_pairs, refuse_unserved
+from hf_trak.tasks.inputs import need_tokenizer
 from hf_trak.tasks.padding import is_packed, refuse_packed
+from hf_trak.tasks.pictures import find_image_columns
 from hf_trak.tasks.token_inputs import Example, TokenInputs, labels_like, text_of
 from hf_trak.tasks.token_outputs import IGNORED, DecoderInputs
 
@@ -99,7 +101,7 @@ class CausalInputs(TokenInputs):
         if kind != "tokens":
             if kind == "text":
                 self._text_column(features, self._string_columns(features))
-            self._need_tokenizer(processing_class)
+            need_tokenizer(processing_class)
 
     def _kind(self, columns: Any) -> str:
         """Return what rows with some columns hold: tokens, completion, messages or text."""
@@ -309,11 +311,17 @@ class Seq2SeqInputs(TokenInputs):
         return DecoderInputs.for_model(model)
 
     def _check_columns(self, features: Features, processing_class: Any) -> None:
+        images = find_image_columns(features) if "pixel_values" in self.accepted and "pixel_values" not in features else []
+        if images:
+            raise ValueError(
+                f"The model reads a text beside the image, and the images in {images[0]!r} would not be read. Prepare the rows with its processor "
+                f"('input_ids', 'pixel_values' and 'labels'), or remove {images[0]!r} if the model was trained without."
+            )
         if self._is_tokenized(features):
             self._need(features, ["input_ids", self.label_column or "labels"], "Tokenized rows of seq2seq")
             return
         self._texts(features, self._string_columns(features))
-        self._need_tokenizer(processing_class)
+        need_tokenizer(processing_class)
 
     def _texts_read(self, features: Features) -> dict[str, Any]:
         source, target = self._texts(features, self._string_columns(features))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.utils.data
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -99,6 +100,59 @@ def name_rows(rows: Sequence[int] | np.ndarray) -> str:
     """Return `row 3` or `rows 3, 8, ...`: the first few of some rows."""
     some = ", ".join(map(str, list(rows[:_SHOWN])))
     return f"row{'s' * (len(rows) > 1)} {some}{', ...' if len(rows) > _SHOWN else ''}"
+
+
+def check_is_dataset(dataset: Any, name: str) -> None:
+    """Check that rows are given as what has a number for each of them.
+
+    Args:
+        name (`str`): Of the argument, for the message.
+
+    Raises:
+        ValueError: With how to make a `datasets.Dataset` of what was given.
+    """
+    from datasets import Dataset
+
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"{name} must be a `datasets.Dataset`, whose rows have numbers to be attributed to, but is {describe_kind(dataset)}. "
+            f"{how_to_make(dataset)}"
+        )
+
+
+def describe_kind(dataset: Any) -> str:
+    """Return what was given in place of a dataset, with an article."""
+    from datasets import IterableDataset
+
+    if isinstance(dataset, Mapping):
+        return f"a {type(dataset).__name__} of {', '.join(map(str, list(dataset)[:5]))}"
+    streaming = isinstance(dataset, (IterableDataset, torch.utils.data.IterableDataset))
+    article = "an" if type(dataset).__name__[:1] in "AEIOU" else "a"
+    return "None" if dataset is None else f"{article} {type(dataset).__name__}{', which is streaming' * streaming}"
+
+
+def how_to_make(dataset: Any) -> str:
+    """Return how a `datasets.Dataset` is made of what was given."""
+    from datasets import Dataset, IterableDataset
+
+    name, module = type(dataset).__name__, type(dataset).__module__.partition(".")[0]
+    if dataset is None:
+        return "Give the rows."
+    if isinstance(dataset, (IterableDataset, torch.utils.data.IterableDataset)):
+        return "Load it without `streaming=True`, or keep what you need of it: `Dataset.from_list(list(stream.take(n)))`."
+    if isinstance(dataset, Mapping) and all(isinstance(one, Dataset) for one in dataset.values()):
+        return f"Give one of its splits, such as `dataset[{next(iter(dataset), 'train')!r}]`."
+    if isinstance(dataset, Mapping):
+        return "Make one of columns with `Dataset.from_dict(columns)`."
+    if isinstance(dataset, (list, tuple)):
+        return "Make one of rows that are dictionaries with `Dataset.from_list(rows)`."
+    if name in ("DataFrame", "LazyFrame"):
+        return f"Make one with `Dataset.from_{'polars' if module == 'polars' else 'pandas'}(frame)`."
+    if isinstance(dataset, str):
+        return "Load it with `load_dataset(...)`."
+    if isinstance(dataset, torch.utils.data.Dataset):
+        return "Make one of its rows, as dictionaries, with `Dataset.from_list([...])` or `Dataset.from_generator(...)`."
+    return "Make one with `Dataset.from_list`, `Dataset.from_dict` or `load_dataset`."
 
 
 def is_transformed(dataset: Dataset) -> bool:

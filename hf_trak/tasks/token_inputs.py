@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from hf_trak.config import TrakConfig
-from hf_trak.messages import MissingProcessor
 from hf_trak.tasks.columns import refuse_unserved
 from hf_trak.tasks.inputs import Rows
 from hf_trak.tasks.padding import (
@@ -197,13 +196,6 @@ class TokenInputs(abc.ABC):
             raise ValueError(
                 f"{purpose} need{'' if ' and ' in purpose else 's'} the columns {', '.join(map(repr, columns))}, but the dataset has "
                 f"{', '.join(features)}. Set `text_columns` and `label_column`."
-            )
-
-    @staticmethod
-    def _need_tokenizer(processing_class: Any) -> None:
-        if processing_class is None:
-            raise MissingProcessor(
-                "Text columns need a tokenizer: pass it as `processing_class`, or tokenize the dataset first."
             )
 
     def _is_tokenized(self, columns: Sequence[str] | Rows | Features) -> bool:

@@ -14,7 +14,7 @@ With `token_out_to_loss="exact"`, for reduction="sum", training examples have
     feature            ∇ Σ_t sg(1 − p_t) f_t = −∇L, where sg stops the gradient
     out_to_loss        1
 
-and queries f = Σ_t f_t and its gradient, as ever. The kernel is then that of −∇L, and `output` is Σ_t f_t on both sides.
+and queries f = Σ_t f_t and its gradient, as ever. The Gram matrix is then that of −∇L, and `output` is Σ_t f_t on both sides.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, default_data_collator
 
 from hf_trak.tasks import TaskCollator
+from hf_trak.tasks.rows import check_is_dataset, describe_kind, how_to_make
 from hf_trak.tasks.token_outputs import IGNORED
 from hf_trak.training.run_identity import method_of
 from hf_trak.training.snapshots import is_adapter
@@ -112,14 +113,9 @@ def check_training_set(dataset: Any, name: str = "train_dataset") -> None:
     Raises:
         ValueError: With how to make a `datasets.Dataset` of it.
     """
-    if isinstance(dataset, Dataset):
-        if len(dataset) == 0:
-            raise ValueError("The training set is empty: there is nothing to train on or to attribute to.")
-        return
-    raise ValueError(
-        f"`{name}` must be a `datasets.Dataset`, whose rows have numbers to be attributed to, but is {_what(dataset)}. "
-        f"{_way_out(dataset)}"
-    )
+    check_is_dataset(dataset, f"`{name}`")
+    if len(dataset) == 0:
+        raise ValueError("The training set is empty: there is nothing to train on or to attribute to.")
 
 
 def check_same_rows(attributed: Dataset, trained: Any) -> None:
@@ -147,7 +143,7 @@ def check_evaluation_set(dataset: Any) -> None:
     elif dataset is not None and not isinstance(
         dataset, (Dataset, IterableDataset, torch.utils.data.Dataset, list, tuple, str)
     ):
-        raise ValueError(f"`eval_dataset` is {_what(dataset)}, which `Trainer` cannot evaluate. {_way_out(dataset)}")
+        raise ValueError(f"`eval_dataset` is {describe_kind(dataset)}, which `Trainer` cannot evaluate. {how_to_make(dataset)}")
 
 
 def choose_queries(given: Any, evaluation: Any) -> Dataset:
@@ -182,7 +178,7 @@ def _describe_unfit_queries(queries: Any) -> str | None:
             f"`attribute(queries={first!r})`."
         )
     if not isinstance(queries, Dataset):
-        return f"Queries must be a `datasets.Dataset`, but are {_what(queries)}. {_way_out(queries)}"
+        return f"Queries must be a `datasets.Dataset`, but are {describe_kind(queries)}. {how_to_make(queries)}"
     return None
 
 
@@ -261,32 +257,3 @@ class WithoutColumns:
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
         return {name: values for name, values in self.transform(rows).items() if name not in self.dropped}
-
-
-def _what(dataset: Any) -> str:
-    if isinstance(dataset, Mapping):
-        return f"a {type(dataset).__name__} of {', '.join(map(str, list(dataset)[:5]))}"
-    streaming = isinstance(dataset, (IterableDataset, torch.utils.data.IterableDataset))
-    article = "an" if type(dataset).__name__[:1] in "AEIOU" else "a"
-    return "None" if dataset is None else f"{article} {type(dataset).__name__}{', which is streaming' * streaming}"
-
-
-def _way_out(dataset: Any) -> str:
-    name, module = type(dataset).__name__, type(dataset).__module__.partition(".")[0]
-    if dataset is None:
-        return "Give the rows to train on."
-    if isinstance(dataset, (IterableDataset, torch.utils.data.IterableDataset)):
-        return "Load it without `streaming=True`, or keep what you need of it: `Dataset.from_list(list(stream.take(n)))`."
-    if isinstance(dataset, Mapping) and all(isinstance(one, Dataset) for one in dataset.values()):
-        return f"Give one of its splits, such as `dataset[{next(iter(dataset), 'train')!r}]`."
-    if isinstance(dataset, Mapping):
-        return "Make one of columns with `Dataset.from_dict(columns)`."
-    if isinstance(dataset, (list, tuple)):
-        return "Make one of rows that are dictionaries with `Dataset.from_list(rows)`."
-    if name in ("DataFrame", "LazyFrame"):
-        return f"Make one with `Dataset.from_{'polars' if module == 'polars' else 'pandas'}(frame)`."
-    if isinstance(dataset, str):
-        return "Load it with `load_dataset(...)`."
-    if isinstance(dataset, torch.utils.data.Dataset):
-        return "Make one of its rows, as dictionaries, with `Dataset.from_list([...])` or `Dataset.from_generator(...)`."
-    return "Make one with `Dataset.from_list`, `Dataset.from_dict` or `load_dataset`."

@@ -121,9 +121,10 @@ class Kit:
 
     def _layout(self, n: int) -> Row:
         """Return the columns that models of documents and of tables read beside the tokens."""
-        if self.type in ("layoutlm", "bros", "lilt", "layoutlmv3", "layoutlmv2"):
+        if self.type in ("layoutlm", "bros", "lilt", "layoutlmv3", "layoutlmv2", "udop"):
             boxes = torch.randint(1, 900, (n, 2, 2), generator=self.generator).sort(dim=1).values.reshape(n, 4)
-            return {"bbox": (boxes / 1000 if self.type == "bros" else boxes).tolist()}
+            scale = {"bros": 1000, "udop": 1024}.get(self.type)  # UDOP rounds multiples of them, which are exact so
+            return {"bbox": (boxes / scale if scale else boxes).tolist()}
         if self.type == "tapas":
             return {"token_type_ids": [[0] * 7 for _ in range(n)]}
         return {}

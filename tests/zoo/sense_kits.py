@@ -142,7 +142,10 @@ class AudioClassification(Kit):
 
 class CTC(AudioClassification):
     def rows(self) -> list[Row]:
-        return [{**self.sound(number), "labels": self.ids(2 + number % 2)} for number in range(N_ROWS)]
+        rows = [{**self.sound(number), "labels": self.ids(2 + number % 2)} for number in range(N_ROWS)]
+        if self.type.startswith(("lasr", "parakeet")):  # whose losses need a mask
+            rows = [{**row, "attention_mask": [1] * len(row["input_features"])} for row in rows]
+        return rows
 
     def outputs(self, result: Any, row: Row) -> Outputs:
         """Return log p / (1 - p) of the transcript, p being CTC's sum over alignments."""

@@ -93,7 +93,7 @@ class Checkpoints:
             config,
             self.processing_class,
             task=self.task,
-            seed=self.config.seed + number,
+            seed=self.config.sketch_seed + number,
             device=self.device,
         )
 

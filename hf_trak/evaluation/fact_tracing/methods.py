@@ -1,6 +1,6 @@
 r"""Methods beside TRAK: of texts alone, of embeddings, and TracIn.
 
-A method with `whole_corpus = True` needs every abstract, candidate or not: for the rarity of words, or for a kernel.
+A method with `whole_corpus = True` needs every abstract, candidate or not: for the rarity of words, or for a Gram matrix.
 
 $\tau(z_i, z) = \frac1C\sum_c \cos(h_c(z_i), h_c(z))$, with $h$ the mean over tokens of one layer's hidden states, of the encoder (which
 reads the sentence) or the decoder (which reads its target). Layer 0 is the embedding.

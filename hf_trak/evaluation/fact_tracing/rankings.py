@@ -1,6 +1,6 @@
 r"""Every method's scores of all abstracts for the asked queries, TRAK's variants among them.
 
-The kernel $\Phi^\top\Phi$ is of the whole training set: made of the candidates alone, it would know only of what the query's own
+The Gram matrix $\Phi^\top\Phi$ is of the whole training set: made of the candidates alone, it would know only of what the query's own
 neighbours have in common.
 """
 
@@ -56,7 +56,7 @@ class Trak:
         if len(train) != self.index.n_rows:
             raise ValueError(
                 f"The index is of {self.index.n_rows} abstracts, but {len(train)} are to be scored. TRAK needs them all, since its "
-                "kernel is of the whole training set; rank the candidates among its scores."
+                "Gram matrix is of the whole training set; rank the candidates among its scores."
             )
         return self.index.score(queries, progress=False, **self.options)
 

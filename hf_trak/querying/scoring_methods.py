@@ -34,12 +34,13 @@ from hf_trak.scoring.search_index import SearchIndex, describe
 from hf_trak.scoring.top_k import TopK
 from hf_trak.storage.passes import columns_of
 from hf_trak.storage.reader import MemberReader
+from hf_trak.tasks.rows import check_is_dataset
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
-class Questions:
+class ScoringMethods:
     """The half of [`AttributionIndex`] that answers; the other half makes, loads and keeps what is asked."""
 
     folder: Path
@@ -80,15 +81,16 @@ class Questions:
         Args:
             queries (`Dataset`): With the columns of the training set; labels say which output is meant.
             damping (`float` or `"auto"`, *optional*): By default, the configuration's.
-            residual_weighting (`bool`): Weigh the kernel's rows by p(1 − p); for class labels. See [`ScoreOptions`].
+            residual_weighting (`bool`): Weigh the Gram matrix's rows by p(1 − p); for class labels. See [`ScoreOptions`].
             leverage (`bool`): Divide each row's influence by 1 − its leverage. See [`ScoreOptions`].
             soft_threshold (`int`, *optional*): Scores per query to stay nonzero: all move towards 0 until no more are left. The
                 paper's last step, which picks the number by cross-validation.
-            out_to_loss_power (`float`, *optional*): What 1 − p is raised to; by default 1/2, and 1 where `trak_out_to_loss` is no
-                1 − p or all members are points of a path before its end. The paper's TRAK is `damping=0, out_to_loss_power=1, combination="means"`.
+            out_to_loss_power (`float`, *optional*): What 1 − p is raised to; by default the configuration's, else 1/2, and 1 where
+                `trak_out_to_loss` is no 1 − p or all members are points of a path before its end. The paper's TRAK is
+                [`TrakConfig.published`]: `damping=0, out_to_loss_power=1, combination="means"`.
             combination (`str`, *optional*): How several members are combined: "means", the product of two means over members, as in
                 the paper, or "scaled", the mean over members of each one's influence, brought to one scale, times its own 1 − p; see
-                [`ScoreOptions`]. By default "scaled".
+                [`ScoreOptions`]. By default, the configuration's.
             direction (`str`): For image-caption pairs, what of a query is attributed: "pair"; "image", how the image tells its caption
                 from those of the bank; or "caption", how the caption tells its image.
             reference_rescale (`bool`): Only to reproduce MadryLab/trak's numbers, with `damping=0, out_to_loss_power=1`.
@@ -100,6 +102,7 @@ class Questions:
             max_memory (`int` or `str`, *optional*): Bytes that solving and scoring may take, such as "2GB", beside the model and
                 what is loaded already; by default 2 GB, or what it takes. It does not change a bit of the scores.
         """
+        check_is_dataset(queries, "`queries`")
         options = self._options(damping, residual_weighting, leverage, out_to_loss_power, combination, reference_rescale)
         scorer = Scorer(self.members, options, len(queries), 0, soft_threshold, max_memory, progress)
 
@@ -138,14 +141,16 @@ class Questions:
             exact (`bool`): Score every training row, the default; False asks the index of [`AttributionIndex.add_search_index`].
 
         Returns:
-            `Dataset`: One row per query: `query_id`, `query_output`, `proponents` and `opponents` (rows of the training set, the
+            `Dataset`: One row per query: `query_id`, `query_output` (the mean over models; of points of a path, what the final model says,
+            which takes a forward pass), `proponents` and `opponents` (rows of the training set, the
             strongest first), `proponent_scores` and `opponent_scores`; where columns were kept (`keep_columns`), also
             `proponent_<column>` and `opponent_<column>`, lists in the same order.
         """
+        check_is_dataset(queries, "`queries`")
         options = self._options(damping, residual_weighting, leverage, out_to_loss_power, combination)
         scorer = Scorer(self.members, options, len(queries), check_top_k(top_k), soft_threshold, max_memory, progress)
         rank = self._ranker(scorer, exact)
-        features, output = self._featurize(queries, options, batch_size, progress, direction)
+        features, output = self._featurize(queries, options, batch_size, progress, direction, shown=True)
         return self._with_kept(to_hits(rank(solve_all(self.members, features, options)), output))
 
     def attribute_features(
@@ -173,7 +178,7 @@ class Questions:
                 with one for each. See [`read_query_features`].
 
         Returns:
-            `Dataset`: As [`AttributionIndex.attribute`]; `query_output` only where the features come with `trak_output`.
+            `Dataset`: As [`AttributionIndex.attribute`]; `query_output` only where the features come with `trak_output`, whose mean it is.
         """
         options = self._options(damping, residual_weighting, leverage, out_to_loss_power, combination)
         found = self._read_features(features)
@@ -284,15 +289,14 @@ class Questions:
         given = given_labels(train, self.members[0], label_column=self.config.label_column, index=self.folder)
         kept = KeptRows(self.members[0]) if train is None else None
         options = self._options(damping, False, False, None, None)
-        features, doubt, n_classes = None, None, 2
+        features = None
         if validation is not None:
+            check_is_dataset(validation, "`validation`")
             if len(validation) == 0:
                 raise ValueError("`validation` has no rows. Leave it out if there are no held-out rows.")
-            features, output = self._featurize(validation, options, batch_size, progress, "pair")
-            doubt = torch.sigmoid(-torch.from_numpy(output))
-            n_classes = self._queries.featurizer(self.passes[0]).task.n_classes or 2
+            features, _ = self._featurize(validation, options, batch_size, progress, "pair")
         evidence = LabelEvidence(self.members, damping=options.damping)
-        suspicion = label_suspicion(evidence, features, doubt, n_classes=n_classes)
+        suspicion = label_suspicion(evidence, features)
         return label_error_rows(evidence, suspicion, given, n_reported, kept)
 
     def resolve_damping(self, damping: float | str | None = None) -> float:
@@ -306,7 +310,8 @@ class Questions:
 
     @property
     def _default_power(self) -> float:
-        return default_power_of(self.members)
+        chosen = self.config.out_to_loss_power
+        return default_power_of(self.members) if chosen is None else float(chosen)
 
     def _options(
         self,
@@ -322,7 +327,7 @@ class Questions:
         power = self._default_power if out_to_loss_power is None else float(out_to_loss_power)
         if not 0 <= power <= 1:
             raise ValueError(f"`out_to_loss_power` must lie in 0 to 1, but is {out_to_loss_power}.")
-        combination = combination or "scaled"
+        combination = combination or self.config.combination
         if combination not in COMBINATIONS:
             raise ValueError(f"`combination` must be {' or '.join(map(repr, COMBINATIONS))}, but is {combination!r}.")
         return ScoreOptions(self.resolve_damping(damping), residual_weighting, leverage, reference_rescale, power, combination)
@@ -341,22 +346,36 @@ class Questions:
         return self._choice
 
     def _featurize(
-        self, queries: Dataset, options: ScoreOptions, batch_size: int | str, progress: bool, direction: str
+        self,
+        queries: Dataset,
+        options: ScoreOptions,
+        batch_size: int | str,
+        progress: bool,
+        direction: str,
+        *,
+        shown: bool = False,
     ) -> tuple[list[Float[Tensor, "n_query proj_dim"]], Float[np.ndarray, " n_query"]]:
-        """Return the queries' features under every member, and their mean output."""
+        """Return the queries' features under every member, and their mean output.
+
+        Args:
+            shown (`bool`): The output is to be shown: of points of a path, take that of the final model.
+        """
         features, outputs = [], []
+        final: dict[int | None, np.ndarray | None] = {}
         self._queries.check(queries)
-        # A singular kernel is refused before queries cost anything.
-        damped(self.members[0].kernel(), n_rows=self.n_rows, damping=options.damping)
+        # A singular Gram matrix is refused before queries cost anything.
+        damped(self.members[0].gram(), n_rows=self.n_rows, damping=options.damping)
         for number, plan in enumerate(self.passes):
             description = f"Queries {number + 1}/{len(self.passes)}"
             columns = self._queries.featurize(
                 self._queries.featurizer(plan, direction=direction), queries, batch_size, progress, description
             )
+            if shown and plan.model not in final:
+                final[plan.model] = self._queries.final_output(plan, queries, batch_size, progress)
             for seed in plan.seeds:
                 mine = columns_of(columns, seed, plan.seeds)
                 features.append(torch.from_numpy(mine["trak_features"]))
-                outputs.append(mine["trak_output"])
+                outputs.append(mine["trak_output"] if (last := final.get(plan.model)) is None else last)
         return features, np.mean(outputs, axis=0)
 
     def _read_features(self, features: Any) -> list[Float[Tensor, "n_query proj_dim"]]:
