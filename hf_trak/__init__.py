@@ -14,7 +14,7 @@ _CONTENTS = {
     "AttributionArguments": "hf_trak.training_args",
     "AttributionCallback": "hf_trak.training.callback",
     "AttributionIndex": "hf_trak.index",
-    "AttributionMixin": "hf_trak.trainer",
+    "AttributionMixin": "hf_trak.trainer_mixin",
     "AttributionTrainer": "hf_trak.trainer",
     "AutoTask": "hf_trak.tasks",
     "Featurizer": "hf_trak.featurizing.featurizer",
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from hf_trak.featurizing.featurizer import Featurizer
     from hf_trak.index import AttributionIndex
     from hf_trak.tasks import AutoTask, Task
-    from hf_trak.trainer import AttributionMixin, AttributionTrainer, attribution
+    from hf_trak.trainer import AttributionTrainer, attribution
+    from hf_trak.trainer_mixin import AttributionMixin
     from hf_trak.training.callback import AttributionCallback
     from hf_trak.training_args import AttributionArguments
 
