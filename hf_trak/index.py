@@ -23,7 +23,7 @@ from hf_trak.hub.download import HubIndex
 from hf_trak.hub.mixin import HubMixin
 from hf_trak.hub.object_index import ObjectIndex
 from hf_trak.messages import list_differences
-from hf_trak.querying.queries import QuerySide
+from hf_trak.querying.queries import QuerySide, Side
 from hf_trak.querying.scoring_methods import ScoringMethods
 from hf_trak.querying.training_rows import KeptRows, align_rows
 from hf_trak.runtime import terminable
@@ -347,7 +347,7 @@ class AttributionIndex(ScoringMethods, HubMixin):
         """Return the trak_* columns of queries under one member, in float32."""
         self._queries.check(queries)
         description = f"Queries {member + 1}/{len(self.members)}"
-        return self._queries.featurize(self.featurizer(member), queries, batch_size, progress, description)
+        return self._queries.featurize(self.featurizer(member), Side(queries), batch_size, progress, description)
 
     def align(self, train: Dataset) -> Dataset:
         """Return the training rows of this index, in its order, from a dataset that has them: row i of the result is row i of the index.

@@ -14,9 +14,9 @@ from hf_trak.cli.parsing import Collect, make_parser, name_positions, parse, row
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from hf_trak.cli.examples import ExampleReader, LanguageRows
     from hf_trak.cli.hit_blocks import HitBlocks
     from hf_trak.index import AttributionIndex
+    from hf_trak.querying.examples import Example, ExampleReader, LanguageRows
 
 _SHOWN_QUERIES = 3
 _WRITTEN_QUERIES = 1000  # at a time
@@ -30,6 +30,8 @@ have the columns of the training set; their labels say which output is meant.
 examples:
   hf-trak attribute my-index --queries validation.parquet --output hits.jsonl
   hf-trak attribute me/sst2-trak --queries stanfordnlp/sst2 --train stanfordnlp/sst2 --output hits.parquet --report report
+  hf-trak attribute my-index --queries unlabelled.csv --target prediction --output hits.jsonl
+  hf-trak attribute my-index --queries mistakes.csv --contrast prediction label --aggregate mean --output hits.jsonl
 """
 
 
@@ -44,6 +46,25 @@ class AttributeArguments:
     split: str = field(default="validation", metadata={"help": "Split of the queries."})
     max_queries: int | None = field(default=None, metadata={"help": "Use only the first queries."})
     top_k: int = field(default=10, metadata={"help": "Proponents and opponents per query."})
+    target: str = field(
+        default="label",
+        metadata={
+            "help": "Of classifiers, which output: label, the query's own; prediction, the class that the model predicts; or a class, by "
+            "its name or its number in the training set. All but label need no label column."
+        },
+    )
+    contrast: list[str] | None = field(
+        default=None,
+        metadata={"help": "Two of these: what made the model say the first and not the second."},
+    )
+    aggregate: str | None = field(
+        default=None,
+        metadata={
+            "help": "Take all queries as one: the mean or sum of their features, or, of each training row, its largest score "
+            "(nearest).",
+            "choices": ["mean", "sum", "nearest"],
+        },
+    )
     direction: str = field(
         default="pair",
         metadata={
@@ -115,11 +136,11 @@ def run(args: AttributeArguments) -> None:
     _check_targets(args, output)
 
     from hf_trak.cli.data import load_rows
-    from hf_trak.cli.examples import ExampleReader, read_attributions
     from hf_trak.cli.main import quiet_libraries
-    from hf_trak.cli.report import save_report, table
     from hf_trak.distributed import current_processes, rank_and_size
     from hf_trak.index import AttributionIndex
+    from hf_trak.querying.examples import read_attributions, train_reader
+    from hf_trak.querying.report import save_report, table
     from hf_trak.scoring.memory import parse_memory
     from hf_trak.storage.outputs import naming, output_file
     from hf_trak.tasks import import_task
@@ -143,6 +164,7 @@ def run(args: AttributeArguments) -> None:
     options: dict[str, Any] = {"damping": damping, "direction": args.direction, "batch_size": batch_size}
     options.update(max_memory=args.max_memory, progress=first)
     options.update(out_to_loss_power=args.out_to_loss_power, combination=args.combination)
+    options.update(_question(args))
     ask, blocks = _asking(args, index, queries, output, options)
     if not first:  # processes share the ranking; one writes
         ask()
@@ -156,9 +178,8 @@ def run(args: AttributeArguments) -> None:
     if blocks is not None:
         blocks.remove()
 
-    columns: dict[str, Any] = {name: getattr(index.config, name) for name in ("text_columns", "image_column", "label_column")}
-    shown_as: dict[str, Any] = {"language": _language_rows(args, index), "captions": index.config.task == "contrastive"}
-    readers = ExampleReader(queries, **columns, **shown_as), _train_reader(index, train, columns, shown_as)
+    language = _language_rows(args, index)
+    readers = _query_reader(args, index, queries, language), train_reader(index.config, index.kept_rows, train, language)
     shown = read_attributions(hits, *readers, rows=list(range(min(_SHOWN_QUERIES, len(hits)))), top_k=_SHOWN_HITS)
     print(f"\n{table(shown)}\n\nHits of {len(hits):,} queries: {output}")
     if args.report is not None:
@@ -173,10 +194,10 @@ def _asking(
     """Return what ranks the queries, and what keeps the blocks of them that are done, where there are several."""
     from hf_trak.cli import hit_blocks
 
-    if len(queries) <= hit_blocks.BLOCK_QUERIES:
+    if len(queries) <= hit_blocks.BLOCK_QUERIES or args.aggregate is not None:
         return lambda: index.attribute(queries, args.top_k, **options), None
     ways = {name: options[name] for name in ("direction", "out_to_loss_power", "combination")}
-    decisive = {"top_k": args.top_k, "damping": index.resolve_damping(options["damping"]), **ways}
+    decisive = {"top_k": args.top_k, "damping": index.resolve_damping(options["damping"]), **ways, **_question(args)}
     blocks = hit_blocks.HitBlocks(output, hit_blocks.identity_of_hits(index, queries, decisive))
 
     def say(text: str) -> None:
@@ -189,6 +210,15 @@ def _asking(
         )
 
     return ask, blocks
+
+
+def _question(args: AttributeArguments) -> dict[str, Any]:
+    """Return which output of the queries is asked about, as [`AttributionIndex.attribute`] takes it."""
+    return {
+        "target": args.target,
+        "contrast": None if args.contrast is None else tuple(args.contrast),
+        "aggregate": args.aggregate,
+    }
 
 
 def most_bytes(n_query: int, top_k: int, n_rows: int, *, kept: int = 0) -> int:
@@ -240,8 +270,8 @@ def _check_targets(args: AttributeArguments, output: Path) -> None:
 
 def _language_rows(args: AttributeArguments, index: AttributionIndex) -> LanguageRows | None:
     """Return what makes the text of a language model's rows, with the tokenizer of the first checkpoint; None for other tasks."""
-    from hf_trak.cli.examples import LANGUAGE_TASKS, LanguageRows
     from hf_trak.featurizing.identity import recorded_checkpoint, recorded_processor
+    from hf_trak.querying.examples import LANGUAGE_TASKS, LanguageRows
     from hf_trak.sources.processors import find_processing_class
 
     config, info = index.config, index.members[0].info
@@ -257,6 +287,20 @@ def _language_rows(args: AttributeArguments, index: AttributionIndex) -> Languag
     return LanguageRows(config.task, tokenizer, text_columns=config.text_columns, label_column=config.label_column)
 
 
+def _query_reader(
+    args: AttributeArguments, index: AttributionIndex, queries: Dataset, language: LanguageRows | None
+) -> ExampleReader | list[Example]:
+    """Return what shows the queries: themselves, with what is asked of each, or how many they are where they are one."""
+    from hf_trak.querying.examples import Example, row_reader
+
+    asked = " against ".join(args.contrast) if args.contrast else args.target if args.target != "label" else ""
+    if args.aggregate is not None:
+        label = f"{args.aggregate} of {len(queries):,} queries" + (f", {asked}" if asked else "")
+        return [Example(0, label=label)]
+    notes = dict.fromkeys(range(len(queries)), f"asked: {asked}") if asked else None
+    return row_reader(index.config, queries, language, notes=notes)
+
+
 def _load_train(args: AttributeArguments, index: AttributionIndex) -> Dataset | None:
     if args.train is None:
         return None
@@ -267,20 +311,3 @@ def _load_train(args: AttributeArguments, index: AttributionIndex) -> Dataset | 
         return index.align(train)
     except ValueError as error:
         raise ValueError(f"--train {args.train}: {error}") from error
-
-
-def _train_reader(
-    index: AttributionIndex, train: Dataset | None, columns: dict[str, Any], shown_as: dict[str, Any]
-) -> ExampleReader:
-    """Return what shows training rows: from the training set, or else from the columns that the index kept of it."""
-    from hf_trak.cli.examples import ExampleReader
-    from hf_trak.sources.row_digests import names_read
-
-    if train is not None:
-        return ExampleReader(train, **columns, **shown_as)
-    kept = index.kept_rows
-    if not kept.column_names:
-        return ExampleReader(None, **shown_as)
-    if set(names_read(index.config.columns_read or {})) <= set(kept.column_names):
-        return ExampleReader(kept, **columns, **shown_as)
-    return ExampleReader(kept)  # whatever there is

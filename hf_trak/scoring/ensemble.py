@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 from jaxtyping import Float, Float32, Float64
@@ -36,6 +36,8 @@ class ScoreOptions:
         combination (`str`): How several members become one. "scaled", the default: each member's influence is scaled, query by query,
             to one size over the training set, and weighed by the member's own Q before the mean is taken. "means": the mean influence
             times the mean Q, as in the paper.
+        soft_threshold (`int`, *optional*): Scores per query to stay nonzero: all move towards 0 until no more are left. The paper's
+            last step, which picks the number by cross-validation.
     """
 
     damping: float
@@ -45,6 +47,19 @@ class ScoreOptions:
     out_to_loss_power: float = 1.0
     # Differs from the paper, whose members are runs on random subsets: docs/decisions.md has the LDS of both.
     combination: str = "scaled"
+    soft_threshold: int | None = None
+
+
+class ScoreShortcuts(TypedDict, total=False):
+    """Fields of [`ScoreOptions`] as keyword arguments; damping may be "auto", and None is the index's own."""
+
+    damping: float | str | None
+    residual_weighting: bool
+    leverage: bool
+    reference_rescale: bool
+    out_to_loss_power: float | None
+    combination: str | None
+    soft_threshold: int | None
 
 
 def default_power(out_to_loss_kind: str, *, points: bool = False) -> float:

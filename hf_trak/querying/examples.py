@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hf_trak.config import TrakConfig
+from hf_trak.sources.row_digests import names_read
 from hf_trak.tasks.language_inputs import find_texts
 from hf_trak.tasks.pairs import find_caption_column
 from hf_trak.tasks.pictures import open_picture
@@ -213,8 +215,40 @@ def _text_of(value: Any) -> str:
     return "  /  ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
+def row_reader(
+    config: TrakConfig,
+    rows: Dataset | KeptRows,
+    language: LanguageRows | None = None,
+    *,
+    notes: Mapping[int, str] | None = None,
+) -> ExampleReader:
+    """Return what shows rows with the columns of an index."""
+    columns: dict[str, Any] = {name: getattr(config, name) for name in ("text_columns", "image_column", "label_column")}
+    if columns["label_column"] not in rows.features:  # of queries that need none
+        columns["label_column"] = None
+    return ExampleReader(rows, **columns, language=language, captions=config.task == "contrastive", notes=notes)
+
+
+def train_reader(
+    config: TrakConfig, kept: KeptRows, train: Dataset | None, language: LanguageRows | None = None
+) -> ExampleReader:
+    """Return what shows training rows: from the training set, in the index's order, or else from the columns that the index kept of it."""
+    if train is not None:
+        return row_reader(config, train, language)
+    if not kept.column_names:
+        return ExampleReader(None)
+    if set(names_read(config.columns_read or {})) <= set(kept.column_names):
+        return row_reader(config, kept, language)
+    return ExampleReader(kept)  # whatever there is
+
+
 def read_attributions(
-    hits: Dataset, queries: ExampleReader, train: ExampleReader, *, rows: list[int] | None = None, top_k: int | None = None
+    hits: Dataset,
+    queries: ExampleReader | Sequence[Example],
+    train: ExampleReader,
+    *,
+    rows: list[int] | None = None,
+    top_k: int | None = None,
 ) -> list[Attribution]:
     """Join hits with the rows they are about.
 

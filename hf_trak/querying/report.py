@@ -12,8 +12,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_trak.cli.examples import Attribution, Example, Hit
 from hf_trak.messages import visible
+from hf_trak.querying.examples import Attribution, Example, Hit
 from hf_trak.storage.files import remove_leftovers, write_atomically, write_folder
 from hf_trak.tasks.pictures import to_rgb
 
