@@ -35,42 +35,12 @@ examples:
 """
 
 
-@dataclass
-class AttributeArguments:
-    """What to ask which index, and where the answer goes."""
+@dataclass(kw_only=True)
+class AskingArguments:
+    """Which index to ask, and what with."""
 
     index: str = field(metadata={"help": "Folder, dataset repository or object store URL of an index."})
-    queries: str = field(metadata={"help": "The queries: a Parquet, CSV or JSON file, a folder, or a dataset of the Hub."})
-    output: str = field(metadata={"help": "File for the hits, .jsonl or .parquet: one line per query."})
-    queries_config: str | None = field(default=None, metadata={"help": "Configuration of the queries' dataset."})
-    split: str = field(default="validation", metadata={"help": "Split of the queries."})
-    max_queries: int | None = field(default=None, metadata={"help": "Use only the first queries."})
     top_k: int = field(default=10, metadata={"help": "Proponents and opponents per query."})
-    target: str = field(
-        default="label",
-        metadata={
-            "help": "Of classifiers, which output: label, the query's own; prediction, the class that the model predicts; or a class, by "
-            "its name or its number in the training set. All but label need no label column."
-        },
-    )
-    contrast: list[str] | None = field(
-        default=None,
-        metadata={"help": "Two of these: what made the model say the first and not the second."},
-    )
-    aggregate: str | None = field(
-        default=None,
-        metadata={
-            "help": "Take all queries as one: the mean or sum of their features, or, of each training row, its largest score "
-            "(nearest).",
-            "choices": ["mean", "sum", "nearest"],
-        },
-    )
-    direction: str = field(
-        default="pair",
-        metadata={
-            "help": "Of image-caption pairs: pair, image (how it tells its caption) or caption (how it tells its image)."
-        },
-    )
     damping: str | None = field(default=None, metadata={"help": "A number or auto, in place of the index's damping."})
     out_to_loss_power: float | None = field(
         default=None, metadata={"help": "What 1 - p is raised to, 0 to 1, in place of the index's; 1 is the paper's."}
@@ -123,6 +93,42 @@ class AttributeArguments:
     overwrite: bool = field(default=False, metadata={"help": "Replace the output file and the report."})
 
 
+@dataclass(kw_only=True)
+class AttributeArguments(AskingArguments):
+    """What to ask which index, and where the answer goes."""
+
+    queries: str = field(metadata={"help": "The queries: a Parquet, CSV or JSON file, a folder, or a dataset of the Hub."})
+    output: str = field(metadata={"help": "File for the hits, .jsonl or .parquet: one line per query."})
+    queries_config: str | None = field(default=None, metadata={"help": "Configuration of the queries' dataset."})
+    split: str = field(default="validation", metadata={"help": "Split of the queries."})
+    max_queries: int | None = field(default=None, metadata={"help": "Use only the first queries."})
+    target: str = field(
+        default="label",
+        metadata={
+            "help": "Of classifiers, which output: label, the query's own; prediction, the class that the model predicts; or a class, by "
+            "its name or its number in the training set. All but label need no label column."
+        },
+    )
+    contrast: list[str] | None = field(
+        default=None,
+        metadata={"help": "Two of these: what made the model say the first and not the second."},
+    )
+    aggregate: str | None = field(
+        default=None,
+        metadata={
+            "help": "Take all queries as one: the mean or sum of their features, or, of each training row, its largest score "
+            "(nearest).",
+            "choices": ["mean", "sum", "nearest"],
+        },
+    )
+    direction: str = field(
+        default="pair",
+        metadata={
+            "help": "Of image-caption pairs: pair, image (how it tells its caption) or caption (how it tells its image)."
+        },
+    )
+
+
 def main(arguments: Sequence[str]) -> None:
     """Parse and run."""
     parser = make_parser([AttributeArguments], command="attribute", usage=_USAGE, description=_DESCRIPTION)
@@ -133,7 +139,7 @@ def run(args: AttributeArguments) -> None:
     """Attribute the queries, write the hits, and show the first."""
     output = Path(args.output)
     batch_size = rows_at_a_time(args.batch_size, "--batch_size")
-    _check_targets(args, output)
+    check_targets(args, output)
 
     from hf_trak.cli.data import load_rows
     from hf_trak.cli.main import quiet_libraries
@@ -159,11 +165,8 @@ def run(args: AttributeArguments) -> None:
         trust_remote_code=args.trust_remote_code,
     )
     queries = load_rows(args.queries, split=args.split, config=args.queries_config, max_rows=args.max_queries)
-    train = _load_train(args, index)
-    damping = None if args.damping is None else replace(index.config, damping=args.damping).damping  # type: ignore[arg-type]
-    options: dict[str, Any] = {"damping": damping, "direction": args.direction, "batch_size": batch_size}
-    options.update(max_memory=args.max_memory, progress=first)
-    options.update(out_to_loss_power=args.out_to_loss_power, combination=args.combination)
+    train = load_train(args, index)
+    options = {**score_options(args, index), "direction": args.direction, "batch_size": batch_size, "progress": first}
     options.update(_question(args))
     ask, blocks = _asking(args, index, queries, output, options)
     if not first:  # processes share the ranking; one writes
@@ -255,13 +258,13 @@ def _is_plain(kind: Any) -> bool:
     return hasattr(kind, "dtype") and "binary" not in kind.dtype and not hasattr(kind, "decode_example")
 
 
-def _check_targets(args: AttributeArguments, output: Path) -> None:
-    """Refuse before anything is computed."""
-    if output.suffix not in (".jsonl", ".parquet"):
+def check_targets(args: AskingArguments, output: Path | None) -> None:
+    """Refuse files that are there, and names that say no format, before anything is computed."""
+    if output is not None and output.suffix not in (".jsonl", ".parquet"):
         raise ValueError(f"--output must end in .jsonl or .parquet, but is {output}.")
     if args.report is not None and Path(args.report).exists() and not Path(args.report).is_dir():
         raise ValueError(f"--report must name a folder, but {args.report} is a file.")
-    taken = [output] if output.exists() else []
+    taken = [output] if output is not None and output.exists() else []
     if args.report is not None:
         taken += [path for name in ("report.html", "report.png") if (path := Path(args.report) / name).exists()]
     if taken and not args.overwrite:
@@ -301,7 +304,41 @@ def _query_reader(
     return row_reader(index.config, queries, language, notes=notes)
 
 
-def _load_train(args: AttributeArguments, index: AttributionIndex) -> Dataset | None:
+def load_index(args: AskingArguments) -> AttributionIndex:
+    """Return the index that the flags name."""
+    from hf_trak.index import AttributionIndex
+    from hf_trak.scoring.memory import parse_memory
+    from hf_trak.tasks import import_task
+
+    parse_memory(args.max_memory)
+    return AttributionIndex.from_pretrained(
+        args.index,
+        revision=args.revision,
+        models=args.model,
+        base=args.base,
+        processing_class=args.processor,
+        task=None if args.task is None else import_task(args.task),
+        trust_remote_code=args.trust_remote_code,
+    )
+
+
+def score_options(args: AskingArguments, index: AttributionIndex) -> dict[str, Any]:
+    """Return the flags of scoring, as [`AttributionIndex.attribute`] takes them."""
+    damping = None if args.damping is None else replace(index.config, damping=args.damping).damping  # type: ignore[arg-type]
+    return {
+        "damping": damping,
+        "out_to_loss_power": args.out_to_loss_power,
+        "combination": args.combination,
+        "max_memory": args.max_memory,
+    }
+
+
+def load_train(args: AskingArguments, index: AttributionIndex) -> Dataset | None:
+    """Return the training set, in the index's order, where it is given.
+
+    Raises:
+        ValueError: If it is another.
+    """
     if args.train is None:
         return None
     from hf_trak.cli.data import load_rows

@@ -68,6 +68,10 @@ class LanguageRows:
         source, target = find_texts(strings, text_columns=self.text_columns, label_column=self.label_column)
         return _join(*(str(row[name]) for name in (source, target) if name is not None))
 
+    def query(self, prompt: Any, answer: str) -> Example:
+        """Return a prompt, a text or a conversation, with its answer."""
+        return Example(0, text=_join(_conversation(prompt), answer))
+
     def _of_tokens(self, row: Mapping[str, Any]) -> str:
         ids, kept = without_padding(row)
         if self.task == "question-answering":
@@ -134,10 +138,11 @@ class Example:
 
 @dataclass(frozen=True)
 class Hit:
-    """A training example, and its score for a query."""
+    """A training example, and its score for a query; `heat` is what each piece of the answer adds to it."""
 
     example: Example
     score: float
+    heat: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)

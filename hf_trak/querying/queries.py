@@ -96,11 +96,13 @@ class Side:
     Args:
         reads (`str`): "label": rows as the training set's; "target": without labels, and with [`TARGET_COLUMN`]; "answer": tokens of a
             prompt and an answer.
+        names (`Sequence[str]`): Of the model's classes, where there are targets.
     """
 
     queries: Dataset
     sign: float = 1.0
     reads: str = "label"
+    names: Sequence[str] = ()
 
     def task(self, task: Task) -> Task:
         """Return the task that reads these queries."""
@@ -170,7 +172,7 @@ class QuerySide:
             ValueError: If the model, task or parameters are not those recorded; the message lists what differs.
         """
         first = plan.members[0]
-        self._check_task()
+        self.check_task()
         place, given = self.members[first].info["checkpoint"], self._model(plan)
         featurizer = Featurizer(
             recorded_checkpoint(self.folder, place) if given is None else given,
@@ -232,7 +234,8 @@ class QuerySide:
                 values = (values if task.several_labels or task.n_classes is None else values.long()).tolist()
             else:
                 values = [task.read_class(target, self._recorded["label_names"])] * len(queries)
-            sides.append(Side(with_column(stored, TARGET_COLUMN, values), sign, "target"))
+            names = task.class_names(self._recorded["label_names"])
+            sides.append(Side(with_column(stored, TARGET_COLUMN, values), sign, "target", names))
         return sides
 
     def final_featurizer(self) -> Featurizer:
@@ -249,7 +252,7 @@ class QuerySide:
             ValueError: Naming what is missing or different.
         """
         check_is_dataset(queries, "Queries")
-        self._check_task()
+        self.check_task()
         if reads == "answer":
             return
         read, names = self._recorded["columns"], self._recorded["label_names"]
@@ -324,7 +327,7 @@ class QuerySide:
             total += side.sign * found.output.numpy()
         return total
 
-    def _check_task(self) -> None:
+    def check_task(self) -> None:
         """Check that a task of the user's own was given again: an index does not hold its code, and nothing is imported that it names.
 
         Raises:

@@ -29,6 +29,7 @@ from hf_trak.scoring.ensemble import (
     default_power_of,
     self_influence,
     solve_all,
+    stream_scores,
 )
 from hf_trak.scoring.label_errors import LabelEvidence, check_labels_task, label_suspicion
 from hf_trak.scoring.scorer import Scorer, check_top_k, to_hits
@@ -200,6 +201,24 @@ class ScoringMethods:
     def _hits(self, best: tuple[TopK, TopK], output: np.ndarray | None, question: Question) -> Dataset:
         shown = None if output is None else question.join(torch.from_numpy(output), linear=False).numpy()
         return self._with_kept(to_hits(best, shown))
+
+    def scores_of_rows(
+        self, rows: Sequence[int], solved: Sequence[SolvedQueries], options: ScoreOptions
+    ) -> Float[np.ndarray, "rows n_query"]:
+        """Return the scores of some training rows alone, before any soft threshold."""
+        shard_rows = self.members[0].identity["shard_rows"]
+        found: dict[int, np.ndarray] = {}
+        for shard in sorted({row // shard_rows for row in rows}):
+            blocks = stream_scores(
+                self.members,
+                solved,
+                out_to_loss_power=options.out_to_loss_power,
+                combination=options.combination,
+                shards=range(shard, shard + 1),
+            )
+            scores = torch.cat(list(blocks)).numpy()
+            found.update({row: scores[row % shard_rows] for row in rows if row // shard_rows == shard})
+        return np.stack([found[row] for row in rows])
 
     def _with_kept(self, hits: Dataset) -> Dataset:
         return KeptRows(self.members[0]).beside(hits)

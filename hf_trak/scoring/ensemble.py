@@ -152,13 +152,19 @@ def influence_rms(
     return (torch.cat(squares).clamp_min(0) / n_rows).sqrt()
 
 
-def bring_to_one_scale(solved: Sequence[SolvedQueries]) -> list[SolvedQueries]:
-    """Scale every member's queries so that their influences have the members' mean size; those of one member stay as they are."""
+def bring_to_one_scale(solved: Sequence[SolvedQueries], *, like: int | None = None) -> list[SolvedQueries]:
+    """Scale every member's queries so that their influences have the members' mean size; those of one member stay as they are.
+
+    Args:
+        like (`int`, *optional*): Scale all as this query, of which they are parts.
+    """
     sizes = [one.influence_rms for one in solved]
     if any(size is None for size in sizes):
         return list(solved)
     stacked = torch.stack([size for size in sizes if size is not None])
     factors = torch.where(stacked > 0, stacked.mean(0) / stacked, 1.0)
+    if like is not None:
+        factors = factors[:, like : like + 1].expand_as(factors)
     return [
         one._replace(preconditioned=one.preconditioned * factor.to(one.preconditioned.dtype).unsqueeze(1))
         for one, factor in zip(solved, factors, strict=True)
@@ -166,13 +172,21 @@ def bring_to_one_scale(solved: Sequence[SolvedQueries]) -> list[SolvedQueries]:
 
 
 def solve_all(
-    members: Sequence[MemberReader], features: list[Float[Tensor, "n_query proj_dim"]], options: ScoreOptions
+    members: Sequence[MemberReader],
+    features: list[Float[Tensor, "n_query proj_dim"]],
+    options: ScoreOptions,
+    *,
+    like: int | None = None,
 ) -> list[SolvedQueries]:
-    """Precondition the queries of every member; `features` is emptied, since it may be large."""
+    """Precondition the queries of every member; `features` is emptied, since it may be large.
+
+    Args:
+        like (`int`, *optional*): See [`bring_to_one_scale`].
+    """
     solved: list[SolvedQueries] = []
     for member in members:
         solved.append(solve_queries(member, features.pop(0), options))
-    return bring_to_one_scale(solved)
+    return bring_to_one_scale(solved, like=like)
 
 
 def self_influence(members: Sequence[MemberReader], *, damping: float) -> Float64[Tensor, " n_train"]:

@@ -176,6 +176,12 @@ class Task:
                 f"{value!r} is neither 'label' nor 'prediction' nor a class of this index, which has {self.n_classes}{shown}. Name one of them."
             ) from error
 
+    def class_names(self, names: list[str] | None) -> list[str]:
+        """Return the names of the model's classes, in the model's order: its own, else the training set's, else numbers."""
+        own = {id: name for name, id in self.label2id}
+        others = names if names is not None and len(names) == self.n_classes else list(map(str, range(self.n_classes or 0)))
+        return [own.get(id, other) for id, other in enumerate(others)]
+
     def reading(self, dataset: Dataset) -> Task:
         """Return this task with the columns of a dataset decided on, and its labels' names compared with the model's.
 
