@@ -155,6 +155,16 @@ def test_an_answer_is_held_against_another(causal):
     again = causal.explain("a b ", contrast=("c d", "e f g"), top_k=24, **PAPER)
     assert again.hits[0]["proponents"] == found.hits[0]["proponents"]
     assert "c d (against: e f g)" in repr(found)
+    queries = Dataset.from_dict({"prompt": ["a b "], "chosen": ["c d"], "rejected": ["e f g"]})
+    hits = causal.attribute(queries, 24, contrast=("chosen", "rejected"), **PAPER)
+    same_hits(found, hits)
+    same_hits(causal.explain("a b ", answer="c d", top_k=3, **PAPER), causal.attribute(queries, 3, target="chosen", **PAPER))
+    for target in ("prediction", 3):
+        with pytest.raises(
+            ValueError,
+            match="no output of this index of causal-lm.*in place of 'completion'; these queries have prompt, chosen",
+        ):
+            causal.score(queries, target=target)
 
 
 def test_conversations_are_answered_by_the_chat_template(tmp_path):

@@ -106,7 +106,8 @@ class AttributeArguments(AskingArguments):
         default="label",
         metadata={
             "help": "Of classifiers, which output: label, the query's own; prediction, the class that the model predicts; or a class, by "
-            "its name or its number in the training set. All but label need no label column."
+            "its name or its number in the training set. All but label need no label column. Of other tasks, a column of the queries that "
+            "holds another answer."
         },
     )
     contrast: list[str] | None = field(

@@ -38,7 +38,7 @@ from hf_trak.storage.reader import MemberReader
 from hf_trak.tasks import TARGET_COLUMN, TASKS, Bank, Task, TaskMaker, in_direction
 from hf_trak.tasks.answers import answer_task
 from hf_trak.tasks.inputs import CustomInputs
-from hf_trak.tasks.rows import as_stored, check_is_dataset, features_of, with_column
+from hf_trak.tasks.rows import as_stored, check_is_dataset, features_of, is_transformed, with_column
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -203,7 +203,59 @@ class QuerySide:
         featurizer.use_task(in_direction(featurizer.task.for_queries(), direction))
         return featurizer
 
-    def sides(self, queries: Dataset, question: Question, batch_size: int | str, progress: bool) -> list[Side]:
+    def asked(self, queries: Dataset, question: Question) -> list[tuple[float, Dataset, str | int]]:
+        """Return the queries of each output that is asked about, with its sign and target, checked before a model is loaded.
+
+        Of tasks without classes, a target other than "label" names the column of another answer, which takes the place of the answer.
+
+        Raises:
+            ValueError: If the queries cannot serve; see [`QuerySide.check`].
+        """
+        result = []
+        for sign, target in question.targets:
+            rows = queries
+            if target != "label" and not self._has_classes:
+                rows, target = self._with_answer(queries, target, question), "label"
+            self.check(rows, reads="label" if target == "label" else "target")
+            result.append((sign, rows, target))
+        return result
+
+    @property
+    def _has_classes(self) -> bool:
+        """Whether labels are classes or numbers in one column, or the task is not ours, of which nothing is known."""
+        kind, _, rest = self.members[0].identity["task"].partition("-")
+        return (
+            self.members[0].identity["task"] not in TASKS
+            or rest == "sentence-prediction"
+            or (kind in ("text", "image", "audio", "video") and rest in ("classification", "multi-label", "regression"))
+        )
+
+    def _with_answer(self, queries: Dataset, target: str | int, question: Question) -> Dataset:
+        """Return queries with another column in place of the answer."""
+        from datasets import concatenate_datasets
+
+        read, task = self._recorded["columns"], self.members[0].identity["task"]
+        texts = read.get("text", [])
+        found = [read.get(name) for name in ("completion", "label", "messages")] + ([*texts] if len(texts) == 1 else [])
+        answer = next((name for name in found if isinstance(name, str)), None)
+        if "tokens" in read or answer is None or target not in queries.column_names or is_transformed(queries):
+            raise ValueError(
+                f"{target!r} is no output of this index of {task}, which has no classes. "
+                + (
+                    f"`target` and `contrast` may name columns of the queries that hold another answer in place of {answer!r}; these "
+                    f"queries have {', '.join(queries.column_names)}. "
+                    if answer is not None and "tokens" not in read
+                    else "Leave out `target` and `contrast`. "
+                )
+                + "For what a language model answers itself, ask `index.explain(prompt=...)` (hf-trak explain)."
+            )
+        asked = {name for _, name in question.targets if name in queries.column_names}
+        values = queries.select_columns([str(target)])
+        values = values if target == answer else values.rename_column(str(target), answer)
+        rest = queries.remove_columns([name for name in queries.column_names if name in asked or name == answer])
+        return concatenate_datasets([rest, values], axis=1)
+
+    def sides(self, asked: Sequence[tuple[float, Dataset, str | int]], batch_size: int | str, progress: bool) -> list[Side]:
         """Return the queries with what is asked of each: classes are looked up, and the model is asked for predictions.
 
         These are the final model's, whatever checkpoints the index is of, so that all members attribute the same output.
@@ -211,14 +263,12 @@ class QuerySide:
         Raises:
             ValueError: If the task has no classes, or there is no such class.
         """
-        if all(target == "label" for _, target in question.targets):
-            return [Side(queries)]
-        if not queries:
-            raise ValueError("There are no queries: the dataset is empty.")
+        if all(target == "label" for _, _, target in asked):
+            return [Side(queries, sign) for sign, queries, _ in asked]
         featurizer = self.final_featurizer()
-        task = featurizer.task.for_targets()
-        sides, stored = [], as_stored(queries)
-        for sign, target in question.targets:
+        task, sides = featurizer.task.for_targets(), []
+        for sign, queries, target in asked:
+            stored = as_stored(queries)
             if target == "label":
                 sides.append(Side(queries, sign))
                 continue
@@ -260,7 +310,7 @@ class QuerySide:
             read, names = {key: value for key, value in read.items() if key != "label"}, None
         found: Any = features_of(queries)
         if missing := [name for name in names_read(read) if name not in found]:
-            if missing == [read.get("label")] and self.config.task.endswith(("-classification", "-multi-label", "-regression")):
+            if missing == [read.get("label")] and self._has_classes:
                 raise ValueError(
                     f"The queries lack the label column {missing[0]!r}, which says which output is meant; they have {', '.join(found)}. To "
                     "attribute what the model itself predicts, pass target='prediction' (--target prediction)."

@@ -86,7 +86,8 @@ class ScoringMethods:
                 (of several checkpoints, the last one; of points of a path, the final model); or a class, by its name, or by its number in the
                 training set. Other than with "label", queries need no label column. Of regressions, "prediction".
             contrast (`tuple`, *optional*): Two targets: the score is that of the difference of their outputs, from the difference of their
-                features: what made the model say the first and not the second.
+                features: what made the model say the first and not the second. Of tasks without classes, `target` and `contrast` may name
+                columns of the queries that hold other answers (or captions) in place of the answer: `contrast=("chosen", "rejected")`.
             aggregate (`str`, *optional*): Take many queries as one: "mean" or "sum" of their features; or "nearest": of each training row,
                 the largest score over the queries. Scores then have one column.
             direction (`str`): For image-caption pairs, what of a query is attributed: "pair"; "image", how the image tells its caption
@@ -401,10 +402,9 @@ class ScoringMethods:
         self, queries: Dataset, question: Question, options: ScoreOptions, batch_size: int | str, progress: bool
     ) -> list[Side]:
         """Return queries with what is asked of them; what cannot be answered is refused before they cost anything."""
-        for _, target in question.targets:
-            self._queries.check(queries, reads="label" if target == "label" else "target")
+        asked = self._queries.asked(queries, question)
         self._check_gram(options)
-        return self._queries.sides(queries, question, batch_size, progress)
+        return self._queries.sides(asked, batch_size, progress)
 
     def _check_gram(self, options: ScoreOptions) -> None:
         """Refuse a singular Gram matrix."""
