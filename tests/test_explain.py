@@ -188,15 +188,16 @@ def test_conversations_are_answered_by_the_chat_template(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
-def test_an_adapter_answers(tmp_path):
-    from peft import LoraConfig, get_peft_model
+@pytest.mark.parametrize("kind", ["lora", "prompt tuning"])
+def test_an_adapter_answers(tmp_path, kind):
+    from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["c_attn"], init_lora_weights=False)
+    if kind != "lora":
+        config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     make_model("gpt2 lm").save_pretrained(tmp_path / "base")
     torch.manual_seed(1)
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
-        LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["c_attn"], init_lora_weights=False),
-    )
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
     model.save_pretrained(tmp_path / "adapter")
     index = AttributionIndex.build(
         tmp_path / "index", models=tmp_path / "adapter", dataset=rows("completion", 12), config=TrakConfig(proj_dim=16),

@@ -79,7 +79,7 @@ def close(found, expected):
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
-def test_a_target_and_a_contrast_have_the_scores_of_the_equation(index, reference):
+def test_a_target_and_a_contrast_have_the_scores_of_the_equation(index, reference, caplog):
     scores, answers = reference
     n, labels = len(QUERIES), QUERIES["label"]
     assert answers != list(labels)
@@ -94,6 +94,9 @@ def test_a_target_and_a_contrast_have_the_scores_of_the_equation(index, referenc
         hits = index.attribute(UNLABELLED, 3, **question, **PAPER)
         close(hits["query_output"][:], scores(first, second)[1])
     close(index.score(QUERIES, contrast=("prediction", "label"), **PAPER), scores(answers, labels)[0])
+    same = sum(np.equal(answers, labels))
+    assert same
+    assert f"the same output for {same} of 5 queries, whose scores are 0: row" in caplog.text
     close(index.score(QUERIES, **PAPER), scores(labels)[0])
 
 
@@ -156,7 +159,7 @@ def test_predictions_are_labels_that_the_model_gives_itself(make, rows, tmp_path
         tmp_path / "index", models=model, dataset=rows(12), config=TrakConfig(proj_dim=16), progress=False
     )
     bare = queries.remove_columns("label")
-    with pytest.raises(ValueError, match="lack the label column 'label'.*pass target='prediction'"):
+    with pytest.raises(ValueError, match="lack 'label', which .* need no label: target='prediction'"):
         index.score(bare, progress=False)
     by_class = np.stack(
         [np.array(index.attribute(bare, 1, target=c, progress=False)["query_output"][:]) for c in range(N_CLASSES)]

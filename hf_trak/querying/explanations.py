@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -332,7 +333,9 @@ def _generate(featurizer: Featurizer, prompt: Mapping[str, Any], max_new_tokens:
     further = config.update(**{**usual, **generation})
     inputs = {name: torch.as_tensor(np.asarray(values))[None].to(featurizer.device) for name, values in prompt.items()}
     inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
-    with featurizer.inference():
+    with featurizer.inference(), warnings.catch_warnings():
+        # PEFT counts positions behind a learned prompt itself, and warns that it does.
+        warnings.filterwarnings("ignore", message="Position ids are not supported for parameter efficient tuning")
         found = model.generate(**inputs, generation_config=config, **further)[0].tolist()
     n_before = 1 if getattr(model.config, "is_encoder_decoder", False) else len(prompt["input_ids"])
     answer = found[n_before:]

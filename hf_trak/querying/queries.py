@@ -310,14 +310,14 @@ class QuerySide:
             read, names = {key: value for key, value in read.items() if key != "label"}, None
         found: Any = features_of(queries)
         if missing := [name for name in names_read(read) if name not in found]:
-            if missing == [read.get("label")] and self._has_classes:
-                raise ValueError(
-                    f"The queries lack the label column {missing[0]!r}, which says which output is meant; they have {', '.join(found)}. To "
-                    "attribute what the model itself predicts, pass target='prediction' (--target prediction)."
-                )
             raise ValueError(
                 f"The queries lack {', '.join(map(repr, missing))}, which {self.folder} reads ({describe_columns(read)}); they have "
                 f"{', '.join(found)}. Rename a column with `queries.rename_column`, or add what is missing."
+                + (
+                    " To attribute what the model predicts, `score` and `attribute` need no label: target='prediction' (--target prediction)."
+                    if missing == [read.get("label")] and self._has_classes
+                    else ""
+                )
             )
         given = label_names(found, read)
         by_id = self.config.label_mapping != "by_name"  # which goes by the names and the model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -37,7 +38,9 @@ from hf_trak.scoring.search_index import SearchIndex, describe
 from hf_trak.scoring.top_k import TopK
 from hf_trak.storage.passes import columns_of
 from hf_trak.storage.reader import MemberReader
-from hf_trak.tasks.rows import check_is_dataset
+from hf_trak.tasks.rows import check_is_dataset, name_rows
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -429,6 +432,8 @@ class ScoringMethods:
                 found.append(self._queries.featurize(featurizer, side, batch_size, progress, description))
             if shown and plan.model not in final:
                 final[plan.model] = self._queries.final_output(plan, sides, batch_size, progress)
+            if len(sides) > 1 and number == 0:
+                _tell_equal_sides([columns_of(columns, plan.seeds[0], plan.seeds)["trak_features"] for columns in found])
             for seed in plan.seeds:
                 mine = [columns_of(columns, seed, plan.seeds) for columns in found]
                 features.append(torch.from_numpy(_signed(sides, [columns["trak_features"] for columns in mine])))
@@ -438,6 +443,18 @@ class ScoringMethods:
 
     def _read_features(self, features: Any) -> list[Float[Tensor, "n_query proj_dim"]]:
         return read_query_features(features, n_members=len(self.members), proj_dim=self.config.proj_dim)
+
+
+def _tell_equal_sides(features: Sequence[np.ndarray]) -> None:
+    """Say how many queries have the same output on both sides of a contrast."""
+    same = np.flatnonzero((features[0] == features[1]).all(1))
+    if len(same):
+        logger.warning(
+            "Both sides of the contrast are the same output for %d of %d queries, whose scores are 0: %s.",
+            len(same),
+            len(features[0]),
+            name_rows(same),
+        )
 
 
 def _signed(sides: Sequence[Side], values: Sequence[np.ndarray]) -> np.ndarray:
