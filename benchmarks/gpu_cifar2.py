@@ -79,7 +79,7 @@ class Scale(NamedTuple):
     largest_batch: int = 512
 
 
-# learning rate, momentum, weight decay, epochs and their peak as in the paper; see "Training recipes" in docs/paper_index.md.
+# learning rate, momentum, weight decay, epochs and their peak as in the paper; see "Training recipes" in docs/evidence/paper_index.md.
 _PAPERS = Recipe(epochs=100, peak_epoch=5, flip=True, translate=2, mixed_precision="bf16")
 SCALES = {
     "real": Scale(64, _PAPERS, (0, 1, 2, 4, 8, 16, 32, 64, 100), (8, 16, 4, 32, 2, 64, 1), (0.5, 0.7, 0.3), 2048, 64, 500),

@@ -2,7 +2,8 @@
 
 After the metrics, `case=PATTERN`, `method=PATTERN` or any other field of a row keep the rows that have the regular expression there, which
 can hold no space (`\\s` is one). Each metric is a column; with `columns=case`, each case is, and with
-`columns=damping`, or another field, each value that rows have there. Tables of models, `<!-- zoo: NAME -->`, are those of render_zoo.py.
+`columns=damping`, or another field, each value that rows have there. One number in a sentence stands between
+`<!-- value: NAME METRIC ... -->` and `<!-- end -->`; exactly one row must fit. Tables of models, `<!-- zoo: NAME -->`, are those of render_zoo.py.
 
 python benchmarks/render.py            # rewrite the files
 python benchmarks/render.py --check    # exit 1 if a table is not what its results say
@@ -17,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
+FILES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "benchmarks" / "README.md"]
 BLOCK = re.compile(r"(<!-- results: (\S+)((?: \S+)*) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+VALUE = re.compile(r"(<!-- value: (\S+)((?: \S+)*?) -->).*?(<!-- end -->)")
 
 
 def table(name: str, wanted: list[str]) -> str:
@@ -51,6 +54,14 @@ def table(name: str, wanted: list[str]) -> str:
     above = [shared] * bool(shared) + list(headers.values()) * (across != "metric")
     text = [*([f"{'; '.join(above)}:", ""] if above else []), line(head), "|" + "---|" * len(head), *map(line, body)]
     return "\n".join(text) + f"\n\n{origin(result)}\n"
+
+
+def value(name: str, wanted: list[str]) -> str:
+    """Return the one value of a result file that fits the patterns."""
+    rows = chosen(json.loads((ROOT / "results" / f"{name}.json").read_text())["rows"], wanted)
+    if len(rows) != 1:
+        raise SystemExit(f"{name} {' '.join(wanted)}: one row must fit, but {len(rows)} do: {[row['method'] for row in rows]}")
+    return f"{number(rows[0]['value'])}{SIGNS.get(rows[0]['unit'], '')}"
 
 
 def chosen(rows: list[dict[str, Any]], wanted: list[str]) -> list[dict[str, Any]]:
@@ -121,9 +132,15 @@ def line(columns: list[str]) -> str:
     return f"| {' | '.join(columns)} |"
 
 
+def with_values(text: str) -> str:
+    """Return a text with the numbers in its sentences made anew."""
+    return VALUE.sub(lambda match: match[1] + value(match[2], match[3].split()) + match[4], text)
+
+
 def render(text: str) -> str:
     import render_zoo
 
+    text = with_values(text)
     return render_zoo.render(BLOCK.sub(lambda match: match[1] + table(match[2], match[3].split()) + match[4], text))
 
 

@@ -1,4 +1,4 @@
-"""From what was measured to what a training set of 1e6, 1e8 and 1e10 rows takes: docs/scaling.md's sums, and nothing measured anew.
+"""From what was measured to what a training set of 1e6, 1e8 and 1e10 rows takes: docs/evidence/scaling.md's sums, and nothing measured anew.
 
     python benchmarks/scaling.py      # reads results/featurize_cpu.json, topk_cpu.json and search_cpu.json, writes scaling.json
 

@@ -289,7 +289,7 @@ def _known_to_accelerate() -> int | None:
 
 _WAY_OUT = (
     "Without a GPU, start them with `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N`, and let "
-    "`Accelerator(cpu=True)` or nobody make the process group. docs/processes.md has the commands that work."
+    "`Accelerator(cpu=True)` or nobody make the process group. docs/guides/processes.md has the commands that work."
 )
 
 
@@ -301,7 +301,7 @@ def _check_launcher(wanted: int) -> None:
                 raise ValueError(
                     f"{os.environ[name]} processes were started ({name}), but WORLD_SIZE is not set, so that each would do the work "
                     "of all. Start one launcher per machine (`srun --ntasks-per-node 1 torchrun ...`), or an array of jobs with "
-                    "--shard-index and --num-shards: docs/processes.md."
+                    "--shard-index and --num-shards: docs/guides/processes.md."
                 )
         return
     lacking = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
@@ -317,7 +317,7 @@ def _join() -> None:
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise ValueError(
             "Featurizing does not run under DeepSpeed: it needs no optimizer, and each process loads the whole model. Leave out "
-            "--use_deepspeed; if the checkpoint is of ZeRO-3, gather it to a folder first (docs/processes.md)."
+            "--use_deepspeed; if the checkpoint is of ZeRO-3, gather it to a folder first (docs/guides/processes.md)."
         )
     from accelerate import PartialState
 

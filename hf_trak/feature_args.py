@@ -47,7 +47,7 @@ class FeatureArguments(ConfigFlags):
         default=None,
         metadata={
             "help": "The checkpoint that training began from, a folder or repository: features are then of points of the line from it to "
-            "the model, which can make better scores than the model itself (docs/halfway.md). 'adapter': the model under a LoRA adapter. "
+            "the model, which can make better scores than the model itself (docs/concepts/halfway.md). 'adapter': the model under a LoRA adapter. "
             "'auto': that, or the base_model of the model's card. 'initial' (AttributionTrainer): the weights that training began with, "
             "which are kept."
         },

@@ -12,6 +12,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from hf_trak.building.build import build_members
+from hf_trak.building.estimate import Estimate, estimate_build
 from hf_trak.building.jobs import Job, merge_members, remove_job_records
 from hf_trak.config import TrakConfig
 from hf_trak.distributed import Processes, current_processes, launched_processes
@@ -147,17 +148,17 @@ class AttributionIndex(ExplainingMethods, HubMixin):
         """Featurize a training set under each checkpoint, and return the index.
 
         Stopped at any moment, the same call goes on where it stopped; called again when all is done, it only loads. Processes of a
-        launcher divide the rows among them, and each returns the index: docs/processes.md.
+        launcher divide the rows among them, and each returns the index: docs/guides/processes.md.
 
         Args:
             folder (`str` or `Path`): Where the index goes; an empty or new folder, or one this call began. Or the URL of an object
-                store, such as `s3://bucket/my-index`: docs/processes.md.
+                store, such as `s3://bucket/my-index`: docs/guides/processes.md.
             models (`PreTrainedModel`, `str` or a sequence): One or more checkpoints. Queries are later featurized with the same: a
                 folder or repository is recorded and found again, a model in memory has to be given again.
             dataset (`Dataset`): The training set; its row order is the index's.
             base (`str`, `Path` or a sequence, *optional*): The checkpoint that `models` were trained from: a folder or repository;
                 "adapter", the base model under a LoRA adapter; or "auto", that, or the `base_model` that the model's card names. Features
-                are then of points of the line from it to the model: docs/halfway.md. Several are one per model, None for the model itself.
+                are then of points of the line from it to the model: docs/concepts/halfway.md. Several are one per model, None for the model itself.
             alpha (`float` or a sequence, *optional*): Which points base + alpha (model − base), each a checkpoint that costs a pass of
                 gradients, at least 0 and below 1; by default 0.2, 0.5 and 0.8.
             revision, base_revision (`str`, *optional*): Of the repositories in `models` and `base`; the commits they stand for are recorded.
@@ -211,6 +212,34 @@ class AttributionIndex(ExplainingMethods, HubMixin):
             if processes.is_first:
                 index._complete()
         return index
+
+    @classmethod
+    def estimate(
+        cls,
+        *,
+        models: PreTrainedModel | str | Path | Sequence[PreTrainedModel | str | Path],
+        dataset: Dataset,
+        config: TrakConfig | None = None,
+        **options: Any,
+    ) -> Estimate:
+        """Return what [`AttributionIndex.build`] would take: time, disk and memory, from some rows of the first checkpoint.
+
+        ```python
+        print(AttributionIndex.estimate(models="me/my-bert", dataset=train))
+        ```
+
+        Nothing is written. A model or rows that a build would refuse are refused here.
+
+        Args:
+            models, dataset, config: As in [`AttributionIndex.build`].
+            options: `processing_class`, `task`, `base`, `alpha`, `revision`, `base_revision`, `trust_remote_code`,
+                `sketch_seeds_per_checkpoint`, `dropout_seeds` and `batch_size`, as there.
+
+        Returns:
+            `Estimate`: `seconds`, `disk_bytes`, `memory_bytes`, `engine`, `columns` and the numbers of rows, members and passes.
+        """
+        checkpoints = list(models) if isinstance(models, (list, tuple)) else [models]
+        return estimate_build(checkpoints, dataset, config or TrakConfig(), **options)
 
     @classmethod
     def build_shards(

@@ -10,11 +10,11 @@ from torch import Tensor
 
 DEFAULT_DAMPING = 3.0
 """What `damping="auto"` means when no subset masks are recorded: the best λ of one checkpoint was 1.8 to 5.9 at every
-`proj_dim` we tried (see docs/decisions.md)."""
+`proj_dim` we tried (see docs/evidence/decisions.md)."""
 
 LARGE_ENSEMBLE = 10
 LARGE_ENSEMBLE_DAMPING = 1.0
-"""The same from ten checkpoints on: averaging does part of what damping does (see docs/decisions.md)."""
+"""The same from ten checkpoints on: averaging does part of what damping does (see docs/evidence/decisions.md)."""
 
 
 def default_damping(n_checkpoints: int) -> float:

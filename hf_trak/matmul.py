@@ -1,7 +1,7 @@
 """Products of float32 matrices on CPUs where another library than torch's usual one is faster.
 
 torch multiplies float32 matrices with MKL, which leaves AVX-512 alone on CPUs that are not Intel's. oneDNN, which torch carries as
-well, uses it: twice as fast on a Zen 5 core (docs/performance.md). Which of them serves is a function of the operands and the
+well, uses it: twice as fast on a Zen 5 core (docs/evidence/performance.md). Which of them serves is a function of the operands and the
 machine, not of the number of threads nor of a measurement, so that the same run gives the same bits whatever its processes.
 `torch.backends.mkldnn.enabled = False`, torch's own switch, turns it off.
 """

@@ -98,7 +98,7 @@ class AttributionMixin(_Base):
     again and featurizes two rows. A loss that attribution does not know is told by a warning.
 
     With `base="initial"` the weights that training begins with are kept, too, and features are of points between them and the members
-    (docs/halfway.md); `base` may also be the folder or repository that the model was loaded from.
+    (docs/concepts/halfway.md); `base` may also be the folder or repository that the model was loaded from.
 
     A model that transformers cannot load by its class's name (a plain `nn.Module`, a class of your own) is featurized as copies of the
     trainer's model with the snapshots' weights; see [`~AttributionTrainer.member_models`].
@@ -280,7 +280,7 @@ class AttributionMixin(_Base):
         if self.task is None and is_plain(self.model):
             raise ValueError(
                 f"No task serves a {type(self.model).__name__}, which is no model of transformers. Say what to attribute with "
-                "`task=Task.custom(...)`: docs/custom_tasks.md."
+                "`task=Task.custom(...)`: docs/guides/custom_tasks.md."
             )
         task = self.task or AutoTask.from_model(self.model, self.args.trak_config())
         with random_state_kept():  # a transform may draw

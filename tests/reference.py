@@ -139,9 +139,7 @@ def label_suspicion(
     outputs_per_member: Sequence[np.ndarray],
     damping: float,
     held_out_features_per_member: Sequence[np.ndarray] | None = None,
-    held_out_outputs_per_member: Sequence[np.ndarray] | None = None,
     n_iterations: int = 4,
-    n_classes: int = 2,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return score, evidence and doubt of each row as hf_trak/scoring/label_errors.py defines them; rows are left out one by one."""
     n = len(features_per_member[0])
@@ -159,18 +157,25 @@ def label_suspicion(
                 from_held_out[i] += sum(query @ np.linalg.inv(damped) @ row for query in held_out)
     n_members = len(features_per_member)
     root = np.sqrt(leverage / n_members)
-    prior = np.zeros(n) if held_out_features_per_member is None else from_held_out / n_members / root
-    prior = prior / prior.std() if prior.any() else prior
     trust = np.ones(n)
     for _ in range(n_iterations + 1):
         mine = support @ trust / n_members / root
-        evidence = mine / mine.std() + prior
+        evidence = mine / mine.std()
         trust = np.tanh(evidence)
     doubt = 1 / (1 + np.exp(np.mean(np.float64(outputs_per_member), axis=0)))
-    sources, weight = 1.0, 1.0
-    if held_out_outputs_per_member is not None:
-        of_held_out = 1 / (1 + np.exp(np.mean(np.float64(held_out_outputs_per_member), axis=0)))
-        wrong = np.mean(evidence < 0)
-        sources, weight = 2.0, min(1.0, doubt.mean() / of_held_out.mean()) * max(0, 1 - wrong - wrong / (n_classes - 1)) ** 2
-    ranks = [[(np.sum(values < v) + np.sum(values <= v) + 1) / 2 / n for v in values] for values in (-evidence, doubt)]
-    return (sources * np.array(ranks[0]) + weight * np.array(ranks[1])) / (sources + weight), evidence, doubt
+    doubted, opposed = ranks_of(doubt), ranks_of(-evidence)
+    if held_out_features_per_member is None:
+        return (doubted + opposed) / 2, evidence, doubt
+    held_out = from_held_out / root / np.std(from_held_out / root)
+    against = ranks_of(-held_out)
+    correlations = np.corrcoef([doubted, opposed, against])
+    of_doubt, of_support = np.clip(correlations[:2, 2] / correlations[0, 1], 0, 1) ** 4
+    if correlations[0, 1] <= 0:
+        of_doubt, of_support = (correlations[:2, 2] > 0).astype(float)
+    score = (2 * of_doubt * doubted + of_support * opposed + against) / (2 * of_doubt + of_support + 1)
+    return score, evidence + held_out, doubt
+
+
+def ranks_of(values: np.ndarray) -> np.ndarray:
+    """Return the share of values up to each, ties by their mean rank."""
+    return np.array([(np.sum(values < v) + np.sum(values <= v) + 1) / 2 / len(values) for v in values])

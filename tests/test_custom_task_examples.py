@@ -1,4 +1,4 @@
-"""Every block of code in docs/custom_tasks.md is run, and what it attributes is what it says."""
+"""Every block of code in docs/guides/custom_tasks.md is run, and what it attributes is what it says."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers import BertModel
 from hf_trak import AttributionArguments, AttributionIndex, AttributionTrainer, Task, TrakConfig
 from hf_trak.cli.main import main
 
-DOCS = Path(__file__).parents[1] / "docs" / "custom_tasks.md"
+DOCS = Path(__file__).parents[1] / "docs" / "guides" / "custom_tasks.md"
 MARKED = re.compile(r"<!-- example: ([^>]*) -->\n```(?:python|bash)\n(.*?)```", re.DOTALL)
 EXAMPLES = dict(MARKED.findall(DOCS.read_text(encoding="utf-8")))
 CONFIG = TrakConfig(proj_dim=16)

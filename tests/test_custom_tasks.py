@@ -1,4 +1,4 @@
-"""Losses that attribution does not know: told before training, and stated with a task of one's own, as docs/custom_tasks.md shows."""
+"""Losses that attribution does not know: told before training, and stated with a task of one's own, as docs/guides/custom_tasks.md shows."""
 
 import re
 import warnings
@@ -16,7 +16,7 @@ from hf_trak import AttributionArguments, AttributionCallback, AttributionTraine
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
 
-DOCS = Path(__file__).parents[1] / "docs" / "custom_tasks.md"
+DOCS = Path(__file__).parents[1] / "docs" / "guides" / "custom_tasks.md"
 OPTIONS = {
     "use_cpu": True,
     "save_strategy": "no",
@@ -198,7 +198,7 @@ def test_a_loss_that_attribution_does_not_know_is_told_once_before_training(tmp_
         with pytest.raises(UserWarning, match=rf"This run trains with {message}.*Attribution does not know it.*Task\.custom"):
             trainer.train()
     assert steps.count == 0, "it is told before the first step"
-    with pytest.warns(UserWarning, match="docs/custom_tasks.md") as told:
+    with pytest.warns(UserWarning, match="docs/guides/custom_tasks.md") as told:
         trainer.train()
     assert len([one for one in told if "This run trains with" in str(one.message)]) == 1
     assert steps.count == 1

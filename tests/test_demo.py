@@ -15,7 +15,7 @@ from models import bert
 
 from hf_trak import AttributionIndex
 from hf_trak.cli.demo import DemoArguments, _begin_folder, pick_queries
-from hf_trak.cli.demo_data import DemoData, digits, flip_labels
+from hf_trak.cli.demo_data import _TOPICS, DemoData, _first_paragraphs, digits, flip_labels
 from hf_trak.cli.main import main
 
 pytest.importorskip("sklearn")
@@ -51,7 +51,10 @@ def test_demo_writes_a_report_and_results(quick: SimpleNamespace) -> None:
     assert {row["n_flipped"] for row in results["rows"]} == {144}
 
 
-def test_demo_prints_what_it_found(quick: SimpleNamespace) -> None:
+def test_demo_prints_what_it_found_and_what_to_try_next(quick: SimpleNamespace) -> None:
+    assert "Try next:" in quick.printed
+    assert "hf-trak demo text" in quick.printed
+    assert len(load_dataset("parquet", data_files=str(quick.output / "train.parquet"), split="train")) == 1437
     assert "1,437 training rows, 360 held-out rows" in quick.printed
     assert quick.printed.count("Query row") == 3
     for row in json.loads((quick.output / "results.json").read_text())["rows"]:
@@ -95,6 +98,7 @@ def test_another_demo_or_another_folder_is_not_overwritten(
         (["--model", "m", "--dataset", "d", "--flip_fraction", "0.1"], "add --train"),
         (["--model", "m", "--dataset", "d", "--members", "epoch:2"], "last epochs of a training run"),
         (["--flip_fraction", "1.5"], "below 1"),
+        (["--data", "text", "--model", "m", "--dataset", "d"], "leave out `text`"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(
@@ -120,6 +124,53 @@ def test_folders_of_demos_are_told_apart(tmp_path: Path) -> None:
         _begin_folder(replace(own_args, proj_dim=7))
     again = _begin_folder(replace(own_args, proj_dim=7, overwrite=True))
     assert {path.name for path in again.iterdir()} == {".hf_trak_demo.json", "thesis.tex"}
+
+
+# Texts
+
+
+def write_modules(folder: Path, *, without: str = "") -> None:
+    for topic, (name, *_) in _TOPICS.items():
+        if topic == without:
+            continue
+        file = folder / name if name.endswith(".py") else folder / name / "some.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(
+            f'"""What {topic} is all about,\n   in short.\n\nAt length."""\ndef f():\n    "Said by every one of them."\n    "Too short"\n'
+        )
+
+
+def test_texts_are_first_paragraphs_each_of_one_topic(tmp_path: Path) -> None:
+    write_modules(tmp_path)
+    (tmp_path / "unittest" / "test").mkdir(parents=True)
+    (tmp_path / "unittest" / "test" / "some.py").write_text('"""Of a test, and no text of the demo."""')
+    found = _first_paragraphs(tmp_path)
+    first = next(iter(_TOPICS))
+    assert sorted(found) == sorted(
+        [(f"What {topic} is all about, in short.", topic) for topic in _TOPICS] + [("Said by every one of them.", first)]
+    )
+
+
+def test_a_python_without_sources_is_refused(tmp_path: Path) -> None:
+    write_modules(tmp_path, without="xml")
+    with pytest.raises(FileNotFoundError, match="lacks the sources of xml"):
+        _first_paragraphs(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_text_demo_finds_flipped_labels_and_ends_with_commands_that_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", "text"]) == 0
+    printed = capsys.readouterr().out
+    results = json.loads(Path("hf_trak_demo_text/results.json").read_text())
+    assert {row["method"]: row["value"] for row in results["rows"]}["self-influence"] >= 0.3
+    assert results["seconds"] < 180
+    commands = [line.split()[1:] for line in printed.split("Try next:")[1].splitlines() if line.strip() and "MODEL" not in line]
+    assert [command[0] for command in commands] == ["label-errors", "attribute"]
+    for command in commands:
+        assert main(command) == 0, command
 
 
 # Flipping

@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, load_dataset
 from datasets_for_tests import image_rows, save_model, token_rows
-from models import N_CLASSES, make_model
+from models import make_model
 from reference import label_suspicion
 
 from hf_trak import AttributionIndex, TrakConfig
@@ -45,10 +45,8 @@ def by_row(found):
 @pytest.mark.parametrize("with_held_out", [False, True])
 def test_suspicion_is_that_of_a_loop_that_leaves_rows_out(built, with_held_out, damping):
     queries = [built.featurize_queries(HELD_OUT, member, progress=False) for member in range(2)]
-    held_out = [[columns[name] for columns in queries] for name in ("trak_features", "trak_output")] if with_held_out else []
-    expected = label_suspicion(
-        columns_of(built, "features"), columns_of(built, "output"), damping, *held_out, n_classes=N_CLASSES
-    )
+    held_out = [columns["trak_features"] for columns in queries] if with_held_out else None
+    expected = label_suspicion(columns_of(built, "features"), columns_of(built, "output"), damping, held_out)
     found = built.label_errors(HELD_OUT if with_held_out else None, damping=damping, progress=False)
     for name, values in zip(("score", "evidence", "doubt"), expected, strict=True):
         assert np.isfinite(by_row(found)[name]).all()

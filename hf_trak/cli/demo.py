@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_trak.cli.parsing import make_parser, parse
+from hf_trak.cli.parsing import make_parser, name_positions, parse
 from hf_trak.cli.results import commit
 from hf_trak.storage.files import read_json, remove_file, write_json
 from hf_trak.storage.snapshots import remove_snapshot
@@ -26,11 +26,21 @@ if TYPE_CHECKING:
 class DemoArguments:
     """What to try, and where it goes."""
 
-    output: str = field(default="hf_trak_demo", metadata={"help": "Folder for the model, the index and the report."})
+    data: str = field(
+        default="images",
+        metadata={
+            "help": "images: scikit-learn's digits and a small ResNet; text: docstrings of Python's standard library and a small ModernBERT.",
+            "choices": ["images", "text"],
+        },
+    )
+    output: str | None = field(
+        default=None,
+        metadata={"help": "Folder for the model, the index and the report: by default hf_trak_demo, or hf_trak_demo_text."},
+    )
     overwrite: bool = field(default=False, metadata={"help": "Replace an earlier demo in the output folder."})
     seed: int = field(default=0, metadata={"help": "Seed of the split, the flips, the training and the sketch."})
     flip_fraction: float | None = field(
-        default=None, metadata={"help": "Share of training labels to flip: 0.1 for the digits; none with --model."}
+        default=None, metadata={"help": "Share of training labels to flip: 0.1 by default; none with --model."}
     )
     proj_dim: int = field(default=2048, metadata={"help": "Numbers kept per example."})
     members: str = field(
@@ -39,9 +49,11 @@ class DemoArguments:
     damping: str = field(
         default="auto", metadata={"help": "A multiple of the Gram matrix's mean eigenvalue; 0 is the paper's."}
     )
-    epochs: int | None = field(default=None, metadata={"help": "Epochs of training: 6 for the digits, 3 with --model --train."})
+    epochs: int | None = field(
+        default=None, metadata={"help": "Epochs of training: 6 for images, 3 for text, 3 with --model --train."}
+    )
     learning_rate: float | None = field(
-        default=None, metadata={"help": "Of the training: 3e-3 for the digits, 5e-5 with --model --train."}
+        default=None, metadata={"help": "Of the training: 3e-3 for images, 2e-3 for text, 5e-5 with --model --train."}
     )
     model: str | None = field(default=None, metadata={"help": "Your own classification model: a folder or repository."})
     processor: str | None = field(
@@ -146,16 +158,18 @@ def _command(args: DemoArguments) -> str:
 
 
 _MARKER = ".hf_trak_demo.json"
-_USAGE = "[--output FOLDER] [options]"
+_USAGE = "[images | text] [--output FOLDER] [options]"
 _DESCRIPTION = """\
-Without arguments: train a small ResNet on scikit-learn's 1,797 real digits after flipping 10 % of the training labels, featurize,
-attribute held-out digits, and count how many flipped labels attribution finds. Needs no network.
+Train a small model after flipping 10 % of its training labels, featurize, attribute held-out rows, and count how many flipped labels
+attribution finds. Needs no network. The default is a ResNet on scikit-learn's 1,797 digits; `hf-trak demo text` trains a ModernBERT to tell
+the topic of docstrings of Python's standard library.
 
 With --model and --dataset: the same for a classification model and dataset of yours. The model is taken as trained and no label
 is flipped, unless you say --train and --flip_fraction.
 
 examples:
   hf-trak demo
+  hf-trak demo text
   hf-trak demo --model my-bert --dataset train.parquet --queries validation.parquet --output my-demo
   hf-trak demo --model google-bert/bert-base-uncased --dataset stanfordnlp/sst2 --train --flip_fraction 0.1 --max_rows 5000
 """
@@ -164,7 +178,7 @@ examples:
 def main(arguments: Sequence[str]) -> None:
     """Parse and run."""
     parser = make_parser([DemoArguments], command="demo", usage=_USAGE, description=_DESCRIPTION)
-    run(*parse(parser, arguments))
+    run(*parse(parser, name_positions(arguments, ["data"])))
 
 
 def run(args: DemoArguments) -> dict[str, Any]:
@@ -175,13 +189,22 @@ def run(args: DemoArguments) -> dict[str, Any]:
 
     import numpy as np
 
-    from hf_trak.cli.demo_data import digits, featurize, flip_labels, n_threads, out_to_loss, own_data, train_and_featurize
+    from hf_trak.cli.demo_data import (
+        digits,
+        docstrings,
+        featurize,
+        flip_labels,
+        n_threads,
+        out_to_loss,
+        own_data,
+        train_and_featurize,
+    )
     from hf_trak.cli.featurize import how_to_load
     from hf_trak.cli.main import quiet_libraries
 
     quiet_libraries()
     with n_threads(1 if args.model is None else None):
-        data = digits(args.seed) if args.model is None else own_data(args)
+        data = own_data(args) if args.model else {"images": digits, "text": docstrings}[args.data](args.seed)
         true_labels = list(data.train[data.label_column])
         flipped = np.zeros(len(true_labels), dtype=bool)
         fraction = 0.1 if args.flip_fraction is None and args.model is None else args.flip_fraction or 0.0
@@ -191,6 +214,9 @@ def run(args: DemoArguments) -> dict[str, Any]:
         if fraction:
             print(f"{flipped.sum():,} training labels ({fraction:.0%}) were flipped at random.")
 
+        if args.model is None:
+            data.train.to_parquet(output / "train.parquet")
+            data.queries.to_parquet(output / "validation.parquet")
         index = (train_and_featurize if _trains(args) else featurize)(args, data, output / "run")
         hits = index.attribute(data.queries, top_k=5)
         scores = index.score(data.queries)
@@ -208,8 +234,24 @@ def run(args: DemoArguments) -> dict[str, Any]:
     write_json(output / "results.json", results)
     print(found_table(results) + f"\n{how_to_load(index.folder)}\n")
     print(f"Report: {output / 'report.html'} and {output / 'report.png'}\nNumbers: {output / 'results.json'}")
-    print(f"It took {results['seconds']:.0f} s.")
+    print(f"It took {results['seconds']:.0f} s.\n{try_next(args, output)}")
     return results
+
+
+def try_next(args: DemoArguments, output: Path) -> str:
+    """Return commands that go on from here."""
+    index, validation = output / "run" / "index", output / "validation.parquet"
+    if args.model is not None:
+        lines = [f"hf-trak push {index} me/my-index --private", "hf-trak featurize --help"]
+    else:
+        train = "" if args.data == "text" else f"--train {output / 'train.parquet'} "  # the index of texts has kept them
+        lines = [
+            f"hf-trak label-errors {index} {train}--validation {validation} --output suspicious.parquet",
+            f"hf-trak attribute {index} {train}--queries {validation} --output hits.jsonl",
+            *(["hf-trak demo text"] if args.data == "images" else []),
+            "hf-trak demo --model MODEL --dataset TRAIN.csv --queries VALIDATION.csv",
+        ]
+    return "\n".join(["\nTry next:", *(f"    {line}" for line in lines)])
 
 
 def _check(args: DemoArguments) -> None:
@@ -222,7 +264,9 @@ def _check(args: DemoArguments) -> None:
     if args.flip_fraction is not None and not 0 <= args.flip_fraction < 1:
         raise ValueError(f"--flip_fraction must be at least 0 and below 1, but is {args.flip_fraction}.")
     if (args.model is None) != (args.dataset is None):
-        raise ValueError("--model and --dataset go together: give both for your own data, or neither for the digits.")
+        raise ValueError("--model and --dataset go together: give both for your own data, or neither for the demo's.")
+    if args.model is not None and args.data != "images":
+        raise ValueError("`hf-trak demo text` has data of its own; leave out `text` for your own --model and --dataset.")
     if args.model is None and (args.train or args.queries or args.processor):
         raise ValueError("--train, --queries and --processor are for your own --model and --dataset.")
     if args.model is not None and args.flip_fraction and not args.train:
@@ -239,7 +283,8 @@ def _trains(args: DemoArguments) -> bool:
 
 def _begin_folder(args: DemoArguments) -> Path:
     """Make the output folder. Go on with an index of the same arguments; replace nothing that took its owner's time."""
-    output, marker = Path(args.output), Path(args.output) / _MARKER
+    output = Path(args.output or ("hf_trak_demo_text" if args.data == "text" else "hf_trak_demo"))
+    marker = output / _MARKER
     settings = {key: value for key, value in asdict(args).items() if key != "overwrite"}
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         if not marker.is_file():
@@ -258,7 +303,10 @@ def _begin_folder(args: DemoArguments) -> Path:
 def _remove_earlier(output: Path) -> None:
     """Remove what an earlier demo wrote, but for its index, which the new one replaces, and for files of somebody else's."""
     members = output / "run" / "members"
-    for path in (*(output / name for name in ("report.html", "report.png", "results.json")), members / "run.json"):
+    for path in (
+        *(output / name for name in ("report.html", "report.png", "results.json", "train.parquet", "validation.parquet")),
+        members / "run.json",
+    ):
         remove_file(path)
     for snapshot in members.glob("*"):
         remove_snapshot(snapshot)

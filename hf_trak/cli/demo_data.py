@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import ast
+import sysconfig
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +26,24 @@ if TYPE_CHECKING:
 
 _N_QUERIES = 360
 _IMAGE_SIZE = 16
+
+# The topics of the text demo, and the modules of the standard library that belong to each.
+_TOPICS = {
+    "asyncio": ["asyncio"],
+    "dates": ["calendar", "datetime.py", "_pydatetime.py", "zoneinfo"],
+    "email": ["email", "mailbox.py", "imaplib.py", "poplib.py", "smtplib.py"],
+    "files": ["pathlib", "pathlib.py", "shutil.py", "tarfile.py", "tempfile.py", "zipfile", "zipfile.py"],
+    "processes": ["concurrent", "multiprocessing", "subprocess.py", "threading.py"],
+    "tests": ["doctest.py", "unittest"],
+    "web": ["http", "urllib", "wsgiref"],
+    "xml": ["xml", "xmlrpc"],
+}
+_RECIPES: dict[str, dict[str, Any]] = {
+    "images": {"epochs": 6, "learning_rate": 3e-3, "batch_size": 64},
+    "text": {"epochs": 3, "learning_rate": 2e-3, "batch_size": 32},
+    "own": {"epochs": 3, "learning_rate": 5e-5, "batch_size": 16},
+}
+_LONGEST_TEXT = 300
 
 
 @dataclass(frozen=True)
@@ -74,6 +95,101 @@ def digits(seed: int) -> DemoData:
         train=rows.select(range(_N_QUERIES, len(rows))),
         queries=rows.select(range(_N_QUERIES)),
     )
+
+
+def docstrings(seed: int) -> DemoData:
+    """Return first paragraphs of docstrings of Python's standard library, labelled by topic, and an untrained ModernBERT of
+    one layer.
+
+    The files are read and not imported. How many rows there are depends on the version of Python.
+
+    Raises:
+        FileNotFoundError: If this Python has no sources of its standard library.
+    """
+    import torch
+    from datasets import ClassLabel, Dataset, Features, Value
+    from transformers import BertTokenizerFast, ModernBertConfig, ModernBertForSequenceClassification
+
+    found = _first_paragraphs(Path(sysconfig.get_path("stdlib")))
+    topics = list(_TOPICS)
+    order = np.random.default_rng(seed).permutation(len(found))
+    texts, labels = zip(*(found[row] for row in order), strict=True)
+    rows = Dataset.from_dict(
+        {"text": list(texts), "label": [topics.index(label) for label in labels]},
+        features=Features({"text": Value("string"), "label": ClassLabel(names=topics)}),
+    )
+    tokenizer = BertTokenizerFast(vocab=_vocabulary(texts), model_max_length=128)
+    torch.manual_seed(seed)
+    config = ModernBertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=256,
+        max_position_embeddings=128,
+        classifier_pooling="mean",
+        pad_token_id=tokenizer.pad_token_id,
+        cls_token_id=tokenizer.cls_token_id,
+        sep_token_id=tokenizer.sep_token_id,
+        bos_token_id=None,
+        eos_token_id=None,
+        num_labels=len(topics),
+        id2label=dict(enumerate(topics)),
+        label2id={name: number for number, name in enumerate(topics)},
+    )
+    return DemoData(
+        name="docstrings of Python's standard library",
+        model=ModernBertForSequenceClassification(config),
+        processing_class=tokenizer,
+        train=rows.select(range(_N_QUERIES, len(rows))),
+        queries=rows.select(range(_N_QUERIES)),
+    )
+
+
+def _first_paragraphs(folder: Path) -> list[tuple[str, str]]:
+    """Return (text, topic) of each docstring in the topics' files; one that stands in several places is taken once."""
+    topics: dict[str, str] = {}
+    for topic, names in _TOPICS.items():
+        files = [
+            file for name in names for file in ([folder / name] if name.endswith(".py") else (folder / name).rglob("*.py"))
+        ]
+        for file in sorted(file for file in files if file.is_file() and "test" not in file.relative_to(folder).parts):
+            for node in ast.walk(ast.parse(file.read_bytes())):
+                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                    text = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
+                    if len(text.split()) >= 4 and len(text) <= _LONGEST_TEXT:
+                        topics.setdefault(text, topic)
+    if set(topics.values()) != set(_TOPICS):
+        raise FileNotFoundError(
+            f"The text demo reads the docstrings of Python's standard library, but {folder} lacks the sources of "
+            f"{', '.join(sorted(set(_TOPICS) - set(topics.values())))}. Run it with a Python that has them, or try `hf-trak demo`."
+        )
+    return list(topics.items())
+
+
+def _vocabulary(texts: Sequence[str]) -> dict[str, int]:
+    """Return a vocabulary of WordPiece: the words that occur twice or more, and characters, of which the others are made.
+
+    It is counted, because the trainers of `tokenizers` break ties in another order each time.
+    """
+    from tokenizers.normalizers import BertNormalizer
+    from tokenizers.pre_tokenizers import BertPreTokenizer
+
+    normalizer, splitter = BertNormalizer(), BertPreTokenizer()
+    counts = Counter(word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))
+    characters = sorted({character for word in counts for character in word})
+    words = sorted(word for word, count in counts.items() if count > 1)
+    pieces = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *characters,
+        *(f"##{character}" for character in characters),
+        *words,
+    ]
+    return {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
 
 
 def own_data(args: DemoArguments) -> DemoData:
@@ -158,7 +274,8 @@ def n_threads(number: int | None) -> Iterator[None]:
 
 def _features(args: DemoArguments) -> dict[str, Any]:
     names = ("proj_dim", "damping", "text_columns", "image_column", "label_column")
-    return {"sketch_seed": args.seed, **{name: getattr(args, name) for name in names}}
+    kept = ["text", "label"] if args.data == "text" else None
+    return {"sketch_seed": args.seed, "keep_columns": kept, **{name: getattr(args, name) for name in names}}
 
 
 def featurize(args: DemoArguments, data: DemoData, folder: Path) -> AttributionIndex:
@@ -187,13 +304,13 @@ def train_and_featurize(args: DemoArguments, data: DemoData, folder: Path) -> At
         def on_log(self, *_: Any, **__: Any) -> None:
             """The bar says enough."""
 
-    digits = args.model is None
+    usual = _RECIPES["own" if args.model else args.data]
     training = AttributionArguments(
         output_dir=str(folder),
         members=args.members,
-        num_train_epochs=args.epochs or (6 if digits else 3),
-        learning_rate=args.learning_rate or (3e-3 if digits else 5e-5),
-        per_device_train_batch_size=64 if digits else 16,
+        num_train_epochs=args.epochs or usual["epochs"],
+        learning_rate=args.learning_rate or usual["learning_rate"],
+        per_device_train_batch_size=usual["batch_size"],
         warmup_steps=0.1,
         lr_scheduler_type="cosine",
         seed=args.seed,

@@ -25,10 +25,10 @@ training. Stopped at any moment, the same command goes on where it stopped. Unde
 examples:
   hf-trak featurize --model my-bert --dataset train.parquet --output my-index
   hf-trak featurize --model my-bert --dataset train.parquet --output my-index --keep_columns text,label
-  hf-trak featurize --model my-bert --base google-bert/bert-base-uncased --dataset train.parquet --output my-index   (docs/halfway.md)
+  hf-trak featurize --model my-bert --base google-bert/bert-base-uncased --dataset train.parquet --output my-index   (docs/concepts/halfway.md)
   hf-trak featurize --model run/members/epoch-0002 run/members/epoch-0003 --dataset stanfordnlp/sst2 --output my-index
   accelerate launch --multi_gpu scripts/featurize.py --model my-bert --dataset train.parquet --output my-index
-  hf-trak featurize --model my-bert --dataset train.parquet --output my-index --task my_tasks:weighted   (docs/custom_tasks.md)
+  hf-trak featurize --model my-bert --dataset train.parquet --output my-index --task my_tasks:weighted   (docs/guides/custom_tasks.md)
   hf-trak featurize ... --shard-index 0 --num-shards 8      (the first of eight jobs; then: hf-trak merge my-index)
 """
 
@@ -72,6 +72,10 @@ class FeaturizeArguments:
         metadata={"help": "Make only this part of the files of features, from 0; `hf-trak merge` puts them together."},
     )
     num_shards: int | None = field(default=None, metadata={"help": "Into how many parts, such as the jobs of an array."})
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Say what it would take (time, disk, memory, engine, columns), from some rows, and write nothing."},
+    )
 
     def __post_init__(self) -> None:
         if (self.shard_index is None) != (self.num_shards is None):
@@ -128,6 +132,10 @@ def run(args: FeaturizeArguments, features: FeatureArguments, given: Sequence[st
         "shard_rows": features.shard_rows,
         "keep_columns": features.kept_columns(),
     }
+    if args.dry_run:
+        unused = ("shard_rows", "keep_columns")
+        print(AttributionIndex.estimate(**{name: value for name, value in arguments.items() if name not in unused}))
+        return
     if args.shard_index is not None and args.num_shards is not None:
         AttributionIndex.build_shards(
             args.output, shard_index=args.shard_index, num_shards=args.num_shards, command=_without_part(given), **arguments

@@ -15,7 +15,7 @@ from hf_trak.gradients import OutputFunction
 
 _GATHER = (
     "Save it whole to a folder (`accelerator.unwrap_model(model).save_pretrained(folder, state_dict=accelerator.get_state_dict(model))`"
-    " in every process) and featurize that folder in processes of their own, as docs/processes.md tells."
+    " in every process) and featurize that folder in processes of their own, as docs/guides/processes.md tells."
 )
 
 

@@ -200,7 +200,7 @@ def check_first_rows(featurizer: Featurizer, dataset: Dataset) -> str | None:
                 f"The loss that {type(featurizer.model).__name__} itself computes for row {row} is {own:.6g}, but the mean of −log p over the "
                 f"scored tokens is {assumed:.6g}, which attribution takes for the loss. The model adds something to it, such as the "
                 "load-balancing loss of a mixture of experts (`output_router_logits`), or weighs or shifts tokens in another way. If it was "
-                "trained with its own loss, state that as `task=Task.custom(...)`: docs/custom_tasks.md."
+                "trained with its own loss, state that as `task=Task.custom(...)`: docs/guides/custom_tasks.md."
             )
     return None
 

@@ -26,7 +26,7 @@ _ADDRESSES = 1 << 32  # entries the kernel can count
 class FastJL(Projector):
     r"""Entries ±1/√proj_dim, independent, drawn inside a CUDA kernel.
 
-    Source: `fast_jl`, from [MadryLab/trak](https://github.com/MadryLab/trak). How to install it: docs/fast_jl.md.
+    Source: `fast_jl`, from [MadryLab/trak](https://github.com/MadryLab/trak). How to install it: docs/reference/fast_jl.md.
 
     Raises:
         ValueError: If `proj_dim` is not a multiple of 512, or there is no CUDA device that can run it.

@@ -241,7 +241,7 @@ class ScoringMethods:
 
         It holds each row's features under all members, side by side and weighted, so that its maximum inner product with a solved
         query is the score; damping is still chosen at every call. FAISS keeps it in memory: 4 · n_members · proj_dim bytes a row
-        unless `string_factory` compresses them. While it is built, the vectors lie in a temporary file of that size. docs/scaling.md
+        unless `string_factory` compresses them. While it is built, the vectors lie in a temporary file of that size. docs/evidence/scaling.md
         has what different kinds find of the exact best, and how large they are. Needs `pip install 'hf-trak[search]'`.
 
         Args:
@@ -304,7 +304,7 @@ class ScoringMethods:
         """Return the training rows whose labels look wrong, the most suspicious first; for classifiers.
 
         A label is suspicious if the rows that it resembles oppose it, in the training set and in `validation`, and if the model doubts it.
-        docs/label_errors.md has the formula, and how many planted errors it finds.
+        docs/evidence/label_errors.md has the formula, and how many planted errors it finds.
 
         Args:
             validation (`Dataset`, *optional*): Held-out rows with the columns of the training set, whose labels can be trusted. A few
@@ -329,17 +329,15 @@ class ScoringMethods:
         given = given_labels(train, self.members[0], label_column=self.config.label_column, index=self.folder)
         kept = KeptRows(self.members[0]) if train is None else None
         options = self.score_options(damping=damping)
-        features, doubt, n_classes = None, None, 2
+        features = None
         if validation is not None:
             check_is_dataset(validation, "`validation`")
             if len(validation) == 0:
                 raise ValueError("`validation` has no rows. Leave it out if there are no held-out rows.")
             sides = self._sides(validation, Question(), options, batch_size, progress)
-            features, output = self._featurize(sides, batch_size, progress)
-            doubt = torch.sigmoid(-torch.from_numpy(output))
-            n_classes = self._queries.featurizer(self.passes[0]).task.n_classes or 2
+            features, _ = self._featurize(sides, batch_size, progress)
         evidence = LabelEvidence(self.members, damping=options.damping)
-        suspicion = label_suspicion(evidence, features, doubt, n_classes=n_classes)
+        suspicion = label_suspicion(evidence, features)
         return label_error_rows(evidence, suspicion, given, n_reported, kept)
 
     def resolve_damping(self, damping: float | str | None = None) -> float:

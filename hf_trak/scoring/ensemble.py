@@ -45,7 +45,7 @@ class ScoreOptions:
     leverage: bool = False
     reference_rescale: bool = False
     out_to_loss_power: float = 1.0
-    # Differs from the paper, whose members are runs on random subsets: docs/decisions.md has the LDS of both.
+    # Differs from the paper, whose members are runs on random subsets: docs/evidence/decisions.md has the LDS of both.
     combination: str = "scaled"
     soft_threshold: int | None = None
 
@@ -72,7 +72,7 @@ def default_power(out_to_loss_kind: str, *, points: bool = False) -> float:
     A model believes what it was trained on: the 1 − p that it has of a training example is smaller than without that example, and
     the more so the better the example was learned. The root counters that. A point on the way to it has not learned the example as well.
     """
-    # Differs from the paper, which has Q itself: docs/decisions.md has the LDS of both.
+    # Differs from the paper, which has Q itself: docs/evidence/decisions.md has the LDS of both.
     return 0.5 if out_to_loss_kind in ("one_minus_p", "mean_one_minus_p") and not points else 1.0
 
 
@@ -191,7 +191,7 @@ def solve_all(
 
 def self_influence(members: Sequence[MemberReader], *, damping: float) -> Float64[Tensor, " n_train"]:
     r"""Return $\phi^\top(K + \lambda\bar\mu I)^{-1}\phi \cdot |Q|$ of every training row, both factors means over members."""
-    # Differs from the usual definition, which has no Q: far more wrong labels come first with it (docs/decisions.md).
+    # Differs from the usual definition, which has no Q: far more wrong labels come first with it (docs/evidence/decisions.md).
     n_rows = members[0].n_rows
     alone, out_to_loss = torch.zeros(2, n_rows, dtype=torch.float64)
     for member in members:

@@ -3,22 +3,21 @@ r"""How suspicious each training row's label is: what the other rows say of it, 
 With $A = \Phi^\top\Phi + \lambda\bar\mu I$ of a member, and influences averaged over members:
 
     support of other rows      r_i = Σ_{j≠i} t_j φ_jᵀ A_{-i}⁻¹ φ_i / √h_i        h_i = φ_iᵀ A⁻¹ φ_i, the row's leverage
+    trust                      t_i = tanh(r_i / std(r)), from t = 1, repeated ITERATIONS times
     support of held-out rows   v_i = Σ_q φ_qᵀ A⁻¹ φ_i / √h_i
-    evidence                   e_i = r_i / std(r) + v_i / std(v)
-    trust                      t_i = tanh(e_i), from t = 1, repeated ITERATIONS times
     doubt                      d_i = 1 − p of the given label
 
 A row's features are the gradient of its own label's log-odds, so two rows that agree have a positive influence on each other, and a row whose
-label is wrong is opposed by the rows that it resembles. $A_{-i}$ leaves the row itself out, which has a closed form. If e_i is half the
-log-odds that a label is right, then tanh(e_i) is the expected sign of what the row says: a row that is itself doubted counts against.
+label is wrong is opposed by the rows that it resembles. $A_{-i}$ leaves the row itself out, which has a closed form. If r_i is half the
+log-odds that a label is right, then tanh(r_i) is the expected sign of what the row says: a row that is itself doubted counts against.
 
-The suspicion is a weighted mean of ranks: of −e, with weight 1 for each of its two sources, and of d, with weight
+The suspicion is a weighted mean of the ranks of d, −r and −v, with the weights 2a⁴, b⁴ and 1. Doubt and support of other rows both come from
+the training labels, and may be wrong together where the model has learned from wrong labels or knows its rows by heart. Held-out rows tell:
 
-    min(1, mean d of training rows / mean d of held-out rows) · max(0, 1 − η − η / (n_classes − 1))²
+    a = corr(rank d, rank −v) / corr(rank d, rank −r)        b = corr(rank −r, rank −v) / corr(rank d, rank −r)        both cut to 0 to 1
 
-where η, the share of rows with e_i < 0, estimates the share of wrong labels. The ratio is small if the model knows its training rows by heart.
-The other factor is the square of what evenly drawn wrong labels leave of the signal that the model learned from. In both cases the doubt says
-little. Without held-out rows, −e and d weigh alike. docs/label_errors.md has the measurements.
+say how well the doubt, and the other rows, agree with the held-out rows, compared with how well they agree with each other. Without held-out
+rows, d and −r weigh alike. docs/evidence/label_errors.md has the measurements.
 """
 
 from __future__ import annotations
@@ -123,35 +122,39 @@ class LabelEvidence:
         return total / len(self.members)
 
 
-def label_suspicion(
-    evidence: LabelEvidence,
-    held_out: Sequence[Float[Tensor, "n_query proj_dim"]] | None = None,
-    held_out_doubt: Float[Tensor, " n_query"] | None = None,
-    *,
-    n_classes: int = 2,
-) -> Suspicion:
+def label_suspicion(evidence: LabelEvidence, held_out: Sequence[Float[Tensor, "n_query proj_dim"]] | None = None) -> Suspicion:
     """Return how suspicious each training row's label is.
 
     Args:
         held_out (`Sequence`, *optional*): Features of held-out rows under every member, with labels that are right for the most part.
-        held_out_doubt (`torch.Tensor`, *optional*): Their 1 − p; given with `held_out`.
-        n_classes (`int`): The model's classes; counts only with `held_out`.
     """
-    prior = torch.zeros(evidence.n_rows, dtype=torch.float64)
-    if held_out is not None:
-        prior = standardized(evidence.held_out_support(held_out))
-    trust = torch.ones_like(prior)
+    trust = torch.ones(evidence.n_rows, dtype=torch.float64)
     for _ in range(ITERATIONS):
-        trust = torch.tanh(standardized(evidence.support(trust)) + prior)
-    found = standardized(evidence.support(trust)) + prior
-    if held_out is None or held_out_doubt is None:
-        sources, weight = 1.0, 1.0
-    else:
-        sources, weight = 2.0, min(1.0, (evidence.doubt.mean() / held_out_doubt.double().mean()).item())
-        wrong = (found < 0).double().mean().item()
-        weight *= max(0.0, 1 - wrong - wrong / (n_classes - 1)) ** 2
-    score = (sources * rank_share(-found) + weight * rank_share(evidence.doubt)) / (sources + weight)
-    return Suspicion(score, found, evidence.doubt)
+        trust = torch.tanh(standardized(evidence.support(trust)))
+    support = standardized(evidence.support(trust))
+    doubted, opposed = rank_share(evidence.doubt), rank_share(-support)
+    if held_out is None:
+        return Suspicion((doubted + opposed) / 2, support, evidence.doubt)
+    held_out_support = standardized(evidence.held_out_support(held_out))
+    against = rank_share(-held_out_support)
+    among = _correlation(doubted, opposed)
+    of_doubt = 2 * _relative(_correlation(doubted, against), among) ** 4
+    of_support = _relative(_correlation(opposed, against), among) ** 4
+    score = (of_doubt * doubted + of_support * opposed + against) / (of_doubt + of_support + 1)
+    return Suspicion(score, support + held_out_support, evidence.doubt)
+
+
+def _relative(correlation: float, other: float) -> float:
+    """Return a correlation as a multiple of another, from 0 to 1."""
+    if correlation <= 0:
+        return 0.0
+    return 1.0 if correlation >= other else correlation / other
+
+
+def _correlation(first: Float64[Tensor, " n"], second: Float64[Tensor, " n"]) -> float:
+    first, second = first - first.mean(), second - second.mean()
+    length = (first.norm() * second.norm()).item()
+    return (first @ second).item() / length if length > 0 else 0.0
 
 
 def suggest_labels(evidence: LabelEvidence, labels: Int64[Tensor, " n_train"]) -> Int64[Tensor, " n_train"]:

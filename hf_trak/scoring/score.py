@@ -88,7 +88,7 @@ def score_blocks(
     Args:
         blocks (`Iterator`): For each block of rows, those rows of every member.
         preconditioned (`Sequence`): The queries of every member, from [`precondition`]. Float32 is enough after a solve in float64:
-            features are stored in no more (docs/decisions.md).
+            features are stored in no more (docs/evidence/decisions.md).
         out_to_loss_power (`float`): What `out_to_loss` is raised to. The paper has 1.
         combination (`str`): "means", the mean influence over members times the mean `out_to_loss`, as in the paper; or "scaled", the
             mean over members of each one's influence times its own `out_to_loss`.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _KNOWN = ("hf_trak", "transformers", "trl")
 _ADVICE = (
-    "State what you train with as `task=Task.custom(...)`, whose output and weight per example are yours; docs/custom_tasks.md has an "
+    "State what you train with as `task=Task.custom(...)`, whose output and weight per example are yours; docs/guides/custom_tasks.md has an "
     "example with class weights."
 )
 
