@@ -1,9 +1,6 @@
 """`index.explain`: what the model answers is attributed as the same row is, in whole or in part, and shown."""
 
 import json
-import re
-import shlex
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -311,26 +308,3 @@ def test_the_command_line_explains_what_the_api_does(causal, tmp_path, capsys):
     assert "`span` and `heat` are of one answer" in capsys.readouterr().err
     assert main([*asking, "--text", "a"]) == 1
     assert "Give one of --prompt, --messages, --text and --image; given are --prompt, --text." in capsys.readouterr().err
-
-
-def test_the_page_on_questions_runs_as_printed(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    rng = np.random.default_rng(0)
-    for name, model in (("my-bert", "bert"), ("my-chatbot", "llama lm")):
-        make_model(model).save_pretrained(name)
-        word_tokenizer().save_pretrained(name)
-    for name, n_rows in (("train", 12), ("validation", 3)):
-        table = [{"text": words(rng), "label": int(rng.integers(3))} for _ in range(n_rows)]
-        Dataset.from_list(table).to_parquet(f"{name}.parquet")
-    rows("messages", 12).to_json("chat.jsonl")
-    page = (Path(__file__).parents[1] / "docs" / "questions.md").read_text(encoding="utf-8")
-    names = {"TINY": TrakConfig(proj_dim=16)}
-    for name, language, code in re.findall(r"<!-- example: ([^>]*) -->\n```(python|bash)\n(.*?)```", page, re.DOTALL):
-        code = code.replace("proj_dim=4096", "proj_dim=16").replace("dataset=train,", "dataset=train, config=TINY,")
-        if language == "python":
-            exec(compile(code, name, "exec"), names)
-        else:
-            assert [main(shlex.split(line)[1:]) for line in code.splitlines()] == [0] * len(code.splitlines()), name
-    assert names["behaviour"].shape == (12, 1)
-    assert len(names["preferred"]["proponents"][0]) == 3
-    assert (tmp_path / "heat-report" / "report.html").read_text().count('<p class="heat">') == 10
