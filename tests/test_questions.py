@@ -90,30 +90,33 @@ def test_a_target_and_a_contrast_have_the_scores_of_the_equation(index, referenc
         ({"contrast": ("Apple", 2)}, ([0] * n, [2] * n)),
     ]
     for question, (first, second) in asked:
-        close(index.score(UNLABELLED, **question, **PAPER), scores(first, second)[0])
-        hits = index.attribute(UNLABELLED, 3, **question, **PAPER)
-        close(hits["query_output"][:], scores(first, second)[1])
+        hits = index.attribute(UNLABELLED, len(TRAIN), **question, **PAPER)
+        found = np.zeros((len(TRAIN), n))
+        for query, hit in enumerate(hits):
+            found[hit["proponents"], query] = hit["proponent_scores"]
+        expected, output = scores(first, second)
+        close(found, expected)
+        close(hits["query_output"][:], output)
     close(index.score(QUERIES, contrast=("prediction", "label"), **PAPER), scores(answers, labels)[0])
     same = sum(np.equal(answers, labels))
     assert same
     assert f"the same output for {same} of 5 queries, whose scores are 0: row" in caplog.text
-    close(index.score(QUERIES, **PAPER), scores(labels)[0])
 
 
 def test_many_queries_are_asked_as_one(index):
     whole = index.score(QUERIES, **PAPER)
+    features = [np.array(index.featurize_queries(QUERIES, member, progress=False)["trak_features"]) for member in (0, 1)]
     for aggregate, expected in (("mean", whole.mean(1)), ("sum", whole.sum(1)), ("nearest", whole.max(1))):
-        found = index.score(QUERIES, aggregate=aggregate, **PAPER)
-        close(found, expected[:, None])
-        hits = index.attribute(QUERIES, 4, aggregate=aggregate, **PAPER)
+        hits = index.attribute_features(features, len(TRAIN), aggregate=aggregate, **PAPER)
         assert len(hits) == 1
-        assert hits[0]["proponents"] == np.argsort(-found[:, 0], kind="stable")[:4].tolist()
-        np.testing.assert_array_equal(np.float32(hits[0]["opponent_scores"]), np.sort(found[:, 0])[:4])
-        features = [np.array(index.featurize_queries(QUERIES, member, progress=False)["trak_features"]) for member in (0, 1)]
-        made = index.attribute_features(features, 4, aggregate=aggregate, **PAPER)
-        assert made[0]["opponents"] == hits[0]["opponents"]
-    outputs = np.array(index.attribute(QUERIES, 1, **PAPER)["query_output"][:])
-    close(index.attribute(QUERIES, 1, aggregate="sum", **PAPER)["query_output"][:], [outputs.sum()])
+        found = np.zeros(len(TRAIN))
+        found[hits[0]["proponents"]] = hits[0]["proponent_scores"]
+        close(found, expected)
+        assert hits[0]["opponents"] == hits[0]["proponents"][::-1]
+    close(index.score(QUERIES, aggregate="nearest", **PAPER), whole.max(1)[:, None])
+    alone, together = (index.attribute(QUERIES, 1, aggregate=aggregate, **PAPER) for aggregate in (None, "sum"))
+    assert together[0]["proponents"] == [int(whole.sum(1).argmax())]
+    close(together["query_output"][:], [sum(alone["query_output"][:])])
 
 
 def test_options_are_one_object_of_which_keywords_change_fields(index):
@@ -161,10 +164,9 @@ def test_predictions_are_labels_that_the_model_gives_itself(make, rows, tmp_path
     bare = queries.remove_columns("label")
     with pytest.raises(ValueError, match="lack 'label', which .* need no label: target='prediction'"):
         index.score(bare, progress=False)
-    by_class = np.stack(
-        [np.array(index.attribute(bare, 1, target=c, progress=False)["query_output"][:]) for c in range(N_CLASSES)]
-    )
-    labelled = bare.add_column("label", by_class.argmax(0).tolist())
+    model.eval()
+    answers = [model(**{name: torch.tensor([value]) for name, value in row.items()}).logits.argmax().item() for row in bare]
+    labelled = bare.add_column("label", answers)
     np.testing.assert_array_equal(index.score(bare, target="prediction", progress=False), index.score(labelled, progress=False))
     shown = bare.with_transform(lambda columns: columns)
     np.testing.assert_array_equal(
