@@ -77,7 +77,7 @@ class Question:
         """Return how many columns the scores of some queries have."""
         return min(n_query, 1) if self.aggregate is not None else n_query
 
-    def join(self, values: Float[Tensor, "n_query *dim"], *, linear: bool = True) -> Float[Tensor, "n_asked *dim"]:
+    def join(self, values: Tensor, *, linear: bool = True) -> Tensor:
         """Return features or outputs of many queries as those of one, where they are one.
 
         Args:
