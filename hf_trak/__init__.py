@@ -14,7 +14,7 @@ _CONTENTS = {
     "AttributionArguments": "hf_trak.training_args",
     "AttributionCallback": "hf_trak.training.callback",
     "AttributionIndex": "hf_trak.index",
-    "AttributionMixin": "hf_trak.trainer",
+    "AttributionMixin": "hf_trak.trainer_mixin",
     "AttributionTrainer": "hf_trak.trainer",
     "AutoTask": "hf_trak.tasks",
     "Explanation": "hf_trak.querying.explanations",
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from hf_trak.querying.explanations import Explanation
     from hf_trak.scoring.ensemble import ScoreOptions
     from hf_trak.tasks import AutoTask, Task
-    from hf_trak.trainer import AttributionMixin, AttributionTrainer, attribution
+    from hf_trak.trainer import AttributionTrainer, attribution
+    from hf_trak.trainer_mixin import AttributionMixin
     from hf_trak.training.callback import AttributionCallback
     from hf_trak.training_args import AttributionArguments
 

@@ -1,4 +1,4 @@
-"""The house's own rules: imports point downwards, importing is cheap, and files say what they are."""
+"""Rules of the package: imports point downwards, importing is cheap, and files say what they are."""
 
 import ast
 import graphlib
@@ -11,10 +11,11 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "hf_trak"
 
-# A file imports from lower floors, and within its own room: a folder, or the file itself where it stands at the top.
-FLOORS = {
+# A file imports from lower layers, and within its own folder; a file at the top is a folder of its own here.
+LAYERS = {
     "cli": 7,
     "trainer": 6,
+    "trainer_mixin": 5.5,
     "evaluation": 6,
     "metrics": 6,
     "index": 5,
@@ -56,7 +57,7 @@ TENSORS_ONLY = [
 HUGGING_FACE = {"transformers", "datasets", "accelerate", "huggingface_hub"}
 
 
-def room_of(path):
+def folder_of(path):
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
@@ -84,18 +85,18 @@ def imported_modules(path, *, types=True):
             statements.extend(ast.iter_child_nodes(node))
 
 
-def test_every_room_has_a_floor():
-    assert {room_of(path) for path in MODULES} == set(FLOORS)
+def test_every_folder_has_a_layer():
+    assert {folder_of(path) for path in MODULES} == set(LAYERS)
 
 
 def test_imports_point_downwards():
     upwards = []
     for path in MODULES:
-        room = room_of(path)
+        folder = folder_of(path)
         for name in imported_modules(path):
-            other = name.split(".")[1] if name.startswith("hf_trak.") else room
-            if other != room and FLOORS[other] >= FLOORS[room]:
-                upwards.append(f"{name_of(path)} (floor {FLOORS[room]}) imports {name} (floor {FLOORS[other]})")
+            other = name.split(".")[1] if name.startswith("hf_trak.") else folder
+            if other != folder and LAYERS[other] >= LAYERS[folder]:
+                upwards.append(f"{name_of(path)} (layer {LAYERS[folder]}) imports {name} (layer {LAYERS[other]})")
     assert not upwards, "\n".join(upwards)
 
 
@@ -126,7 +127,7 @@ def test_every_public_name_has_a_docstring():
         for path, tree in TREES.items()
         for node in tree.body
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
-        if not ast.get_docstring(node) and room_of(path) != "gradients"
+        if not ast.get_docstring(node) and folder_of(path) != "gradients"
     ]
     assert not silent, "\n".join(silent)
 

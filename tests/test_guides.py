@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shlex
 from pathlib import Path
@@ -184,6 +185,22 @@ def test_the_tour_of_text_and_the_readmes_example_run_as_printed(capsys):
     capsys.readouterr()
     exec(compile(code.replace('"my-index"', '"another-index"'), "README.md", "exec"), {})
     assert len(capsys.readouterr().out.splitlines()) == 7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_run_from_top_to_bottom(path, monkeypatch):
+    plots = pytest.importorskip("matplotlib.pyplot")
+    monkeypatch.setattr(plots, "show", plots.close)
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    assert all(cell["outputs"] for cell in cells if cell["cell_type"] == "code" and "print(" in "".join(cell["source"]))
+    names: dict = {}
+    for number, cell in enumerate(cells):
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code" and source.startswith("!hf-trak"):
+            assert main(shlex.split(source.split("2>")[0])[1:]) == 0
+        elif cell["cell_type"] == "code":
+            exec(compile(source, f"{path.name}, cell {number}", "exec"), names)
 
 
 # The site

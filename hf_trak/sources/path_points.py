@@ -4,7 +4,7 @@ A parameter that the base lacks, such as a new head, starts from its initial val
 normalisation layer or an embedding that the base lacks keeps its final value, because neither does anything sensible near 0.
 
 The running statistics of BatchNorm are measured at the point, on training rows: those on the line between the two ends' are not its
-activations' (docs/halfway.md has the difference it makes).
+activations' (docs/concepts/halfway.md has the difference it makes).
 """
 
 from __future__ import annotations
