@@ -132,6 +132,8 @@ class ExplainingMethods(ScoringMethods):
             final = self._queries.final_featurizer()
             prompt = self._prompt(prompt, chat)
             asked, other = self._answers(final, prompt, answer, contrast, max_new_tokens, generation)
+            tokenizer = final.processing_class
+            del final  # its model, of which featurizing loads one again
             tokens = list(range(len(asked))) if span is None else asked.tokens_of(span)
             if other is not None and (span is not None or heat):
                 raise ValueError("`span` and `heat` are of one answer: leave out `contrast`.")
@@ -139,7 +141,7 @@ class ExplainingMethods(ScoringMethods):
             said = asked.text if other is None else f"{asked.text} (against: {other.text})"
             language = LanguageRows(
                 self.config.task,
-                final.processing_class,
+                tokenizer,
                 text_columns=self.config.text_columns,
                 label_column=self.config.label_column,
             )

@@ -303,8 +303,6 @@ class QuerySide:
         """
         check_is_dataset(queries, "Queries")
         self.check_task()
-        if reads == "answer":
-            return
         read, names = self._recorded["columns"], self._recorded["label_names"]
         if reads == "target":
             read, names = {key: value for key, value in read.items() if key != "label"}, None
