@@ -17,7 +17,9 @@ _CONTENTS = {
     "AttributionMixin": "hf_trak.trainer_mixin",
     "AttributionTrainer": "hf_trak.trainer",
     "AutoTask": "hf_trak.tasks",
+    "Explanation": "hf_trak.querying.explanations",
     "Featurizer": "hf_trak.featurizing.featurizer",
+    "ScoreOptions": "hf_trak.scoring.ensemble",
     "Task": "hf_trak.tasks",
     "TrakConfig": "hf_trak.config",
     "attribution": "hf_trak.trainer",
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from hf_trak.config import TrakConfig
     from hf_trak.featurizing.featurizer import Featurizer
     from hf_trak.index import AttributionIndex
+    from hf_trak.querying.explanations import Explanation
+    from hf_trak.scoring.ensemble import ScoreOptions
     from hf_trak.tasks import AutoTask, Task
     from hf_trak.trainer import AttributionTrainer, attribution
     from hf_trak.trainer_mixin import AttributionMixin
@@ -40,7 +44,9 @@ __all__ = [
     "AttributionMixin",
     "AttributionTrainer",
     "AutoTask",
+    "Explanation",
     "Featurizer",
+    "ScoreOptions",
     "Task",
     "TrakConfig",
     "attribution",

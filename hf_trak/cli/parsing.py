@@ -46,7 +46,7 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
         return action.option_strings[0] if action.nargs == "?" else values.strip()
 
 
-def make_parser(dataclasses: Iterable[type], *, command: str, usage: str, description: str) -> HfArgumentParser:
+def make_parser(dataclasses: Sequence[type], *, command: str, usage: str, description: str) -> HfArgumentParser:
     """Return a parser of the dataclasses' fields, and `--config`."""
     parser = _Parser(
         dataclasses,
@@ -57,6 +57,9 @@ def make_parser(dataclasses: Iterable[type], *, command: str, usage: str, descri
         allow_abbrev=False,
     )
     parser.add_argument("--config", help="a YAML file of these flags, without the dashes; flags given here win")
+    own = {name for dataclass in dataclasses for name in dataclass.__annotations__}
+    for actions in (parser._actions, parser._optionals._group_actions):  # what is needed first, then what other commands lack
+        actions.sort(key=lambda action: (action.dest != "help", not action.required, action.dest not in own))
     return parser
 
 
