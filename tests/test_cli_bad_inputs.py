@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socketserver
 import subprocess
@@ -72,10 +73,12 @@ def commands_on_index(index, files):
         "push": ["push", index, "me/index", "--license", "mit"],
         "merge": ["merge", index],
         "evaluate lds": ["evaluate", "lds", "--index", index, "--queries", rows, "--ground_truth", rows],
+        "label-errors": ["label-errors", index, "--train", rows, "--output", "suspicious.jsonl"],
+        "verify": ["verify", index],
     }
 
 
-ON_INDEX = ["attribute", "card", "push", "merge", "evaluate lds"]
+ON_INDEX = ["attribute", "card", "push", "merge", "evaluate lds", "label-errors", "verify"]
 
 
 # Indexes
@@ -88,22 +91,35 @@ def test_what_is_no_index_is_refused(refuse, files, command, place):
     assert "not expected" not in refuse(*commands_on_index(path, files)[command])
 
 
+def _changed(**values):
+    return lambda content: json.dumps(json.loads(content) | values)
+
+
+EDITED: dict[str, Any] = {
+    "damping": True,
+    "sketch_seed": "x",
+    "task": "text-regression",
+    "columns_read": {"tokens": ["input_ids"], "label": "other"},
+    "label_names": ["a", "b", "c"],
+}
+
+
 @pytest.mark.parametrize("command", ON_INDEX)
 @pytest.mark.parametrize(
     "text",
-    ["null", DEEP, "[]", "3", "{}", "{", b"\xff\xfe", '{"proj_dim": "x"}', '{"damping": [1]}', '{"text_columns": 3}'],
-    ids=range(10),
+    [
+        *("null", DEEP, "[]", "3", "{}", "{", b"\xff\xfe"),
+        *('{"proj_dim": "x"}', '{"damping": [1]}', '{"text_columns": 3}'),
+        *(_changed(**{name: value}) for name, value in EDITED.items()),
+    ],
+    ids=range(10 + len(EDITED)),
 )
 def test_a_damaged_configuration_is_refused(refuse, files, tmp_path_factory, command, text):
     index = damaged(files, tmp_path_factory, "trak_config.json", text)
     refuse(*commands_on_index(index, files)[command])
 
 
-def _changed_member(**values):
-    return lambda content: json.dumps(json.loads(content) | values)
-
-
-@pytest.mark.parametrize("command", ["attribute", "card", "push"])
+@pytest.mark.parametrize("command", ["attribute", "card", "push", "label-errors", "verify"])
 @pytest.mark.parametrize(
     "text",
     [
@@ -114,11 +130,11 @@ def _changed_member(**values):
         "{}",
         "{",
         b"\xff\xfe",
-        _changed_member(identity=3),
-        _changed_member(files=3),
-        _changed_member(files=[3]),
-        _changed_member(checkpoint=None),
-        _changed_member(files=[{"file": "../../secret", "bytes": 1, "sha256": "x"}]),
+        _changed(identity=3),
+        _changed(files=3),
+        _changed(files=[3]),
+        _changed(checkpoint=None),
+        _changed(files=[{"file": "../../secret", "bytes": 1, "sha256": "x"}]),
     ],
     ids=range(12),
 )
@@ -318,6 +334,8 @@ def test_a_flag_out_of_range_is_refused_before_work(refuse, files, flag, value, 
         ("--revision", "main", 1),
         ("--queries_config", "zzz", 1),
         ("--output", "hits.txt", 1),
+        ("--output", "s3://bucket/hits.jsonl", 1),
+        ("--report", "https://host/report", 1),
         ("--processor", "./nowhere", 1),
         ("--train", "gone.csv", 1),
     ],
@@ -331,6 +349,8 @@ def test_a_flag_of_attribute_out_of_range_is_refused_before_work(refuse, files, 
     "arguments",
     [
         ["demo", "--epochs", "0"],
+        ["demo", "--output", "s3://bucket/demo"],
+        ["label-errors", "x", "--output", "s3://bucket/rows.jsonl"],
         ["demo", "--epochs", "-1"],
         ["demo", "--seed", "-1"],
         ["demo", "--learning_rate", "0"],
@@ -372,6 +392,8 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x]\n" + "".join(
     f"{chr(98 + i)}: &{chr(98 + i)} [{','.join(['*' + chr(97 + i)] * 8)}]\n" for i in range(9)
 )
 
+MERGED = re.sub(r"\[(\*.*)\]", r"{<<: [\1]}", BOMB.replace("[x,x,x,x,x,x,x,x]", "{x: y}"))
+
 
 @pytest.mark.parametrize(
     "content",
@@ -386,8 +408,11 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x]\n" + "".join(
         b"model: [[a]]",
         BOMB.encode(),
         f"{BOMB}model: *j".encode(),
+        b"model: a\noutput: index\nmodel: b",  # of which YAML would take the last
+        b"proj_dim: 8\nproj-dim: 16",
+        f"{MERGED}model: *j".encode(),
     ],
-    ids=range(10),
+    ids=range(13),
 )
 def test_bad_yaml_is_refused_at_once(refuse, tmp_path_factory, content):
     path = tmp_path_factory.mktemp("yaml") / "flags.yaml"
@@ -416,6 +441,18 @@ def test_secrets_never_reach_a_message(refuse, files):
 def test_names_with_control_characters_are_shown(refuse):
     error = refuse("featurize", "--model", "m\x1b[2J", "--dataset", "rows\x1b]0;t\x07.csv", "--output", "o")
     assert r"rows\x1b]0;t\x07.csv" in error
+
+
+def test_names_with_control_characters_are_shown_where_all_is_well(files, tmp_path, capsys):
+    index = tmp_path / "in\x1b[2Jdex"
+    shutil.copytree(files.index, index)
+    asked = ["--queries", files.rows, "--output", tmp_path / "hits\x1b[2J.jsonl", "--model", files.model]
+    for arguments in (["verify", index], ["attribute", index, *asked]):
+        capsys.readouterr()
+        assert main([str(argument) for argument in arguments]) == 0
+        printed = capsys.readouterr().out
+        assert r"\x1b[2J" in printed
+        assert all(line.isprintable() for line in printed.splitlines())
 
 
 def test_data_with_control_characters_is_shown_and_not_obeyed(files, tmp_path, capsys):

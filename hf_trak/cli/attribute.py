@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_trak.cli.parsing import Collect, make_parser, name_positions, parse, rows_at_a_time
+from hf_trak.messages import say
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -160,11 +161,11 @@ def run(args: AttributeArguments) -> None:
     shown_as: dict[str, Any] = {"language": _language_rows(args, index), "captions": index.config.task == "contrastive"}
     readers = ExampleReader(queries, **columns, **shown_as), _train_reader(index, train, columns, shown_as)
     shown = read_attributions(hits, *readers, rows=list(range(min(_SHOWN_QUERIES, len(hits)))), top_k=_SHOWN_HITS)
-    print(f"\n{table(shown)}\n\nHits of {len(hits):,} queries: {output}")
+    say(f"\n{table(shown)}\n\nHits of {len(hits):,} queries: {output}")
     if args.report is not None:
         reported = read_attributions(hits, *readers, rows=list(range(min(_REPORTED_QUERIES, len(hits)))), top_k=_SHOWN_HITS)
         for path in save_report(reported, args.report, title=f"Attributions of {Path(args.queries).name}"):
-            print(f"Report: {path}")
+            say(f"Report: {path}")
 
 
 def _asking(
@@ -227,6 +228,10 @@ def _is_plain(kind: Any) -> bool:
 
 def _check_targets(args: AttributeArguments, output: Path) -> None:
     """Refuse before anything is computed."""
+    from hf_trak.storage.files import refuse_url
+
+    for path in (output, *([] if args.report is None else [Path(args.report)])):
+        refuse_url(path)
     if output.suffix not in (".jsonl", ".parquet"):
         raise ValueError(f"--output must end in .jsonl or .parquet, but is {output}.")
     if args.report is not None and Path(args.report).exists() and not Path(args.report).is_dir():

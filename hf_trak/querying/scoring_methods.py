@@ -39,6 +39,8 @@ from hf_trak.tasks.rows import check_is_dataset
 if TYPE_CHECKING:
     from datasets import Dataset
 
+_HASHED_BEFORE_QUERIES = 1 << 30  # bytes; half a second of hashing, which is not done again when they are read
+
 
 class ScoringMethods:
     """The half of [`AttributionIndex`] that answers; the other half makes, loads and keeps what is asked."""
@@ -365,8 +367,11 @@ class ScoringMethods:
         features, outputs = [], []
         final: dict[int | None, np.ndarray | None] = {}
         self._queries.check(queries)
-        # A singular Gram matrix is refused before queries cost anything.
+        # A singular Gram matrix and damaged shards are refused before queries cost anything; of a large index, the rest when it is read.
         damped(self.members[0].gram(), n_rows=self.n_rows, damping=options.damping)
+        left = _HASHED_BEFORE_QUERIES
+        for member in self.members:
+            left = member.hash_shards(left)
         for number, plan in enumerate(self.passes):
             description = f"Queries {number + 1}/{len(self.passes)}"
             columns = self._queries.featurize(

@@ -454,7 +454,10 @@ def without_padding(row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """Return a tokenized row's ids without padding, and which tokens were kept."""
     if row["input_ids"] is None:
         raise ValueError("its 'input_ids' are None; filter it out")
-    ids = np.asarray(row["input_ids"], dtype=np.int64)
+    given = np.asarray(row["input_ids"])
+    if given.size and given.dtype.kind not in "iu":
+        raise ValueError(f"its 'input_ids' hold {given.dtype}, where whole numbers are expected, the ids of tokens")
+    ids = given.astype(np.int64)
     if ids.ndim != 1:
         raise ValueError(
             f"its 'input_ids' have the shape {ids.shape}; a row is one list of tokens, without the batch axis of a collator"
