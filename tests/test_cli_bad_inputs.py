@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,11 +19,13 @@ from typing import Any
 import pytest
 from datasets import Dataset
 from datasets_for_tests import save_model, token_rows
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from tokenizers_for_tests import word_tokenizer
 
 from hf_trak import AttributionIndex, TrakConfig
 from hf_trak.cli.main import COMMANDS, main
+from hf_trak.hub.download import HubIndex
 
 DEEP = "[" * 100_000
 
@@ -251,6 +254,27 @@ def test_a_damaged_saved_dataset_is_refused(refuse, files, tmp_path_factory, mar
     folder = tmp_path_factory.mktemp("saved")
     (folder / marker).write_text(text)
     assert str(folder) in refuse("featurize", "--model", files.model, "--dataset", folder, "--output", "index")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        (
+            "token_type_ids",
+            7,
+            "BertForSequenceClassification cannot compute a batch of input_ids (3, 2), token_type_ids (3, 2)",
+        ),
+        ("input_ids", 3.5, "'input_ids' must hold whole numbers"),
+    ],
+)
+def test_rows_that_the_model_cannot_compute_are_refused(files, tmp_path, capsys, name, value, told):
+    rows = tmp_path / "rows.parquet"
+    Dataset.from_dict({"input_ids": [[3, 4]] * 4, "label": [0, 1, 2, 0], name: [[value] * 2] * 4}).to_parquet(rows)
+    made = ["--dataset", rows, "--output", tmp_path / "index", "--proj_dim", "16"]
+    assert main([str(argument) for argument in ["featurize", "--model", files.model, *made]]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"hf-trak: error: {told}")
+    assert "not expected" not in error
 
 
 def test_texts_without_a_tokenizer_are_refused_and_the_flag_is_a_way_out(refuse, files, tmp_path_factory, capsys):
@@ -523,6 +547,36 @@ def dead_end():
         yield server
         server.shutdown()
         thread.join()
+
+
+class NoHub(BaseHTTPRequestHandler):
+    """What a network's login page and a proxy that forbids answer, whatever is asked."""
+
+    def do_GET(self) -> None:
+        page = b"<html>Please log in</html>"
+        self.send_response(403 if self.path.startswith("/forbidden") else 200)
+        self.send_header("Content-Length", str(len(page)))
+        self.end_headers()
+        self.wfile.write(page)
+
+    do_POST = do_GET
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("place", "told"), [("", "is no JSON, as"), ("/forbidden", "token")])
+def test_an_answer_that_is_not_the_hubs_is_told(files, tmp_path, monkeypatch, place, told):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with ThreadingHTTPServer(("127.0.0.1", 0), NoHub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{server.server_address[1]}{place}"
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        with pytest.raises(FileNotFoundError, match=f"'me/none' is neither .*{told}"):
+            HubIndex.open("me/none", endpoint=endpoint, cache_dir=tmp_path)
+        with pytest.raises(OSError, match=told):
+            AttributionIndex(files.index).push_to_hub("me/none", license="mit")
+        server.shutdown()
 
 
 CHILD = """
