@@ -369,6 +369,18 @@ def test_a_flag_of_attribute_out_of_range_is_refused_before_work(refuse, files, 
     assert "not expected" not in error
 
 
+@pytest.mark.parametrize("command", ["attribute", "label-errors"])
+def test_what_is_read_is_never_replaced_by_results(refuse, files, tmp_path, tmp_path_factory, command):
+    index = tmp_path_factory.mktemp("index") / "index"
+    shutil.copytree(files.index, index)
+    rows, shard = shutil.copy(files.rows, index.parent), next(index.glob("member_0/*.parquet"))
+    before = {path: path.read_bytes() for path in index.parent.rglob("*") if path.is_file()}
+    asked = ["--queries", files.rows] if command == "attribute" else []
+    for output, told in ((rows, "is --train or a file in it"), (shard, "is a file of the index")):
+        assert told in refuse(command, index, *asked, "--train", rows, "--output", output, "--overwrite")
+    assert before == {path: path.read_bytes() for path in index.parent.rglob("*") if path.is_file()}
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -387,6 +399,7 @@ def test_a_flag_of_attribute_out_of_range_is_refused_before_work(refuse, files, 
         ["evaluate", "lds", "--ground_truth", "x", "--scores", "x", "--batch_size", "0"],
         ["evaluate", "lds", "--ground_truth", "x", "--scores", "x", "--processor", "y"],
         ["card", "x", "--results", "gone.json"],
+        ["card", "x", "--output", "rows.parquet"],
         ["push", "x", "me/y"],
     ],
     ids=" ".join,

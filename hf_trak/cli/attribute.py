@@ -228,10 +228,12 @@ def _is_plain(kind: Any) -> bool:
 
 def _check_targets(args: AttributeArguments, output: Path) -> None:
     """Refuse before anything is computed."""
-    from hf_trak.storage.files import refuse_url
+    from hf_trak.storage.replacing import refuse_target
 
-    for path in (output, *([] if args.report is None else [Path(args.report)])):
-        refuse_url(path)
+    read = {"--queries": args.queries, "--train": args.train, "--model": args.model, "--processor": args.processor}
+    refuse_target(output, read)
+    if args.report is not None:
+        refuse_target(Path(args.report))
     if output.suffix not in (".jsonl", ".parquet"):
         raise ValueError(f"--output must end in .jsonl or .parquet, but is {output}.")
     if args.report is not None and Path(args.report).exists() and not Path(args.report).is_dir():

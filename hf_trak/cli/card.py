@@ -46,6 +46,8 @@ def main(arguments: Sequence[str]) -> None:
 def run(args: CardArguments) -> None:
     """Render the card, and print or write it."""
     output = None if args.output is None else Path(args.output)
+    if output is not None and output.suffix != ".md":
+        raise ValueError(f"--output must end in .md, but is {output}.")
     existing = _text_of(output) if output is not None and output.exists() else None
     if existing is not None and not args.overwrite:
         raise ValueError(f"{output} exists. Choose another place, or pass --overwrite: what its owner wrote into it stays.")

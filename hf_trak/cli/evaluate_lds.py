@@ -18,7 +18,7 @@ from hf_trak.evaluation.baselines import Checkpoints, make_baseline
 from hf_trak.featurizing.identity import recorded_processor
 from hf_trak.index import AttributionIndex
 from hf_trak.messages import say
-from hf_trak.storage.files import refuse_url
+from hf_trak.storage.replacing import refuse_target
 from hf_trak.tasks import import_task
 
 if TYPE_CHECKING:
@@ -324,7 +324,8 @@ def _check(args: LDSArguments) -> None:
     if args.output is not None and Path(args.output).suffix != ".json":
         raise ValueError(f"--output must end in .json, but is {args.output}.")
     if args.output is not None:
-        refuse_url(Path(args.output))
+        names = ("ground_truth", "queries", "scores", "train", "model")
+        refuse_target(Path(args.output), {f"--{name}": getattr(args, name) for name in names})
     if args.output is not None and Path(args.output).exists() and not args.overwrite:
         raise ValueError(f"{args.output} exists. Choose another place, or pass --overwrite.")
     _check_baselines(args)

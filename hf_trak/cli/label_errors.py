@@ -95,9 +95,9 @@ def run(args: LabelErrorsArguments) -> None:
     if output.exists() and not args.overwrite:
         raise ValueError(f"{output} exists. Choose another place, or pass --overwrite.")
 
-    from hf_trak.storage.files import refuse_url
+    from hf_trak.storage.replacing import refuse_target
 
-    refuse_url(output)
+    refuse_target(output, {"--train": args.train, "--validation": args.validation, "--model": args.model})
     from hf_trak.cli.attribute import write_hits
     from hf_trak.cli.data import load_rows
     from hf_trak.cli.main import quiet_libraries
