@@ -344,6 +344,15 @@ def test_cells_that_are_no_images_are_refused_before_any_work(cells: list, messa
         AutoTask.from_model(vit()).check(dataset, image_processor)
 
 
+@pytest.mark.parametrize("limit", ["512", 0, -1, 2.5, True, float("nan")])
+def test_a_tokenizers_limit_that_is_no_number_of_tokens_is_refused(limit: Any):
+    tokenizer = word_tokenizer()
+    tokenizer.model_max_length = limit
+    dataset = datasets.Dataset.from_dict({"text": ["a b"], "label": [0]})
+    with pytest.raises(ValueError, match="model_max_length is .*at least 1, is expected"):
+        AutoTask.from_model(bert()).collate(dataset[:], tokenizer)
+
+
 def test_an_image_far_too_large_is_named_by_its_row(monkeypatch):
     dataset = pictures()
     monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 4)

@@ -30,6 +30,7 @@ from hf_trak.tasks.padding import (
     position_limit,
     refuse_packed,
     refuse_texts_without_boxes,
+    tokenizer_limit,
     vocabulary_size,
 )
 from hf_trak.tasks.rows import Faults
@@ -426,9 +427,7 @@ class TokenInputs(abc.ABC):
 
     def _limit(self, processing_class: Any) -> int:
         """Return how many tokens of a text are kept."""
-        return min(
-            self.max_length or _NO_LIMIT, self.positions or _NO_LIMIT, getattr(processing_class, "model_max_length", _NO_LIMIT)
-        )
+        return min(self.max_length or _NO_LIMIT, self.positions or _NO_LIMIT, tokenizer_limit(processing_class) or _NO_LIMIT)
 
     def _describe_limit(self, processing_class: Any) -> str:
         """Say how many tokens of a text are kept, and why."""
