@@ -12,9 +12,10 @@ CARD_NAME = "README.md"
 FORMAT_VERSION = 4
 
 # Fields that decide scores after the fact; two indices that differ in them still speak the same language.
-_CHOSEN_AFTER = ("damping", "out_to_loss_power", "combination", "features_dtype", "skip_unscored")
+CHOSEN_FOR_SCORES = ("damping", "out_to_loss_power", "combination")
+_CHOSEN_AFTER = (*CHOSEN_FOR_SCORES, "features_dtype", "skip_unscored")
 # The task may be "auto", and columns and labels are those of a training set.
-_NOT_OF_ROWS = ("task", "damping", "out_to_loss_power", "combination", "columns_read", "label_names")
+_NOT_OF_ROWS = ("task", *CHOSEN_FOR_SCORES, "columns_read", "label_names")
 _CHOICES = {
     "combination": ("scaled", "means"),
     "features_dtype": ("float32", "float16"),
@@ -196,7 +197,7 @@ class TrakConfig:
                 object.__setattr__(self, "damping", float(self.damping))
             except ValueError:
                 raise ValueError(f"`damping` must be 'auto' or a number, but is {self.damping!r}.") from None
-        if self.damping != "auto" and not 0 <= self.damping < float("inf"):
+        if isinstance(self.damping, bool) or (self.damping != "auto" and not 0 <= self.damping < float("inf")):
             raise ValueError(f"`damping` must be 'auto' or a finite number of at least 0, but is {self.damping}.")
         power = self.out_to_loss_power
         if power is not None and (isinstance(power, bool) or not isinstance(power, (int, float)) or not 0 <= power <= 1):
@@ -211,6 +212,7 @@ class TrakConfig:
         size = self.bank_size
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 2):
             raise ValueError(f"`bank_size` must be a whole number of at least 2, but is {size!r}.")
+        self._check_kinds()
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {', '.join(choices)}, but is {getattr(self, name)!r}.")
@@ -230,6 +232,29 @@ class TrakConfig:
                 f"These files have format version {self.format_version}, and this hf_trak reads version {FORMAT_VERSION}. "
                 "Upgrade hf_trak, or featurize again."
             )
+
+    def _check_kinds(self) -> None:
+        """Check the fields that are names, lists of names and whole numbers: JSON and YAML hold anything.
+
+        Raises:
+            ValueError: Naming the first field of another kind.
+        """
+        for name in ("sketch_seed", "bank_seed"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"`{name}` must be a whole number, but is {value!r}.")
+        for name in ("task", "projector", "image_column", "label_column"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (value is not None or name in ("task", "projector")):
+                raise ValueError(f"`{name}` must be a name, but is {value!r}.")
+        for name in ("parameters", "text_columns", "label_names"):
+            wrong = [value for value in getattr(self, name) or () if not isinstance(value, str)]
+            if wrong:
+                raise ValueError(f"`{name}` must be names, but has {wrong[0]!r}.")
+        if not isinstance(self.skip_unscored, bool):
+            raise ValueError(f"`skip_unscored` must be true or false, but is {self.skip_unscored!r}.")
+        if not isinstance(self.columns_read, (dict, type(None))):
+            raise ValueError(f"`columns_read` must be a dict, but is {self.columns_read!r}.")
 
     @classmethod
     def published(cls, **changes: Any) -> TrakConfig:

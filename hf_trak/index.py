@@ -14,10 +14,10 @@ from torch import Tensor
 from hf_trak.building.build import build_members
 from hf_trak.building.estimate import Estimate, estimate_build
 from hf_trak.building.jobs import Job, merge_members, remove_job_records
-from hf_trak.config import TrakConfig
+from hf_trak.config import CONFIG_NAME, TrakConfig
 from hf_trak.distributed import Processes, current_processes, launched_processes
 from hf_trak.featurizing.featurizer import Featurizer
-from hf_trak.featurizing.identity import identity_of, recorded_passes
+from hf_trak.featurizing.identity import recorded_passes
 from hf_trak.hub.cards import CURVE_NAME, draw_damping_curve
 from hf_trak.hub.copies import render_card, write_card
 from hf_trak.hub.download import HubIndex
@@ -30,7 +30,7 @@ from hf_trak.querying.training_rows import KeptRows, align_rows
 from hf_trak.runtime import terminable
 from hf_trak.scoring.damping import DAMPING_NAME, DampingChoice
 from hf_trak.storage.files import remove_file
-from hf_trak.storage.format import member_folders, member_numbers
+from hf_trak.storage.format import differences_from, member_folders, member_numbers
 from hf_trak.storage.object_store import ObjectPath, place
 from hf_trak.storage.reader import MemberReader
 from hf_trak.storage.replacing import finish_replacement
@@ -108,13 +108,15 @@ class AttributionIndex(ExplainingMethods, HubMixin):
 
     def _check_members(self) -> None:
         """All members must be of the same rows and the same configuration, or their mean means nothing."""
-        expected = {"config": identity_of(self.config), **self._shared(self.members[0])}
+        expected = self._shared(self.members[0])
         for number, member in enumerate(self.members):
-            lines = list_differences({"config": member.identity.get("config"), **self._shared(member)}, expected)
+            lines = differences_from(member.identity, self.config)
+            lines += list_differences(self._shared(member), expected)
             if lines:
                 raise ValueError(
                     f"member_{number} of {self.folder} does not belong to this index:\n"
                     + "\n".join(f"  {line}" for line in lines)
+                    + f"\nIf {CONFIG_NAME} was edited, restore it from a copy, or run the command that made the index again, which writes it."
                 )
 
     @staticmethod

@@ -10,6 +10,22 @@ class MissingProcessor(ValueError):
     """Raw rows need a tokenizer or an image processor, and there is none. Whoever knows the checkpoint names it."""
 
 
+class DamagedFile(ValueError):
+    """A file is not what was written. The message names it and the way out; `reason` is what is wrong, for who says these himself."""
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def is_raised_by_us(error: BaseException) -> bool:
+    """Return whether an error was raised here, and not in a library that was called from here."""
+    at = error.__traceback__
+    while at is not None and at.tb_next is not None:
+        at = at.tb_next
+    return at is not None and str(at.tb_frame.f_globals.get("__name__")).partition(".")[0] == __name__.partition(".")[0]
+
+
 # C0 and C1 controls, marks and overrides of direction, separators of lines, invisible tags, and halves of surrogate pairs.
 _HIDDEN = re.compile(
     "[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
@@ -47,6 +63,11 @@ def _mask_rest(rest: str) -> str:
     if "@" in authority:
         authority = f"{_MASK}@{authority.rsplit('@', 1)[1]}"
     return f"{authority}{slash}{path}{separator}{_MASK if separator else ''}"
+
+
+def say(text: str) -> None:
+    """Print a text of several lines in which names and data cannot act on the terminal."""
+    print("\n".join(map(visible, text.split("\n"))), flush=True)
 
 
 def one_line(text: str) -> str:

@@ -206,6 +206,11 @@ def test_damaged_settings_are_named(adapter, text):
         load_model(str(adapter[0]))
 
 
+def test_a_kind_of_adapter_that_peft_does_not_have_is_named(adapter, tmp_path):
+    with pytest.raises(ValueError, match=r"of peft_type 'NOPE', cannot be put onto .*this version of peft"):
+        load_model(changed(adapter[0], tmp_path / "b", peft_type="NOPE"))
+
+
 def test_damaged_weights_are_named(adapter):
     (adapter[0] / WEIGHTS).write_bytes(b"x" * 30)
     with pytest.raises(ValueError, match=rf"adapter/{WEIGHTS} is damaged"):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socketserver
 import subprocess
 import sys
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,11 +19,13 @@ from typing import Any
 import pytest
 from datasets import Dataset
 from datasets_for_tests import save_model, token_rows
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from tokenizers_for_tests import word_tokenizer
 
 from hf_trak import AttributionIndex, TrakConfig
 from hf_trak.cli.main import COMMANDS, main
+from hf_trak.hub.download import HubIndex
 
 DEEP = "[" * 100_000
 
@@ -72,10 +76,12 @@ def commands_on_index(index, files):
         "push": ["push", index, "me/index", "--license", "mit"],
         "merge": ["merge", index],
         "evaluate lds": ["evaluate", "lds", "--index", index, "--queries", rows, "--ground_truth", rows],
+        "label-errors": ["label-errors", index, "--train", rows, "--output", "suspicious.jsonl"],
+        "verify": ["verify", index],
     }
 
 
-ON_INDEX = ["attribute", "card", "push", "merge", "evaluate lds"]
+ON_INDEX = ["attribute", "card", "push", "merge", "evaluate lds", "label-errors", "verify"]
 
 
 # Indexes
@@ -88,22 +94,35 @@ def test_what_is_no_index_is_refused(refuse, files, command, place):
     assert "not expected" not in refuse(*commands_on_index(path, files)[command])
 
 
+def _changed(**values):
+    return lambda content: json.dumps(json.loads(content) | values)
+
+
+EDITED: dict[str, Any] = {
+    "damping": True,
+    "sketch_seed": "x",
+    "task": "text-regression",
+    "columns_read": {"tokens": ["input_ids"], "label": "other"},
+    "label_names": ["a", "b", "c"],
+}
+
+
 @pytest.mark.parametrize("command", ON_INDEX)
 @pytest.mark.parametrize(
     "text",
-    ["null", DEEP, "[]", "3", "{}", "{", b"\xff\xfe", '{"proj_dim": "x"}', '{"damping": [1]}', '{"text_columns": 3}'],
-    ids=range(10),
+    [
+        *("null", DEEP, "[]", "3", "{}", "{", b"\xff\xfe"),
+        *('{"proj_dim": "x"}', '{"damping": [1]}', '{"text_columns": 3}'),
+        *(_changed(**{name: value}) for name, value in EDITED.items()),
+    ],
+    ids=range(10 + len(EDITED)),
 )
 def test_a_damaged_configuration_is_refused(refuse, files, tmp_path_factory, command, text):
     index = damaged(files, tmp_path_factory, "trak_config.json", text)
     refuse(*commands_on_index(index, files)[command])
 
 
-def _changed_member(**values):
-    return lambda content: json.dumps(json.loads(content) | values)
-
-
-@pytest.mark.parametrize("command", ["attribute", "card", "push"])
+@pytest.mark.parametrize("command", ["attribute", "card", "push", "label-errors", "verify"])
 @pytest.mark.parametrize(
     "text",
     [
@@ -114,11 +133,11 @@ def _changed_member(**values):
         "{}",
         "{",
         b"\xff\xfe",
-        _changed_member(identity=3),
-        _changed_member(files=3),
-        _changed_member(files=[3]),
-        _changed_member(checkpoint=None),
-        _changed_member(files=[{"file": "../../secret", "bytes": 1, "sha256": "x"}]),
+        _changed(identity=3),
+        _changed(files=3),
+        _changed(files=[3]),
+        _changed(checkpoint=None),
+        _changed(files=[{"file": "../../secret", "bytes": 1, "sha256": "x"}]),
     ],
     ids=range(12),
 )
@@ -237,6 +256,27 @@ def test_a_damaged_saved_dataset_is_refused(refuse, files, tmp_path_factory, mar
     assert str(folder) in refuse("featurize", "--model", files.model, "--dataset", folder, "--output", "index")
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        (
+            "token_type_ids",
+            7,
+            "BertForSequenceClassification cannot compute a batch of input_ids (3, 2), token_type_ids (3, 2)",
+        ),
+        ("input_ids", 3.5, "'input_ids' must hold whole numbers"),
+    ],
+)
+def test_rows_that_the_model_cannot_compute_are_refused(files, tmp_path, capsys, name, value, told):
+    rows = tmp_path / "rows.parquet"
+    Dataset.from_dict({"input_ids": [[3, 4]] * 4, "label": [0, 1, 2, 0], name: [[value] * 2] * 4}).to_parquet(rows)
+    made = ["--dataset", rows, "--output", tmp_path / "index", "--proj_dim", "16"]
+    assert main([str(argument) for argument in ["featurize", "--model", files.model, *made]]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"hf-trak: error: {told}")
+    assert "not expected" not in error
+
+
 def test_texts_without_a_tokenizer_are_refused_and_the_flag_is_a_way_out(refuse, files, tmp_path_factory, capsys):
     texts = files.folder / "text.csv"
     made = [
@@ -318,6 +358,8 @@ def test_a_flag_out_of_range_is_refused_before_work(refuse, files, flag, value, 
         ("--revision", "main", 1),
         ("--queries_config", "zzz", 1),
         ("--output", "hits.txt", 1),
+        ("--output", "s3://bucket/hits.jsonl", 1),
+        ("--report", "https://host/report", 1),
         ("--processor", "./nowhere", 1),
         ("--train", "gone.csv", 1),
     ],
@@ -327,10 +369,24 @@ def test_a_flag_of_attribute_out_of_range_is_refused_before_work(refuse, files, 
     assert "not expected" not in error
 
 
+@pytest.mark.parametrize("command", ["attribute", "label-errors"])
+def test_what_is_read_is_never_replaced_by_results(refuse, files, tmp_path, tmp_path_factory, command):
+    index = tmp_path_factory.mktemp("index") / "index"
+    shutil.copytree(files.index, index)
+    rows, shard = shutil.copy(files.rows, index.parent), next(index.glob("member_0/*.parquet"))
+    before = {path: path.read_bytes() for path in index.parent.rglob("*") if path.is_file()}
+    asked = ["--queries", files.rows] if command == "attribute" else []
+    for output, told in ((rows, "is --train or a file in it"), (shard, "is a file of the index")):
+        assert told in refuse(command, index, *asked, "--train", rows, "--output", output, "--overwrite")
+    assert before == {path: path.read_bytes() for path in index.parent.rglob("*") if path.is_file()}
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
         ["demo", "--epochs", "0"],
+        ["demo", "--output", "s3://bucket/demo"],
+        ["label-errors", "x", "--output", "s3://bucket/rows.jsonl"],
         ["demo", "--epochs", "-1"],
         ["demo", "--seed", "-1"],
         ["demo", "--learning_rate", "0"],
@@ -343,6 +399,7 @@ def test_a_flag_of_attribute_out_of_range_is_refused_before_work(refuse, files, 
         ["evaluate", "lds", "--ground_truth", "x", "--scores", "x", "--batch_size", "0"],
         ["evaluate", "lds", "--ground_truth", "x", "--scores", "x", "--processor", "y"],
         ["card", "x", "--results", "gone.json"],
+        ["card", "x", "--output", "rows.parquet"],
         ["push", "x", "me/y"],
     ],
     ids=" ".join,
@@ -372,6 +429,8 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x]\n" + "".join(
     f"{chr(98 + i)}: &{chr(98 + i)} [{','.join(['*' + chr(97 + i)] * 8)}]\n" for i in range(9)
 )
 
+MERGED = re.sub(r"\[(\*.*)\]", r"{<<: [\1]}", BOMB.replace("[x,x,x,x,x,x,x,x]", "{x: y}"))
+
 
 @pytest.mark.parametrize(
     "content",
@@ -386,8 +445,11 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x]\n" + "".join(
         b"model: [[a]]",
         BOMB.encode(),
         f"{BOMB}model: *j".encode(),
+        b"model: a\noutput: index\nmodel: b",  # of which YAML would take the last
+        b"proj_dim: 8\nproj-dim: 16",
+        f"{MERGED}model: *j".encode(),
     ],
-    ids=range(10),
+    ids=range(13),
 )
 def test_bad_yaml_is_refused_at_once(refuse, tmp_path_factory, content):
     path = tmp_path_factory.mktemp("yaml") / "flags.yaml"
@@ -416,6 +478,18 @@ def test_secrets_never_reach_a_message(refuse, files):
 def test_names_with_control_characters_are_shown(refuse):
     error = refuse("featurize", "--model", "m\x1b[2J", "--dataset", "rows\x1b]0;t\x07.csv", "--output", "o")
     assert r"rows\x1b]0;t\x07.csv" in error
+
+
+def test_names_with_control_characters_are_shown_where_all_is_well(files, tmp_path, capsys):
+    index = tmp_path / "in\x1b[2Jdex"
+    shutil.copytree(files.index, index)
+    asked = ["--queries", files.rows, "--output", tmp_path / "hits\x1b[2J.jsonl", "--model", files.model]
+    for arguments in (["verify", index], ["attribute", index, *asked]):
+        capsys.readouterr()
+        assert main([str(argument) for argument in arguments]) == 0
+        printed = capsys.readouterr().out
+        assert r"\x1b[2J" in printed
+        assert all(line.isprintable() for line in printed.splitlines())
 
 
 def test_data_with_control_characters_is_shown_and_not_obeyed(files, tmp_path, capsys):
@@ -486,6 +560,36 @@ def dead_end():
         yield server
         server.shutdown()
         thread.join()
+
+
+class NoHub(BaseHTTPRequestHandler):
+    """What a network's login page and a proxy that forbids answer, whatever is asked."""
+
+    def do_GET(self) -> None:
+        page = b"<html>Please log in</html>"
+        self.send_response(403 if self.path.startswith("/forbidden") else 200)
+        self.send_header("Content-Length", str(len(page)))
+        self.end_headers()
+        self.wfile.write(page)
+
+    do_POST = do_GET
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("place", "told"), [("", "is no JSON, as"), ("/forbidden", "token")])
+def test_an_answer_that_is_not_the_hubs_is_told(files, tmp_path, monkeypatch, place, told):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with ThreadingHTTPServer(("127.0.0.1", 0), NoHub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{server.server_address[1]}{place}"
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        with pytest.raises(FileNotFoundError, match=f"'me/none' is neither .*{told}"):
+            HubIndex.open("me/none", endpoint=endpoint, cache_dir=tmp_path)
+        with pytest.raises(OSError, match=told):
+            AttributionIndex(files.index).push_to_hub("me/none", license="mit")
+        server.shutdown()
 
 
 CHILD = """

@@ -16,6 +16,7 @@ from tokenizers_for_tests import word_tokenizer
 from torch import nn
 
 from hf_trak import AttributionIndex, TrakConfig
+from hf_trak.featurizing.batching import read_rows
 from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.tasks import AutoTask, ImageInputs, Task
 from hf_trak.tasks.pictures import check_pictures, find_image_columns
@@ -341,6 +342,22 @@ def test_cells_that_are_no_images_are_refused_before_any_work(cells: list, messa
     dataset = datasets.Dataset.from_dict({"image": cells, "label": [0, 1]})
     with pytest.raises(ValueError, match=message):
         AutoTask.from_model(vit()).check(dataset, image_processor)
+
+
+@pytest.mark.parametrize("limit", ["512", 0, -1, 2.5, True, float("nan")])
+def test_a_tokenizers_limit_that_is_no_number_of_tokens_is_refused(limit: Any):
+    tokenizer = word_tokenizer()
+    tokenizer.model_max_length = limit
+    dataset = datasets.Dataset.from_dict({"text": ["a b"], "label": [0]})
+    with pytest.raises(ValueError, match="model_max_length is .*at least 1, is expected"):
+        AutoTask.from_model(bert()).collate(dataset[:], tokenizer)
+
+
+def test_an_image_far_too_large_is_named_by_its_row(monkeypatch):
+    dataset = pictures()
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 4)
+    with pytest.raises(ValueError, match=r"Row 1 of the dataset cannot be read: Image size .* exceeds limit.*filter such rows"):
+        read_rows(dataset, [1, 2])
 
 
 def test_a_missing_first_image_is_named(image_processor: Any):

@@ -337,6 +337,11 @@ def test_rows_that_hold_pixel_values_are_stacked():
         assert torch.equal(batch["pixel_values"], pixels)
 
 
+def test_pixels_as_a_file_holds_them_are_not_taken_for_prepared_ones():
+    with pytest.raises(ValueError, match="'pixel_values' holds whole numbers from 0 to 255.*image processor"):
+        ImageInputs(None, "RGB").collate({"pixel_values": [[[[0, 255], [7, 8]]]], "label": [0]}, None)
+
+
 def image_features(*names: str) -> datasets.Features:
     return datasets.Features({**{name: datasets.Image() for name in names}, "label": datasets.Value("int64")})
 

@@ -377,6 +377,8 @@ LIST, CONFIG = "member_0/member.json", "trak_config.json"
         (CONFIG, lambda text: text[:-40]),
         (CONFIG, lambda text: text.replace(b'"sketch_seed": 0', b'"sketch_seed": 4')),
         (CONFIG, lambda text: text.replace(b'"damping": "auto"', b'"damping": "outo"')),
+        (CONFIG, lambda text: text.replace(b'"label": "label"', b'"label": "other"')),
+        (CONFIG, lambda text: text.replace(b'"text-classification"', b'"text-regression"')),
         (CONFIG, None),
         ("damping.json", lambda text: b'{"damping": 1e9, "grid": [1e9], "curve": [1.0]}'),
     ],
@@ -397,6 +399,24 @@ def test_a_damaged_description_is_mended_by_the_same_command_without_featurizing
     build(built, model)
     assert written == []
     assert contents(built) == expected
+
+
+def test_a_damaged_shard_is_refused_before_queries_are_featurized(model, built, monkeypatch):
+    content = bytearray((built / shard(4)).read_bytes())
+    content[len(content) // 2] ^= 1
+    (built / shard(4)).write_bytes(content)
+    index = AttributionIndex.from_pretrained(built)
+    monkeypatch.setattr(index._queries, "featurizer", lambda *args, **options: pytest.fail("queries were featurized"))
+    with pytest.raises(ValueError, match="train-00004-of-00006.parquet has changed since it was written"):
+        index.attribute(token_rows(2), 1)
+
+
+def test_what_scores_go_by_may_be_edited_and_verify_prints_it(model, built, capsys):
+    expected = AttributionIndex.from_pretrained(built).self_influence(damping=30.0)
+    (built / CONFIG).write_bytes((built / CONFIG).read_bytes().replace(b'"damping": "auto"', b'"damping": 30.0'))
+    assert (AttributionIndex.from_pretrained(built).self_influence() == expected).all()
+    assert main(["verify", str(built)]) == 0
+    assert "Scores go by trak_config.json: damping 30.0, combination scaled." in capsys.readouterr().out
 
 
 def test_of_a_member_without_its_list_damaged_rows_are_made_again(model, built, monkeypatch):
@@ -432,5 +452,7 @@ def test_a_changed_choice_of_damping_is_refused(tmp_path):
     choice.save(tmp_path)
     path = tmp_path / "damping.json"
     path.write_text(path.read_text().replace("3.0", "8.0", 1))
-    with pytest.raises(ValueError, match="damping.json is damaged: .*changed since it was written"):
+    with pytest.raises(
+        ValueError, match=r"damping.json is damaged: it has been changed since it was written\. Delete it: .*again\.$"
+    ):
         DampingChoice.load(tmp_path, [])

@@ -29,7 +29,7 @@ from hf_trak.messages import list_differences
 from hf_trak.sources.checkpoints import check_is_checkpoint
 from hf_trak.sources.path_bases import find_base
 from hf_trak.storage.files import read_json, remove_leftovers, write_folder, write_json, write_json_once
-from hf_trak.storage.format import BANK_NAME, MEMBER_NAME, STATISTICS_NAME, is_index_name, member_folders
+from hf_trak.storage.format import BANK_NAME, MEMBER_NAME, STATISTICS_NAME, differences_from, is_index_name, member_folders
 from hf_trak.storage.passes import PassWriter, gram_of, keep_stretch, stretches
 from hf_trak.storage.replacing import (
     begin_replacement,
@@ -315,21 +315,22 @@ def _mend_config(folder: Path, config: TrakConfig) -> None:
     """Write the configuration of the index in `folder` again if it is damaged or lost, and all members are of this one."""
     members = member_folders(folder)
     try:
-        if TrakConfig.from_pretrained(folder).identity() == config.identity():
+        found = TrakConfig.from_pretrained(folder)
+        if members and all(_is_of(member, found) for member in members):
             return
     except (ValueError, FileNotFoundError):
         pass
-    if members and all(_config_of(member) == config.identity() for member in members):
+    if members and all(_is_of(member, config) for member in members):
         write_json(folder / CONFIG_NAME, config.to_dict())
 
 
-def _config_of(member: Path) -> dict[str, Any] | None:
-    """Return the part of the configuration that decides a member's rows, as the member has it; None if it does not tell."""
+def _is_of(member: Path, config: TrakConfig) -> bool:
+    """Return whether a member is of an index with this configuration, as far as it tells."""
     try:
         found = recorded_identity(member)
     except ValueError:
-        return None
-    return None if found is None else found.get("config")
+        return False
+    return found is not None and not differences_from(found, config)
 
 
 def _differences(config: TrakConfig, folder: Path) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_trak.cli.parsing import Collect, make_parser, name_positions, parse, rows_at_a_time
+from hf_trak.messages import say
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -185,11 +186,11 @@ def run(args: AttributeArguments) -> None:
     language = _language_rows(args, index)
     readers = _query_reader(args, index, queries, language), train_reader(index.config, index.kept_rows, train, language)
     shown = read_attributions(hits, *readers, rows=list(range(min(_SHOWN_QUERIES, len(hits)))), top_k=_SHOWN_HITS)
-    print(f"\n{table(shown)}\n\nHits of {len(hits):,} queries: {output}")
+    say(f"\n{table(shown)}\n\nHits of {len(hits):,} queries: {output}")
     if args.report is not None:
         reported = read_attributions(hits, *readers, rows=list(range(min(_REPORTED_QUERIES, len(hits)))), top_k=_SHOWN_HITS)
         for path in save_report(reported, args.report, title=f"Attributions of {Path(args.queries).name}"):
-            print(f"Report: {path}")
+            say(f"Report: {path}")
 
 
 def _asking(
@@ -260,7 +261,14 @@ def _is_plain(kind: Any) -> bool:
 
 
 def check_targets(args: AskingArguments, output: Path | None) -> None:
-    """Refuse files that are there, and names that say no format, before anything is computed."""
+    """Refuse files that are there or belong to others, and names that say no format, before anything is computed."""
+    from hf_trak.storage.replacing import refuse_target
+
+    read = {f"--{name}": getattr(args, name, None) for name in ("queries", "train", "model", "processor")}
+    if output is not None:
+        refuse_target(output, read)
+    if args.report is not None:
+        refuse_target(Path(args.report))
     if output is not None and output.suffix not in (".jsonl", ".parquet"):
         raise ValueError(f"--output must end in .jsonl or .parquet, but is {output}.")
     if args.report is not None and Path(args.report).exists() and not Path(args.report).is_dir():

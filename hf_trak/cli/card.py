@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_trak.cli.parsing import Collect, make_parser, name_positions, parse
+from hf_trak.messages import say
 
 _USAGE = "INDEX [options]"
 _DESCRIPTION = """\
@@ -45,6 +46,8 @@ def main(arguments: Sequence[str]) -> None:
 def run(args: CardArguments) -> None:
     """Render the card, and print or write it."""
     output = None if args.output is None else Path(args.output)
+    if output is not None and output.suffix != ".md":
+        raise ValueError(f"--output must end in .md, but is {output}.")
     existing = _text_of(output) if output is not None and output.exists() else None
     if existing is not None and not args.overwrite:
         raise ValueError(f"{output} exists. Choose another place, or pass --overwrite: what its owner wrote into it stays.")
@@ -53,7 +56,7 @@ def run(args: CardArguments) -> None:
     from hf_trak.hub.cards import merge_card
     from hf_trak.hub.copies import find_licence, render_card
     from hf_trak.index import AttributionIndex
-    from hf_trak.storage.files import write_atomically
+    from hf_trak.storage.files import write_atomically, write_folder
 
     index = AttributionIndex.from_pretrained(args.index)
     licence: Mapping[str, Any] = {"license": args.license}
@@ -65,9 +68,9 @@ def run(args: CardArguments) -> None:
     if output is None:
         print(card, end="")
         return
-    output.parent.mkdir(parents=True, exist_ok=True)
+    write_folder(output.parent)
     write_atomically(output, lambda temporary: temporary.write_text(card, encoding="utf-8"))
-    print(f"Card: {output}")
+    say(f"Card: {output}")
 
 
 def _text_of(path: Path) -> str:

@@ -58,7 +58,10 @@ def _load_file(path: Path, split: str) -> Dataset:
     try:
         return load_dataset(_KINDS[path.suffix.lower()], data_files={split.split("[")[0]: str(path)}, split=split)
     except Exception as error:
-        raise ValueError(f"{path} cannot be read: {_first_line(error.__cause__ or error)}") from error
+        said = _first_line(error.__cause__ or error)
+        if "corresponds to no data" in said:
+            raise ValueError(f"{path} holds no rows. Check that it was written to its end.") from error
+        raise ValueError(f"{path} cannot be read: {said}") from error
 
 
 def _first_byte(path: Path) -> bytes:

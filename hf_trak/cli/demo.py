@@ -12,7 +12,8 @@ import numpy as np
 
 from hf_trak.cli.parsing import make_parser, name_positions, parse
 from hf_trak.cli.results import commit
-from hf_trak.storage.files import read_json, remove_file, write_json
+from hf_trak.messages import say
+from hf_trak.storage.files import read_json, refuse_url, remove_file, write_json
 from hf_trak.storage.snapshots import remove_snapshot
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def show(
     attributions = read_attributions(hits, ExampleReader(data.queries, **columns), train, rows=rows)
     top = np.argsort(-suspicion, kind="stable")[:_N_SUSPECTS]
     suspects = [Hit(train[int(row)], float(suspicion[row])) for row in top]
-    print(f"\n{table(attributions)}\n\n{suspects_table(suspects)}")
+    say(f"\n{table(attributions)}\n\n{suspects_table(suspects)}")
     intro = (
         f"{len(data.train):,} training rows of {data.name}. Training on a proponent raised the model's output for the query, "
         "training on an opponent lowered it. The output is log p/(1 - p) of the query's label: negative where the model is wrong."
@@ -210,9 +211,9 @@ def run(args: DemoArguments) -> dict[str, Any]:
         fraction = 0.1 if args.flip_fraction is None and args.model is None else args.flip_fraction or 0.0
         if fraction:
             data, flipped = flip_labels(data, fraction=fraction, seed=args.seed)
-        print(f"{data.name}: {len(data.train):,} training rows, {len(data.queries):,} held-out rows.")
+        say(f"{data.name}: {len(data.train):,} training rows, {len(data.queries):,} held-out rows.")
         if fraction:
-            print(f"{flipped.sum():,} training labels ({fraction:.0%}) were flipped at random.")
+            say(f"{flipped.sum():,} training labels ({fraction:.0%}) were flipped at random.")
 
         if args.model is None:
             data.train.to_parquet(output / "train.parquet")
@@ -232,9 +233,9 @@ def run(args: DemoArguments) -> dict[str, Any]:
     results = results_of(args, data, index, rankings, flipped)
     results["seconds"] = round(time.perf_counter() - begin, 1)
     write_json(output / "results.json", results)
-    print(found_table(results) + f"\n{how_to_load(index.folder)}\n")
-    print(f"Report: {output / 'report.html'} and {output / 'report.png'}\nNumbers: {output / 'results.json'}")
-    print(f"It took {results['seconds']:.0f} s.\n{try_next(args, output)}")
+    say(found_table(results) + f"\n{how_to_load(index.folder)}\n")
+    say(f"Report: {output / 'report.html'} and {output / 'report.png'}\nNumbers: {output / 'results.json'}")
+    say(f"It took {results['seconds']:.0f} s.\n{try_next(args, output)}")
     return results
 
 
@@ -284,6 +285,7 @@ def _trains(args: DemoArguments) -> bool:
 def _begin_folder(args: DemoArguments) -> Path:
     """Make the output folder. Go on with an index of the same arguments; replace nothing that took its owner's time."""
     output = Path(args.output or ("hf_trak_demo_text" if args.data == "text" else "hf_trak_demo"))
+    refuse_url(output)
     marker = output / _MARKER
     settings = {key: value for key, value in asdict(args).items() if key != "overwrite"}
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

@@ -17,6 +17,8 @@ from hf_trak.evaluation import GroundTruth, ground_truth_from
 from hf_trak.evaluation.baselines import Checkpoints, make_baseline
 from hf_trak.featurizing.identity import recorded_processor
 from hf_trak.index import AttributionIndex
+from hf_trak.messages import say
+from hf_trak.storage.replacing import refuse_target
 from hf_trak.tasks import import_task
 
 if TYPE_CHECKING:
@@ -291,14 +293,14 @@ def run(args: LDSArguments, arguments: Sequence[str] = ()) -> list[dict[str, Any
 
     quiet_libraries()
     truth = load_ground_truth(args)
-    print(f"{describe(truth)}\n{describe_reliability(truth, reliability := reliability_of(truth, args))}\n")
+    say(f"{describe(truth)}\n{describe_reliability(truth, reliability := reliability_of(truth, args))}\n")
     inputs = load_inputs(args, truth)
-    print(f"Linear datamodeling score{_describe_interval(args)}")
+    say(f"Linear datamodeling score{_describe_interval(args)}")
     options: dict[str, Any] = {key: getattr(args, key) for key in ("resample", "n_bootstrap", "confidence", "seed")}
     found = {}
     for method, scores in inputs.methods():
         found[method] = lds(scores, *truth, **options)
-        print(line_of(method, found[method]), flush=True)
+        say(line_of(method, found[method]))
     rows = rows_of(inputs.case, found, truth, reliability)
     if args.output is not None:
         _write(args, arguments, rows)
@@ -321,6 +323,9 @@ def _check(args: LDSArguments) -> None:
         )
     if args.output is not None and Path(args.output).suffix != ".json":
         raise ValueError(f"--output must end in .json, but is {args.output}.")
+    if args.output is not None:
+        names = ("ground_truth", "queries", "scores", "train", "model")
+        refuse_target(Path(args.output), {f"--{name}": getattr(args, name) for name in names})
     if args.output is not None and Path(args.output).exists() and not args.overwrite:
         raise ValueError(f"{args.output} exists. Choose another place, or pass --overwrite.")
     _check_baselines(args)
@@ -415,4 +420,4 @@ def _write(args: LDSArguments, arguments: Sequence[str], rows: list[dict[str, An
     hardware = hardware_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     command = ["evaluate", "lds", *arguments]
     write_results(results_of("lds", command, rows, versions=library_versions(), hardware=hardware), Path(args.output))
-    print(f"\nNumbers: {args.output}")
+    say(f"\nNumbers: {args.output}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_trak.cli.parsing import Collect, make_parser, parse, rows_at_a_time
 from hf_trak.feature_args import FeatureArguments
-from hf_trak.messages import mask_secrets
+from hf_trak.messages import mask_secrets, say
 from hf_trak.runtime import uncollected
 
 if TYPE_CHECKING:
@@ -140,11 +140,13 @@ def run(args: FeaturizeArguments, features: FeatureArguments, given: Sequence[st
         AttributionIndex.build_shards(
             args.output, shard_index=args.shard_index, num_shards=args.num_shards, command=_without_part(given), **arguments
         )
-        print(f"\nPart {args.shard_index} of {args.num_shards} is done. When all are:\n\n    hf-trak merge {args.output}")
+        say(
+            f"\nPart {args.shard_index} of {args.num_shards} is done. When all are:\n\n    hf-trak merge {mask_secrets(args.output)}"
+        )
         return
     index = AttributionIndex.build(args.output, overwrite=args.overwrite, **arguments)
     if is_first:
-        print(describe_index(index, args.output, seconds=time.perf_counter() - begin))
+        say(describe_index(index, args.output, seconds=time.perf_counter() - begin))
 
 
 def _without_part(given: Sequence[str]) -> list[str]:
@@ -165,7 +167,7 @@ def describe_index(index: AttributionIndex, output: str, *, seconds: float) -> s
     return (
         f"\n{index.n_rows:,} rows, {n_members} member{'s' * (n_members > 1)}, "
         f"{index.members[0].info['coverage']:.1%} of the trainable parameters covered, {seconds:.1f} s.\n{points}\n"
-        f"{how_to_load(index.home)}\n\nNow ask it:\n\n    hf-trak attribute {output} --queries DATASET --output hits.jsonl"
+        f"{how_to_load(index.home)}\n\nNow ask it:\n\n    hf-trak attribute {mask_secrets(output)} --queries DATASET --output hits.jsonl"
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_trak.cli.parsing import Collect, make_parser, name_positions, parse, rows_at_a_time
+from hf_trak.messages import say
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -94,6 +95,9 @@ def run(args: LabelErrorsArguments) -> None:
     if output.exists() and not args.overwrite:
         raise ValueError(f"{output} exists. Choose another place, or pass --overwrite.")
 
+    from hf_trak.storage.replacing import refuse_target
+
+    refuse_target(output, {"--train": args.train, "--validation": args.validation, "--model": args.model})
     from hf_trak.cli.attribute import write_hits
     from hf_trak.cli.data import load_rows
     from hf_trak.cli.main import quiet_libraries
@@ -120,7 +124,7 @@ def run(args: LabelErrorsArguments) -> None:
         found = index.label_errors(validation, train=train, budget=budget, damping=damping, batch_size=batch_size)
         with naming(output):
             write_hits(found, unfinished, is_parquet=output.suffix == ".parquet")
-    print(f"\n{suspects(found, train, index)}\n\n{len(found):,} of {index.n_rows:,} training rows, by suspicion: {output}")
+    say(f"\n{suspects(found, train, index)}\n\n{len(found):,} of {index.n_rows:,} training rows, by suspicion: {output}")
 
 
 def load_train(args: LabelErrorsArguments, index: AttributionIndex) -> Dataset | None:

@@ -15,6 +15,7 @@ from hf_trak.messages import one_line
 from hf_trak.runtime import Terminated, uncollected
 
 SUCCESS, REFUSED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
+_LONGEST_NAME = 300
 _EXPECTED = (ValueError, OSError, MemoryError, ImportError)
 
 
@@ -48,6 +49,7 @@ def describe(error: BaseException) -> str:
         return f"Memory ran out. {said}".strip() if said else "Memory ran out. Use a smaller --batch_size or --max_memory."
     if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
         name = one_line(str(error.filename))
+        name = name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}..."
         return f"{name}: {error.strerror}. Check that it is there and that you may read or write it."
     if isinstance(error, _EXPECTED) and said:
         return said

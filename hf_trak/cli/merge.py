@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 
 from hf_trak.cli.main import OneLineErrors
+from hf_trak.messages import say
 
 _DESCRIPTION = """\
 Put an index together that jobs with --shard-index and --num-shards have made: check every file against its hash, sum the Gram matrices,
@@ -39,4 +40,4 @@ def run(folder: str) -> None:
     quiet_libraries()
     begin = time.perf_counter()
     index = AttributionIndex.merge(folder)
-    print(describe_index(index, folder, seconds=time.perf_counter() - begin))
+    say(describe_index(index, folder, seconds=time.perf_counter() - begin))

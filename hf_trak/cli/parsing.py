@@ -46,6 +46,27 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
         return action.option_strings[0] if action.nargs == "?" else values.strip()
 
 
+class _EachKeyOnce(yaml.SafeLoader):
+    """YAML's safe loader, without two of its habits: of a key that is there twice it takes the last, and `<<` copies mappings, which a few
+    lines can make billions of."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """Return a mapping.
+
+        Raises:
+            yaml.YAMLError: If a key is there twice, or is `<<`.
+        """
+        seen: set[str] = set()
+        for key in (
+            [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)] if isinstance(node, yaml.MappingNode) else []
+        ):
+            if key.value in seen or key.tag == "tag:yaml.org,2002:merge":
+                said = "is there twice; keep one of the lines" if key.value in seen else "is not served; write the lines out"
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} {said}", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def make_parser(dataclasses: Sequence[type], *, command: str, usage: str, description: str) -> HfArgumentParser:
     """Return a parser of the dataclasses' fields, and `--config`."""
     parser = _Parser(
@@ -113,13 +134,17 @@ def set_defaults_from_yaml(parser: argparse.ArgumentParser, path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"--config: there is no file {path}.")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: bytes that are no text, impossible dates
+        values = yaml.load(path.read_text(encoding="utf-8"), _EachKeyOnce)
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply; it must hold `flag: value` lines.") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are no text, impossible dates
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold `flag: value` lines, but holds {type(values).__name__}.")
     actions = _actions(parser)
     names = {key: str(key).replace("-", "_") for key in values}
+    if twice := [key for key, name in names.items() if list(names.values()).count(name) > 1]:
+        raise ValueError(f"{path} sets {' and '.join(map(str, twice))}, which are the same flag. Keep one of the lines.")
     unknown = [key for key, name in names.items() if name not in actions]
     if unknown:
         raise ValueError(f"{path} has unknown keys: {', '.join(map(str, unknown))}{_near_misses(parser, names.values())}")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hf_trak.cli.parsing import make_parser, name_positions, parse
+from hf_trak.messages import say
 
 _USAGE = "INDEX REPOSITORY [options]"
 _DESCRIPTION = """\
@@ -55,4 +56,4 @@ def run(args: PushArguments) -> None:
         commit_message=args.commit_message,
     )
     if url is not None:
-        print(f"Pushed: {url}")
+        say(f"Pushed: {url}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_trak.cli.parsing import make_parser, name_positions, parse
+from hf_trak.messages import mask_secrets, say
 
 _USAGE = "INDEX [options]"
 _DESCRIPTION = """\
@@ -43,6 +44,7 @@ def run(args: VerifyArguments) -> None:
     Raises:
         ValueError: If a file is damaged or missing.
     """
+    from hf_trak.config import CHOSEN_FOR_SCORES, CONFIG_NAME, TrakConfig
     from hf_trak.storage.verify import verify_index
 
     folder, fetch, mend = _open(args)
@@ -51,14 +53,17 @@ def run(args: VerifyArguments) -> None:
     n_bytes = sum(finding.bytes for finding in findings)
     if args.json:
         files = [finding._asdict() for finding in findings]
-        print(json.dumps({"index": args.index, "whole": not damaged, "bytes": n_bytes, "files": files}, indent=2))
+        print(json.dumps({"index": mask_secrets(args.index), "whole": not damaged, "bytes": n_bytes, "files": files}, indent=2))
     else:
         for finding in findings:
             if finding.problem:
-                print(f"{finding.file}: {finding.state}: {finding.problem}\n    {finding.mend}")
+                say(f"{finding.file}: {finding.state}: {finding.problem}\n    {finding.mend}")
         if not damaged:
             whole = [finding for finding in findings if finding.state == "whole"]
-            print(f"{args.index}: {len(whole):,} files, {n_bytes:,} bytes: all are what was written.")
+            say(f"{mask_secrets(args.index)}: {len(whole):,} files, {n_bytes:,} bytes: all are what was written.")
+            config = TrakConfig.from_pretrained(folder)
+            chosen = [f"{name} {getattr(config, name)}" for name in CHOSEN_FOR_SCORES if getattr(config, name) is not None]
+            say(f"Scores go by {CONFIG_NAME}: {', '.join(chosen)}. These may be edited, so no file is held against them.")
     if damaged:
         raise ValueError(
             f"{len(damaged)} of {len(findings)} files of {args.index} are damaged or missing: {damaged[0].file}, ..."

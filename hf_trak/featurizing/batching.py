@@ -141,16 +141,27 @@ def read_rows(dataset: Dataset, rows: list[int]) -> dict[str, list[Any]]:
     """
     try:
         return dataset[rows]
-    except (OSError, ValueError, SyntaxError):  # what Pillow raises on files that are no images, truncated, or broken
+    except Exception as error:
+        if not _is_of_a_file(error):
+            raise
         for row in rows:
-            try:
-                dataset[row]
-            except (OSError, ValueError, SyntaxError) as error:
-                raise ValueError(
-                    f"Row {row} of the dataset cannot be read: {error}. Repair it, or filter such rows. Nothing of this shard was "
-                    "written."
-                ) from error
+            _read_row(dataset, row)
         raise
+
+
+def _read_row(dataset: Dataset, row: int) -> None:
+    try:
+        dataset[row]
+    except Exception as error:
+        if not _is_of_a_file(error):
+            raise
+        reason = str(error).partition(" <_io.")[0].rstrip(".")
+        raise ValueError(f"Row {row} of the dataset cannot be read: {reason}. Repair it, or filter such rows.") from error
+
+
+def _is_of_a_file(error: Exception) -> bool:
+    """Return whether an error is what Pillow raises on files that are no images, truncated, broken or far too large."""
+    return isinstance(error, (OSError, ValueError, SyntaxError)) or type(error).__module__.partition(".")[0] == "PIL"
 
 
 def collate_rows(collate: Callable[[dict[str, list[Any]]], T], dataset: Dataset, rows: list[int]) -> T:

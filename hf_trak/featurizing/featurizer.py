@@ -49,7 +49,7 @@ from hf_trak.gradients import (
 )
 from hf_trak.hashing import hash_tensors
 from hf_trak.members import MIDDLE, PathPoint, read_alphas
-from hf_trak.messages import MissingProcessor
+from hf_trak.messages import MissingProcessor, is_raised_by_us
 from hf_trak.projectors import FastJL, Identity, Projector, StackedProjector, make_projectors
 from hf_trak.sources.checkpoints import load_model_and_base_rows
 from hf_trak.sources.path_bases import MadePoint, find_base, make_point
@@ -479,7 +479,7 @@ class Featurizer:
 
         setting = self.config.gradients
         # Not under autocast, whose round-off would hide what is looked for.
-        with dropout_mask(self.model, self.dropout_seed), self._attention(setting):
+        with self._naming_columns(batch), dropout_mask(self.model, self.dropout_seed), self._attention(setting):
             try:
                 engine, plan = decide(self.model, collate, len(numbers), setting=setting, **arguments)
             except TooFewExamples:
@@ -494,6 +494,24 @@ class Featurizer:
             # Not before: rows that the loop cannot compute either say nothing of the engine.
             self._engine, self._plan = engine, plan
             self._saw_padding = has_padding(collate(range(len(numbers))))
+
+    @contextmanager
+    def _naming_columns(self, batch: Mapping[str, Any]) -> Iterator[None]:
+        """Say what a batch holds where the model's code fails at it.
+
+        Raises:
+            ValueError: In place of the library's error, but for memory that runs out.
+        """
+        try:
+            yield
+        except (ValueError, RuntimeError, IndexError, KeyError, TypeError, AttributeError) as error:
+            if should_reduce_batch_size(error) or is_raised_by_us(error):
+                raise
+            shapes = [f"{name} {tuple(value.shape)}" for name, value in batch.items() if isinstance(value, Tensor)]
+            raise ValueError(
+                f"{type(self.model).__name__} cannot compute a batch of {', '.join(shapes)}: {str(error).rstrip('.')} ({type(error).__name__}). "
+                "Check that these columns are prepared as those that the model was trained on."
+            ) from error
 
     def _say(self, message: str) -> None:
         if message not in self._has_said:
@@ -594,9 +612,10 @@ class Featurizer:
             ids (`Sequence[int]`, *optional*): The rows' ids, for error messages.
 
         Raises:
-            ValueError: If a row's output or gradient is not finite; the message names the rows.
+            ValueError: If a row's output or gradient is not finite; the message names the rows. Or if the model cannot compute the batch.
         """
-        features = fetch(self.features(batch))
+        with self._naming_columns(batch):
+            features = fetch(self.features(batch))
         bad = not_finite(features)
         if bad and (self._engine is None or self._engine.name != "loop"):
             # Padding may have done it, as in models that take the logarithm of what a mask hides.

@@ -207,11 +207,13 @@ def recorded_checkpoint(folder: Path, checkpoint: dict[str, Any]) -> str:
         path = folder / checkpoint["path"]
         if not path.exists():
             raise FileNotFoundError(
-                f"The checkpoint of {folder} was at {path}, and is not there now. Say where it is with `models`."
+                f"The checkpoint of {folder} was at {path}, and is not there now. Say where it is with `models` (--model)."
             )
         return str(path)
     if checkpoint["repository"] is None:
-        raise ValueError(f"{folder} was made from a model in memory; give that model, or a folder it is saved in, as `models`.")
+        raise ValueError(
+            f"{folder} was made from a model in memory; give that model, or a folder it is saved in, as `models` (--model)."
+        )
     return checkpoint["repository"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class HubIndex:
             raise FileNotFoundError(
                 f"{repo_id!r} is neither a folder here nor the name of a dataset repository: there is no such folder. Check the path."
             ) from error
-        except (LocalEntryNotFoundError, HfHubHTTPError) as error:
+        except (LocalEntryNotFoundError, HfHubHTTPError, JSONDecodeError) as error:
             raise _out_of_reach(repo_id, error) from error
         except (ValueError, OSError):
             raise
@@ -93,7 +94,7 @@ class HubIndex:
                 f"{self.repo_id!r} at {self.sha} lacks {name}, which its {MEMBER_NAME} lists: it is incomplete. Ask for it to be pushed "
                 "again."
             ) from error
-        except (LocalEntryNotFoundError, HfHubHTTPError) as error:
+        except (LocalEntryNotFoundError, HfHubHTTPError, JSONDecodeError) as error:
             raise self._not_fetched(name, error) from error
         except (ValueError, OSError):
             raise
@@ -111,12 +112,14 @@ def _out_of_reach(repo_id: str, error: Exception) -> FileNotFoundError:
 def _reason(error: Exception) -> str:
     """Say why something could not be fetched, and what to do about it."""
     from huggingface_hub import constants, get_token
-    from huggingface_hub.errors import HfHubHTTPError
 
-    if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403, 404):
+    answers = [getattr(one, "response", None) for one in (error, error.__cause__)]
+    if any(getattr(answer, "status_code", None) in (401, 403, 404) for answer in answers):
         key = "your token does not open it" if get_token() else "no token is set"
         return f"it does not exist, or it is private and {key}. Check the name; log in with `hf auth login`, or set HF_TOKEN."
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set. Unset it to fetch what is missing."
+    if isinstance(error, JSONDecodeError):
+        return f"{constants.ENDPOINT} answers with what is no JSON, as a login page of a network does. Open it in a browser, then run again."
     said = next(iter(str(error.__cause__ or error).strip().splitlines()), type(error).__name__)
     return f"{constants.ENDPOINT} cannot be reached ({said.rstrip('.')}). Check the network."

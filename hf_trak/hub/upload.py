@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from json import JSONDecodeError
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -222,6 +223,10 @@ def _permission_needed(repo_id: str) -> Iterator[None]:
         raise PermissionError(
             f"The Hub does not let us write to the dataset repository {repo_id!r}: {key}. Log in with `hf auth login`, or set HF_TOKEN to "
             "a token with write access."
+        ) from error
+    except JSONDecodeError as error:
+        raise ConnectionError(
+            f"The Hub's answer is no JSON, as of a login page of a network, and nothing was pushed to {repo_id!r}. Check the network."
         ) from error
     except (ValueError, OSError):
         raise

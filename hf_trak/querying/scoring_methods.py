@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from typing_extensions import Unpack
 
+_HASHED_BEFORE_QUERIES = 1 << 30  # bytes; half a second of hashing, which is not done again when they are read
+
 
 class ScoringMethods:
     """The half of [`AttributionIndex`] that answers; the other half makes, loads and keeps what is asked."""
@@ -408,8 +410,11 @@ class ScoringMethods:
         return self._queries.sides(asked, batch_size, progress)
 
     def _check_gram(self, options: ScoreOptions) -> None:
-        """Refuse a singular Gram matrix."""
+        """Refuse a singular Gram matrix and damaged shards before queries cost anything; of a large index, the rest when it is read."""
         damped(self.members[0].gram(), n_rows=self.n_rows, damping=options.damping)
+        left = _HASHED_BEFORE_QUERIES
+        for member in self.members:
+            left = member.hash_shards(left)
 
     def _featurize(
         self, sides: Sequence[Side], batch_size: int | str, progress: bool, direction: str = "pair", *, shown: bool = False

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from hf_trak.hashing import hash_json, random_bits, stream_key
 from hf_trak.linalg import factor, solve
+from hf_trak.messages import DamagedFile
 from hf_trak.scoring.score import weigh
 from hf_trak.storage.files import read_sealed, write_sealed
 from hf_trak.storage.format import DAMPING_NAME
@@ -72,8 +73,11 @@ class DampingChoice:
         try:
             values: dict[str, Any] = read_sealed(folder / DAMPING_NAME)
             choice = cls(**{**values, "grid": tuple(values["grid"]), "curve": tuple(values["curve"])})
-        except (TypeError, KeyError, ValueError) as error:
-            raise ValueError(f"{folder / DAMPING_NAME} is damaged: {error} Delete it: it will be computed again.") from error
+        except (TypeError, KeyError, DamagedFile) as error:
+            reason = error.reason if isinstance(error, DamagedFile) else f"a field is missing or of another kind ({error})"
+            raise DamagedFile(
+                f"{folder / DAMPING_NAME} is damaged: {reason}. Delete it: it is computed again.", reason=reason
+            ) from error
         return choice if choice.members_sha256 == hash_members(members) else None
 
 

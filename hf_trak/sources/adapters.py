@@ -41,7 +41,9 @@ def read_adapter_config(source: str, revision: str | None = None) -> dict[str, A
         raise ValueError(f"{_CONFIG} of {source} is damaged: {error}. Save the adapter again.") from error
     base = values.get("base_model_name_or_path") if isinstance(values, dict) else None
     if not isinstance(values, dict) or not isinstance(values.get("peft_type"), str) or not isinstance(base, (str, type(None))):
-        raise ValueError(f"{_CONFIG} of {source} is damaged: it has no text in peft_type and base_model_name_or_path.")
+        raise ValueError(
+            f"{_CONFIG} of {source} is damaged: it has no text in peft_type and base_model_name_or_path. Save the adapter again."
+        )
     return values
 
 
@@ -82,7 +84,9 @@ def load_adapter(
     shapes = _shapes(source, revision)
     base, base_revision = base_of(source, revision)
     if base is None:
-        raise ValueError(f"{source} is an adapter of a model in memory: it names no base model. {_YOURSELF}.")
+        raise ValueError(
+            f"{source} is an adapter of a model in memory: it names no base model. Set base_model_name_or_path in its {_CONFIG}, or: {_YOURSELF[0].lower()}{_YOURSELF[1:]}."
+        )
     try:
         base_listing = look_up(base, base_revision)
     except FileNotFoundError as error:
@@ -98,16 +102,17 @@ def load_adapter(
     own = set(shapes)
     check_weights(model, info, base, elsewhere=[name for name in info["missing_keys"] if name in own] + _replaced(info, own))
     base_rows = {**_resize(model, shapes), **dict.fromkeys([*info["missing_keys"], *_replaced(info, own)], 0)}
-    config = PeftConfig.from_pretrained(source, revision=revision)
     try:
+        config = PeftConfig.from_pretrained(source, revision=revision)
         # PEFT trains no prompt that was loaded; `_train_prompt` makes it a parameter again.
         trainable = not config.is_prompt_learning
         loaded = PeftModel.from_pretrained(model, source, revision=revision, is_trainable=trainable, config=config)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300].rstrip(".")
         raise ValueError(
-            f"The adapter {source} cannot be put onto {type(model).__name__} of {base}: {reason} ({type(error).__name__}). Check that "
-            f"{_WEIGHTS} and {_CONFIG} are complete, and the base model in base_model_name_or_path."
+            f"The adapter {source}, of peft_type {values['peft_type']!r}, cannot be put onto {type(model).__name__} of {base}: {reason} "
+            f"({type(error).__name__}). Check that {_WEIGHTS} and {_CONFIG} are complete, the base model in base_model_name_or_path, and that "
+            "this version of peft has that type."
         ) from error
     _check_adapter(loaded, source, own)
     if config.is_prompt_learning:

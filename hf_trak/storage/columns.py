@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from hf_trak.messages import DamagedFile
 from hf_trak.storage.format import Origin, read_origin, refuse_other_origin, write_origin
 
 ROW_DIGEST = "trak_row_digest"
@@ -79,9 +80,11 @@ def check_example_ids(path: Path, example_id: Int64[Tensor, " rows"], first_row:
     wrong = (example_id != torch.arange(first_row, first_row + len(example_id))).nonzero()
     if len(wrong):
         place = int(wrong[0])
-        raise ValueError(
-            f"{path} is damaged: its example_id is {int(example_id[place])} where row {first_row + place} belongs. Restore it from a copy, "
-            "or delete it and run the command that made the index again: only missing files are made again."
+        reason = f"its example_id is {int(example_id[place])} where row {first_row + place} belongs"
+        raise DamagedFile(
+            f"{path} is damaged: {reason}. Restore it from a copy, or delete it and run the command that made the index again: only missing "
+            "files are made again.",
+            reason=reason,
         )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hf_trak.hashing import hash_json
+from hf_trak.messages import DamagedFile
 from hf_trak.storage.object_store import ObjectPath
 
 TEMPORARY = ".tmp"  # ends the names of files that are not whole
@@ -20,6 +21,7 @@ TEMPORARY = ".tmp"  # ends the names of files that are not whole
 _SEAL = "sha256"
 _LARGEST_JSON = 64 << 20
 _KINDS: dict[type, str] = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 _TEMPORARY_NAME = re.compile(rf"\.(?P<name>.+)\.(?P<host>[^.]+)\.(?P<process>\d+){re.escape(TEMPORARY)}")
 
 T = TypeVar("T")
@@ -50,7 +52,8 @@ def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
 
 
 def _damaged_json(path: Path, reason: str) -> ValueError:
-    return ValueError(f"{path} is damaged: {reason}. Restore it from a copy, or delete it and run again what wrote it.")
+    said = f"{path} is damaged: {reason}. Restore it from a copy, or delete it and run again what wrote it."
+    return DamagedFile(said, reason=reason)
 
 
 def field_of(path: Path, values: dict[str, Any], name: str, kind: type[T]) -> T:
@@ -124,14 +127,29 @@ def file_size(path: Path) -> int | None:
     return path.stat().st_size if path.exists() else None
 
 
+def refuse_url(path: Path) -> None:
+    """Refuse a URL where a local file or folder is written: `Path` would make a folder of that name of it.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    if path.parts and _SCHEME.fullmatch(path.parts[0]):
+        url = f"{path.parts[0]}//{'/'.join(path.parts[1:])}"
+        raise ValueError(
+            f"{url} is a URL, where a local name is expected. Write to a local one, and copy what was written from there."
+        )
+
+
 def write_folder(path: Path) -> None:
     """Make a folder and those above it, unless it is there; an object store has none.
 
     Raises:
         OSError: With advice, as [`write_atomically`] has it.
+        ValueError: If it is a URL, which `Path` would make a folder of that name of.
     """
     if isinstance(path, ObjectPath):
         return
+    refuse_url(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -232,7 +250,7 @@ _ADVICE = {
     (
         errno.EFBIG,
     ): "{path} is larger than this system lets a file be (`ulimit -f`), and was not written. What was finished is kept; "
-    "raise the limit, or take a smaller shard_rows.",
+    "raise the limit, or write less to a file: a smaller shard_rows, fewer hits.",
     (errno.EROFS, errno.EACCES, errno.EPERM): "{path} may not be written: {reason}. What was finished is kept; make {folder} "
     "writable, or copy it to where you may write, and run again.",
     (

@@ -17,8 +17,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hf_trak.config import CONFIG_NAME
+from hf_trak.config import CONFIG_NAME, TrakConfig
 from hf_trak.hashing import hash_json
+from hf_trak.messages import DamagedFile, list_differences
 from hf_trak.storage.files import field_of, file_sizes, read_json
 
 MEMBER_NAME = "member.json"
@@ -142,10 +143,11 @@ def refuse_other_origin(path: Path, found: Origin | None, expected: Origin) -> N
         what = f"is of member_{found.member}"
     else:
         what = f"is shard {found.shard} of {found.n_shards}"
-    raise ValueError(
-        f"{path} {what}, where shard {expected.shard} of {expected.n_shards}"
-        f"{'' if expected.member is None else f' of member_{expected.member}'} of this index is expected. Restore it from a copy, or run "
-        "the command that made the index again: only damaged files are made again."
+    what += f", where shard {expected.shard} of {expected.n_shards}"
+    what += f"{'' if expected.member is None else f' of member_{expected.member}'} of this index is expected"
+    raise DamagedFile(
+        f"{path} {what}. Restore it from a copy, or run the command that made the index again: only damaged files are made again.",
+        reason=f"it {what}",
     )
 
 
@@ -164,6 +166,8 @@ def read_member_info(folder: Path) -> dict[str, Any]:
             raise _damaged(path, f"{name!r} is {identity[name]}, where a positive number is expected")
     if "point" in identity:
         _check_point(path, info, field_of(path, identity, "point", dict))
+    if "checkpoint" in info:
+        _check_source(path, "checkpoint", field_of(path, info, "checkpoint", dict))
     rows = 0
     for number, entry in enumerate(field_of(path, info, "files", list)):
         if not isinstance(entry, dict):
@@ -181,6 +185,22 @@ def read_member_info(folder: Path) -> dict[str, Any]:
     return info
 
 
+def differences_from(identity: Mapping[str, Any], config: TrakConfig) -> list[str]:
+    """Return one line per value in which what a member records of itself differs from the configuration of its index.
+
+    Damping, `out_to_loss_power` and `combination` are no part of it: they are chosen after the fact, and a member does not know them.
+    """
+    dataset = identity.get("dataset") or {}
+    pairs: list[tuple[str, Any, Any]] = [("config", identity.get("config"), config.identity())]
+    if "task" in identity:
+        pairs.append(("task", identity["task"], config.task))
+    if "columns" in dataset:
+        pairs.append(("columns_read", dataset["columns"] or None, config.columns_read or None))
+    if "label_names" in dataset:
+        pairs.append(("label_names", dataset["label_names"] or None, list(config.label_names or ()) or None))
+    return [line for name, found, wanted in pairs for line in list_differences(found, wanted, name)]
+
+
 def _check_point(path: Path, info: dict[str, Any], point: dict[str, Any]) -> None:
     """Check that a member which is a point of a path says which, and where its base is."""
     alpha = point.get("alpha")
@@ -189,12 +209,18 @@ def _check_point(path: Path, info: dict[str, Any], point: dict[str, Any]) -> Non
     for name in ("from_zero", "kept"):
         field_of(path, point, name, list)
     base = field_of(path, info, "base", dict)
-    if wrong := [name for name in ("path", "repository", "revision") if not isinstance(base.get(name), (str, type(None)))]:
-        raise _damaged(path, f"{wrong[0]!r} of 'base' is {base[wrong[0]]!r}, where text or nothing is expected")
+    _check_source(path, "base", base)
     base = {"path": None, "repository": None, **base}
     if point.get("base") is None and base["path"] is None and base["repository"] is None:
         raise _damaged(path, "it does not say where the base of the path is")
 
 
+def _check_source(path: Path, name: str, source: dict[str, Any]) -> None:
+    """Check that what says where weights lie are texts, or nothing."""
+    if wrong := [part for part in ("path", "repository", "revision") if not isinstance(source.get(part), (str, type(None)))]:
+        raise _damaged(path, f"{wrong[0]!r} of {name!r} is {source[wrong[0]]!r}, where text or nothing is expected")
+
+
 def _damaged(path: Path, reason: str) -> ValueError:
-    return ValueError(f"{path} is damaged: {reason}. Restore it from a copy, or delete {path.parent} and featurize again.")
+    said = f"{path} is damaged: {reason}. Restore it from a copy, or delete {path.parent} and featurize again."
+    return DamagedFile(said, reason=reason)

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hf_trak.storage.files import advise, ended_temporaries, remove_leftovers, temporary_name, write_folder
+from hf_trak.storage.replacing import refuse_target
 
 _CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
 
@@ -26,6 +27,7 @@ def output_file(path: Path, *, n_bytes: int, unfinished: Path | None = None) -> 
     Raises:
         OSError: Naming `path`, if it may not be written or there is no room; before the block, so that nothing is computed for it.
     """
+    refuse_target(path)
     write_folder(path.parent)
     temporary = unfinished or temporary_name(path)
     with naming(path):
@@ -86,6 +88,7 @@ def resumable_file(path: Path, *, n_bytes: int) -> Iterator[Progress]:
     Raises:
         OSError: As [`output_file`].
     """
+    refuse_target(path)
     write_folder(path.parent)
     temporary, noted = temporary_name(path), path.with_name(f"{path.name}.progress")
     progress = Progress(temporary, temporary_name(noted))

@@ -102,6 +102,18 @@ class MemberReader:
         self._verified.add(name)
         return path
 
+    def hash_shards(self, most_bytes: int) -> int:
+        """Hash shards that are here, in order, as far as they have at most so many bytes, and return how many of these are left.
+
+        Raises:
+            ValueError: If one is not what was written.
+        """
+        for name, record in self.records.items():
+            if self._fetch is None and "rows" in record and record["bytes"] <= most_bytes:
+                self.path(name)
+                most_bytes -= record["bytes"]
+        return most_bytes
+
     def _what_it_is(self, path: Path, problem: str) -> str:
         """Say of a file that is not what was written what it is, as far as it tells; otherwise, what the problem is."""
         names = [name for name, record in self.records.items() if "rows" in record]

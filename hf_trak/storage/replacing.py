@@ -8,7 +8,7 @@ old index is untouched. Files that no index wrote are neither moved nor removed.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hf_trak.config import CARD_NAME, CONFIG_NAME
-from hf_trak.storage.files import file_sizes, name_of_temporary, read_json, remove_file, write_folder, write_json
+from hf_trak.storage.files import file_sizes, name_of_temporary, read_json, refuse_url, remove_file, write_folder, write_json
 from hf_trak.storage.format import (
     IDENTITY_NAME,
     MEMBER_NAME,
@@ -94,6 +94,28 @@ def is_member_file(name: str) -> bool:
     """Return whether a member's folder may hold a file of this name, whole or temporary; one in `.progress` is `.progress/NAME`."""
     folder, separator, inside = name.rpartition("/")
     return is_member_name(f"{folder}{separator}{name_of_temporary(inside) or inside}")
+
+
+def refuse_target(path: Path, read: Mapping[str, str | Sequence[str] | None] | None = None) -> None:
+    """Refuse a name for a file of results that would replace what is no earlier result: a URL, a file of an index, or what is read.
+
+    Args:
+        read (`Mapping`, *optional*): Files, folders and repositories that the results are made from, by what they are called.
+
+    Raises:
+        ValueError: Saying what it is.
+    """
+    refuse_url(path)
+    target = path.resolve()
+    for folder, name in ((target.parent, target.name), (target.parent.parent, f"{target.parent.name}/{target.name}")):
+        if is_index_name(name) and (folder / CONFIG_NAME).is_file():
+            raise ValueError(f"{path} is a file of the index in {folder}, which results may not replace. Choose another name.")
+    for name, places in (read or {}).items():
+        for place in [places] if isinstance(places, str) else places or ():
+            source = Path(place).resolve()
+            is_inside = source.is_dir() and not (source / CONFIG_NAME).is_file() and target.is_relative_to(source)
+            if target.exists() and (target == source or is_inside):
+                raise ValueError(f"{path} is {name} or a file in it, which the results would replace. Choose another name.")
 
 
 def _listed(folder: Path) -> set[str]:

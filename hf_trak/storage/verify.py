@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from hf_trak.config import CONFIG_NAME, TrakConfig
 from hf_trak.hashing import hash_file
-from hf_trak.messages import list_differences
+from hf_trak.messages import DamagedFile
 from hf_trak.storage.columns import check_shard
 from hf_trak.storage.files import file_sizes, name_of_temporary, read_sealed
 from hf_trak.storage.format import (
@@ -30,6 +30,7 @@ from hf_trak.storage.format import (
     MEMBER_NAME,
     PROGRESS,
     Origin,
+    differences_from,
     is_index_name,
     is_shard_name,
     member_numbers,
@@ -159,7 +160,7 @@ def _read_config(folder: Path) -> tuple[TrakConfig | None, Finding]:
         config = TrakConfig.from_pretrained(folder)
     except ValueError as error:
         return None, Finding(
-            CONFIG_NAME, "damaged", str(error), "Restore it from a copy, or run the command that made the index again."
+            CONFIG_NAME, "damaged", _reason(error), "Restore it from a copy, or run the command that made the index again."
         )
     return config, Finding(CONFIG_NAME, "whole", bytes=(folder / CONFIG_NAME).stat().st_size)
 
@@ -168,8 +169,13 @@ def _verify_sealed(folder: Path, name: str, mend: str) -> Finding:
     try:
         read_sealed(folder / name)
     except ValueError as error:
-        return Finding(name, "damaged", str(error), mend)
+        return Finding(name, "damaged", _reason(error), mend)
     return Finding(name, "whole", bytes=(folder / name).stat().st_size)
+
+
+def _reason(error: Exception) -> str:
+    """Return what is wrong with a file, without the file's name and the way out where the error has them apart."""
+    return error.reason if isinstance(error, DamagedFile) else str(error)
 
 
 def _verify_member(
@@ -185,12 +191,11 @@ def _verify_member(
     try:
         info = read_member_info(member)
     except ValueError as error:
-        yield Finding(name, "damaged", str(error), restore)
+        yield Finding(name, "damaged", _reason(error), restore)
         return
-    found = info["identity"].get("config")
-    lines = [] if config is None else list_differences(found, config.identity())
+    lines = [] if config is None else differences_from(info["identity"], config)
     if lines:
-        yield Finding(name, "damaged", f"it is of another index than {CONFIG_NAME}: {'; '.join(lines)}", restore)
+        yield Finding(name, "damaged", f"it is of another index than {CONFIG_NAME} says: {'; '.join(lines)}", restore)
     else:
         yield Finding(name, "whole", bytes=(member / MEMBER_NAME).stat().st_size)
     shards = [entry["file"] for entry in info["files"] if "rows" in entry]
@@ -235,7 +240,7 @@ def _problem_inside(path: Path, entry: dict[str, Any], origin: Origin | None) ->
             if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or not torch.isfinite(gram).all():
                 return f"it is no square matrix of finite numbers, but of shape {tuple(gram.shape)}"
     except (ValueError, KeyError, OSError, pa.ArrowException, SafetensorError) as error:
-        return str(error)
+        return _reason(error)
     return ""
 
 

@@ -232,6 +232,10 @@ class TextInputs:
         if self.vocabulary is None or not len(dataset):
             return
         flat = pc.list_flatten(_arrow(dataset, "input_ids")).to_numpy(zero_copy_only=False)
+        if flat.dtype.kind not in "iu":
+            raise ValueError(
+                f"'input_ids' must hold whole numbers, the ids of tokens, but holds {flat.dtype} such as {flat[0]!r}."
+            )
         wrong = (flat < 0) | (flat >= self.vocabulary)
         if "attention_mask" in dataset.features and wrong.any():
             wrong &= pc.list_flatten(_arrow(dataset, "attention_mask")).to_numpy(zero_copy_only=False).astype(bool)
@@ -401,6 +405,19 @@ def _stack(name: str, values: Sequence[Any]) -> Tensor:
     return stacked.float() if stacked.is_floating_point() else stacked.long()
 
 
+def refuse_whole_numbers(name: str, pixels: Tensor) -> None:
+    """Refuse pixels as a file holds them where prepared ones are expected: a model cannot have been trained on them as they are.
+
+    Raises:
+        ValueError: If they are whole numbers.
+    """
+    if not pixels.is_floating_point():
+        raise ValueError(
+            f"{name!r} holds whole numbers from {int(pixels.min())} to {int(pixels.max())}, where the numbers are expected that the image "
+            f"processor makes of a picture. Put pictures into an image column, or write what the model was trained on into {name!r}, as floats."
+        )
+
+
 @dataclass(frozen=True)
 class ImageInputs:
     """An image column through an image processor, or rows that already hold `pixel_values`.
@@ -469,7 +486,7 @@ class ImageInputs:
             names = extra_columns(list(rows), self.accepted, _LABELS)
             found = {name: _stack(name, rows[name]) for name in names}
             if self.main != "input_ids":
-                found[self.main] = found[self.main].float()
+                refuse_whole_numbers(self.main, found[self.main])
         else:
             column = self._column_of(rows)
             images = open_pictures(rows[column], self.mode, column)

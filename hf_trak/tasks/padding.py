@@ -40,6 +40,27 @@ def position_limit(model: PreTrainedModel) -> int | None:
     return min([stated, *(rows - skipped for rows, skipped in tables)])
 
 
+def tokenizer_limit(tokenizer: Any) -> int | None:
+    """Return how many tokens a tokenizer says that a text may have; None if it says nothing, or a number beyond any memory.
+
+    Raises:
+        ValueError: If that is no number of tokens.
+    """
+    limit = getattr(tokenizer, "model_max_length", None)
+    is_number = (
+        isinstance(limit, (int, float))
+        and not isinstance(limit, bool)
+        and limit >= 1
+        and (limit >= _ABSURD or limit == limit // 1)
+    )
+    if limit is not None and not is_number:
+        raise ValueError(
+            f"The tokenizer's model_max_length is {limit!r}, where a whole number of tokens, of at least 1, is expected. Correct it in its "
+            "tokenizer_config.json, or set `tokenizer.model_max_length`."
+        )
+    return None if limit is None or limit >= _ABSURD else int(limit)
+
+
 def text_limit(max_length: int | None, positions: int | None, tokenizer: Any, *, strict: bool) -> int | None:
     """Return how many tokens of a text are kept: `max_length`, or else as many as there are positions, and no more than the tokenizer
     allows; None for all.
@@ -47,7 +68,7 @@ def text_limit(max_length: int | None, positions: int | None, tokenizer: Any, *,
     Args:
         strict (`bool`): Whether a text beyond the positions is an error, so that `max_length` cannot exceed them.
     """
-    limits = [max_length or positions, getattr(tokenizer, "model_max_length", None), positions if strict else None]
+    limits = [max_length or positions, tokenizer_limit(tokenizer), positions if strict else None]
     limit = min((value for value in limits if value), default=_ABSURD)
     return int(limit) if limit < _ABSURD else None
 

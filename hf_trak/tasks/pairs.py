@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_trak.hashing import hash_tensors, random_bits, stream_key
 from hf_trak.messages import MissingProcessor
-from hf_trak.tasks.inputs import ImageInputs, Rows, TextInputs
+from hf_trak.tasks.inputs import ImageInputs, Rows, TextInputs, refuse_whole_numbers
 from hf_trak.tasks.pictures import check_pictures, open_pictures
 from hf_trak.tasks.rows import is_transformed, name_rows
 
@@ -235,6 +235,7 @@ class PairInputs:
     def _image_batch(self, rows: Rows, processing_class: Any) -> dict[str, Tensor]:
         if self._has_pixels(rows):
             found = {name: torch.stack(list(map(torch.as_tensor, rows[name]))) for name in self.image_names if name in rows}
+            refuse_whole_numbers("pixel_values", found["pixel_values"])
             return {name: value.float() if name == "pixel_values" else value for name, value in found.items()}
         column = self.images._column_of(rows)
         pictures = open_pictures(rows[column], "RGB", column)

@@ -30,6 +30,7 @@ from hf_trak.tasks.padding import (
     position_limit,
     refuse_packed,
     refuse_texts_without_boxes,
+    tokenizer_limit,
     vocabulary_size,
 )
 from hf_trak.tasks.rows import Faults
@@ -426,9 +427,7 @@ class TokenInputs(abc.ABC):
 
     def _limit(self, processing_class: Any) -> int:
         """Return how many tokens of a text are kept."""
-        return min(
-            self.max_length or _NO_LIMIT, self.positions or _NO_LIMIT, getattr(processing_class, "model_max_length", _NO_LIMIT)
-        )
+        return min(self.max_length or _NO_LIMIT, self.positions or _NO_LIMIT, tokenizer_limit(processing_class) or _NO_LIMIT)
 
     def _describe_limit(self, processing_class: Any) -> str:
         """Say how many tokens of a text are kept, and why."""
@@ -454,7 +453,10 @@ def without_padding(row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """Return a tokenized row's ids without padding, and which tokens were kept."""
     if row["input_ids"] is None:
         raise ValueError("its 'input_ids' are None; filter it out")
-    ids = np.asarray(row["input_ids"], dtype=np.int64)
+    given = np.asarray(row["input_ids"])
+    if given.size and given.dtype.kind not in "iu":
+        raise ValueError(f"its 'input_ids' hold {given.dtype}, where whole numbers are expected, the ids of tokens")
+    ids = given.astype(np.int64)
     if ids.ndim != 1:
         raise ValueError(
             f"its 'input_ids' have the shape {ids.shape}; a row is one list of tokens, without the batch axis of a collator"
