@@ -113,6 +113,7 @@ COMMANDS = {
     "merge": "put an index together that an array of jobs has made",
     "attribute": "ask an index which training examples raised and lowered the model's output on your queries",
     "label-errors": "list the training rows of a classifier whose labels look wrong",
+    "select": "choose the training rows that are best for a target set, or find those that hurt it",
     "evaluate": "measure how good attributions are, against what is known",
     "push": "upload an index to a dataset repository of the Hub",
     "verify": "check that every file of an index is what was written, and say how to mend those that are not",
