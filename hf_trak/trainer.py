@@ -140,7 +140,8 @@ class AttributionMixin(_Base):
         self._described: dict[str, Any] = {}
         self._told_losses: list[str] = []
         if self.members.is_single_run:
-            callback = AttributionCallback(args.members, keep_initial=self.args.base == INITIAL)
+            keep_initial = self.args.base == INITIAL
+            callback = AttributionCallback(args.members, keep_initial=keep_initial, keep_optimizer=args.keep_optimizer)
             callback._uploads_indexes = callback._tells_losses = False
             self.add_callback(callback)
 

@@ -13,7 +13,7 @@ from models import make_model
 from reference import gradient_loop, scaled_scores
 from transformers import Trainer, TrainingArguments
 
-from hf_trak import AttributionIndex, Task, TrakConfig
+from hf_trak import AttributionArguments, AttributionIndex, AttributionTrainer, Task, TrakConfig
 from hf_trak.cli.main import main
 from hf_trak.cli.select import read_budget
 from hf_trak.querying.less import AdamMoments, checkpoint_weights, parameter_groups
@@ -146,6 +146,29 @@ def test_moments_have_the_names_and_order_of_the_trainer(trained):
     model.bert.embeddings.requires_grad_(False)
     with pytest.raises(ValueError, match=r"some were frozen.*optimizer='none'"):
         AdamMoments.load(models[0] / "optimizer.pt", model)
+
+
+def test_snapshots_keep_what_less_takes(tmp_path):
+    args = AttributionArguments(
+        str(tmp_path), members="epoch:2", keep_optimizer=True, proj_dim=32, shard_rows=16, num_train_epochs=2, save_strategy="epoch",
+        per_device_train_batch_size=8, logging_steps=1, report_to="none", dataloader_pin_memory=False, disable_tqdm=True,
+    )  # fmt: skip
+    model = make_model("bert", seed=0)
+    collator = TaskCollator(AutoTask.from_model(model, TrakConfig()))
+    trainer = AttributionTrainer(model, args, train_dataset=TRAIN.remove_columns("kind"), data_collator=collator)
+    trainer.train()
+    index = trainer.featurize()
+    states = [sorted((tmp_path / name).glob(pattern)) for name, pattern in (("members", "epoch-*"), (".", "checkpoint-*"))]
+    ours, theirs = ([torch.load(folder / "optimizer.pt", weights_only=True)["state"] for folder in some] for some in states)
+    assert len(ours) == len(theirs) == 2
+    for mine, other in zip(ours, sorted(theirs, key=lambda state: state[0]["step"]), strict=True):
+        assert all(torch.equal(mine[number]["exp_avg_sq"], other[number]["exp_avg_sq"]) for number in other)
+    found = index.select(TARGET, 4, method="less", group_by="task", train=TRAIN, progress=False)
+    how = json.loads(found.info.description)
+    assert how["optimizer"] == "Adam's moments at each checkpoint"
+    assert "mean learning rates logged" in how["weights of checkpoints"]
+    with pytest.raises(ValueError, match="of a single run"):
+        AttributionArguments(str(tmp_path), members="runs:2", keep_optimizer=True)
 
 
 def test_without_moments_or_learning_rates_it_is_told(built):

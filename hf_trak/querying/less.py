@@ -109,7 +109,7 @@ def parameter_groups(model: Any) -> tuple[list[str], list[str]]:
     """Return the names of trainable parameters as `Trainer` hands them to its optimizer: with weight decay, and without."""
     from transformers import Trainer
 
-    decaying = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
+    decaying = set(Trainer.get_decay_parameter_names(None, model))
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     return [name for name in trainable if name in decaying], [name for name in trainable if name not in decaying]
 

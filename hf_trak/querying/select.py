@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -228,9 +229,7 @@ class SelectMethods:
             )
         files, about = find_optimizers(folders, optimizer)
         weights, source = checkpoint_weights(folders, learning_rates)
-        checkpoints = [
-            Checkpoint(lambda plan=plan: self._featurizer_of(plan), file) for plan, file in zip(plans, files, strict=True)
-        ]
+        checkpoints = [Checkpoint(partial(self._featurizer_of, plan), file) for plan, file in zip(plans, files, strict=True)]
         n_rows = self.members[0].n_rows
         scores = less_scores(
             checkpoints,

@@ -262,7 +262,8 @@ def minus_loss(task: Task) -> Task:
     if isinstance(function, ContrastiveOutput):
         return replace(task, output_function=replace(function, minus_loss=True))
     if isinstance(function, Reduced):
-        return replace(task, output_function=replace(function, exact=True))
+        exact: Any = replace(function, exact=True)
+        return replace(task, output_function=exact)
     if function is sum_of_log_odds:
         return replace(task, output_function=sum_of_log_p)
     if task.out_to_loss_kind not in ("one_minus_p", "residual", "other"):
