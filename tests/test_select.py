@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset, load_dataset
 from datasets_for_tests import save_model, token_rows
-from models import make_model
+from models import bert, make_model
 from reference import gradient_loop, scaled_scores
 from transformers import Trainer, TrainingArguments
 
@@ -18,7 +18,7 @@ from hf_trak.cli.main import main
 from hf_trak.cli.select import read_budget
 from hf_trak.querying.less import AdamMoments, checkpoint_weights, parameter_groups
 from hf_trak.scoring.selection import shares, spread_out
-from hf_trak.tasks import AutoTask, TaskCollator
+from hf_trak.tasks import AutoTask, TaskCollator, minus_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*chosen rows have")
 
@@ -133,6 +133,29 @@ def test_less_is_a_loop_over_examples(trained, adam):
     np.testing.assert_allclose(by_row(found), groups.max(1), rtol=2e-3, atol=2e-5)
     mean = index.select(TARGET.remove_columns("task"), N, method="less", train=TRAIN, progress=False, **options)
     np.testing.assert_allclose(by_row(mean), expected.mean(1), rtol=2e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize(("name", "options", "label"), [
+    ("bert", {}, 2),
+    ("bert", {"num_labels": 1, "problem_type": "regression"}, 0.7),
+    ("bert", {"problem_type": "multi_label_classification"}, [1.0, 0.0, 1.0]),
+    ("gpt2 lm", {}, None),
+])  # fmt: skip
+def test_the_gradient_compared_is_that_of_the_models_own_loss(name, options, label):
+    torch.manual_seed(0)
+    model = (bert(**options) if options else make_model(name)).double().eval()
+    task = minus_loss(AutoTask.from_model(model, TrakConfig()))
+    rows = Dataset.from_dict({"input_ids": [[5, 9, 17, 30, 8], [7, 3, 12]]})
+    if label is not None:
+        rows = rows.add_column("label", [label] * 2)
+    for row in range(2):
+        batch = task.reading(rows).collate(rows[[row]], None)
+        parameters = list(model.parameters())
+        ours = torch.autograd.grad(task.output_function(model, batch)[0].sum(), parameters, allow_unused=True)
+        labels = batch["labels"].double() if isinstance(label, (float, list)) else batch["labels"]
+        own = torch.autograd.grad(model(**{**batch, "labels": labels}).loss, parameters, allow_unused=True)
+        ours, own = (torch.cat([grad.flatten() for grad in grads if grad is not None]) for grads in (ours, own))
+        torch.testing.assert_close(ours / ours.norm(), -own / own.norm(), rtol=1e-4, atol=1e-7)
 
 
 def test_moments_have_the_names_and_order_of_the_trainer(trained):

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float64, Int64
 
 from hf_trak.config import TrakConfig
+from hf_trak.distributed import rank_and_size
 from hf_trak.featurizing.identity import recorded_checkpoint
 from hf_trak.members import Pass
 from hf_trak.querying.less import Checkpoint, checkpoint_weights, find_optimizers, less_scores, parts_of
@@ -158,7 +159,7 @@ class SelectMethods:
         found.info.description = json.dumps(
             describe_subset(self.folder, self.members, target, group_by, len(found), how), default=str
         )
-        if place is not None:
+        if place is not None and rank_and_size()[0] == 0:
             write_subset(found, place, progress=progress)
         return found
 
