@@ -8,7 +8,7 @@ of captions with labels drawn at random. A target is 100 other rows of SST-2, or
 
 The recipe is LESS's: a model with LoRA adapters (in its last layer here, beside a new pooler and head) is warmed up on a random 5 % for four
 epochs, its checkpoints after two and four are what gradients are taken at, and a fresh model is trained on what was chosen. All methods choose 100 rows, and all are trained alike. Nothing was
-tuned for a method: the recipe was fixed on random rows. Each seed draws its own rows, adapters and order of training. No method sees which
+tuned for a method: the learning rate and the epochs were fixed on random rows of another seed. Each seed draws its own rows, adapters and order of training. No method sees which
 rows are flipped. With `balance=label`, both labels have the same share of the rows chosen.
 """
 
@@ -40,7 +40,7 @@ from hf_trak.scoring.selection import first_rows, shares
 N_POOL, BUDGET, N_TARGET, N_TEST = 2000, 0.05, 100, 400
 RELATION = {"P131": 0, "P159": 1}
 TARGETS = {"sst2": "SST-2", "relation": "relation"}
-EPOCHS, BATCH, RATE = 6, 16, 2e-3
+EPOCHS, BATCH, RATE = 6, 16, 3e-4
 MAX_TOKENS = 32
 T_95 = {1: math.inf, 2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
