@@ -33,7 +33,8 @@ from hf_trak.sources.row_digests import check_kept
 from hf_trak.storage.files import TEMPORARY, write_folder
 from hf_trak.storage.snapshots import is_snapshot
 from hf_trak.tasks import AutoTask, PairCollator, TaskCollator, is_dual_encoder, is_language_model
-from hf_trak.tasks.rows import features_of
+from hf_trak.tasks.preferences import PREFERENCE_TOKENS
+from hf_trak.tasks.rows import column_names, features_of
 from hf_trak.training.callback import INDEX_FOLDER, MEMBERS_FOLDER, AttributionCallback, check_writable, without_indexes
 from hf_trak.training.checks import (
     WithoutColumns,
@@ -283,7 +284,7 @@ class AttributionMixin(_Base):
                 f"No task serves a {type(self.model).__name__}, which is no model of transformers. Say what to attribute with "
                 "`task=Task.custom(...)`: docs/custom_tasks.md."
             )
-        task = self.task or AutoTask.from_model(self.model, self.args.trak_config())
+        task = self.task or AutoTask.from_model(self.model, self._task_config())
         with random_state_kept():  # a transform may draw
             task = task.reading(self._attributed)
             if self.attribution_dataset is None:
@@ -403,9 +404,16 @@ class AttributionMixin(_Base):
         )
         return self.index
 
+    def _task_config(self) -> TrakConfig:
+        """The arguments' configuration; of the rows that TRL's DPOTrainer makes, of preferences with its beta."""
+        config = self.args.trak_config()
+        if not set(PREFERENCE_TOKENS) <= set(column_names(self._attributed)):
+            return config
+        return replace(config, task="preference", preference_beta=getattr(self.args, "beta", config.preference_beta))
+
     def _trak_config(self) -> TrakConfig:
         """The arguments' configuration; parameters that were frozen in training, which snapshots do not tell, are named."""
-        config = self.args.trak_config()
+        config = self._task_config()
         parameters = dict(self.model.named_parameters())
         trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
         if config.parameters is None and len(trained) < len(parameters):

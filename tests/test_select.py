@@ -167,6 +167,7 @@ def test_moments_have_the_names_and_order_of_the_trainer(trained):
     assert all(moments.second[name].shape == parameter.shape for name, parameter in trained_ones.items())
     assert moments.step == 5
     model.bert.embeddings.requires_grad_(False)
+    assert AdamMoments.load(models[0] / "optimizer.pt", model, trained_ones).first.keys() == trained_ones.keys()
     with pytest.raises(ValueError, match=r"some were frozen.*optimizer='none'"):
         AdamMoments.load(models[0] / "optimizer.pt", model)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tokenizers_for_tests import byte_tokenizer
 
+from hf_trak import AttributionArguments, attribution
 from hf_trak.config import TrakConfig
 from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.tasks import AutoTask
@@ -310,3 +311,24 @@ def test_preferences_are_what_dpotrainer_trains_on(kind: str, tmp_path: Path):
         found = torch.autograd.grad((output * out_to_loss).sum(), parameters)
         for mine, other in zip(found, expected, strict=True):
             torch.testing.assert_close(mine, -other / beta, rtol=1e-3, atol=1e-5)
+
+
+def test_a_dpotrainer_attributes_to_its_own_rows(tmp_path: Path):
+    tokenizer = byte_tokenizer(MARKED)
+    tokenizer.pad_token = "<EOS>"
+    rows = datasets.Dataset.from_list(PREFERENCES["texts"] * 3)
+    args = AttributionArguments.from_training_arguments(
+        trl.DPOConfig(
+            str(tmp_path), use_cpu=True, bf16=False, report_to="none", beta=0.3, precompute_ref_log_probs=True, max_steps=2, save_strategy="no"
+        ),
+        proj_dim=32,
+    )  # fmt: skip
+    trainer = attribution(trl.DPOTrainer)(language_model(), args=args, train_dataset=rows, processing_class=tokenizer)
+    trainer.train()
+    index = trainer.featurize()
+    assert (index.config.task, index.config.preference_beta) == ("preference", 0.3)
+    assert index.config.columns_read["reference"] == ["ref_chosen_logps", "ref_rejected_logps"]
+    scores = index.score(trainer.train_dataset.select(range(2)), progress=False)
+    assert scores[0, 0] > 0
+    assert scores[1, 1] > 0
+    assert scores.shape == (6, 2)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,10 +56,14 @@ class AdamMoments:
     betas: tuple[float, float] = (0.9, 0.999)
 
     @classmethod
-    def load(cls, path: Path, model: Any) -> AdamMoments:
+    def load(cls, path: Path, model: Any, selected: Collection[str] = ()) -> AdamMoments:
         """Read the `optimizer.pt` that `Trainer` writes with a checkpoint.
 
         It numbers parameters and names none: those that decay come first, then the others, each in the model's order.
+
+        Args:
+            selected (`Collection[str]`): The parameters that features are of: those that were trained, if others were frozen, which a
+                checkpoint does not tell.
 
         Raises:
             ValueError: If the file cannot be read, is of another optimizer than Adam, or is not of this model's trainable parameters.
@@ -74,6 +78,8 @@ class AdamMoments:
         if betas is None or any(not {"exp_avg", "exp_avg_sq", "step"} <= set(values) for values in found.values()):
             raise ValueError(f"{path} is not of Adam or AdamW, whose moments LESS takes. {_WITHOUT}")
         parts = parameter_groups(model)
+        if sizes != [len(part) for part in parts] and selected:
+            parts = parameter_groups(model, selected)
         names = [name for part in parts for name in part]
         if sizes != [len(part) for part in parts] or not found:
             raise ValueError(
@@ -105,12 +111,16 @@ _WITHOUT = (
 )
 
 
-def parameter_groups(model: Any) -> tuple[list[str], list[str]]:
+def parameter_groups(model: Any, selected: Collection[str] | None = None) -> tuple[list[str], list[str]]:
     """Return the names of trainable parameters as `Trainer` hands them to its optimizer: with weight decay, and without."""
     from transformers import Trainer
 
     decaying = set(Trainer.get_decay_parameter_names(None, model))
-    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    trainable = [
+        name
+        for name, parameter in model.named_parameters()
+        if (parameter.requires_grad if selected is None else name in selected)
+    ]
     return [name for name in trainable if name in decaying], [name for name in trainable if name not in decaying]
 
 
@@ -227,7 +237,7 @@ def less_scores(
             sketch.lay_out({name: parameter.numel() for name, parameter in featurizer.selection.parameters.items()})
         steps: Projector = sketch
         if checkpoint.optimizer is not None:
-            moments = AdamMoments.load(checkpoint.optimizer, featurizer.model)
+            moments = AdamMoments.load(checkpoint.optimizer, featurizer.model, featurizer.selection.parameters)
             steps = AdamSteps(sketch, featurizer.selection.shapes, moments)
         of_target = unit_rows(
             _gradients(featurizer, sketch, target, batch_size, progress, f"Target {number + 1}/{len(weights)}")

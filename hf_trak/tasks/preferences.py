@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SIDES = ("chosen", "rejected")
-_TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
+PREFERENCE_TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 _OPTIONS = ("tools", "chat_template_kwargs")
 _AT_ONCE = 1000
@@ -68,7 +68,7 @@ class PreferenceInputs:
     def check(self, features: Features, processing_class: Any) -> None:
         """Raise a ValueError that names the columns if a dataset cannot serve."""
         self.columns_read(features)
-        if not set(_TOKENS) <= set(features):
+        if not set(PREFERENCE_TOKENS) <= set(features):
             need_tokenizer(processing_class)
 
     def reading(self, features: Mapping[str, Any], dataset: Dataset | None, label_column: str | None) -> PreferenceInputs:
@@ -77,12 +77,12 @@ class PreferenceInputs:
     def columns_read(self, features: Features) -> dict[str, Any]:
         names = set(features)
         reference = {"reference": list(_REFERENCE)} if self.has_reference(features) else {}
-        if set(_TOKENS) <= names:
-            return {"tokens": list(_TOKENS), **reference}
+        if set(PREFERENCE_TOKENS) <= names:
+            return {"tokens": list(PREFERENCE_TOKENS), **reference}
         if not set(SIDES) <= names:
             raise ValueError(
                 "preference needs the columns 'chosen' and 'rejected', texts or conversations, with a 'prompt' or with a beginning in common, "
-                f"or DPOTrainer's {', '.join(map(repr, _TOKENS))}, but the dataset has {', '.join(features)}. Rename a column with "
+                f"or DPOTrainer's {', '.join(map(repr, PREFERENCE_TOKENS))}, but the dataset has {', '.join(features)}. Rename a column with "
                 "`dataset.rename_column`."
             )
         return {name: name for name in ("prompt", *SIDES, *_OPTIONS) if name in names} | reference
@@ -152,7 +152,7 @@ class PreferenceInputs:
 
     def _sequences(self, row: Mapping[str, Any], tokenizer: Any) -> tuple[int, list[list[int]]]:
         """Return the token at which the answers begin, and the tokens of both sequences."""
-        if all(name in row for name in _TOKENS):
+        if all(name in row for name in PREFERENCE_TOKENS):
             before = _ids(row, "prompt_ids")
             return len(before), [before + _ids(row, f"{side}_ids") for side in SIDES]
         if tokenizer is None:
