@@ -268,7 +268,7 @@ def measure(options: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
             tokenizer,
             pool.select(np.sort(rows)),
             seed,
-            options.work / "scratch",
+            options.work / f"scratch-{seed}",
             epochs=EPOCHS,
             keep=False,
         )
