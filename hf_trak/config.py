@@ -26,6 +26,7 @@ _CHOICES = {
     "score_tokens": ("all", "content"),
     "token_out_to_loss": ("mean", "exact"),
     "loss_on": ("auto", "assistant", "completion", "all"),
+    "preference_reduction": ("sum", "mean"),
 }
 # Fields that came after the first indexes of this format version: written only where they say something, so that an index of before
 # and one of now that mean the same have the same files.
@@ -41,6 +42,8 @@ _LATER = (
     "chat_template_kwargs",
     "bank_size",
     "bank_seed",
+    "preference_reduction",
+    "preference_beta",
     "columns_read",
     "label_names",
 )
@@ -94,7 +97,8 @@ class TrakConfig:
     task: str = _option(
         "auto",
         "Model output to attribute: text-classification, image-classification, text-multi-label, image-multi-label, text-regression, "
-        "image-regression, causal-lm, masked-lm, seq2seq, question-answering, token-classification, contrastive, or auto (from the model).",
+        "image-regression, causal-lm, masked-lm, seq2seq, question-answering, token-classification, contrastive, preference, or auto (from the "
+        "model).",
     )
     proj_dim: int = _option(
         4096, "Numbers kept per example. More is better and costs disk, not compute; 1,024 to 16,384 is usual."
@@ -177,6 +181,10 @@ class TrakConfig:
         None, "Contrastive: pairs of the training set that each example is held against; 512, or all if fewer, by default."
     )
     bank_seed: int = _option(0, "Contrastive: decides which pairs those are, for all members alike.")
+    preference_reduction: Literal["sum", "mean"] = _option(
+        "sum", "Preferences: whether log-probabilities are summed over an answer's tokens, as in DPO, or their mean is taken."
+    )
+    preference_beta: float = _option(0.1, "Preferences: DPO's beta, with which the model was trained.")
     columns_read: dict[str, Any] | None = field(
         default=None,
         hash=False,
@@ -202,6 +210,9 @@ class TrakConfig:
         power = self.out_to_loss_power
         if power is not None and (isinstance(power, bool) or not isinstance(power, (int, float)) or not 0 <= power <= 1):
             raise ValueError(f"`out_to_loss_power` must lie in 0 to 1, but is {power!r}.")
+        beta = self.preference_beta
+        if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not 0 < beta < float("inf"):
+            raise ValueError(f"`preference_beta` must be a number above 0, but is {beta!r}.")
         for name in ("proj_dim", "fold"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:

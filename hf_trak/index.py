@@ -26,6 +26,7 @@ from hf_trak.hub.object_index import ObjectIndex
 from hf_trak.messages import list_differences
 from hf_trak.querying.explanations import ExplainingMethods
 from hf_trak.querying.queries import QuerySide, Side
+from hf_trak.querying.select import SelectMethods
 from hf_trak.querying.training_rows import KeptRows, align_rows
 from hf_trak.runtime import terminable
 from hf_trak.scoring.damping import DAMPING_NAME, DampingChoice
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 DEFAULT_SHARD_ROWS = 1024
 
 
-class AttributionIndex(ExplainingMethods, HubMixin):
+class AttributionIndex(ExplainingMethods, SelectMethods, HubMixin):
     """Features of a training set under one or more members, on disk.
 
     Make one with [`AttributionIndex.build`] or `AttributionTrainer.featurize`, load one with

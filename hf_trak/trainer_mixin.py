@@ -31,7 +31,8 @@ from hf_trak.sources.row_digests import check_kept
 from hf_trak.storage.files import TEMPORARY, write_folder
 from hf_trak.storage.snapshots import is_snapshot
 from hf_trak.tasks import AutoTask, is_language_model
-from hf_trak.tasks.rows import features_of
+from hf_trak.tasks.preferences import PREFERENCE_TOKENS
+from hf_trak.tasks.rows import column_names, features_of
 from hf_trak.training.callback import INDEX_FOLDER, MEMBERS_FOLDER, AttributionCallback, check_writable, without_indexes
 from hf_trak.training.checks import (
     WithoutColumns,
@@ -137,7 +138,8 @@ class AttributionMixin(_Base):
         self._described: dict[str, Any] = {}
         self._told_losses: list[str] = []
         if self.members.is_single_run:
-            callback = AttributionCallback(args.members, keep_initial=self.args.base == INITIAL)
+            keep_initial = self.args.base == INITIAL
+            callback = AttributionCallback(args.members, keep_initial=keep_initial, keep_optimizer=args.keep_optimizer)
             callback._uploads_indexes = callback._tells_losses = False
             self.add_callback(callback)
 
@@ -279,7 +281,7 @@ class AttributionMixin(_Base):
                 f"No task serves a {type(self.model).__name__}, which is no model of transformers. Say what to attribute with "
                 "`task=Task.custom(...)`: docs/guides/custom_tasks.md."
             )
-        task = self.task or AutoTask.from_model(self.model, self.args.trak_config())
+        task = self.task or AutoTask.from_model(self.model, self._task_config())
         with random_state_kept():  # a transform may draw
             task = task.reading(self._attributed)
             if self.attribution_dataset is None:
@@ -399,9 +401,16 @@ class AttributionMixin(_Base):
         )
         return self.index
 
+    def _task_config(self) -> TrakConfig:
+        """The arguments' configuration; of the rows that TRL's DPOTrainer makes, of preferences with its beta."""
+        config = self.args.trak_config()
+        if not set(PREFERENCE_TOKENS) <= set(column_names(self._attributed)):
+            return config
+        return replace(config, task="preference", preference_beta=getattr(self.args, "beta", config.preference_beta))
+
     def _trak_config(self) -> TrakConfig:
         """The arguments' configuration; parameters that were frozen in training, which snapshots do not tell, are named."""
-        config = self.args.trak_config()
+        config = self._task_config()
         parameters = dict(self.model.named_parameters())
         trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
         if config.parameters is None and len(trained) < len(parameters):

@@ -26,6 +26,13 @@ class AttributionFields(FeatureArguments):
         },
     )
     subset_alpha: float = field(default=0.5, metadata={"help": "Share of the rows that each of the runs of 'subsets:M' sees."})
+    keep_optimizer: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the optimizer's state with each snapshot of a single run, for index.select(method='less'). Of Adam, it is twice as "
+            "large as the trained weights."
+        },
+    )
 
     def check_attribution(self) -> None:
         """Check the values, and bring them into one form.
@@ -33,7 +40,10 @@ class AttributionFields(FeatureArguments):
         Raises:
             ValueError: If one is impossible.
         """
-        self.parsed_members()
+        if self.keep_optimizer and not self.parsed_members().is_single_run:
+            raise ValueError(
+                f"`keep_optimizer` is for the snapshots of a single run, but members={self.members!r} are of several. Leave it out."
+            )
         if not 0 < self.subset_alpha < 1:
             raise ValueError(f"`subset_alpha` must lie between 0 and 1, but is {self.subset_alpha}.")
         self.member_counts()

@@ -34,6 +34,8 @@ FULL: dict[str, Any] = {
     "chat_template_kwargs": '{"enable_thinking": false}',
     "bank_size": 300,
     "bank_seed": 4,
+    "preference_reduction": "mean",
+    "preference_beta": 0.3,
     "columns_read": {"text": ["sentence"], "label": "label"},
     "label_names": ("negative", "positive"),
     "format_version": FORMAT_VERSION,

@@ -52,6 +52,7 @@ TENSORS_ONLY = [
     "scoring/damping.py",
     "scoring/ensemble.py",
     "scoring/label_errors.py",
+    "scoring/selection.py",
     "scoring/top_k.py",
 ]
 HUGGING_FACE = {"transformers", "datasets", "accelerate", "huggingface_hub"}

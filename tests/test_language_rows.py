@@ -472,7 +472,7 @@ def test_rows_that_are_cut_are_counted_in_one_line(caplog):
 
 TURNS = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
 UNSERVED: dict[str, tuple[dict[str, list[Any]], str]] = {
-    "preference": ({"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]}, "preference format.*Task.custom.*completion"),
+    "preference": ({"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]}, "preference format.*task=.preference.*completion"),
     "implicit preference": ({"chosen": ["b"], "rejected": ["c"]}, "preference format"),
     "conversational preference": ({"chosen": [CHATS[0]], "rejected": [CHATS[1]], "score": ["x"]}, "preference format"),
     "unpaired preference": ({"prompt": ["a"], "completion": ["b"], "label": [True]}, "unpaired preference format"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tokenizers_for_tests import byte_tokenizer
 
+from hf_trak import AttributionArguments, attribution
 from hf_trak.config import TrakConfig
 from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.tasks import AutoTask
@@ -268,3 +269,66 @@ def test_packed_rows_have_the_gradient_that_sfttrainer_trains_with(strategy: str
         grads = torch.autograd.grad(total, list(model.parameters()))
         expected = -torch.cat([grad.flatten() for grad in grads])
         assert (features[number] - expected).norm() <= 1e-6 * expected.norm()  # norms and softmax are in float32
+
+
+PREFERENCES: dict[str, list[dict[str, Any]]] = {
+    "texts": [
+        {"prompt": "what is it", "chosen": " a bird", "rejected": " a bear<EOS>"},
+        {"prompt": "and this", "chosen": " it is quite a tree", "rejected": " no"},
+    ],
+    "texts in common": [{"chosen": "what is it a bird", "rejected": "what is it a bear"}, {"chosen": "it is", "rejected": "it was so"}],
+    "conversations": [{"prompt": turns[:-1], "chosen": turns[-1:], "rejected": [{"role": "assistant", "content": "no"}]} for turns in TURNS],
+    "conversations in common": [
+        {"chosen": turns, "rejected": [*turns[:-1], {"role": "assistant", "content": "never that"}]} for turns in TURNS
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", list(PREFERENCES))
+def test_preferences_are_what_dpotrainer_trains_on(kind: str, tmp_path: Path):
+    """Its tokens, and its loss: out-to-loss times the gradient of the output is minus the loss's gradient over beta."""
+    tokenizer, beta = byte_tokenizer(MARKED), 0.4
+    tokenizer.pad_token = "<EOS>"
+    rows, model = datasets.Dataset.from_list(PREFERENCES[kind]), language_model().eval()
+    args = trl.DPOConfig(
+        str(tmp_path), use_cpu=True, bf16=False, report_to="none", beta=beta, precompute_ref_log_probs=True, max_length=None, disable_dropout=True
+    )  # fmt: skip
+    trainer = trl.DPOTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer)
+    theirs = trainer.train_dataset
+    for parameter in model.parameters():  # so that it is another model than its reference
+        parameter.data.mul_(1.1)
+    task = AutoTask.from_model(model, TrakConfig(task="preference", preference_beta=beta))
+    task.check(rows, tokenizer)
+    for place, row in enumerate(theirs):
+        ours = task.collate(rows[place : place + 1], tokenizer)
+        assert ours["input_ids"][0].tolist() == row["prompt_ids"] + row["chosen_ids"]
+        assert ours["rejected_input_ids"][0].tolist() == row["prompt_ids"] + row["rejected_ids"]
+        own = task.collate(theirs[place : place + 1], None)
+        assert all(torch.equal(own[name], values) for name, values in ours.items())
+        output, out_to_loss = task.output_function(model, own)
+        parameters = list(model.parameters())
+        expected = torch.autograd.grad(trainer.compute_loss(model, trainer.data_collator([row])), parameters)
+        found = torch.autograd.grad((output * out_to_loss).sum(), parameters)
+        for mine, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, -other / beta, rtol=1e-3, atol=1e-5)
+
+
+def test_a_dpotrainer_attributes_to_its_own_rows(tmp_path: Path):
+    tokenizer = byte_tokenizer(MARKED)
+    tokenizer.pad_token = "<EOS>"
+    rows = datasets.Dataset.from_list(PREFERENCES["texts"] * 3)
+    args = AttributionArguments.from_training_arguments(
+        trl.DPOConfig(
+            str(tmp_path), use_cpu=True, bf16=False, report_to="none", beta=0.3, precompute_ref_log_probs=True, max_steps=2, save_strategy="no"
+        ),
+        proj_dim=32,
+    )  # fmt: skip
+    trainer = attribution(trl.DPOTrainer)(language_model(), args=args, train_dataset=rows, processing_class=tokenizer)
+    trainer.train()
+    index = trainer.featurize()
+    assert (index.config.task, index.config.preference_beta) == ("preference", 0.3)
+    assert index.config.columns_read["reference"] == ["ref_chosen_logps", "ref_rejected_logps"]
+    scores = index.score(trainer.train_dataset.select(range(2)), progress=False)
+    assert scores[0, 0] > 0
+    assert scores[1, 1] > 0
+    assert scores.shape == (6, 2)

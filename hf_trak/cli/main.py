@@ -116,6 +116,7 @@ COMMANDS = {
     "attribute": "ask an index which training examples raised and lowered the model's output on your queries",
     "explain": "let the model answer one prompt, or classify one text or image, and show the training rows behind it",
     "label-errors": "list the training rows of a classifier whose labels look wrong",
+    "select": "choose the training rows that are best for a target set, or find those that hurt it",
     "evaluate": "measure how good attributions are, against what is known",
     "push": "upload an index to a dataset repository of the Hub",
     "verify": "check that every file of an index is what was written, and say how to mend those that are not",

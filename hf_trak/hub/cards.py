@@ -79,7 +79,7 @@ def render_index_card(
         grad_dim=first.get("grad_dim"),
         size=show_bytes(sum(entry["bytes"] for member in members for entry in member["files"])),
         source=_describe_training_set(first),
-        members=[_describe_member(number, member) for number, member in enumerate(members[:_LISTED_MEMBERS])],
+        members=[member_row(number, member) for number, member in enumerate(members[:_LISTED_MEMBERS])],
         more_members=max(0, len(members) - _LISTED_MEMBERS),
         paths=describe_paths(members, config.out_to_loss_power),
         points=any("point" in member["identity"] for member in members),
@@ -230,7 +230,7 @@ def _quote(names: str | Sequence[str]) -> str:
     )
 
 
-def _describe_member(number: int, member: Mapping[str, Any]) -> dict[str, Any]:
+def member_row(number: int, member: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row of the table of members."""
     identity, place = member["identity"], member["checkpoint"]
     what = f"{markdown(str(identity['model_class']))}, weights {markdown_code(str(identity['model_sha256'])[:12])}"

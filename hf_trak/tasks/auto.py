@@ -17,6 +17,7 @@ from hf_trak.tasks.labels import labels_of_model
 from hf_trak.tasks.language_inputs import CausalInputs, MaskedInputs, Seq2SeqInputs
 from hf_trak.tasks.media_inputs import AudioTextInputs, MediaInputs, VideoInputs
 from hf_trak.tasks.outputs import classification_margin, regression_prediction, sum_of_log_odds
+from hf_trak.tasks.preferences import preference_task
 from hf_trak.tasks.segmentation import SegmentationInputs, SegmentationOutput
 from hf_trak.tasks.sound import SoundInputs
 from hf_trak.tasks.token_inputs import TokenInputs
@@ -309,9 +310,12 @@ TASKS: dict[str, Callable[[PreTrainedModel, TrakConfig], Task]] = {
         "semantic-segmentation", SegmentationInputs.for_model, SegmentationOutput(), "mean_one_minus_p"
     ),
     "contrastive": contrastive_task,
+    "preference": preference_task,
 }
 
 
+# Tasks that no model implies: they are asked for by their name, of a model that implies the other.
+_OF_THE_SAME_MODEL = {"preference": "causal-lm"}
 _CLASSIFIES = ("text", "image", "audio", "video")
 _LANGUAGE_MODELS = (
     "causal-lm", "masked-lm", "seq2seq", "question-answering", "token-classification", "image-text-to-text", "audio-text-to-text",
@@ -338,7 +342,7 @@ class AutoTask:
                 f"Unknown task {name!r}; choose one of {', '.join(TASKS)}, or auto. For another model output, make one with "
                 "`Task.custom` and pass it as `task`."
             )
-        elif name != (expected := AutoTask.name_for(model)):
+        elif (_OF_THE_SAME_MODEL.get(name, name)) != (expected := AutoTask.name_for(model)):
             raise ValueError(f"{type(model).__name__} with {model.config.num_labels} labels serves {expected}, not {name}.")
         return with_virtual_tokens(TASKS[name](model, config), adapted)
 

@@ -36,7 +36,7 @@ BUILT_IN_TASKS = (
     "causal-lm", "masked-lm", "seq2seq", "question-answering", "token-classification", "contrastive",
     "audio-classification", "audio-multi-label", "audio-regression", "video-classification", "video-multi-label", "video-regression",
     "multiple-choice", "next-sentence-prediction", "ctc", "speech-to-text", "image-text-to-text", "audio-text-to-text",
-    "semantic-segmentation",
+    "semantic-segmentation", "preference",
 )  # fmt: skip
 OUT_TO_LOSS_KINDS = ("one_minus_p", "mean_one_minus_p", "residual", "one", "other")
 

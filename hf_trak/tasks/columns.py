@@ -280,7 +280,7 @@ def _name(features: Mapping[str, Any]) -> tuple[str, str] | None:
         prompt = '"prompt": row["prompt"], ' if "prompt" in columns else ""
         return (
             "a preference format ('chosen' and 'rejected'), whose loss compares two answers",
-            "For the loss of a preference trainer, make a task with `Task.custom`. For the likelihood of the chosen answers, "
+            "For the loss of a preference trainer, set task='preference' (--task preference). For the likelihood of the chosen answers, "
             f"`dataset.map(lambda row: {{{prompt}{answer}}}, remove_columns=dataset.column_names)`.",
         )
     if {"prompt", "completion", "label"} <= columns:

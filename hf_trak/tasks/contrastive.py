@@ -24,7 +24,9 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from hf_trak.tasks.base import Task
+from hf_trak.tasks.outputs import sum_of_log_odds, sum_of_log_p
 from hf_trak.tasks.pairs import Bank, PairInputs
+from hf_trak.tasks.token_outputs import Reduced
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -248,12 +250,38 @@ def in_direction(task: Task, direction: str) -> Task:
 
 
 def minus_loss(task: Task) -> Task:
-    """Return the contrastive task whose output is minus the training loss, for methods that compare gradients of losses.
+    """Return the task whose output has the gradient of minus the training loss, for methods that compare gradients of losses.
 
-    CLIP's loss is the mean of two, so that its gradient is not that of f times a number.
+    CLIP's loss is the mean of two, a language model's has its tokens' own 1 − p, and that of several labels has one 1 − p for each, so that
+    these are not f times a number. Elsewhere it is f times out-to-loss.
+
+    Raises:
+        ValueError: If the loss cannot be had from the output.
     """
-    assert isinstance(task.output_function, ContrastiveOutput)
-    return replace(task, output_function=replace(task.output_function, minus_loss=True))
+    function: Any = task.output_function
+    if isinstance(function, ContrastiveOutput):
+        return replace(task, output_function=replace(function, minus_loss=True))
+    if isinstance(function, Reduced):
+        exact: Any = replace(function, exact=True)
+        return replace(task, output_function=exact)
+    if function is sum_of_log_odds:
+        return replace(task, output_function=sum_of_log_p)
+    if task.out_to_loss_kind not in ("one_minus_p", "residual", "other"):
+        raise ValueError(
+            f"The gradient of the loss cannot be had from the output of {task.name}. Use the gradient of the output."
+        )
+    return replace(task, output_function=TimesOutToLoss(function))
+
+
+@dataclass(frozen=True)
+class TimesOutToLoss:
+    """An output whose gradient is that of another, times its out-to-loss: minus that of the loss."""
+
+    function: Callable[..., tuple[Tensor, Tensor]]
+
+    def __call__(self, model: Callable[..., Any], batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        output, out_to_loss = self.function(model, batch)
+        return output * out_to_loss.detach(), torch.ones_like(out_to_loss)
 
 
 @torch.no_grad()

@@ -166,7 +166,7 @@ class CausalInputs(TokenInputs):
         strings = [name for name, value in row.items() if isinstance(value, str) or name == _TEXT] or [
             name for name, value in row.items() if value is None
         ]
-        text = _with_eos(text_of(row, self._text_column(row, strings)), processing_class)
+        text = with_eos(text_of(row, self._text_column(row, strings)), processing_class)
         found = list(processing_class(text)["input_ids"])
         return self._cut(found, [True] * len(found), processing_class)
 
@@ -194,7 +194,7 @@ class CausalInputs(TokenInputs):
         return np.where(scored, ids, IGNORED)
 
     def _conversation(self, row: Mapping[str, Any], tokenizer: Any) -> tuple[list[int], list[bool]]:
-        messages = _messages(row, "messages")
+        messages = conversation_of(row, "messages")
         template = ChatTemplate.for_row(row, tokenizer, self.chat_template_kwargs)
         if self.loss_on == "assistant":
             return template.assistant_mask(messages)
@@ -204,7 +204,7 @@ class CausalInputs(TokenInputs):
     def _completion(self, row: Mapping[str, Any], tokenizer: Any) -> tuple[list[int], list[bool]]:
         conversation = not isinstance(row["prompt"], str) and row["prompt"] is not None
         if conversation:
-            prompt, completion = _messages(row, "prompt"), _messages(row, "completion")
+            prompt, completion = conversation_of(row, "prompt"), conversation_of(row, "completion")
             template = ChatTemplate.for_row(row, tokenizer, self.chat_template_kwargs)
             before = template.ids(prompt, add_generation_prompt=True)
             if self.loss_on == "assistant":
@@ -217,7 +217,7 @@ class CausalInputs(TokenInputs):
         else:
             text = text_of(row, "prompt")
             before = list(tokenizer(text)["input_ids"])
-            ids = list(tokenizer(text + _with_eos(text_of(row, "completion"), tokenizer))["input_ids"])
+            ids = list(tokenizer(text + with_eos(text_of(row, "completion"), tokenizer))["input_ids"])
             mask = [True] * len(ids)
         if self.loss_on == "all":
             return ids, mask
@@ -249,13 +249,13 @@ class CausalInputs(TokenInputs):
         return bool((example.labels[1:] != IGNORED).any())
 
 
-def _with_eos(text: str, tokenizer: Any) -> str:
+def with_eos(text: str, tokenizer: Any) -> str:
     """Return a text that ends with the EOS token, as TRL makes it."""
     eos = getattr(tokenizer, "eos_token", None)
     return text if eos is None or text.endswith(eos) else text + eos
 
 
-def _messages(row: Mapping[str, Any], column: str) -> list[Mapping[str, Any]]:
+def conversation_of(row: Mapping[str, Any], column: str) -> list[Mapping[str, Any]]:
     """Return a conversation; raise a ValueError if it is none."""
     messages = row[column]
     if not isinstance(messages, (list, tuple)) or not all(isinstance(turn, Mapping) and "role" in turn for turn in messages):

@@ -143,3 +143,10 @@ def sum_of_log_odds(model: Callable[..., Any], batch: Mapping[str, Any]) -> tupl
     logits = logits_of(call_model(model, batch))
     each = (2 * batch["labels"].to(logits.dtype) - 1) * logits
     return each.sum(-1), torch.sigmoid(-each.detach()).mean(-1)
+
+
+def sum_of_log_p(model: Callable[..., Any], batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """The sum over labels of log p of each being as the row has it, minus the training loss; and 1."""
+    logits = logits_of(call_model(model, batch))
+    each = torch.nn.functional.logsigmoid((2 * batch["labels"].to(logits.dtype) - 1) * logits)
+    return each.sum(-1), each.new_ones(len(each))

@@ -208,7 +208,7 @@ def reduce_tokens(
     """Return the output and out-to-loss of each example from its own scored tokens; both are 0 where there is none.
 
     Args:
-        exact (`bool`): Weigh each token's gradient by its 1 − p, so that out-to-loss is 1; the output's value is that of the sum.
+        exact (`bool`): Weigh each token's gradient by its 1 − p, so that out-to-loss is 1; the output's value stays the same.
     """
     counts = scored.sum(1)
     zero = margins.new_zeros(())
@@ -216,13 +216,15 @@ def reduce_tokens(
     wrong = torch.where(scored, torch.sigmoid(-margins.detach()), zero)  # 1 − p = σ(−margin)
     if exact:
         weighted = (wrong * torch.where(scored, margins, zero)).sum(1)
+        if reduction == "mean":
+            total, weighted = total / counts.clamp(min=1), weighted / counts.clamp(min=1)
         return total.detach() + (weighted - weighted.detach()), (counts > 0).to(total.dtype)
     counts = counts.clamp(min=1)
     return (total / counts if reduction == "mean" else total), wrong.sum(1) / counts
 
 
 @dataclass(frozen=True)
-class _Reduced:
+class Reduced:
     """What outputs over several tokens have in common.
 
     Args:
@@ -233,13 +235,13 @@ class _Reduced:
     reduction: str = "mean"
     exact: bool = False
 
-    def for_queries(self) -> _Reduced:
+    def for_queries(self) -> Reduced:
         """Return the output that queries have."""
         return replace(self, exact=False)
 
 
 @dataclass(frozen=True)
-class TokenOutput(_Reduced):
+class TokenOutput(Reduced):
     """Log-odds of the tokens in `labels`.
 
     Args:
@@ -273,7 +275,7 @@ class TokenOutput(_Reduced):
 
 
 @dataclass(frozen=True)
-class SpanOutput(_Reduced):
+class SpanOutput(Reduced):
     """Log-odds of an answer's first and of its last token among the example's own tokens: their mean, or sum.
 
     Differs from transformers' loss, whose softmax also runs over padding, so that it depends on the batch.

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers.trainer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -77,6 +78,8 @@ class AttributionCallback(TrainerCallback):
             1/8, ... of the steps.
         keep_initial (`bool`): Keep the weights that the run begins with, too, as `<output_dir>/members/initial`: a base for points of
             the path from them. A run that goes on from a checkpoint needs those that it began with.
+        keep_optimizer (`bool`): Keep the optimizer's state with each snapshot, and what was logged, for
+            [`AttributionIndex.select`] with `method="less"`. Of Adam, it is twice as large as the trained weights.
 
     Raises:
         ValueError: If `members` is none of these.
@@ -86,9 +89,10 @@ class AttributionCallback(TrainerCallback):
     _uploads_indexes = True
     _tells_losses = True
 
-    def __init__(self, members: str = "final", *, keep_initial: bool = False) -> None:
+    def __init__(self, members: str = "final", *, keep_initial: bool = False, keep_optimizer: bool = False) -> None:
         self.members = Members.parse(members)
         self.keep_initial = keep_initial
+        self.keep_optimizer = keep_optimizer
         self._steps: tuple[int, ...] = ()  # until a run says how many it has
         if not self.members.is_single_run:
             raise ValueError(
@@ -100,6 +104,11 @@ class AttributionCallback(TrainerCallback):
         model = kwargs["model"]
         check_can_save(args, model, kwargs.get("processing_class"))
         self._steps = self.members.steps_of(state.max_steps)
+        if self.keep_optimizer and self.members.kind == "final" and args.load_best_model_at_end:
+            raise ValueError(
+                "The best weights are loaded at the end of this run, whose optimizer's state is of later ones, so that `keep_optimizer` would "
+                "keep what does not belong together. Keep those of epochs (members='epoch:K'), or set load_best_model_at_end=False."
+            )
         _check_rows(kwargs.get("train_dataloader"))
         folder = Path(args.output_dir) / MEMBERS_FOLDER
         if self.keep_initial and state.global_step > 0 and not is_snapshot(folder / INITIAL):
@@ -125,7 +134,9 @@ class AttributionCallback(TrainerCallback):
                 discard_snapshot(snapshot)
         # A new snapshot is whole before the oldest is deleted.
         begins = self.keep_initial and state.global_step == 0
-        check_room(folder, model, self.members.count + (self.members.kind == "epoch") + begins)
+        check_room(
+            folder, model, (self.members.count + (self.members.kind == "epoch")) * (3 if self.keep_optimizer else 1) + begins
+        )
         if begins:
             refuse_other(folder / INITIAL)
             self._save(args, state, kwargs, INITIAL)
@@ -162,10 +173,15 @@ class AttributionCallback(TrainerCallback):
                 "`output_dir`, or use an AttributionTrainer, which leaves indexes out; push the index with `index.push_to_hub`."
             )
 
-    @staticmethod
-    def _save(args: TrainingArguments, state: TrainerState, kwargs: dict[str, Any], name: str) -> None:
+    def _save(self, args: TrainingArguments, state: TrainerState, kwargs: dict[str, Any], name: str) -> None:
+        def save_optimizer(folder: Path) -> None:
+            torch.save(kwargs["optimizer"].state_dict(), folder / "optimizer.pt")
+            state.save_to_json(str(folder / "trainer_state.json"))
+
         if state.is_world_process_zero:
-            save_snapshot(Path(args.output_dir) / MEMBERS_FOLDER / name, kwargs["model"], kwargs.get("processing_class"))
+            also = save_optimizer if self.keep_optimizer and name != INITIAL else lambda folder: None
+            folder = Path(args.output_dir) / MEMBERS_FOLDER / name
+            save_snapshot(folder, kwargs["model"], kwargs.get("processing_class"), also)
 
 
 def _epoch(state: TrainerState) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,6 +43,18 @@ def list_unknown_losses(trainer: Trainer) -> list[str]:
     return [*found, *list_unknown_losses_of_run(trainer.args, trainer.model)]
 
 
+# Arguments of TRL's trainers that decide their loss.
+_OF_A_LOSS = (
+    "loss_type",
+    "loss_weights",
+    "f_divergence_type",
+    "ld_alpha",
+    "label_smoothing",
+    "use_weighting",
+    "sync_ref_model",
+)
+
+
 def list_unknown_losses_of_run(args: TrainingArguments, model: Any) -> list[str]:
     """Return what of a run's arguments and model makes its loss another than that of transformers' class, a phrase each."""
     found = []
@@ -50,9 +62,10 @@ def list_unknown_losses_of_run(args: TrainingArguments, model: Any) -> list[str]
         found.append(f"`label_smoothing_factor={args.label_smoothing_factor:g}`")
     if getattr(args, "neftune_noise_alpha", None):
         found.append(f"`neftune_noise_alpha={args.neftune_noise_alpha:g}`, noise on the embeddings")
-    loss_type = next((field for field in fields(args) if field.name == "loss_type"), None)
-    if loss_type is not None and loss_type.default != getattr(args, "loss_type", loss_type.default):
-        found.append(f"`loss_type={args.loss_type!r}`")
+    for field in fields(args):
+        default = field.default_factory() if field.default_factory is not MISSING else field.default
+        if field.name in _OF_A_LOSS and (value := getattr(args, field.name, default)) != default:
+            found.append(f"`{field.name}={value!r}`")
     return [*found, *_unknown_losses_of_model(model)]
 
 

@@ -206,6 +206,7 @@ _INDIFFERENT = {
     # Where files go.
     "output_dir",
     "run_name",
+    "keep_optimizer",
     # What is logged, and where to.
     "logging_strategy",
     "logging_steps",

@@ -8,7 +8,7 @@ import logging
 import re
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -152,8 +152,10 @@ def loads_by_name(model: Any) -> bool:
     return any(getattr(library, found.__name__, None) is found for library in (transformers, hf_trak.models))
 
 
-def save_snapshot(folder: Path, model: Any, processing_class: Any = None) -> None:
-    """Save the weights, and what turns rows into inputs; the folder appears under its name when it is whole.
+def save_snapshot(
+    folder: Path, model: Any, processing_class: Any = None, also: Callable[[Path], Any] = lambda folder: None
+) -> None:
+    """Save the weights, what turns rows into inputs, and what `also` writes; the folder appears under its name when it is whole.
 
     A module that is no model of transformers is saved as its `state_dict`, and needs the module again to be loaded: [`load_snapshot`].
 
@@ -166,6 +168,7 @@ def save_snapshot(folder: Path, model: Any, processing_class: Any = None) -> Non
         _write_weights(temporary, model)
         if processing_class is not None:
             processing_class.save_pretrained(temporary)
+        also(temporary)
 
     try:
         write_snapshot(folder, save)
