@@ -20,6 +20,7 @@ python=${PYTHON:-python3}
 
 stage() { # name, seconds, command ...
   local name=$1 limit=$2 begin=$SECONDS; shift 2
+  [ -n "$dry" ] && limit=$((4 * limit))  # a dry run may share its CPUs
   echo "=== $name: $*"
   timeout -k 10 "$limit" "$@" >"$logs/$name.log" 2>&1
   local code=$?

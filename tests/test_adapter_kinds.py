@@ -173,7 +173,13 @@ def expected(model, row):
     )
 
 
-@pytest.mark.parametrize("name", KINDS)
+FURTHER = {
+    "rslora", "dora on embeddings", "lora with biases", "vera", "loha", "lokr", "prompt tuning, few positions",
+    "classifier, prefix tuning", "tagger, prompt tuning", "seq2seq, prefix tuning",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in FURTHER else ()) for name in KINDS])
 def test_an_adapter_that_peft_saved_is_right_at_every_batch_size(name, tmp_path, caplog):
     trained = adapted(name, tmp_path)
     with caplog.at_level(logging.WARNING, logger="hf_trak"):

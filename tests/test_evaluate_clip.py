@@ -63,7 +63,7 @@ def parse(script, folder, output, scale, **more):
     return script.parse_arguments(["--scale", scale, *arguments])
 
 
-@pytest.fixture(scope="module", params=["small", "paper"])
+@pytest.fixture(scope="module", params=["small", pytest.param("paper", marks=pytest.mark.slow)])
 def run(request, script, folder, tmp_path_factory):
     """Both scales, run to the end: one by two shards, the other by one process."""
     output = tmp_path_factory.mktemp(request.param)

@@ -473,6 +473,7 @@ FLAGS = [
 ]
 
 
+@pytest.mark.slow
 def test_the_command_does_all_of_it_and_goes_on_where_it_was_stopped(tmp_path, capsys):
     from hf_trak.cli.evaluate_ftrace import main
 
@@ -515,6 +516,7 @@ def test_the_command_does_all_of_it_and_goes_on_where_it_was_stopped(tmp_path, c
         main([*flags, "--proj_dim", "16"])
 
 
+@pytest.mark.slow
 def test_traks_variants_are_the_scores_of_its_indexes_and_both_is_the_mean_over_all_members(tmp_path):
     from hf_trak.cli.evaluate_ftrace import main, parse_arguments
     from hf_trak.evaluation.fact_tracing.rankings import trak_index, trak_scores

@@ -217,7 +217,7 @@ def test_nothing_is_overwritten_unless_asked(url, model, expected):
 
 
 @pytest.mark.parametrize("method", ["cp_file", "rm_file"])
-@pytest.mark.parametrize("calls", [0, 1, 3, 5])
+@pytest.mark.parametrize("calls", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(3, marks=pytest.mark.slow), 5])
 def test_a_run_killed_while_it_replaces_an_index_leaves_the_old_or_the_new_one(url, model, expected, calls, method):
     other = options_of(model, config=TrakConfig(proj_dim=8))
     AttributionIndex.build(url, **other)

@@ -89,6 +89,7 @@ def test_peers_scripts_need_the_standard_library_alone_outside_their_environment
     )
 
 
+@pytest.mark.slow
 def test_the_benchmark_for_gpus_runs_without_one_at_a_size_of_its_own(tmp_path):
     output = tmp_path / "gpu.json"
     command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--device=cpu", "--scale=tiny", "--rounds=2", "--proj_dim=256"]
@@ -108,6 +109,7 @@ def test_the_benchmark_for_gpus_runs_without_one_at_a_size_of_its_own(tmp_path):
     assert all(row["relative_error_to_cpu"] < 1e-9 for row in ratios)
 
 
+@pytest.mark.slow
 def test_the_day_of_a_gpu_runs_without_one_and_goes_on_where_a_stage_fails(tmp_path):
     environment = {
         **os.environ,
