@@ -24,8 +24,8 @@ from hf_trak.hub.download import HubIndex
 from hf_trak.hub.mixin import HubMixin
 from hf_trak.hub.object_index import ObjectIndex
 from hf_trak.messages import list_differences
-from hf_trak.querying.queries import QuerySide
-from hf_trak.querying.scoring_methods import ScoringMethods
+from hf_trak.querying.explanations import ExplainingMethods
+from hf_trak.querying.queries import QuerySide, Side
 from hf_trak.querying.training_rows import KeptRows, align_rows
 from hf_trak.runtime import terminable
 from hf_trak.scoring.damping import DAMPING_NAME, DampingChoice
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 DEFAULT_SHARD_ROWS = 1024
 
 
-class AttributionIndex(ScoringMethods, HubMixin):
+class AttributionIndex(ExplainingMethods, HubMixin):
     """Features of a training set under one or more members, on disk.
 
     Make one with [`AttributionIndex.build`] or `AttributionTrainer.featurize`, load one with
@@ -376,7 +376,7 @@ class AttributionIndex(ScoringMethods, HubMixin):
         """Return the trak_* columns of queries under one member, in float32."""
         self._queries.check(queries)
         description = f"Queries {member + 1}/{len(self.members)}"
-        return self._queries.featurize(self.featurizer(member), queries, batch_size, progress, description)
+        return self._queries.featurize(self.featurizer(member), Side(queries), batch_size, progress, description)
 
     def align(self, train: Dataset) -> Dataset:
         """Return the training rows of this index, in its order, from a dataset that has them: row i of the result is row i of the index.

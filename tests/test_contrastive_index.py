@@ -182,6 +182,12 @@ def test_scores_of_pairs_images_and_captions(index: AttributionIndex):
     assert hits["proponents"][0] == scores["image"][:, 0].argsort()[::-1][:2].tolist()
     with pytest.raises(ValueError, match="`direction` must be one of pair, image, caption"):
         index.score(queries, direction="text", progress=False)
+    others = queries.add_column("other", [caption(200 + row) for row in range(len(queries))])
+    means: dict[str, Any] = {"combination": "means", "progress": False}
+    each = [index.score(others, target=name, **means) for name in ("caption", "other")]
+    np.testing.assert_array_equal(each[0], scores["pair"])
+    found = index.score(others, contrast=("caption", "other"), **means)
+    np.testing.assert_allclose(found, each[0] - each[1], atol=1e-5 * np.abs(found).max())
 
 
 def test_a_row_may_have_a_list_of_captions(checkpoints: list[Path]):

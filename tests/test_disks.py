@@ -15,9 +15,9 @@ from test_featurize import PROJ_DIM, CountingFeaturizer, values
 from test_store import make_columns
 
 from hf_trak.cli.attribute import most_bytes, write_hits
-from hf_trak.cli.examples import Attribution, Example, Hit
-from hf_trak.cli.report import save_report
 from hf_trak.featurizing.loop import featurize
+from hf_trak.querying.examples import Attribution, Example, Hit
+from hf_trak.querying.report import save_report
 from hf_trak.scoring.ensemble import ScoreOptions, solve_all
 from hf_trak.scoring.scorer import Scorer
 from hf_trak.storage.files import remove_leftovers, write_atomically, write_json_once

@@ -135,6 +135,18 @@ def test_the_guide_to_language_models_runs_as_printed():
     assert [message["role"] for message in names.hits[0]["proponent_messages"][0]] == ["user", "assistant"]
 
 
+def test_the_guide_to_questions_runs_as_printed():
+    save_classifier(Path("my-bert"))
+    make_model("llama lm").save_pretrained("my-chatbot")
+    word_tokenizer().save_pretrained("my-chatbot")
+    chat = [{"role": "user", "content": "a b c"}, {"role": "assistant", "content": "d e"}]
+    Dataset.from_dict({"messages": [chat, [*chat, *chat]] * 6}).to_json("chat.jsonl")
+    names = run("guides/questions.md", TINY=tiny())
+    assert names.behaviour.shape == (60, 1)
+    assert len(names.preferred["proponents"][0]) == 3
+    assert (Path("heat-report") / "report.html").read_text().count('<p class="heat">') == 10
+
+
 def test_the_guide_to_pairs_runs_as_printed():
     save_dual_encoder(Path("my-clip"))
     pair_rows(12).to_parquet("pairs.parquet")

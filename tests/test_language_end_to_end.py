@@ -15,9 +15,9 @@ from models import make_model
 from tokenizers_for_tests import WORDS, word_tokenizer
 
 from hf_trak import AttributionArguments, AttributionIndex, AttributionTrainer, TrakConfig
-from hf_trak.cli.examples import Example, ExampleReader, LanguageRows
 from hf_trak.cli.main import main
 from hf_trak.config import CONFIG_NAME, FORMAT_VERSION
+from hf_trak.querying.examples import Example, ExampleReader, LanguageRows
 
 # Trainer's loader asks for pinned memory where there is none.
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")

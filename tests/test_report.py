@@ -14,8 +14,8 @@ from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from hf_trak.cli.examples import Attribution, Example, ExampleReader, Hit, read_attributions
-from hf_trak.cli.report import html_page, save_png, save_report, suspects_table, table
+from hf_trak.querying.examples import Attribution, Example, ExampleReader, Hit, read_attributions
+from hf_trak.querying.report import html_page, save_png, save_report, suspects_table, table
 
 NASTY = '<script>alert(1)</script> & "quoted" $x^2$ {braces} é 好'
 

@@ -128,12 +128,12 @@ def test_by_default_there_is_as_much_memory_as_it_takes():
 
 
 def test_a_matrix_above_the_given_memory_is_mapped(index, monkeypatch):
-    options = ScoreOptions(3.0, out_to_loss_power=0.5)
+    options = ScoreOptions(3.0, out_to_loss_power=0.5, soft_threshold=11)
     solved = solve_all(index.members, [torch.from_numpy(q) for q in QUERIES], options)
-    scorer = Scorer(index.members, options, N_QUERY, max_memory="1GB", soft_threshold=11, progress=False)
+    scorer = Scorer(index.members, options, N_QUERY, max_memory="1GB", progress=False)
     expected = scorer.matrix(lambda: solved)
     assert not isinstance(expected, np.memmap)
-    tight = Scorer(index.members, options, N_QUERY, max_memory=scorer._memory.least, soft_threshold=11, progress=False)
+    tight = Scorer(index.members, options, N_QUERY, max_memory=scorer._memory.least, progress=False)
     found = tight.matrix(lambda: solved)
     assert isinstance(found, np.memmap)
     assert np.array_equal(found, expected)
@@ -308,9 +308,9 @@ def test_stopped_scores_of_something_else_are_made_anew(index, tmp_path, counted
 
 
 def test_a_threshold_that_was_stopped_begins_with_the_scores(index, tmp_path, counted, monkeypatch):
-    options = ScoreOptions(damping=3.0, out_to_loss_power=0.5)
+    options = ScoreOptions(damping=3.0, out_to_loss_power=0.5, soft_threshold=20)
     solved = solve_all(index.members, [torch.from_numpy(q) for q in QUERIES], options)
-    make = Scorer(index.members, options, N_QUERY, soft_threshold=20, progress=False)
+    make = Scorer(index.members, options, N_QUERY, progress=False)
     expected = np.array(make.matrix(lambda: solved))
     threshold = scorer.soft_threshold_in_place
 

@@ -14,9 +14,9 @@ from hf_trak.cli.parsing import Collect, make_parser, name_positions, parse, row
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from hf_trak.cli.examples import ExampleReader, LanguageRows
     from hf_trak.cli.hit_blocks import HitBlocks
     from hf_trak.index import AttributionIndex
+    from hf_trak.querying.examples import Example, ExampleReader, LanguageRows
 
 _SHOWN_QUERIES = 3
 _WRITTEN_QUERIES = 1000  # at a time
@@ -30,26 +30,17 @@ have the columns of the training set; their labels say which output is meant.
 examples:
   hf-trak attribute my-index --queries validation.parquet --output hits.jsonl
   hf-trak attribute me/sst2-trak --queries stanfordnlp/sst2 --train stanfordnlp/sst2 --output hits.parquet --report report
+  hf-trak attribute my-index --queries unlabelled.csv --target prediction --output hits.jsonl
+  hf-trak attribute my-index --queries mistakes.csv --contrast prediction label --aggregate mean --output hits.jsonl
 """
 
 
-@dataclass
-class AttributeArguments:
-    """What to ask which index, and where the answer goes."""
+@dataclass(kw_only=True)
+class AskingArguments:
+    """Which index to ask, and what with."""
 
     index: str = field(metadata={"help": "Folder, dataset repository or object store URL of an index."})
-    queries: str = field(metadata={"help": "The queries: a Parquet, CSV or JSON file, a folder, or a dataset of the Hub."})
-    output: str = field(metadata={"help": "File for the hits, .jsonl or .parquet: one line per query."})
-    queries_config: str | None = field(default=None, metadata={"help": "Configuration of the queries' dataset."})
-    split: str = field(default="validation", metadata={"help": "Split of the queries."})
-    max_queries: int | None = field(default=None, metadata={"help": "Use only the first queries."})
     top_k: int = field(default=10, metadata={"help": "Proponents and opponents per query."})
-    direction: str = field(
-        default="pair",
-        metadata={
-            "help": "Of image-caption pairs: pair, image (how it tells its caption) or caption (how it tells its image)."
-        },
-    )
     damping: str | None = field(default=None, metadata={"help": "A number or auto, in place of the index's damping."})
     out_to_loss_power: float | None = field(
         default=None, metadata={"help": "What 1 - p is raised to, 0 to 1, in place of the index's; 1 is the paper's."}
@@ -102,6 +93,43 @@ class AttributeArguments:
     overwrite: bool = field(default=False, metadata={"help": "Replace the output file and the report."})
 
 
+@dataclass(kw_only=True)
+class AttributeArguments(AskingArguments):
+    """What to ask which index, and where the answer goes."""
+
+    queries: str = field(metadata={"help": "The queries: a Parquet, CSV or JSON file, a folder, or a dataset of the Hub."})
+    output: str = field(metadata={"help": "File for the hits, .jsonl or .parquet: one line per query."})
+    queries_config: str | None = field(default=None, metadata={"help": "Configuration of the queries' dataset."})
+    split: str = field(default="validation", metadata={"help": "Split of the queries."})
+    max_queries: int | None = field(default=None, metadata={"help": "Use only the first queries."})
+    target: str = field(
+        default="label",
+        metadata={
+            "help": "Of classifiers, which output: label, the query's own; prediction, the class that the model predicts; or a class, by "
+            "its name or its number in the training set. All but label need no label column. Of other tasks, a column of the queries that "
+            "holds another answer."
+        },
+    )
+    contrast: list[str] | None = field(
+        default=None,
+        metadata={"help": "Two of these: what made the model say the first and not the second."},
+    )
+    aggregate: str | None = field(
+        default=None,
+        metadata={
+            "help": "Take all queries as one: the mean or sum of their features, or, of each training row, its largest score "
+            "(nearest).",
+            "choices": ["mean", "sum", "nearest"],
+        },
+    )
+    direction: str = field(
+        default="pair",
+        metadata={
+            "help": "Of image-caption pairs: pair, image (how it tells its caption) or caption (how it tells its image)."
+        },
+    )
+
+
 def main(arguments: Sequence[str]) -> None:
     """Parse and run."""
     parser = make_parser([AttributeArguments], command="attribute", usage=_USAGE, description=_DESCRIPTION)
@@ -112,14 +140,14 @@ def run(args: AttributeArguments) -> None:
     """Attribute the queries, write the hits, and show the first."""
     output = Path(args.output)
     batch_size = rows_at_a_time(args.batch_size, "--batch_size")
-    _check_targets(args, output)
+    check_targets(args, output)
 
     from hf_trak.cli.data import load_rows
-    from hf_trak.cli.examples import ExampleReader, read_attributions
     from hf_trak.cli.main import quiet_libraries
-    from hf_trak.cli.report import save_report, table
     from hf_trak.distributed import current_processes, rank_and_size
     from hf_trak.index import AttributionIndex
+    from hf_trak.querying.examples import read_attributions, train_reader
+    from hf_trak.querying.report import save_report, table
     from hf_trak.scoring.memory import parse_memory
     from hf_trak.storage.outputs import naming, output_file
     from hf_trak.tasks import import_task
@@ -138,11 +166,9 @@ def run(args: AttributeArguments) -> None:
         trust_remote_code=args.trust_remote_code,
     )
     queries = load_rows(args.queries, split=args.split, config=args.queries_config, max_rows=args.max_queries)
-    train = _load_train(args, index)
-    damping = None if args.damping is None else replace(index.config, damping=args.damping).damping  # type: ignore[arg-type]
-    options: dict[str, Any] = {"damping": damping, "direction": args.direction, "batch_size": batch_size}
-    options.update(max_memory=args.max_memory, progress=first)
-    options.update(out_to_loss_power=args.out_to_loss_power, combination=args.combination)
+    train = load_train(args, index)
+    options = {**score_options(args, index), "direction": args.direction, "batch_size": batch_size, "progress": first}
+    options.update(_question(args))
     ask, blocks = _asking(args, index, queries, output, options)
     if not first:  # processes share the ranking; one writes
         ask()
@@ -156,9 +182,8 @@ def run(args: AttributeArguments) -> None:
     if blocks is not None:
         blocks.remove()
 
-    columns: dict[str, Any] = {name: getattr(index.config, name) for name in ("text_columns", "image_column", "label_column")}
-    shown_as: dict[str, Any] = {"language": _language_rows(args, index), "captions": index.config.task == "contrastive"}
-    readers = ExampleReader(queries, **columns, **shown_as), _train_reader(index, train, columns, shown_as)
+    language = _language_rows(args, index)
+    readers = _query_reader(args, index, queries, language), train_reader(index.config, index.kept_rows, train, language)
     shown = read_attributions(hits, *readers, rows=list(range(min(_SHOWN_QUERIES, len(hits)))), top_k=_SHOWN_HITS)
     print(f"\n{table(shown)}\n\nHits of {len(hits):,} queries: {output}")
     if args.report is not None:
@@ -173,10 +198,10 @@ def _asking(
     """Return what ranks the queries, and what keeps the blocks of them that are done, where there are several."""
     from hf_trak.cli import hit_blocks
 
-    if len(queries) <= hit_blocks.BLOCK_QUERIES:
+    if len(queries) <= hit_blocks.BLOCK_QUERIES or args.aggregate is not None:
         return lambda: index.attribute(queries, args.top_k, **options), None
     ways = {name: options[name] for name in ("direction", "out_to_loss_power", "combination")}
-    decisive = {"top_k": args.top_k, "damping": index.resolve_damping(options["damping"]), **ways}
+    decisive = {"top_k": args.top_k, "damping": index.resolve_damping(options["damping"]), **ways, **_question(args)}
     blocks = hit_blocks.HitBlocks(output, hit_blocks.identity_of_hits(index, queries, decisive))
 
     def say(text: str) -> None:
@@ -189,6 +214,15 @@ def _asking(
         )
 
     return ask, blocks
+
+
+def _question(args: AttributeArguments) -> dict[str, Any]:
+    """Return which output of the queries is asked about, as [`AttributionIndex.attribute`] takes it."""
+    return {
+        "target": args.target,
+        "contrast": None if args.contrast is None else tuple(args.contrast),
+        "aggregate": args.aggregate,
+    }
 
 
 def most_bytes(n_query: int, top_k: int, n_rows: int, *, kept: int = 0) -> int:
@@ -225,13 +259,13 @@ def _is_plain(kind: Any) -> bool:
     return hasattr(kind, "dtype") and "binary" not in kind.dtype and not hasattr(kind, "decode_example")
 
 
-def _check_targets(args: AttributeArguments, output: Path) -> None:
-    """Refuse before anything is computed."""
-    if output.suffix not in (".jsonl", ".parquet"):
+def check_targets(args: AskingArguments, output: Path | None) -> None:
+    """Refuse files that are there, and names that say no format, before anything is computed."""
+    if output is not None and output.suffix not in (".jsonl", ".parquet"):
         raise ValueError(f"--output must end in .jsonl or .parquet, but is {output}.")
     if args.report is not None and Path(args.report).exists() and not Path(args.report).is_dir():
         raise ValueError(f"--report must name a folder, but {args.report} is a file.")
-    taken = [output] if output.exists() else []
+    taken = [output] if output is not None and output.exists() else []
     if args.report is not None:
         taken += [path for name in ("report.html", "report.png") if (path := Path(args.report) / name).exists()]
     if taken and not args.overwrite:
@@ -240,8 +274,8 @@ def _check_targets(args: AttributeArguments, output: Path) -> None:
 
 def _language_rows(args: AttributeArguments, index: AttributionIndex) -> LanguageRows | None:
     """Return what makes the text of a language model's rows, with the tokenizer of the first checkpoint; None for other tasks."""
-    from hf_trak.cli.examples import LANGUAGE_TASKS, LanguageRows
     from hf_trak.featurizing.identity import recorded_checkpoint, recorded_processor
+    from hf_trak.querying.examples import LANGUAGE_TASKS, LanguageRows
     from hf_trak.sources.processors import find_processing_class
 
     config, info = index.config, index.members[0].info
@@ -257,7 +291,55 @@ def _language_rows(args: AttributeArguments, index: AttributionIndex) -> Languag
     return LanguageRows(config.task, tokenizer, text_columns=config.text_columns, label_column=config.label_column)
 
 
-def _load_train(args: AttributeArguments, index: AttributionIndex) -> Dataset | None:
+def _query_reader(
+    args: AttributeArguments, index: AttributionIndex, queries: Dataset, language: LanguageRows | None
+) -> ExampleReader | list[Example]:
+    """Return what shows the queries: themselves, with what is asked of each, or how many they are where they are one."""
+    from hf_trak.querying.examples import Example, row_reader
+
+    asked = " against ".join(args.contrast) if args.contrast else args.target if args.target != "label" else ""
+    if args.aggregate is not None:
+        label = f"{args.aggregate} of {len(queries):,} queries" + (f", {asked}" if asked else "")
+        return [Example(0, label=label)]
+    notes = dict.fromkeys(range(len(queries)), f"asked: {asked}") if asked else None
+    return row_reader(index.config, queries, language, notes=notes)
+
+
+def load_index(args: AskingArguments) -> AttributionIndex:
+    """Return the index that the flags name."""
+    from hf_trak.index import AttributionIndex
+    from hf_trak.scoring.memory import parse_memory
+    from hf_trak.tasks import import_task
+
+    parse_memory(args.max_memory)
+    return AttributionIndex.from_pretrained(
+        args.index,
+        revision=args.revision,
+        models=args.model,
+        base=args.base,
+        processing_class=args.processor,
+        task=None if args.task is None else import_task(args.task),
+        trust_remote_code=args.trust_remote_code,
+    )
+
+
+def score_options(args: AskingArguments, index: AttributionIndex) -> dict[str, Any]:
+    """Return the flags of scoring, as [`AttributionIndex.attribute`] takes them."""
+    damping = None if args.damping is None else replace(index.config, damping=args.damping).damping  # type: ignore[arg-type]
+    return {
+        "damping": damping,
+        "out_to_loss_power": args.out_to_loss_power,
+        "combination": args.combination,
+        "max_memory": args.max_memory,
+    }
+
+
+def load_train(args: AskingArguments, index: AttributionIndex) -> Dataset | None:
+    """Return the training set, in the index's order, where it is given.
+
+    Raises:
+        ValueError: If it is another.
+    """
     if args.train is None:
         return None
     from hf_trak.cli.data import load_rows
@@ -267,20 +349,3 @@ def _load_train(args: AttributeArguments, index: AttributionIndex) -> Dataset | 
         return index.align(train)
     except ValueError as error:
         raise ValueError(f"--train {args.train}: {error}") from error
-
-
-def _train_reader(
-    index: AttributionIndex, train: Dataset | None, columns: dict[str, Any], shown_as: dict[str, Any]
-) -> ExampleReader:
-    """Return what shows training rows: from the training set, or else from the columns that the index kept of it."""
-    from hf_trak.cli.examples import ExampleReader
-    from hf_trak.sources.row_digests import names_read
-
-    if train is not None:
-        return ExampleReader(train, **columns, **shown_as)
-    kept = index.kept_rows
-    if not kept.column_names:
-        return ExampleReader(None, **shown_as)
-    if set(names_read(index.config.columns_read or {})) <= set(kept.column_names):
-        return ExampleReader(kept, **columns, **shown_as)
-    return ExampleReader(kept)  # whatever there is

@@ -81,8 +81,8 @@ def show(
     args: DemoArguments, data: DemoData, hits: Dataset, suspicion: np.ndarray, notes: dict[int, str], output: Path
 ) -> None:
     """Print and save the attributions of three held-out rows, and the most suspicious labels."""
-    from hf_trak.cli.examples import ExampleReader, Hit, read_attributions
-    from hf_trak.cli.report import save_report, suspects_table, table
+    from hf_trak.querying.examples import ExampleReader, Hit, read_attributions
+    from hf_trak.querying.report import save_report, suspects_table, table
 
     rows = pick_queries(np.asarray(hits["query_output"][:]))
     columns: dict[str, Any] = {

@@ -94,7 +94,8 @@ class HitBlocks:
 def identity_of_hits(index: AttributionIndex, queries: Dataset, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return what decides the hits of some queries: the index's files, the content of the queries, and the options."""
     columns = index.config.columns_read or {}
-    digested = columns_to_digest(queries, columns)
+    plain = options.get("target", "label") == "label" and options.get("contrast") is None
+    digested = columns_to_digest(queries, columns if plain else {})  # a contrast may name any column
     features: Any = features_of(queries)
     files = file_columns(features, columns)
     return {

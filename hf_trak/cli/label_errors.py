@@ -12,8 +12,8 @@ from hf_trak.cli.parsing import Collect, make_parser, name_positions, parse, row
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from hf_trak.cli.examples import Example
     from hf_trak.index import AttributionIndex
+    from hf_trak.querying.examples import Example
 
 _SHOWN = 10
 _BYTES_PER_ROW = 160  # of the numbers of a row, as text
@@ -147,8 +147,8 @@ def _budget(text: str | None) -> int | float | None:
 
 def suspects(found: Dataset, train: Dataset | None, index: AttributionIndex) -> str:
     """Return a table of the first rows: suspicion, given and suggested label, and the row itself."""
-    from hf_trak.cli.examples import ExampleReader
-    from hf_trak.cli.report import label_errors_table
+    from hf_trak.querying.examples import ExampleReader
+    from hf_trak.querying.report import label_errors_table
 
     config, kept = index.config, index.kept_rows
     source = train if train is not None else kept if kept.column_names else None

@@ -112,6 +112,7 @@ COMMANDS = {
     "featurize": "make an index: the features of a training set under one or more checkpoints",
     "merge": "put an index together that an array of jobs has made",
     "attribute": "ask an index which training examples raised and lowered the model's output on your queries",
+    "explain": "let the model answer one prompt, or classify one text or image, and show the training rows behind it",
     "label-errors": "list the training rows of a classifier whose labels look wrong",
     "evaluate": "measure how good attributions are, against what is known",
     "push": "upload an index to a dataset repository of the Hub",

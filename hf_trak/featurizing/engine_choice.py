@@ -228,7 +228,8 @@ def compare_losses(model: nn.Module, output_function: Any, batch: Mapping[str, A
         return None
     if not isinstance(own := getattr(result, "loss", None), Tensor) or own.numel() != 1:
         return None
-    logits = [result.start_logits, result.end_logits] if spans else [result.logits]
+    n_prompt = getattr(output_function, "n_virtual_tokens", 0)  # of a learned prompt, whose logits have no labels
+    logits = [result.start_logits, result.end_logits] if spans else [result.logits[:, n_prompt:]]
     losses = [
         F.cross_entropy(values.double().flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
         for values, labels in zip(logits, pairs, strict=True)

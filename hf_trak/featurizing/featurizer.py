@@ -6,8 +6,8 @@ import copy
 import logging
 import threading
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -560,18 +560,32 @@ class Featurizer:
         return {"parameters": selection.parameters, "projector": projector, "output_function": output_function}
 
     def outputs(self, batch: Mapping[str, Any]) -> BatchFeatures:
-        """Return the outputs of a batch by a forward pass alone, on the CPU; the features have no columns.
+        """Return the outputs of a batch by a forward pass alone, on the CPU; the features have no columns."""
+        found = self._forward(batch, self.task.output_function)
+        output, out_to_loss = (torch.cat(values).float().cpu() for values in zip(*found, strict=True))
+        return BatchFeatures(features=output.new_empty(len(output), 0), output=output, out_to_loss=out_to_loss)
 
-        Rows go one by one where the engine is the loop, since there they are not independent of each other or of padding.
-        """
+    def predictions(self, batch: Mapping[str, Any]) -> BatchFeatures:
+        """Return what the model says of a batch, as [`Task.predict`] does, in place of features."""
+        found = torch.cat(self._forward(batch, self.task.predict)).float().cpu()
+        nothing = found.new_zeros(len(found))
+        return BatchFeatures(features=found.view(len(found), -1), output=nothing, out_to_loss=nothing)
+
+    def _forward(self, batch: Mapping[str, Any], function: Callable[[Any, Mapping[str, Any]], Any]) -> list[Any]:
+        """Return what a function of the model and a batch returns; rows go one by one where the engine is the loop, since there they are
+        not independent of each other or of padding."""
         self._check_statistics()
         n_rows = count_rows(batch)
         alone = n_rows > 1 and self._engine is not None and self._engine.name == "loop"
         parts = [part_of(batch, [number]) for number in range(n_rows)] if alone else [batch]
+        with self.inference() as model:
+            return [function(model, to_device(part, self.device)) for part in parts]
+
+    @contextmanager
+    def inference(self) -> Iterator[PreTrainedModel]:
+        """Give the model as features are taken of it, without gradients."""
         with dropout_mask(self.model, self.dropout_seed), evaluation_mode(self.model), self._autocast(), torch.no_grad():
-            found = [self.task.output_function(self.model, to_device(part, self.device)) for part in parts]
-        output, out_to_loss = (torch.cat(values).float().cpu() for values in zip(*found, strict=True))
-        return BatchFeatures(features=output.new_empty(n_rows, 0), output=output, out_to_loss=out_to_loss)
+            yield self.model
 
     def compute(self, batch: Mapping[str, Tensor], ids: Sequence[int] | None = None) -> BatchFeatures:
         """Return the features of a batch, on the CPU.

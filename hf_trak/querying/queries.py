@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -34,13 +35,80 @@ from hf_trak.sources.transforms import hash_callable
 from hf_trak.storage.format import BANK_NAME, STATISTICS_NAME
 from hf_trak.storage.passes import encode_pass
 from hf_trak.storage.reader import MemberReader
-from hf_trak.tasks import TASKS, Bank, Task, TaskMaker, in_direction
+from hf_trak.tasks import TARGET_COLUMN, TASKS, Bank, Task, TaskMaker, in_direction
+from hf_trak.tasks.answers import answer_task
 from hf_trak.tasks.inputs import CustomInputs
-from hf_trak.tasks.rows import as_stored, check_is_dataset, features_of
+from hf_trak.tasks.rows import as_stored, check_is_dataset, features_of, is_transformed, with_column
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel
+
+AGGREGATES = ("mean", "sum", "nearest")
+
+
+@dataclass(frozen=True)
+class Question:
+    """Which output of each query is attributed, and whether many queries are one; see [`AttributionIndex.score`]."""
+
+    target: str | int = "label"
+    contrast: Sequence[str | int] | None = None
+    direction: str = "pair"
+    aggregate: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.aggregate is not None and self.aggregate not in AGGREGATES:
+            raise ValueError(f"`aggregate` must be {', '.join(map(repr, AGGREGATES))} or None, but is {self.aggregate!r}.")
+        if self.contrast is None:
+            return
+        if isinstance(self.contrast, str) or not isinstance(self.contrast, Sequence) or len(self.contrast) != 2:
+            raise ValueError(f"`contrast` must be two classes, 'label' or 'prediction', but is {self.contrast!r}.")
+        if self.contrast[0] == self.contrast[1]:
+            raise ValueError(f"`contrast` must be of two different outputs, but is {self.contrast!r}: all scores would be 0.")
+        if self.target != "label":
+            raise ValueError(f"`contrast` says itself what is attributed: leave out target={self.target!r}.")
+
+    @property
+    def targets(self) -> list[tuple[float, str | int]]:
+        """What is attributed: one output, or two with opposite signs."""
+        return [(1.0, self.target)] if self.contrast is None else [(1.0, self.contrast[0]), (-1.0, self.contrast[1])]
+
+    def n_columns(self, n_query: int) -> int:
+        """Return how many columns the scores of some queries have."""
+        return min(n_query, 1) if self.aggregate is not None else n_query
+
+    def join(self, values: Float[Tensor, "n_query *dim"], *, linear: bool = True) -> Float[Tensor, "n_asked *dim"]:
+        """Return features or outputs of many queries as those of one, where they are one.
+
+        Args:
+            linear (`bool`): Of "nearest", features stay apart, and outputs do not: of these the mean is taken.
+        """
+        if self.aggregate is None or (self.aggregate == "nearest" and linear):
+            return values
+        total = values.double().sum(0, keepdim=True)
+        return (total if self.aggregate == "sum" else total / len(values)).to(values.dtype)
+
+
+@dataclass(frozen=True)
+class Side:
+    """Queries with one output each; their features are added with a sign.
+
+    Args:
+        reads (`str`): "label": rows as the training set's; "target": without labels, and with [`TARGET_COLUMN`]; "answer": tokens of a
+            prompt and an answer.
+        names (`Sequence[str]`): Of the model's classes, where there are targets.
+    """
+
+    queries: Dataset
+    sign: float = 1.0
+    reads: str = "label"
+    names: Sequence[str] = ()
+
+    def task(self, task: Task) -> Task:
+        """Return the task that reads these queries."""
+        if self.reads == "answer":
+            return answer_task(task)
+        return task.for_targets() if self.reads == "target" else task
 
 
 class QuerySide:
@@ -71,6 +139,7 @@ class QuerySide:
         self.folder = folder
         self.config = config
         self.members = members
+        self.passes = passes
         self.n_checkpoints = len({plan.checkpoint for plan in passes})
         # Several points of a path have one final model.
         self.n_models = len({(plan.model is None, plan.checkpoint if plan.model is None else plan.model) for plan in passes})
@@ -103,7 +172,7 @@ class QuerySide:
             ValueError: If the model, task or parameters are not those recorded; the message lists what differs.
         """
         first = plan.members[0]
-        self._check_task()
+        self.check_task()
         place, given = self.members[first].info["checkpoint"], self._model(plan)
         featurizer = Featurizer(
             recorded_checkpoint(self.folder, place) if given is None else given,
@@ -134,20 +203,121 @@ class QuerySide:
         featurizer.use_task(in_direction(featurizer.task.for_queries(), direction))
         return featurizer
 
-    def check(self, queries: Dataset) -> None:
+    def asked(self, queries: Dataset, question: Question) -> list[tuple[float, Dataset, str | int]]:
+        """Return the queries of each output that is asked about, with its sign and target, checked before a model is loaded.
+
+        Of tasks without classes, a target other than "label" names the column of another answer, which takes the place of the answer.
+
+        Raises:
+            ValueError: If the queries cannot serve; see [`QuerySide.check`].
+        """
+        result = []
+        for sign, target in question.targets:
+            rows = queries
+            if target != "label" and not self._has_classes:
+                rows, target = self._with_answer(queries, target, question), "label"
+            self.check(rows, reads="label" if target == "label" else "target")
+            result.append((sign, rows, target))
+        return result
+
+    @property
+    def _has_classes(self) -> bool:
+        """Whether labels are classes or numbers in one column, or the task is not ours, of which nothing is known."""
+        kind, _, rest = self.members[0].identity["task"].partition("-")
+        return (
+            self.members[0].identity["task"] not in TASKS
+            or rest == "sentence-prediction"
+            or (kind in ("text", "image", "audio", "video") and rest in ("classification", "multi-label", "regression"))
+        )
+
+    def _with_answer(self, queries: Dataset, target: str | int, question: Question) -> Dataset:
+        """Return queries with another column in place of the answer."""
+        from datasets import concatenate_datasets
+
+        read, task = self._recorded["columns"], self.members[0].identity["task"]
+        texts = read.get("text", [])
+        found = [read.get(name) for name in ("completion", "label", "messages")] + ([*texts] if len(texts) == 1 else [])
+        answer = next((name for name in found if isinstance(name, str)), None)
+        if "tokens" in read or answer is None or target not in queries.column_names or is_transformed(queries):
+            raise ValueError(
+                f"{target!r} is no output of this index of {task}, which has no classes. "
+                + (
+                    f"`target` and `contrast` may name columns of the queries that hold another answer in place of {answer!r}; these "
+                    f"queries have {', '.join(queries.column_names)}. "
+                    if answer is not None and "tokens" not in read
+                    else "Leave out `target` and `contrast`. "
+                )
+                + "For what a language model answers itself, ask `index.explain(prompt=...)` (hf-trak explain)."
+            )
+        asked = {name for _, name in question.targets if name in queries.column_names}
+        values = queries.select_columns([str(target)])
+        values = values if target == answer else values.rename_column(str(target), answer)
+        rest = queries.remove_columns([name for name in queries.column_names if name in asked or name == answer])
+        return concatenate_datasets([rest, values], axis=1)
+
+    def sides(self, asked: Sequence[tuple[float, Dataset, str | int]], batch_size: int | str, progress: bool) -> list[Side]:
+        """Return the queries with what is asked of each: classes are looked up, and the model is asked for predictions.
+
+        These are the final model's, whatever checkpoints the index is of, so that all members attribute the same output.
+
+        Raises:
+            ValueError: If the task has no classes, or there is no such class.
+        """
+        if all(target == "label" for _, _, target in asked):
+            return [Side(queries, sign) for sign, queries, _ in asked]
+        featurizer = self.final_featurizer()
+        task, sides = featurizer.task.for_targets(), []
+        for sign, queries, target in asked:
+            stored = as_stored(queries)
+            if target == "label":
+                sides.append(Side(queries, sign))
+                continue
+            if target == "prediction":
+                featurizer.use_task(task)
+                featurizer.check(stored)
+                with tqdm(total=len(queries), unit="rows", desc="Predictions", disable=not progress) as bar:
+                    found = featurize_rows(
+                        _Outputs(featurizer, featurizer.predictions), stored, range(len(queries)), batch_size=batch_size,
+                        on_batch=bar.update,
+                    ).features  # fmt: skip
+                values: Any = found if task.several_labels else found.squeeze(1)
+                values = (values if task.several_labels or task.n_classes is None else values.long()).tolist()
+            else:
+                values = [task.read_class(target, self._recorded["label_names"])] * len(queries)
+            names = task.class_names(self._recorded["label_names"])
+            sides.append(Side(with_column(stored, TARGET_COLUMN, values), sign, "target", names))
+        return sides
+
+    def final_featurizer(self) -> Featurizer:
+        """Return the featurizer of the last checkpoint; of points of a path, that of the final model."""
+        return self.featurizer(self.passes[-1], final=True)
+
+    def check(self, queries: Dataset, *, reads: str = "label") -> None:
         """Check, before a model is loaded, that queries have the columns that were read of the training set, and its label names.
+
+        Args:
+            reads (`str`): As of a [`Side`].
 
         Raises:
             ValueError: Naming what is missing or different.
         """
         check_is_dataset(queries, "Queries")
-        self._check_task()
+        self.check_task()
+        if reads == "answer":
+            return
         read, names = self._recorded["columns"], self._recorded["label_names"]
+        if reads == "target":
+            read, names = {key: value for key, value in read.items() if key != "label"}, None
         found: Any = features_of(queries)
         if missing := [name for name in names_read(read) if name not in found]:
             raise ValueError(
                 f"The queries lack {', '.join(map(repr, missing))}, which {self.folder} reads ({describe_columns(read)}); they have "
                 f"{', '.join(found)}. Rename a column with `queries.rename_column`, or add what is missing."
+                + (
+                    " To attribute what the model predicts, `score` and `attribute` need no label: target='prediction' (--target prediction)."
+                    if missing == [read.get("label")] and self._has_classes
+                    else ""
+                )
             )
         given = label_names(found, read)
         by_id = self.config.label_mapping != "by_name"  # which goes by the names and the model
@@ -158,13 +328,15 @@ class QuerySide:
                 f"{read['label']!r}, ClassLabel(names=[...]))` after mapping each label by its name."
             )
 
-    def check_read(self, featurizer: Featurizer, queries: Dataset) -> None:
-        """Check that the task reads of queries what it read of the training set.
+    def check_read(self, featurizer: Featurizer, queries: Dataset, *, reads: str = "label") -> None:
+        """Check that the task reads of queries what it read of the training set, but for labels that are not read.
 
         Raises:
             ValueError: If it takes other columns, or takes them for something else.
         """
         read = self._recorded["columns"]
+        if reads == "target":
+            read = {key: value for key, value in read.items() if key != "label"}
         features: Any = features_of(queries)
         found = in_order(featurizer.task.columns_read(features)) if read else read
         if found != read:
@@ -175,15 +347,15 @@ class QuerySide:
             )
 
     def featurize(
-        self, featurizer: Featurizer, queries: Dataset, batch_size: int | str, progress: bool, description: str
+        self, featurizer: Featurizer, side: Side, batch_size: int | str, progress: bool, description: str
     ) -> dict[str, np.ndarray]:
         """Return the trak_* columns of queries, checked to be read as the training set was; see [`featurize_queries`]."""
-        if len(queries):
-            self.check_read(featurizer, queries)
-        return featurize_queries(featurizer, queries, batch_size, progress, description)
+        if len(side.queries) and side.reads != "answer":
+            self.check_read(featurizer, side.queries, reads=side.reads)
+        return featurize_queries(featurizer, side.queries, batch_size, progress, description)
 
     def final_output(
-        self, plan: Pass, queries: Dataset, batch_size: int | str, progress: bool
+        self, plan: Pass, sides: Sequence[Side], batch_size: int | str, progress: bool
     ) -> Float32[np.ndarray, " n_query"] | None:
         """Return what the final model says of queries, by forward passes alone, where a pass is of a point before it; None for other passes,
         and for dual encoders, whose outputs need a bank of that model."""
@@ -191,16 +363,21 @@ class QuerySide:
         if "point" not in first.identity or first.tensors(BANK_NAME) is not None:
             return None
         featurizer = self.featurizer(plan, final=True)
-        queries = as_stored(queries)
-        featurizer.check(queries)
-        with tqdm(total=len(queries), unit="rows", desc="Outputs", disable=not progress) as bar:
-            found = featurize_rows(
-                _Outputs(featurizer), queries, range(len(queries)), batch_size=batch_size, on_batch=bar.update
-            )
-        check_finite(found)
-        return found.output.numpy()
+        task, total = featurizer.task, np.zeros(len(sides[0].queries), dtype=np.float32)
+        for side in sides:
+            queries = as_stored(side.queries)
+            featurizer.use_task(side.task(task))
+            featurizer.check(queries)
+            with tqdm(total=len(queries), unit="rows", desc="Outputs", disable=not progress) as bar:
+                found = featurize_rows(
+                    _Outputs(featurizer, featurizer.outputs), queries, range(len(queries)), batch_size=batch_size,
+                    on_batch=bar.update,
+                )  # fmt: skip
+            check_finite(found)
+            total += side.sign * found.output.numpy()
+        return total
 
-    def _check_task(self) -> None:
+    def check_task(self) -> None:
         """Check that a task of the user's own was given again: an index does not hold its code, and nothing is imported that it names.
 
         Raises:
@@ -280,14 +457,15 @@ class QuerySide:
 
 
 class _Outputs:
-    """A featurizer of which outputs alone are wanted."""
+    """A featurizer of which outputs or predictions alone are wanted."""
 
-    def __init__(self, featurizer: Featurizer) -> None:
+    def __init__(self, featurizer: Featurizer, compute: Callable[[Any], BatchFeatures]) -> None:
         self.budget, self.lengths, self.collate = featurizer.budget, featurizer.lengths, featurizer.collate
         self._featurizer = featurizer
+        self._compute = compute
 
     def compute(self, batch: Any, ids: Sequence[int] | None = None) -> BatchFeatures:
-        return self._featurizer.outputs(batch)
+        return self._compute(batch)
 
     def encode(self, features: BatchFeatures) -> dict[str, np.ndarray]:
         return self._featurizer.encode(features)

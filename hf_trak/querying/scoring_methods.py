@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,17 +18,19 @@ from hf_trak.config import TrakConfig
 from hf_trak.linalg import damped, default_damping
 from hf_trak.members import Pass
 from hf_trak.querying.label_errors import check_budget, given_labels, label_error_rows
-from hf_trak.querying.queries import QuerySide, mean_output, read_query_features
+from hf_trak.querying.queries import QuerySide, Question, Side, mean_output, read_query_features
 from hf_trak.querying.training_rows import KeptRows
 from hf_trak.scoring.damping import DampingChoice, choose_damping
 from hf_trak.scoring.ensemble import (
     COMBINATIONS,
     ScoreOptions,
+    ScoreShortcuts,
     SolvedQueries,
     check_residuals,
     default_power_of,
     self_influence,
     solve_all,
+    stream_scores,
 )
 from hf_trak.scoring.label_errors import LabelEvidence, check_labels_task, label_suspicion
 from hf_trak.scoring.scorer import Scorer, check_top_k, to_hits
@@ -34,10 +38,13 @@ from hf_trak.scoring.search_index import SearchIndex, describe
 from hf_trak.scoring.top_k import TopK
 from hf_trak.storage.passes import columns_of
 from hf_trak.storage.reader import MemberReader
-from hf_trak.tasks.rows import check_is_dataset
+from hf_trak.tasks.rows import check_is_dataset, name_rows
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from typing_extensions import Unpack
 
 
 class ScoringMethods:
@@ -61,39 +68,34 @@ class ScoringMethods:
         self,
         queries: Dataset,
         *,
-        damping: float | str | None = None,
-        residual_weighting: bool = False,
-        leverage: bool = False,
-        soft_threshold: int | None = None,
-        out_to_loss_power: float | None = None,
-        combination: str | None = None,
-        reference_rescale: bool = False,
+        target: str | int = "label",
+        contrast: tuple[str | int, str | int] | None = None,
+        aggregate: str | None = None,
         direction: str = "pair",
+        options: ScoreOptions | None = None,
         batch_size: int | str = "auto",
         output_file: str | Path | None = None,
         max_memory: int | str | None = None,
         progress: bool = True,
+        **shortcuts: Unpack[ScoreShortcuts],
     ) -> np.ndarray:
         """Return the score of every training example for every query, (n_train, n_query) in float32.
 
         Positive scores mark proponents: training on the example raises the query's output.
 
         Args:
-            queries (`Dataset`): With the columns of the training set; labels say which output is meant.
-            damping (`float` or `"auto"`, *optional*): By default, the configuration's.
-            residual_weighting (`bool`): Weigh the Gram matrix's rows by p(1 − p); for class labels. See [`ScoreOptions`].
-            leverage (`bool`): Divide each row's influence by 1 − its leverage. See [`ScoreOptions`].
-            soft_threshold (`int`, *optional*): Scores per query to stay nonzero: all move towards 0 until no more are left. The
-                paper's last step, which picks the number by cross-validation.
-            out_to_loss_power (`float`, *optional*): What 1 − p is raised to; by default the configuration's, else 1/2, and 1 where
-                `trak_out_to_loss` is no 1 − p or all members are points of a path before its end. The paper's TRAK is
-                [`TrakConfig.published`]: `damping=0, out_to_loss_power=1, combination="means"`.
-            combination (`str`, *optional*): How several members are combined: "means", the product of two means over members, as in
-                the paper, or "scaled", the mean over members of each one's influence, brought to one scale, times its own 1 − p; see
-                [`ScoreOptions`]. By default, the configuration's.
+            queries (`Dataset`): With the columns of the training set; by default, labels say which output is meant.
+            target (`str` or `int`): Of classifiers, which output: "label", the query's own; "prediction", the class that the model predicts
+                (of several checkpoints, the last one; of points of a path, the final model); or a class, by its name, or by its number in the
+                training set. Other than with "label", queries need no label column. Of regressions, "prediction".
+            contrast (`tuple`, *optional*): Two targets: the score is that of the difference of their outputs, from the difference of their
+                features: what made the model say the first and not the second. Of tasks without classes, `target` and `contrast` may name
+                columns of the queries that hold other answers (or captions) in place of the answer: `contrast=("chosen", "rejected")`.
+            aggregate (`str`, *optional*): Take many queries as one: "mean" or "sum" of their features; or "nearest": of each training row,
+                the largest score over the queries. Scores then have one column.
             direction (`str`): For image-caption pairs, what of a query is attributed: "pair"; "image", how the image tells its caption
                 from those of the bank; or "caption", how the caption tells its image.
-            reference_rescale (`bool`): Only to reproduce MadryLab/trak's numbers, with `damping=0, out_to_loss_power=1`.
+            options ([`ScoreOptions`], *optional*): How features become scores; by default [`AttributionIndex.score_options`].
             output_file (`str` or `Path`, *optional*): A `.npy` file to memory-map the result to. Room for it is reserved before work
                 begins, and it appears under its name when it is whole. Stopped at any moment, the same call goes on where it stopped
                 (of one process). Without it, results above 1 GiB, or
@@ -101,14 +103,18 @@ class ScoringMethods:
                 one file together; without a file, each computes all.
             max_memory (`int` or `str`, *optional*): Bytes that solving and scoring may take, such as "2GB", beside the model and
                 what is loaded already; by default 2 GB, or what it takes. It does not change a bit of the scores.
+            shortcuts: Fields of [`ScoreOptions`], which win over those of `options`: `damping`, `residual_weighting`, `leverage`,
+                `soft_threshold`, `out_to_loss_power`, `combination`, `reference_rescale`. See [`AttributionIndex.score_options`].
         """
         check_is_dataset(queries, "`queries`")
-        options = self._options(damping, residual_weighting, leverage, out_to_loss_power, combination, reference_rescale)
-        scorer = Scorer(self.members, options, len(queries), 0, soft_threshold, max_memory, progress)
+        question = Question(target, contrast, direction, aggregate)
+        options = self.score_options(options, **shortcuts)
+        scorer = self._scorer(len(queries), question, options, 0, max_memory, progress)
 
         def solve() -> Sequence[SolvedQueries]:
-            features, _ = self._featurize(queries, options, batch_size, progress, direction)
-            return solve_all(self.members, features, options)
+            sides = self._sides(queries, question, options, batch_size, progress)
+            features, _ = self._featurize(sides, batch_size, progress, direction)
+            return self._solve(features, question, options)
 
         return scorer.matrix(solve, output_file)
 
@@ -117,17 +123,16 @@ class ScoringMethods:
         queries: Dataset,
         top_k: int = 10,
         *,
-        damping: float | str | None = None,
-        residual_weighting: bool = False,
-        leverage: bool = False,
-        soft_threshold: int | None = None,
-        out_to_loss_power: float | None = None,
-        combination: str | None = None,
+        target: str | int = "label",
+        contrast: tuple[str | int, str | int] | None = None,
+        aggregate: str | None = None,
         direction: str = "pair",
+        options: ScoreOptions | None = None,
         batch_size: int | str = "auto",
         max_memory: int | str | None = None,
         exact: bool = True,
         progress: bool = True,
+        **shortcuts: Unpack[ScoreShortcuts],
     ) -> Dataset:
         """Return each query's strongest proponents and opponents, never holding more than a row group's scores.
 
@@ -136,37 +141,34 @@ class ScoringMethods:
 
         Args:
             top_k (`int`): How many of each; at most the number of training examples are returned.
-            damping, residual_weighting, leverage, soft_threshold, out_to_loss_power, combination, direction, max_memory (*optional*): As in
-                [`AttributionIndex.score`].
+            target, contrast, aggregate, direction, options, max_memory, shortcuts (*optional*): As in [`AttributionIndex.score`].
             exact (`bool`): Score every training row, the default; False asks the index of [`AttributionIndex.add_search_index`].
 
         Returns:
             `Dataset`: One row per query: `query_id`, `query_output` (the mean over models; of points of a path, what the final model says,
-            which takes a forward pass), `proponents` and `opponents` (rows of the training set, the
-            strongest first), `proponent_scores` and `opponent_scores`; where columns were kept (`keep_columns`), also
-            `proponent_<column>` and `opponent_<column>`, lists in the same order.
+            which takes a forward pass; of a contrast, the difference; of many queries as one, their sum or mean), `proponents` and
+            `opponents` (rows of the training set, the strongest first), `proponent_scores` and `opponent_scores`; where columns were kept
+            (`keep_columns`), also `proponent_<column>` and `opponent_<column>`, lists in the same order.
         """
         check_is_dataset(queries, "`queries`")
-        options = self._options(damping, residual_weighting, leverage, out_to_loss_power, combination)
-        scorer = Scorer(self.members, options, len(queries), check_top_k(top_k), soft_threshold, max_memory, progress)
-        rank = self._ranker(scorer, exact)
-        features, output = self._featurize(queries, options, batch_size, progress, direction, shown=True)
-        return self._with_kept(to_hits(rank(solve_all(self.members, features, options)), output))
+        question = Question(target, contrast, direction, aggregate)
+        options = self.score_options(options, **shortcuts)
+        rank = self._ranker(self._scorer(len(queries), question, options, check_top_k(top_k), max_memory, progress), exact)
+        sides = self._sides(queries, question, options, batch_size, progress)
+        features, output = self._featurize(sides, batch_size, progress, direction, shown=True)
+        return self._hits(rank(self._solve(features, question, options)), output, question)
 
     def attribute_features(
         self,
         features: Any,
         top_k: int = 10,
         *,
-        damping: float | str | None = None,
-        residual_weighting: bool = False,
-        leverage: bool = False,
-        soft_threshold: int | None = None,
-        out_to_loss_power: float | None = None,
-        combination: str | None = None,
+        aggregate: str | None = None,
+        options: ScoreOptions | None = None,
         max_memory: int | str | None = None,
         exact: bool = True,
         progress: bool = True,
+        **shortcuts: Unpack[ScoreShortcuts],
     ) -> Dataset:
         """Return what [`AttributionIndex.attribute`] does for queries whose features were made elsewhere, with no model at hand.
 
@@ -176,15 +178,51 @@ class ScoringMethods:
         Args:
             features: An array of shape (n_query, proj_dim), or a Dataset with the column `trak_features`; for several members, a list
                 with one for each. See [`read_query_features`].
+            top_k, aggregate, options, max_memory, exact, shortcuts (*optional*): As in [`AttributionIndex.attribute`].
 
         Returns:
             `Dataset`: As [`AttributionIndex.attribute`]; `query_output` only where the features come with `trak_output`, whose mean it is.
         """
-        options = self._options(damping, residual_weighting, leverage, out_to_loss_power, combination)
+        question = Question(aggregate=aggregate)
+        options = self.score_options(options, **shortcuts)
         found = self._read_features(features)
-        scorer = Scorer(self.members, options, len(found[0]), check_top_k(top_k), soft_threshold, max_memory, progress)
+        scorer = self._scorer(len(found[0]), question, options, check_top_k(top_k), max_memory, progress)
         rank = self._ranker(scorer, exact)
-        return self._with_kept(to_hits(rank(solve_all(self.members, found, options)), mean_output(features)))
+        return self._hits(rank(self._solve(found, question, options)), mean_output(features), question)
+
+    def _scorer(
+        self, n_query: int, question: Question, options: ScoreOptions, top_k: int, max_memory: int | str | None, progress: bool
+    ) -> Scorer:
+        nearest = n_query if question.aggregate == "nearest" else 0
+        return Scorer(self.members, options, question.n_columns(n_query), top_k, max_memory, progress, nearest)
+
+    def _solve(
+        self, features: list[Float[Tensor, "n_query proj_dim"]], question: Question, options: ScoreOptions
+    ) -> list[SolvedQueries]:
+        features[:] = map(question.join, features)
+        return solve_all(self.members, features, options)
+
+    def _hits(self, best: tuple[TopK, TopK], output: np.ndarray | None, question: Question) -> Dataset:
+        shown = None if output is None else question.join(torch.from_numpy(output), linear=False).numpy()
+        return self._with_kept(to_hits(best, shown))
+
+    def scores_of_rows(
+        self, rows: Sequence[int], solved: Sequence[SolvedQueries], options: ScoreOptions
+    ) -> Float[np.ndarray, "rows n_query"]:
+        """Return the scores of some training rows alone, before any soft threshold."""
+        shard_rows = self.members[0].identity["shard_rows"]
+        found: dict[int, np.ndarray] = {}
+        for shard in sorted({row // shard_rows for row in rows}):
+            blocks = stream_scores(
+                self.members,
+                solved,
+                out_to_loss_power=options.out_to_loss_power,
+                combination=options.combination,
+                shards=range(shard, shard + 1),
+            )
+            scores = torch.cat(list(blocks)).numpy()
+            found.update({row: scores[row % shard_rows] for row in rows if row // shard_rows == shard})
+        return np.stack([found[row] for row in rows])
 
     def _with_kept(self, hits: Dataset) -> Dataset:
         return KeptRows(self.members[0]).beside(hits)
@@ -220,7 +258,7 @@ class ScoringMethods:
             ImportError: Without FAISS.
             ValueError: If FAISS knows no such index, there are too few rows to train it, or `file` holds another.
         """
-        options = self._options(None, False, False, out_to_loss_power, combination)
+        options = self.score_options(out_to_loss_power=out_to_loss_power, combination=combination)
         kind: dict[str, Any] = {
             "string_factory": string_factory,
             "out_to_loss_power": options.out_to_loss_power,
@@ -240,7 +278,9 @@ class ScoringMethods:
             return scorer.best
         if self.search_index is None:
             raise ValueError("exact=False asks a search index, but there is none: call `index.add_search_index()` first.")
-        self.search_index.check(scorer.options, scorer.soft_threshold)
+        self.search_index.check(scorer.options)
+        if scorer.nearest:
+            raise ValueError("aggregate='nearest' needs the scores of all rows: leave out exact=False.")
         return functools.partial(self.search_index.best, top_k=scorer.top_k)
 
     def self_influence(self, *, damping: float | str | None = None) -> Float64[np.ndarray, " n_train"]:
@@ -288,13 +328,14 @@ class ScoringMethods:
         n_reported = check_budget(budget, self.n_rows)
         given = given_labels(train, self.members[0], label_column=self.config.label_column, index=self.folder)
         kept = KeptRows(self.members[0]) if train is None else None
-        options = self._options(damping, False, False, None, None)
+        options = self.score_options(damping=damping)
         features = None
         if validation is not None:
             check_is_dataset(validation, "`validation`")
             if len(validation) == 0:
                 raise ValueError("`validation` has no rows. Leave it out if there are no held-out rows.")
-            features, _ = self._featurize(validation, options, batch_size, progress, "pair")
+            sides = self._sides(validation, Question(), options, batch_size, progress)
+            features, _ = self._featurize(sides, batch_size, progress)
         evidence = LabelEvidence(self.members, damping=options.damping)
         suspicion = label_suspicion(evidence, features)
         return label_error_rows(evidence, suspicion, given, n_reported, kept)
@@ -313,24 +354,37 @@ class ScoringMethods:
         chosen = self.config.out_to_loss_power
         return default_power_of(self.members) if chosen is None else float(chosen)
 
-    def _options(
-        self,
-        damping: float | str | None,
-        residual_weighting: bool,
-        leverage: bool,
-        out_to_loss_power: float | None,
-        combination: str | None,
-        reference_rescale: bool = False,
-    ) -> ScoreOptions:
-        if residual_weighting:
+    def score_options(self, options: ScoreOptions | None = None, **shortcuts: Unpack[ScoreShortcuts]) -> ScoreOptions:
+        """Return how features become scores: what the configuration says, unless changed.
+
+        Args:
+            options ([`ScoreOptions`], *optional*): In place of the index's own.
+            shortcuts: Fields of [`ScoreOptions`]; None stands for the index's own. `damping` may be "auto". `out_to_loss_power` is by default
+                the configuration's, else 1/2, and 1 where `trak_out_to_loss` is no 1 − p or all members are points of a path before its end.
+                The paper's TRAK is [`TrakConfig.published`]: `damping=0, out_to_loss_power=1, combination="means"`.
+
+        Raises:
+            ValueError: If a value cannot serve.
+        """
+        given: dict[str, Any] = {name: value for name, value in shortcuts.items() if value is not None}
+        if unknown := sorted(set(given) - {field.name for field in fields(ScoreOptions)}):
+            raise TypeError(
+                f"There is no option {', '.join(map(repr, unknown))}. Known are {', '.join(field.name for field in fields(ScoreOptions))}."
+            )
+        if options is None or given.get("damping") == "auto":
+            given["damping"] = self.resolve_damping(given.get("damping"))
+        if options is None:
+            given = {"out_to_loss_power": self._default_power, "combination": self.config.combination, **given}
+            options = ScoreOptions(given["damping"])
+        given.update({name: float(given[name]) for name in ("damping", "out_to_loss_power") if name in given})
+        options = replace(options, **given)
+        if options.residual_weighting:
             check_residuals(self.members[0])
-        power = self._default_power if out_to_loss_power is None else float(out_to_loss_power)
-        if not 0 <= power <= 1:
-            raise ValueError(f"`out_to_loss_power` must lie in 0 to 1, but is {out_to_loss_power}.")
-        combination = combination or self.config.combination
-        if combination not in COMBINATIONS:
-            raise ValueError(f"`combination` must be {' or '.join(map(repr, COMBINATIONS))}, but is {combination!r}.")
-        return ScoreOptions(self.resolve_damping(damping), residual_weighting, leverage, reference_rescale, power, combination)
+        if not 0 <= options.out_to_loss_power <= 1:
+            raise ValueError(f"`out_to_loss_power` must lie in 0 to 1, but is {options.out_to_loss_power}.")
+        if options.combination not in COMBINATIONS:
+            raise ValueError(f"`combination` must be {' or '.join(map(repr, COMBINATIONS))}, but is {options.combination!r}.")
+        return options
 
     def damping_choice(self) -> DampingChoice | None:
         """Return the λ that ranks the members' own outputs best, and its curve; None where no subset masks tell.
@@ -345,38 +399,64 @@ class ScoringMethods:
             )
         return self._choice
 
+    def _sides(
+        self, queries: Dataset, question: Question, options: ScoreOptions, batch_size: int | str, progress: bool
+    ) -> list[Side]:
+        """Return queries with what is asked of them; what cannot be answered is refused before they cost anything."""
+        asked = self._queries.asked(queries, question)
+        self._check_gram(options)
+        return self._queries.sides(asked, batch_size, progress)
+
+    def _check_gram(self, options: ScoreOptions) -> None:
+        """Refuse a singular Gram matrix."""
+        damped(self.members[0].gram(), n_rows=self.n_rows, damping=options.damping)
+
     def _featurize(
-        self,
-        queries: Dataset,
-        options: ScoreOptions,
-        batch_size: int | str,
-        progress: bool,
-        direction: str,
-        *,
-        shown: bool = False,
+        self, sides: Sequence[Side], batch_size: int | str, progress: bool, direction: str = "pair", *, shown: bool = False
     ) -> tuple[list[Float[Tensor, "n_query proj_dim"]], Float[np.ndarray, " n_query"]]:
-        """Return the queries' features under every member, and their mean output.
+        """Return the queries' features under every member, and their mean output; of several sides, their sums with the sides' signs.
 
         Args:
             shown (`bool`): The output is to be shown: of points of a path, take that of the final model.
         """
         features, outputs = [], []
         final: dict[int | None, np.ndarray | None] = {}
-        self._queries.check(queries)
-        # A singular Gram matrix is refused before queries cost anything.
-        damped(self.members[0].gram(), n_rows=self.n_rows, damping=options.damping)
         for number, plan in enumerate(self.passes):
             description = f"Queries {number + 1}/{len(self.passes)}"
-            columns = self._queries.featurize(
-                self._queries.featurizer(plan, direction=direction), queries, batch_size, progress, description
-            )
+            featurizer = self._queries.featurizer(plan, direction=direction)
+            task, found = featurizer.task, []
+            for side in sides:
+                featurizer.use_task(side.task(task))
+                found.append(self._queries.featurize(featurizer, side, batch_size, progress, description))
             if shown and plan.model not in final:
-                final[plan.model] = self._queries.final_output(plan, queries, batch_size, progress)
+                final[plan.model] = self._queries.final_output(plan, sides, batch_size, progress)
+            if len(sides) > 1 and number == 0:
+                _tell_equal_sides([columns_of(columns, plan.seeds[0], plan.seeds)["trak_features"] for columns in found])
             for seed in plan.seeds:
-                mine = columns_of(columns, seed, plan.seeds)
-                features.append(torch.from_numpy(mine["trak_features"]))
-                outputs.append(mine["trak_output"] if (last := final.get(plan.model)) is None else last)
+                mine = [columns_of(columns, seed, plan.seeds) for columns in found]
+                features.append(torch.from_numpy(_signed(sides, [columns["trak_features"] for columns in mine])))
+                last = final.get(plan.model)
+                outputs.append(_signed(sides, [columns["trak_output"] for columns in mine]) if last is None else last)
         return features, np.mean(outputs, axis=0)
 
     def _read_features(self, features: Any) -> list[Float[Tensor, "n_query proj_dim"]]:
         return read_query_features(features, n_members=len(self.members), proj_dim=self.config.proj_dim)
+
+
+def _tell_equal_sides(features: Sequence[np.ndarray]) -> None:
+    """Say how many queries have the same output on both sides of a contrast."""
+    same = np.flatnonzero((features[0] == features[1]).all(1))
+    if len(same):
+        logger.warning(
+            "Both sides of the contrast are the same output for %d of %d queries, whose scores are 0: %s.",
+            len(same),
+            len(features[0]),
+            name_rows(same),
+        )
+
+
+def _signed(sides: Sequence[Side], values: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the sum of the sides' values with their signs; of one side, its values as they are."""
+    if len(sides) == 1:
+        return values[0]
+    return sum(side.sign * one.astype(np.float64) for side, one in zip(sides, values, strict=True)).astype(np.float32)  # type: ignore[union-attr]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 from jaxtyping import Float, Float32, Float64
@@ -36,6 +36,8 @@ class ScoreOptions:
         combination (`str`): How several members become one. "scaled", the default: each member's influence is scaled, query by query,
             to one size over the training set, and weighed by the member's own Q before the mean is taken. "means": the mean influence
             times the mean Q, as in the paper.
+        soft_threshold (`int`, *optional*): Scores per query to stay nonzero: all move towards 0 until no more are left. The paper's
+            last step, which picks the number by cross-validation.
     """
 
     damping: float
@@ -45,6 +47,19 @@ class ScoreOptions:
     out_to_loss_power: float = 1.0
     # Differs from the paper, whose members are runs on random subsets: docs/evidence/decisions.md has the LDS of both.
     combination: str = "scaled"
+    soft_threshold: int | None = None
+
+
+class ScoreShortcuts(TypedDict, total=False):
+    """Fields of [`ScoreOptions`] as keyword arguments; damping may be "auto", and None is the index's own."""
+
+    damping: float | str | None
+    residual_weighting: bool
+    leverage: bool
+    reference_rescale: bool
+    out_to_loss_power: float | None
+    combination: str | None
+    soft_threshold: int | None
 
 
 def default_power(out_to_loss_kind: str, *, points: bool = False) -> float:
@@ -137,13 +152,19 @@ def influence_rms(
     return (torch.cat(squares).clamp_min(0) / n_rows).sqrt()
 
 
-def bring_to_one_scale(solved: Sequence[SolvedQueries]) -> list[SolvedQueries]:
-    """Scale every member's queries so that their influences have the members' mean size; those of one member stay as they are."""
+def bring_to_one_scale(solved: Sequence[SolvedQueries], *, like: int | None = None) -> list[SolvedQueries]:
+    """Scale every member's queries so that their influences have the members' mean size; those of one member stay as they are.
+
+    Args:
+        like (`int`, *optional*): Scale all as this query, of which they are parts.
+    """
     sizes = [one.influence_rms for one in solved]
     if any(size is None for size in sizes):
         return list(solved)
     stacked = torch.stack([size for size in sizes if size is not None])
     factors = torch.where(stacked > 0, stacked.mean(0) / stacked, 1.0)
+    if like is not None:
+        factors = factors[:, like : like + 1].expand_as(factors)
     return [
         one._replace(preconditioned=one.preconditioned * factor.to(one.preconditioned.dtype).unsqueeze(1))
         for one, factor in zip(solved, factors, strict=True)
@@ -151,13 +172,21 @@ def bring_to_one_scale(solved: Sequence[SolvedQueries]) -> list[SolvedQueries]:
 
 
 def solve_all(
-    members: Sequence[MemberReader], features: list[Float[Tensor, "n_query proj_dim"]], options: ScoreOptions
+    members: Sequence[MemberReader],
+    features: list[Float[Tensor, "n_query proj_dim"]],
+    options: ScoreOptions,
+    *,
+    like: int | None = None,
 ) -> list[SolvedQueries]:
-    """Precondition the queries of every member; `features` is emptied, since it may be large."""
+    """Precondition the queries of every member; `features` is emptied, since it may be large.
+
+    Args:
+        like (`int`, *optional*): See [`bring_to_one_scale`].
+    """
     solved: list[SolvedQueries] = []
     for member in members:
         solved.append(solve_queries(member, features.pop(0), options))
-    return bring_to_one_scale(solved)
+    return bring_to_one_scale(solved, like=like)
 
 
 def self_influence(members: Sequence[MemberReader], *, damping: float) -> Float64[Tensor, " n_train"]:

@@ -92,9 +92,10 @@ class Scorer:
     """Scores queries under some members, within a given memory.
 
     Args:
-        soft_threshold (`int`, *optional*): Scores per query that stay nonzero.
+        n_query (`int`): Columns of the scores.
         top_k (`int`): Scores kept of each query; 0 for all of them.
         max_memory (`int` or `str`, *optional*): Bytes, or with a unit; see [`AttributionIndex.score`].
+        nearest (`int`): Of so many solved queries, a row's one score is its largest; 0 where each query has scores of its own.
 
     Raises:
         ValueError: If less memory is given than the least that works, before anything is computed.
@@ -104,14 +105,14 @@ class Scorer:
     options: ScoreOptions
     n_query: int
     top_k: int = 0
-    soft_threshold: int | None = None
     max_memory: int | str | None = None
     progress: bool = True
+    nearest: int = 0
 
     def __post_init__(self) -> None:
         if self.n_query < 1:
             raise ValueError("There are no queries: the dataset is empty.")
-        check_keep(self.soft_threshold)
+        check_keep(self.options.soft_threshold)
         self._given  # noqa: B018
 
     @property
@@ -121,7 +122,7 @@ class Scorer:
     @property
     def _kept(self) -> int:
         """As many as the threshold, too, has to see."""
-        return min(self.n_rows, max(self.top_k, (self.soft_threshold or 0) + 1)) if self.top_k else 0
+        return min(self.n_rows, max(self.top_k, (self.options.soft_threshold or 0) + 1)) if self.top_k else 0
 
     @property
     def _memory(self) -> ScoringMemory:
@@ -132,7 +133,7 @@ class Scorer:
             proj_dim=block.proj_dim,
             n_members=len(self.members),
             n_rows=self.n_rows,
-            n_query=self.n_query,
+            n_query=max(self.n_query, self.nearest),
             top_k=self._kept,
             leverage=self.options.leverage,
         )
@@ -157,8 +158,8 @@ class Scorer:
         if path is None:
             scores = allocate(shape, at_most=free)
             self._fill(scores, solve(), everything)
-            if self.soft_threshold is not None:
-                soft_threshold_in_place(scores, self.soft_threshold, at_most=free)
+            if self.options.soft_threshold is not None:
+                soft_threshold_in_place(scores, self.options.soft_threshold, at_most=free)
             return scores
         target, is_first = Path(path), rank_and_size()[0] == 0
         if rank_and_size()[1] == 1:
@@ -171,8 +172,8 @@ class Scorer:
             scores = np.load(file, mmap_mode="r+")
             self._fill(scores, solve(), share_of(len(everything)))
             wait_for_all()
-            if is_first and self.soft_threshold is not None:
-                soft_threshold_in_place(scores, self.soft_threshold, at_most=free)
+            if is_first and self.options.soft_threshold is not None:
+                soft_threshold_in_place(scores, self.options.soft_threshold, at_most=free)
             if isinstance(scores, np.memmap):
                 scores.flush()
         wait_for_all()
@@ -195,10 +196,10 @@ class Scorer:
                     last = time.monotonic()
 
             self._fill(scores, solved, range(done, n_shards), record)
-            if self.soft_threshold is not None:
+            if self.options.soft_threshold is not None:
                 if progress.done:
                     progress.record(0)  # it is done in place: a process that is stopped meanwhile begins again
-                soft_threshold_in_place(scores, self.soft_threshold, at_most=free)
+                soft_threshold_in_place(scores, self.options.soft_threshold, at_most=free)
                 scores.flush()
 
     def _identity(self, solved: Sequence[SolvedQueries]) -> str:
@@ -206,7 +207,7 @@ class Scorer:
         queries = hashlib.sha256()
         for one in solved:
             queries.update(one.preconditioned.contiguous().numpy().tobytes())
-        return hash_json([hash_members(self.members), queries.hexdigest(), repr(self.options), self.n_query])
+        return hash_json([hash_members(self.members), queries.hexdigest(), repr(self.options), self.n_query, self.nearest])
 
     @contextmanager
     def _file(self, target: Path, shape: tuple[int, int]) -> Iterator[Path]:
@@ -248,7 +249,7 @@ class Scorer:
         blocks = self._blocks(solved, shards)
         mine = top_k(blocks, self._kept, first_row=first_row) if len(shards) else _nothing(self.n_query)
         pair = _merge_ranks(mine[0], self._kept, largest=True), _merge_ranks(mine[1], self._kept, largest=False)
-        keep = self.n_rows if self.soft_threshold is None else self.soft_threshold
+        keep = self.n_rows if self.options.soft_threshold is None else self.options.soft_threshold
         return soft_threshold_top_k(pair, keep, self.top_k)
 
     def _blocks(self, solved: Sequence[SolvedQueries], shards: range) -> Iterator[Float[Tensor, "_ n_query"]]:
@@ -265,7 +266,7 @@ class Scorer:
         n_rows -= min(self.n_rows, shards.start * self.members[0].identity["shard_rows"])
         with tqdm(total=n_rows, unit="rows", desc="Scoring", disable=not self.progress) as bar:
             for block in scores:
-                yield block
+                yield block.amax(1, keepdim=True) if self.nearest else block
                 bar.update(len(block))
 
 

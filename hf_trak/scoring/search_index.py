@@ -113,7 +113,7 @@ class SearchIndex:
 
         return cls(FaissIndex.load(str(path)), expected)
 
-    def check(self, options: ScoreOptions, soft_threshold: int | None) -> None:
+    def check(self, options: ScoreOptions) -> None:
         """Refuse what the vectors were not made for.
 
         Raises:
@@ -130,7 +130,7 @@ class SearchIndex:
                 f"The search index combines members by {self.identity['combination']!r}, but {options.combination!r} is asked for. Add one "
                 "with that, or leave out exact=False."
             )
-        for name, value in (("leverage", options.leverage), ("soft_threshold", soft_threshold)):
+        for name, value in (("leverage", options.leverage), ("soft_threshold", options.soft_threshold)):
             if value:
                 raise ValueError(f"`{name}` needs the scores of all rows: leave it out, or leave out exact=False.")
 

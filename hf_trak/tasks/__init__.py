@@ -2,7 +2,7 @@
 
 from hf_trak.tasks.annotation_inputs import SpanInputs, TokenLabelInputs
 from hf_trak.tasks.auto import TASKS, AutoTask, is_language_model
-from hf_trak.tasks.base import Task, TaskCollator
+from hf_trak.tasks.base import TARGET_COLUMN, Task, TaskCollator
 from hf_trak.tasks.contrastive import (
     PairCollator,
     bank_of,
@@ -23,6 +23,7 @@ from hf_trak.tasks.token_inputs import TokenInputs
 from hf_trak.tasks.token_outputs import SpanOutput, TokenOutput, token_margins
 
 __all__ = [
+    "TARGET_COLUMN",
     "TASKS",
     "AutoTask",
     "Bank",

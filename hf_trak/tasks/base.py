@@ -4,19 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hf_trak.tasks.inputs import CustomInputs, ImageInputs, Inputs, Rows, TextInputs
 from hf_trak.tasks.labels import Labels
-from hf_trak.tasks.outputs import APART
+from hf_trak.tasks.outputs import (
+    APART,
+    call_model,
+    classification_margin,
+    logits_of,
+    regression_prediction,
+    sum_of_log_odds,
+)
 from hf_trak.tasks.pairs import PairInputs
 from hf_trak.tasks.rows import check_repeatable, features_of, is_transformed
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
+
+TARGET_COLUMN = "trak_target"
+"""Holds what is asked about each query, in place of a label: as the model numbers its classes."""
 
 _LABEL_COLUMNS = ("labels", "label")
 BUILT_IN_TASKS = (
@@ -45,6 +57,7 @@ class Task:
         label2id (`tuple`): The model's names of its classes with their ids.
         label_mapping (`str`): How the numbers of a dataset become ids of the model; see [`TrakConfig`].
         import_path (`str`, *optional*): `module:name`, for a task that was imported by its name.
+        has_targets (`bool`): Whether rows have [`TARGET_COLUMN`] in place of a label column; see [`Task.for_targets`].
     """
 
     name: str
@@ -59,6 +72,7 @@ class Task:
     label_mapping: str = "auto"
     translation: tuple[int, ...] | None = None
     import_path: str | None = None
+    has_targets: bool = False
 
     @classmethod
     def custom(
@@ -110,6 +124,64 @@ class Task:
         make = getattr(self.output_function, "for_queries", None)
         return self if make is None else replace(self, output_function=make())
 
+    def for_targets(self) -> Task:
+        """Return the task of queries whose labels, if any, are not read: [`TARGET_COLUMN`] says which output is meant.
+
+        Raises:
+            ValueError: If the task is not that of a classifier or a regression.
+        """
+        if self.output_function not in (classification_margin, regression_prediction, sum_of_log_odds) or not self.needs_labels:
+            raise ValueError(
+                f"`target` and `contrast` choose a class of a classifier, but this index is of {self.name}. Leave them out, so that the "
+                "queries' own labels or texts are attributed; for what a language model answers, ask `index.explain(prompt=...)` "
+                "(hf-trak explain)."
+            )
+        return replace(self, has_targets=True)
+
+    def predict(self, model: Callable[..., Any], batch: Mapping[str, Any]) -> Tensor:
+        """Return what a model says of rows, as the labels of a batch: a class, a list of zeros and ones, or, of a number, zero: the output of
+        a regression is its prediction, whatever the label."""
+        logits = logits_of(call_model(model, batch))
+        if self.several_labels:
+            return (logits > 0).float()
+        return logits.argmax(-1) if self.n_classes is not None else torch.zeros(len(logits))
+
+    def read_class(self, value: str | int, names: list[str] | None) -> int:
+        """Return the model's id of a class.
+
+        Args:
+            value (`str` or `int`): Its name, in the training set or in the model, or its number in the training set.
+            names (`list[str]`, *optional*): Of the training set's classes, in the order of their numbers.
+
+        Raises:
+            ValueError: If there is no such class.
+        """
+        if self.n_classes is None or self.several_labels:
+            raise ValueError(
+                f"{self.name} has no single class per row to choose, but `target` or `contrast` names {value!r}. Use 'label' or 'prediction'."
+            )
+        labels = self._labels()
+        if names is not None:
+            labels = labels.of(SimpleNamespace(names=names), self.label_column or "label")
+            alike = [name for name in names if isinstance(value, str) and value.casefold() == name.casefold()]
+            value = names.index(value if value in names else alike[0]) if value in names or len(alike) == 1 else value
+        if isinstance(value, str) and value.isdecimal() and value not in dict(self.label2id):
+            value = int(value)
+        try:
+            return int(labels.read([value])[0])
+        except ValueError as error:
+            known = dict(enumerate(names)) if names is not None else {id: name for name, id in self.label2id}
+            shown = f": {known}" if known else f", 0 to {self.n_classes - 1}"
+            raise ValueError(
+                f"{value!r} is neither 'label' nor 'prediction' nor a class of this index, which has {self.n_classes}{shown}. Name one of them."
+            ) from error
+
+    def class_names(self, names: list[str] | None) -> list[str]:
+        """Return the names of the model's classes, in the model's order: its own, else the training set's, else numbers."""
+        own = {id: name for name, id in self.label2id}
+        others = names if names is not None and len(names) == self.n_classes else list(map(str, range(self.n_classes or 0)))
+        return [own.get(id, other) for id, other in enumerate(others)]
+
     def reading(self, dataset: Dataset) -> Task:
         """Return this task with the columns of a dataset decided on, and its labels' names compared with the model's.
 
@@ -119,9 +191,9 @@ class Task:
             ValueError: If no column can serve, several may be meant, or the label names contradict the model's.
         """
         features = features_of(dataset)
-        label = self._find_label(dataset, features) if self.needs_labels else self.label_column
+        label = self._find_label(dataset, features) if self._reads_labels else self.label_column
         inputs = self.inputs.reading(features, dataset, label)
-        if not self.needs_labels:
+        if not self._reads_labels:
             return replace(self, inputs=inputs)
         assert label is not None
         labels, kind = self._labels(), features[label]
@@ -170,7 +242,7 @@ class Task:
         if is_transformed(dataset) or isinstance(task.inputs, CustomInputs):
             check_repeatable(dataset, lambda rows: task._compared(rows, processing_class))
         task.inputs.check_rows(dataset, processing_class)
-        if task.needs_labels:
+        if task._reads_labels:
             task._check_labels(dataset)
 
     def _compared(self, rows: Rows, processing_class: Any) -> dict[str, Any]:
@@ -178,7 +250,7 @@ class Task:
         batch: dict[str, Any] = dict(self.inputs.collate(rows, processing_class))
         return (
             {**batch, self.label_column: str(list(rows[self.label_column]))}
-            if self.needs_labels and self.label_column
+            if self._reads_labels and self.label_column
             else batch
         )
 
@@ -200,14 +272,23 @@ class Task:
             ValueError: If no column can serve.
         """
         found = self.inputs.columns_read(features)
-        return {**found, "label": self._find_label(None, features)} if self.needs_labels else found
+        return {**found, "label": self._find_label(None, features)} if self._reads_labels else found
 
     def collate(self, rows: Rows, processing_class: Any) -> dict[str, Tensor]:
         """Return a batch: the model's inputs, and `labels` if the task has them."""
         batch = self.inputs.collate(rows, processing_class)
-        if self.needs_labels:
+        if self.has_targets:
+            if TARGET_COLUMN in rows:  # none yet while the model is asked for its predictions
+                targets = torch.as_tensor(np.asarray(rows[TARGET_COLUMN]))
+                batch["labels"] = targets.long() if self.n_classes is not None and not self.several_labels else targets.float()
+        elif self.needs_labels:
             batch["labels"] = self._labels().read(rows[self._find_label(None, rows)])
         return batch
+
+    @property
+    def _reads_labels(self) -> bool:
+        """Whether labels are read from a label column."""
+        return self.needs_labels and not self.has_targets
 
     def _find_label(self, dataset: Dataset | None, columns: Mapping[str, Any]) -> str:
         candidates = (self.label_column,) if self.label_column else _LABEL_COLUMNS

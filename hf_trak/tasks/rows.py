@@ -173,6 +173,22 @@ def as_stored(dataset: Dataset) -> Dataset:
     return plain if columns == plain.column_names else plain.select_columns(columns)
 
 
+def with_column(dataset: Dataset, name: str, values: Sequence[Any]) -> Dataset:
+    """Return a dataset with a column in place of any of that name; of a dataset with a transform, its rows with the column beside."""
+    stored = dataset.with_format(None)
+    added = stored.remove_columns([name] if name in stored.column_names else []).add_column(name, list(values))
+    if not is_transformed(dataset):
+        return added
+    transform = dataset.format["format_kwargs"]["transform"]
+    shown = list(dataset.format["columns"])
+
+    def read(rows: Mapping[str, Any]) -> dict[str, Any]:
+        return {**transform({column: rows[column] for column in shown if column in rows}), name: rows[name]}
+
+    result: Dataset = added.with_transform(read)
+    return result
+
+
 def features_of(dataset: Dataset) -> dict[str, Any]:
     """Return the type of each column that rows really have.
 

@@ -12,8 +12,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_trak.cli.examples import Attribution, Example, Hit
 from hf_trak.messages import visible
+from hf_trak.querying.examples import Attribution, Example, Hit
 from hf_trak.storage.files import remove_leftovers, write_atomically, write_folder
 from hf_trak.tasks.pictures import to_rgb
 
@@ -57,7 +57,7 @@ img.small {{ image-rendering: pixelated; }}
 .query img {{ width: 7rem; margin: 0; flex: none; }}
 .label {{ font-weight: 600; }} .meta {{ color: var(--soft); font-size: .85rem; }} .score {{ font-variant-numeric: tabular-nums; }}
 .note {{ display: inline-block; border: 1px solid currentColor; border-radius: 1em; padding: 0 .5em; font-size: .8rem; }}
-p {{ margin: .2rem 0; }}
+p {{ margin: .2rem 0; }} .heat {{ white-space: pre-wrap; }} .heat span {{ border-radius: 2px; }}
 </style>
 </head>
 <body>
@@ -131,7 +131,18 @@ def _section(attribution: Attribution) -> str:
 
 def _card(hit: Hit, kind: str) -> str:
     meta = f'<p class="meta"><span class="score">{hit.score:+.3g}</span> · row {hit.example.row}</p>'
-    return f'<div class="card {kind}">{_picture(hit.example)}{_words(hit.example)}{meta}</div>'
+    return f'<div class="card {kind}">{_picture(hit.example)}{_words(hit.example)}{_heat(hit)}{meta}</div>'
+
+
+def _heat(hit: Hit) -> str:
+    """Return the answer, each piece as green or red as it adds to or takes from the score."""
+    most = max((abs(value) for _, value in hit.heat), default=0.0) or 1.0
+    pieces = [
+        f'<span title="{value:+.3g}" style="background: rgb({"46 160 67" if value > 0 else "218 54 51"} / {abs(value) / most:.2f})">'
+        f"{escape(visible(piece))}</span>"
+        for piece, value in hit.heat
+    ]
+    return f'<p class="heat">{"".join(pieces)}</p>' if pieces else ""
 
 
 def _picture(example: Example) -> str:

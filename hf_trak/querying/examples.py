@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hf_trak.config import TrakConfig
+from hf_trak.sources.row_digests import names_read
 from hf_trak.tasks.language_inputs import find_texts
 from hf_trak.tasks.pairs import find_caption_column
 from hf_trak.tasks.pictures import open_picture
@@ -65,6 +67,10 @@ class LanguageRows:
             return row[(self.text_columns or strings)[0]]
         source, target = find_texts(strings, text_columns=self.text_columns, label_column=self.label_column)
         return _join(*(str(row[name]) for name in (source, target) if name is not None))
+
+    def query(self, prompt: Any, answer: str) -> Example:
+        """Return a prompt, a text or a conversation, with its answer."""
+        return Example(0, text=_join(_conversation(prompt), answer))
 
     def _of_tokens(self, row: Mapping[str, Any]) -> str:
         ids, kept = without_padding(row)
@@ -132,10 +138,11 @@ class Example:
 
 @dataclass(frozen=True)
 class Hit:
-    """A training example, and its score for a query."""
+    """A training example, and its score for a query; `heat` is what each piece of the answer adds to it."""
 
     example: Example
     score: float
+    heat: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -213,8 +220,40 @@ def _text_of(value: Any) -> str:
     return "  /  ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
+def row_reader(
+    config: TrakConfig,
+    rows: Dataset | KeptRows,
+    language: LanguageRows | None = None,
+    *,
+    notes: Mapping[int, str] | None = None,
+) -> ExampleReader:
+    """Return what shows rows with the columns of an index."""
+    columns: dict[str, Any] = {name: getattr(config, name) for name in ("text_columns", "image_column", "label_column")}
+    if columns["label_column"] not in rows.features:  # of queries that need none
+        columns["label_column"] = None
+    return ExampleReader(rows, **columns, language=language, captions=config.task == "contrastive", notes=notes)
+
+
+def train_reader(
+    config: TrakConfig, kept: KeptRows, train: Dataset | None, language: LanguageRows | None = None
+) -> ExampleReader:
+    """Return what shows training rows: from the training set, in the index's order, or else from the columns that the index kept of it."""
+    if train is not None:
+        return row_reader(config, train, language)
+    if not kept.column_names:
+        return ExampleReader(None)
+    if set(names_read(config.columns_read or {})) <= set(kept.column_names):
+        return row_reader(config, kept, language)
+    return ExampleReader(kept)  # whatever there is
+
+
 def read_attributions(
-    hits: Dataset, queries: ExampleReader, train: ExampleReader, *, rows: list[int] | None = None, top_k: int | None = None
+    hits: Dataset,
+    queries: ExampleReader | Sequence[Example],
+    train: ExampleReader,
+    *,
+    rows: list[int] | None = None,
+    top_k: int | None = None,
 ) -> list[Attribution]:
     """Join hits with the rows they are about.
 
