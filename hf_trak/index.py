@@ -29,6 +29,7 @@ from hf_trak.querying.queries import QuerySide, Side
 from hf_trak.querying.training_rows import KeptRows, align_rows
 from hf_trak.runtime import terminable
 from hf_trak.scoring.damping import DAMPING_NAME, DampingChoice
+from hf_trak.scoring.memory import parse_memory
 from hf_trak.storage.files import remove_file
 from hf_trak.storage.format import member_folders, member_numbers
 from hf_trak.storage.object_store import ObjectPath, place
@@ -354,6 +355,24 @@ class AttributionIndex(ExplainingMethods, HubMixin):
         elif DampingChoice.load(self.folder, self.members) is None:
             choice.save(self.folder)
             draw_damping_curve(choice, self.folder)
+
+    def keep_in_memory(self, max_memory: int | str = "8GB") -> bool:
+        """Keep models and features in memory, for many questions one after another. Answers stay the same.
+
+        Args:
+            max_memory (`int` or `str`): Features that would take more are read from disk at each question, as without this call.
+
+        Returns:
+            `bool`: Whether features are kept.
+        """
+        self._queries.keep_in_memory()
+        width = self.members[0].gram().shape[0]
+        n_bytes = len(self.members) * (4 * self.n_rows * width + 2 * 8 * width**2)  # float32; the Gram matrix and its factor
+        if n_bytes > (parse_memory(max_memory) or 0):
+            return False
+        for member in self.members:
+            member.keep_in_memory()
+        return True
 
     def features(self, member: int = 0) -> Dataset:
         """Return a member's columns as a Dataset."""

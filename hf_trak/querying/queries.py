@@ -160,6 +160,11 @@ class QuerySide:
         self.processing_class = processing_class
         self.task = task
         self.trust_remote_code = trust_remote_code
+        self._kept: dict[tuple[Pass, str, bool], tuple[Featurizer, Task]] | None = None
+
+    def keep_in_memory(self) -> None:
+        """Keep each featurizer, with its model, from its first use on."""
+        self._kept = {} if self._kept is None else self._kept
 
     def featurizer(self, plan: Pass, *, direction: str = "pair", final: bool = False) -> Featurizer:
         """Return the featurizer of a pass.
@@ -171,6 +176,17 @@ class QuerySide:
         Raises:
             ValueError: If the model, task or parameters are not those recorded; the message lists what differs.
         """
+        if self._kept is None:
+            return self._featurizer(plan, direction, final)
+        key = (plan, direction, final)
+        if key not in self._kept:
+            made = self._featurizer(plan, direction, final)
+            self._kept[key] = made, made.task
+        featurizer, task = self._kept[key]
+        featurizer.use_task(task)  # the last question may have left another
+        return featurizer
+
+    def _featurizer(self, plan: Pass, direction: str, final: bool) -> Featurizer:
         first = plan.members[0]
         self.check_task()
         place, given = self.members[first].info["checkpoint"], self._model(plan)
