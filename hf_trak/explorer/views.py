@@ -205,7 +205,10 @@ class Explorer:
     def _answer(self, query: Example, hits: Dataset, *, itself: int | None = None, link: str = "") -> Answer:
         found = read_attributions(hits, [query], self._train_reader)[0]
         sides = [
-            [replace(hit, example=replace(hit.example, note="the row itself")) if hit.example.row == itself else hit for hit in side]
+            [
+                replace(hit, example=replace(hit.example, note="the row itself")) if hit.example.row == itself else hit
+                for hit in side
+            ]
             for side in (found.proponents, found.opponents)
         ]
         return Answer(replace(found, proponents=sides[0], opponents=sides[1]), hits, link)
@@ -331,7 +334,7 @@ class Explorer:
                 values[decided["row"]] = known[decided["label"]]
         left = [row for row in range(len(source)) if decisions.get(row, "") is not None]
         rest = source.select(left).remove_columns([given.column])
-        rest = rest.add_column(given.column, [values[row] for row in left], feature=kind)  # type: ignore[call-arg]
+        rest = rest.add_column(given.column, [values[row] for row in left], feature=kind)
         result: Dataset = rest.select_columns(source.column_names)
         return result
 
