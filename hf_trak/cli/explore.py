@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,10 +96,12 @@ def run(args: ExploreArguments) -> None:
         raise ValueError(f"--export must name a folder, but {args.export} is a file.")
 
     from hf_trak.explorer.app import import_gradio, serve
+    from hf_trak.runtime import terminable
 
     import_gradio()  # before anything is loaded
     explorer = make_explorer(args)
-    with serve(explorer, args.export, port=args.port, share=args.share, open_browser=not args.no_browser) as address:
+    options: dict[str, Any] = {"port": args.port, "share": args.share, "open_browser": not args.no_browser}
+    with terminable(), suppress(KeyboardInterrupt), serve(explorer, args.export, **options) as address:
         print(f"{explorer.index}\nExplorer: {address}\nFixed training sets: {args.export}\nCtrl-C ends it.", flush=True)
         threading.Event().wait()
 

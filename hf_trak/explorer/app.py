@@ -160,8 +160,8 @@ def _labels_tab(gr: Any, explorer: Explorer, folder: Path) -> None:
             decisions.get(suspect.example.row) or suspect.suggested,
         ]
 
-    def begin() -> list[Any]:
-        return [gr.update(visible=True), *view(0, {})]
+    def begin(place: int, decisions: dict[int, str | None]) -> list[Any]:
+        return [gr.update(visible=True), *view(place, decisions)]
 
     def move(step: int) -> Callable[..., list[Any]]:
         def moved(place: int, decisions: dict[int, str | None]) -> list[Any]:
@@ -185,7 +185,7 @@ def _labels_tab(gr: Any, explorer: Explorer, folder: Path) -> None:
         return _html(write)
 
     view_of = [place, decisions, shown, choice]
-    find.click(begin, None, [desk, *view_of], api_name="find_label_errors")
+    find.click(begin, [place, decisions], [desk, *view_of], api_name="find_label_errors")
     previous.click(move(-1), [place, decisions], view_of, api_name="previous")
     following.click(move(1), [place, decisions], view_of, api_name="next")
     for kind, button in (("keep", keep), ("fix", fix), ("drop", drop)):
@@ -233,13 +233,20 @@ def serve(
         os.environ["GRADIO_TEMP_DIR"] = uploads  # an uploaded picture lies there while the explorer runs
         app = make_app(explorer, export_folder)
         try:
-            _, local, shared = app.queue(default_concurrency_limit=1).launch(
+            launched = app.queue(default_concurrency_limit=1).launch(
                 server_name=HOST, server_port=port, share=share, inbrowser=open_browser, quiet=quiet, prevent_thread_lock=True,
                 footer_links=[], ssr_mode=False, run_history=False, mcp_server=False, pwa=False, enable_monitoring=False,
                 max_file_size=_LARGEST_UPLOAD, css=_CSS,
-                theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+                theme=gr.themes.Default(primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace"]),
             )  # fmt: skip
-            yield shared or local
+            if share and not launched[2]:
+                raise ConnectionError("gradio's servers gave no public address. Check the network, or leave out --share.")
+            yield launched[2] or launched[1]
+        except OSError as error:
+            if "empty port" not in str(error):
+                raise
+            where = f"Port {port} is" if port is not None else "All ports from 7860 to 7959 are"
+            raise OSError(f"{where} taken on this machine. Choose another with --port.") from error
         finally:
             app.close(verbose=False)
             if before is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -169,11 +168,13 @@ class Explorer:
             with self._lock:
                 found = self.index.explain(one.select_columns(columns), **question, top_k=top_k, progress=False)
             note = f"label: {shown.label}" if shown.label else ""
-            shown, hits = replace(shown, label=found.answer, note=note), found.hits
+            answer = self._answer(replace(shown, label=found.answer, note=note), found.hits)
         else:
             with self._lock:
                 hits = self.index.attribute(one, top_k, progress=False)
-        return self._answer(shown, hits, itself=row if source == "training" else None, link=urlencode(link))
+            answer = self._answer(shown, hits)
+        itself = row if source == "training" else -1
+        return replace(answer, attribution=_noting(answer.attribution, itself), link=urlencode(link))
 
     def ask_texts(
         self, texts: Sequence[str], *, target: str = "prediction", against: str | None = None, top_k: int = 5
@@ -200,18 +201,12 @@ class Explorer:
     def _explain(self, question: dict[str, Any], top_k: int) -> Answer:
         with self._lock:
             found = self.index.explain(**question, top_k=top_k, progress=False)
+        if self.train is None:
+            return Answer(found.attribution, found.hits)
         return self._answer(found.attribution.query, found.hits)
 
-    def _answer(self, query: Example, hits: Dataset, *, itself: int | None = None, link: str = "") -> Answer:
-        found = read_attributions(hits, [query], self._train_reader)[0]
-        sides = [
-            [
-                replace(hit, example=replace(hit.example, note="the row itself")) if hit.example.row == itself else hit
-                for hit in side
-            ]
-            for side in (found.proponents, found.opponents)
-        ]
-        return Answer(replace(found, proponents=sides[0], opponents=sides[1]), hits, link)
+    def _answer(self, query: Example, hits: Dataset) -> Answer:
+        return Answer(read_attributions(hits, [query], self._train_reader)[0], hits)
 
     def _read(self, *, label: bool | None = None) -> list[str]:
         """Return the columns that a question reads, with the label where it is asked about."""
@@ -348,9 +343,9 @@ class Explorer:
             raise ValueError("Nothing was decided yet: keep, fix or drop a row first.")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder))
-        try:
-            with self._lock:
+        unfinished = folder / f".unfinished_{os.getpid()}"
+        with self._lock:
+            try:
                 self.fixed(decisions).save_to_disk(str(unfinished))
                 lines = json.dumps(self.decisions_rows(decisions), indent=1, ensure_ascii=False)
                 (unfinished / "decisions.json").write_text(lines + "\n", encoding="utf-8")
@@ -358,8 +353,8 @@ class Explorer:
                 while (target := folder / f"fixed_{number}").exists():
                     number += 1
                 os.rename(unfinished, target)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
         return target
 
     # About.
@@ -369,7 +364,9 @@ class Explorer:
         index, first = self.index, self.index.members[0]
         with self._lock:
             damping = index.resolve_damping()
-        how = "chosen" if index.config.damping == "auto" else "set"
+        how = "set"
+        if index.config.damping == "auto":
+            how = "the default" if index.damping_choice() is None else "chosen by the members' subsets"
         kept = ", ".join(index.kept_rows.column_names) or "none"
         return {
             "index": str(index.home),
@@ -412,6 +409,18 @@ class Explorer:
 def error_html(error: Exception) -> str:
     """Return an error as one escaped line."""
     return f'<div class="hf-trak"><p class="error" role="alert">{escape(one_line(str(error)))}</p></div>'
+
+
+def _noting(found: Attribution, itself: int) -> Attribution:
+    """Return an attribution that says which training row is the query itself."""
+    sides = [
+        [
+            replace(hit, example=replace(hit.example, note="the row itself")) if hit.example.row == itself else hit
+            for hit in side
+        ]
+        for side in (found.proponents, found.opponents)
+    ]
+    return replace(found, proponents=sides[0], opponents=sides[1])
 
 
 def _name(value: Any, names: Sequence[str] | None) -> str:

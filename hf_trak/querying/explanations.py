@@ -292,7 +292,10 @@ class ExplainingMethods(ScoringMethods):
         """Return the name of the class that is attributed."""
         if side.reads != "target":
             label = self._columns.get("label")
-            return str(side.queries[0].get(label)) if isinstance(label, str) else ""
+            if not isinstance(label, str):
+                return ""
+            value, names = side.queries[0].get(label), getattr(side.queries.features[label], "names", None)
+            return names[value] if names and isinstance(value, int) and value >= 0 else str(value)
         value = side.queries[0][TARGET_COLUMN]
         if isinstance(value, list):
             return ", ".join(name for name, applies in zip(side.names, value, strict=True) if applies) or "none"
