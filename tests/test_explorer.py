@@ -199,6 +199,7 @@ def test_the_page_answers_on_loopback_and_exports_where_it_was_told(explorer, tm
     with serve(explorer, export) as address:
         assert address.startswith("http://127.0.0.1:")
         uploads = Path(os.environ["GRADIO_TEMP_DIR"])
+        assert uploads.parent == export
         assert urllib.request.urlopen(address, timeout=30).status == 200
         client = Client(address, verbose=False, analytics_enabled=False, download_files=tmp_path / "client")
         ask = ("prediction", "(nothing)", 3, None, "")
@@ -208,6 +209,6 @@ def test_the_page_answers_on_loopback_and_exports_where_it_was_told(explorer, tm
         client.predict(NAMES[0], api_name="/drop")
         assert "1 decisions" in client.predict(api_name="/export")
     assert len(load_from_disk(str(export / "fixed_1"))) == 23
-    assert not uploads.exists()
+    assert os.listdir(export) == ["fixed_1"]
     with pytest.raises(OSError, match="refused"):
         urllib.request.urlopen(address, timeout=5)

@@ -56,7 +56,7 @@ def make_app(explorer: Explorer, export_folder: str | Path) -> Blocks:
     """Return the page; [`serve`] starts it.
 
     Args:
-        export_folder (`str` or `Path`): Where fixed training sets go, and nothing else.
+        export_folder (`str` or `Path`): Where fixed training sets go.
     """
     gr = import_gradio()
     with gr.Blocks(title="hf_trak explorer", analytics_enabled=False) as app:
@@ -208,6 +208,17 @@ def _said(text: str) -> str:
 
 
 @contextmanager
+def _folder(path: Path) -> Iterator[Path]:
+    """Make a folder; it is removed at the end if nothing is in it."""
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield path
+    finally:
+        if not any(path.iterdir()):
+            path.rmdir()
+
+
+@contextmanager
 def serve(
     explorer: Explorer,
     export_folder: str | Path,
@@ -220,6 +231,7 @@ def serve(
     """Serve the page on this machine alone, and give its address; at the end it is taken down.
 
     Args:
+        export_folder (`str` or `Path`): Where fixed training sets go; and, while the page is served, uploaded pictures.
         port (`int`, *optional*): By default the first free one from 7860 on.
         share (`bool`): Open a tunnel of gradio's, through which anyone who has its address uses the explorer.
 
@@ -229,7 +241,7 @@ def serve(
     """
     gr = import_gradio()
     before = os.environ.get("GRADIO_TEMP_DIR")
-    with tempfile.TemporaryDirectory(prefix="hf-trak-explore-") as uploads:
+    with _folder(Path(export_folder)) as export, tempfile.TemporaryDirectory(prefix=".uploads-", dir=export) as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads  # an uploaded picture lies there while the explorer runs
         app = make_app(explorer, export_folder)
         try:
