@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from jaxtyping import Bool
 from torch import Tensor
 
@@ -30,6 +31,8 @@ from hf_trak.querying.select import SelectMethods
 from hf_trak.querying.training_rows import KeptRows, align_rows
 from hf_trak.runtime import terminable
 from hf_trak.scoring.damping import DAMPING_NAME, DampingChoice
+from hf_trak.scoring.ensemble import solve_all
+from hf_trak.scoring.memory import parse_memory
 from hf_trak.storage.files import remove_file
 from hf_trak.storage.format import differences_from, member_folders, member_numbers
 from hf_trak.storage.object_store import ObjectPath, place
@@ -357,6 +360,27 @@ class AttributionIndex(ExplainingMethods, SelectMethods, HubMixin):
         elif DampingChoice.load(self.folder, self.members) is None:
             choice.save(self.folder)
             draw_damping_curve(choice, self.folder)
+
+    def keep_in_memory(self, max_memory: int | str = "8GB") -> bool:
+        """Load models and features, and keep them in memory for many questions one after another. Answers stay the same.
+
+        Args:
+            max_memory (`int` or `str`): Features that would take more are read from disk at each question, as without this call.
+
+        Returns:
+            `bool`: Whether features are kept.
+        """
+        self._queries.keep_in_memory(self.passes)
+        width = self.members[0].gram().shape[0]
+        n_bytes = len(self.members) * (4 * self.n_rows * width + 2 * 8 * width**2)  # float32; the Gram matrix and its factor
+        if n_bytes > (parse_memory(max_memory) or 0):
+            return False
+        for member in self.members:
+            member.keep_in_memory()
+        solve_all(
+            self.members, [torch.zeros(1, width) for _ in self.members], self.score_options()
+        )  # factors the Gram matrices
+        return True
 
     def features(self, member: int = 0) -> Dataset:
         """Return a member's columns as a Dataset."""

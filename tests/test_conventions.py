@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "hf_trak"
 # A file imports from lower layers, and within its own folder; a file at the top is a folder of its own here.
 LAYERS = {
     "cli": 7,
+    "explorer": 6.5,
     "trainer": 6,
     "trainer_mixin": 5.5,
     "evaluation": 6,

@@ -117,6 +117,7 @@ COMMANDS = {
     "explain": "let the model answer one prompt, or classify one text or image, and show the training rows behind it",
     "label-errors": "list the training rows of a classifier whose labels look wrong",
     "select": "choose the training rows that are best for a target set, or find those that hurt it",
+    "explore": "look at an index in a browser: ask it about rows and texts, and mend labels that look wrong",
     "evaluate": "measure how good attributions are, against what is known",
     "push": "upload an index to a dataset repository of the Hub",
     "verify": "check that every file of an index is what was written, and say how to mend those that are not",

@@ -68,7 +68,7 @@ class ExplainingMethods(ScoringMethods):
 
     def explain(
         self,
-        prompt: Prompt | Mapping[str, Any] | None = None,
+        prompt: Prompt | Mapping[str, Any] | Dataset | None = None,
         *,
         answer: str | None = None,
         image: Any = None,
@@ -97,7 +97,8 @@ class ExplainingMethods(ScoringMethods):
         ```
 
         Args:
-            prompt: A text; the messages of a conversation; of classifiers of pairs, two texts; or a row, as a dictionary.
+            prompt: A text; the messages of a conversation; of classifiers of pairs, two texts; or a row, as a dictionary or a
+                dataset of one row.
             answer (`str`, *optional*): What a language model is taken to answer, a row of the training set's kind; by default, the last
                 checkpoint (of points of a path, the final model) generates it.
             image (*optional*): Of classifiers of images: a file, or a PIL image.
@@ -263,6 +264,8 @@ class ExplainingMethods(ScoringMethods):
         """Return a dataset of one row of what was given, under the names of the training set's columns."""
         from datasets import Dataset, Features, Image
 
+        if isinstance(given, Dataset) and image is None and len(given) == 1:
+            return given
         if isinstance(given, Mapping):
             if image is not None:
                 raise ValueError("Give `image` in the row, or no row.")
@@ -291,7 +294,10 @@ class ExplainingMethods(ScoringMethods):
         """Return the name of the class that is attributed."""
         if side.reads != "target":
             label = self._columns.get("label")
-            return str(side.queries[0].get(label)) if isinstance(label, str) else ""
+            if not isinstance(label, str):
+                return ""
+            value, names = side.queries[0].get(label), getattr(side.queries.features[label], "names", None)
+            return names[value] if names and isinstance(value, int) and value >= 0 else str(value)
         value = side.queries[0][TARGET_COLUMN]
         if isinstance(value, list):
             return ", ".join(name for name, applies in zip(side.names, value, strict=True) if applies) or "none"

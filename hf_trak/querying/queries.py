@@ -160,6 +160,13 @@ class QuerySide:
         self.processing_class = processing_class
         self.task = task
         self.trust_remote_code = trust_remote_code
+        self._kept: dict[tuple[Pass, str, bool], tuple[Featurizer, Task]] | None = None
+
+    def keep_in_memory(self, passes: Sequence[Pass]) -> None:
+        """Load the models of all passes, and keep every featurizer from its first use on."""
+        self._kept = {} if self._kept is None else self._kept
+        for plan in passes:
+            self.featurizer(plan)
 
     def featurizer(self, plan: Pass, *, direction: str = "pair", final: bool = False) -> Featurizer:
         """Return the featurizer of a pass.
@@ -171,6 +178,26 @@ class QuerySide:
         Raises:
             ValueError: If the model, task or parameters are not those recorded; the message lists what differs.
         """
+        if self._kept is None:
+            return self._featurizer(plan, direction, final)
+        key = (plan, direction, final and self._differs_from_final(plan))
+        if key not in self._kept:
+            made = self._featurizer(plan, direction, final)
+            self._kept[key] = made, made.task
+        featurizer, task = self._kept[key]
+        featurizer.use_task(task)  # the last question may have left another
+        return featurizer
+
+    def _differs_from_final(self, plan: Pass) -> bool:
+        """Whether the featurizer of a pass is another than that of its final model."""
+        member = self.members[plan.members[0]]
+        return (
+            plan.dropout_seed is not None
+            or "point" in member.identity
+            or bool({STATISTICS_NAME, BANK_NAME} & set(member.records))
+        )
+
+    def _featurizer(self, plan: Pass, direction: str, final: bool) -> Featurizer:
         first = plan.members[0]
         self.check_task()
         place, given = self.members[first].info["checkpoint"], self._model(plan)

@@ -108,19 +108,20 @@ def _line(example: Example, width: int) -> str:
 
 def html_page(attributions: Sequence[Attribution], *, title: str, intro: str = "", suspects: Sequence[Hit] = ()) -> str:
     """Return a page that needs nothing beside it: images are inlined, and every text is escaped."""
-    body = "\n".join(map(_section, attributions))
+    body = "\n".join(map(section, attributions))
     if suspects:
-        cards = "\n".join(_card(hit, "") for hit in suspects)
+        cards = "\n".join(card(hit, "") for hit in suspects)
         body += f'\n<section>\n<h2>Most suspicious labels</h2>\n<div class="row">\n{cards}\n</div>\n</section>'
     with_images = any(attribution.query.image is not None for attribution in attributions)
     return _PAGE.format(title=escape(visible(title)), intro=escape(intro), body=body, width="10rem" if with_images else "18rem")
 
 
-def _section(attribution: Attribution) -> str:
+def section(attribution: Attribution) -> str:
+    """Return a query and its training rows as a section of HTML; every text is escaped."""
     groups = (("pro", "Proponents: raised the output", attribution.proponents),
               ("con", "Opponents: lowered the output", attribution.opponents))  # fmt: skip
     rows = [
-        f'<h3 class="{kind}">{heading}</h3>\n<div class="row">\n' + "\n".join(_card(hit, kind) for hit in hits) + "\n</div>"
+        f'<h3 class="{kind}">{heading}</h3>\n<div class="row">\n' + "\n".join(card(hit, kind) for hit in hits) + "\n</div>"
         for kind, heading, hits in groups
         if hits
     ]
@@ -129,7 +130,8 @@ def _section(attribution: Attribution) -> str:
     return "<section>\n" + "\n".join([query, *rows]) + "\n</section>"
 
 
-def _card(hit: Hit, kind: str) -> str:
+def card(hit: Hit, kind: str) -> str:
+    """Return a training row and its score as HTML; every text is escaped."""
     meta = f'<p class="meta"><span class="score">{hit.score:+.3g}</span> · row {hit.example.row}</p>'
     return f'<div class="card {kind}">{_picture(hit.example)}{_words(hit.example)}{_heat(hit)}{meta}</div>'
 
@@ -163,7 +165,7 @@ def _png_base64(image: Image) -> str:
 
 def _words(example: Example) -> str:
     parts = [f'<span class="label">{escape(visible(example.label))}</span>' if example.label else ""]
-    parts += [f'<span class="note">{escape(example.note)}</span>' if example.note else ""]
+    parts += [f'<span class="note">{escape(visible(example.note))}</span>' if example.note else ""]
     text = _shorten(example.text, _HTML_CHARACTERS)
     return f"<p>{' '.join(filter(None, parts))}</p>" + (f"<p>{escape(text)}</p>" if text else "")
 

@@ -411,6 +411,9 @@ class ScoringMethods:
 
     def _check_gram(self, options: ScoreOptions) -> None:
         """Refuse a singular Gram matrix and damaged shards before queries cost anything; of a large index, the rest when it is read."""
+        kept = self.members[0].in_memory
+        if kept is not None and (options.damping, options.residual_weighting) in kept.factors:
+            return  # it was factored
         damped(self.members[0].gram(), n_rows=self.n_rows, damping=options.damping)
         left = _HASHED_BEFORE_QUERIES
         for member in self.members:

@@ -110,7 +110,7 @@ def member_gram(member: MemberReader, *, residual_weighting: bool) -> Float64[Te
     gram = member.gram()
     if not residual_weighting:
         return gram
-    gram.zero_()
+    gram = torch.zeros_like(gram)
     for shard in member_blocks(member):
         accumulate_gram(gram, shard.features * residual_weights(shard.out_to_loss).sqrt().unsqueeze(1))
     return gram
@@ -123,6 +123,7 @@ def solve_queries(member: MemberReader, queries: Float[Tensor, "n_query proj_dim
         ValueError: If the damped Gram matrix is singular, or a row's leverage is 1.
     """
     gram = member_gram(member, residual_weighting=options.residual_weighting)
+    cholesky = _factor(member, gram, options)
     preconditioned = precondition(
         queries,
         gram,
@@ -130,11 +131,11 @@ def solve_queries(member: MemberReader, queries: Float[Tensor, "n_query proj_dim
         damping=options.damping,
         reference_rescale=options.reference_rescale,
         dtype=torch.float32,
+        cholesky=cholesky,
     )
     rms = influence_rms(preconditioned, gram, n_rows=member.n_rows) if options.combination == "scaled" else None
     if not options.leverage:
         return SolvedQueries(preconditioned, None, rms)
-    cholesky = factor(gram, n_rows=member.n_rows, damping=options.damping)
     leverage = torch.cat([_leverage(shard, cholesky, options.residual_weighting) for shard in member_blocks(member)])
     if (alone := int((leverage > 1 - 1e-9).sum())) > 0:
         raise ValueError(
@@ -142,6 +143,19 @@ def solve_queries(member: MemberReader, queries: Float[Tensor, "n_query proj_dim
             "Use a positive damping."
         )
     return SolvedQueries(preconditioned, leverage, rms)
+
+
+def _factor(
+    member: MemberReader, gram: Float64[Tensor, "proj_dim proj_dim"], options: ScoreOptions
+) -> Float64[Tensor, "proj_dim proj_dim"]:
+    """Return the factor of a member's damped Gram matrix; that of a member in memory is kept, until another is asked for."""
+    key, kept = (options.damping, options.residual_weighting), member.in_memory
+    if kept is not None and key in kept.factors:
+        return kept.factors[key]
+    found = factor(gram, n_rows=member.n_rows, damping=options.damping)
+    if kept is not None:
+        kept.factors = {key: found}
+    return found
 
 
 def influence_rms(

@@ -49,6 +49,7 @@ def precondition(
     damping: float,
     reference_rescale: bool = False,
     dtype: torch.dtype = torch.float64,
+    cholesky: Float64[Tensor, "proj_dim proj_dim"] | None = None,
 ) -> Float[Tensor, "n_query proj_dim"]:
     r"""Right-multiply query features by $(\Phi^\top\Phi + \lambda\bar\mu I)^{-1}$.
 
@@ -58,11 +59,12 @@ def precondition(
         damping (`float`): $\lambda$, as a multiple of the Gram matrix's mean nonzero eigenvalue. The paper uses 0.
         reference_rescale (`bool`): Divide the inverse by its mean absolute entry, only to reproduce MadryLab/trak's numbers.
         dtype (`torch.dtype`): Of the result; the solve is in float64.
+        cholesky (`torch.Tensor`, *optional*): The factor of the damped Gram matrix, where it is at hand.
 
     Raises:
         ValueError: If the damped Gram matrix is singular.
     """
-    cholesky = factor(gram, n_rows=n_rows, damping=damping)
+    cholesky = factor(gram, n_rows=n_rows, damping=damping) if cholesky is None else cholesky
     preconditioned = torch.cat([solve(cholesky, some).to(dtype) for some in features.split(SOLVED_AT_ONCE)])
     # Differs from the reference: MadryLab/trak divides each member's inverse Gram matrix by its mean absolute entry since version 0.2,
     # which weights members of an ensemble by the squared size of their gradients.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -35,6 +36,15 @@ _CHANGED = f"has changed since it was written: its SHA-256 differs from the one 
 _MEND = "Restore it from a copy, or run the command that made the index again: only files that are missing or damaged are made again."
 
 
+@dataclass(eq=False)
+class InMemory:
+    """A member's row groups, shard by shard, its Gram matrix, and the last factor of it, by what decides it."""
+
+    blocks: list[list[Shard]]
+    gram: Float64[Tensor, "proj_dim proj_dim"]
+    factors: dict[tuple[float, bool], Float64[Tensor, "proj_dim proj_dim"]] = field(default_factory=dict)
+
+
 class MemberReader:
     """A finished member.
 
@@ -64,6 +74,7 @@ class MemberReader:
         self.records: dict[str, dict[str, Any]] = {entry["file"]: entry for entry in self.info["files"]}
         self._fetch = fetch
         self._verified: set[str] = set()
+        self.in_memory: InMemory | None = None
         self.shard_paths: Sequence[Path] = _ShardPaths(self)
         if fetch is None:
             for name in self.records:
@@ -141,7 +152,15 @@ class MemberReader:
             yield read_shard(path, self.origin(number))
 
     def gram(self) -> Float64[Tensor, "proj_dim proj_dim"]:
-        return self._read_tensor(GRAM_NAME)
+        """Return ΦᵀΦ, which is not to be changed."""
+        return self._read_tensor(GRAM_NAME) if self.in_memory is None else self.in_memory.gram
+
+    def keep_in_memory(self) -> None:
+        """Read features and Gram matrix once, and keep them."""
+        if self.in_memory is None:
+            paths = self.shard_paths
+            blocks = [list(read_blocks(path, self.origin(number))) for number, path in enumerate(paths)]
+            self.in_memory = InMemory(blocks, self.gram())
 
     def mask(self) -> Bool[Tensor, " rows"] | None:
         """Return which rows the checkpoint was trained on; None if that is not recorded."""
@@ -217,7 +236,10 @@ def block_size(member: MemberReader) -> BlockSize:
 def member_blocks(member: MemberReader, shards: range | None = None) -> Iterator[Shard]:
     """Yield the row groups of some shards, or of all, in order, one in memory at a time; features are float32."""
     for number in range(len(member.shard_paths)) if shards is None else shards:
-        yield from read_blocks(member.shard_paths[number], member.origin(number))
+        if member.in_memory is not None:
+            yield from member.in_memory.blocks[number]
+        else:
+            yield from read_blocks(member.shard_paths[number], member.origin(number))
 
 
 def aligned_blocks(members: Sequence[MemberReader], shards: range | None = None) -> Iterator[tuple[Shard, ...]]:

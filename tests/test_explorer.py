@@ -1,0 +1,214 @@
+"""The explorer: it shows what the index answers, escapes all of it, and exports labels as they were decided."""
+
+import os
+import sys
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, Features, Image, Value, load_from_disk
+from models import make_model
+from PIL import Image as Pictures
+from tokenizers_for_tests import word_tokenizer
+from transformers import ViTImageProcessor
+
+from hf_trak import AttributionIndex, TrakConfig
+from hf_trak.cli.main import main
+from hf_trak.explorer.app import serve
+from hf_trak.explorer.views import Explorer, error_html
+
+HOSTILE = "<img src=x onerror=alert(1)> ${alert(2)} {{3*3}} a b\u202e"
+NAMES = ["<b>low</b>", "high & dry", "'other'"]
+CONFIG = TrakConfig(proj_dim=32)
+
+
+def text_rows(n_rows, seed=0):
+    rng = np.random.default_rng(seed)
+    texts = [HOSTILE if row % 3 == 0 else " ".join(rng.choice(list("abcdefghij"), 4)) for row in range(n_rows)]
+    features = Features({"text": Value("string"), "label": ClassLabel(names=NAMES)})
+    return Dataset.from_dict({"text": texts, "label": rng.integers(0, 3, n_rows).tolist()}, features=features)
+
+
+@pytest.fixture(scope="module")
+def text_index(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("explorer")
+    for seed in range(2):
+        make_model("bert", seed=seed).save_pretrained(folder / f"bert-{seed}")
+        word_tokenizer().save_pretrained(folder / f"bert-{seed}")
+    return AttributionIndex.build(
+        folder / "index", models=[folder / "bert-0", folder / "bert-1"], dataset=text_rows(24), config=CONFIG, shard_rows=10,
+        keep_columns=["text", "label"], progress=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def explorer(text_index):
+    index = AttributionIndex(text_index.folder)
+    return Explorer(index, validation=text_rows(6, seed=1))
+
+
+def found(answer):
+    sides = (answer.attribution.proponents, answer.attribution.opponents)
+    return [[(hit.example.row, hit.score) for hit in side] for side in sides]
+
+
+def expected(hits):
+    kinds = ("proponent", "opponent")
+    return [list(zip(hits[0][f"{kind}s"], hits[0][f"{kind}_scores"], strict=True)) for kind in kinds]
+
+
+@pytest.mark.parametrize("question", [{"target": "prediction"}, {"target": "label"}, {"contrast": (NAMES[0], NAMES[2])}])
+@pytest.mark.parametrize("source", ["training", "validation"])
+def test_the_hits_of_a_row_are_those_of_attribute(text_index, explorer, source, question):
+    rows = text_rows(24) if source == "training" else text_rows(6, seed=1)
+    asked = dict(zip(("target", "against"), question.get("contrast", [question.get("target")]), strict=False))
+    answer = explorer.ask_row(source, 4, **asked, top_k=3)
+    hits = text_index.attribute(rows.select([4]), 3, **question, progress=False)
+    assert found(answer) == expected(hits)
+    assert answer.attribution.output == hits[0]["query_output"]
+    assert answer.attribution.query.text == rows[4]["text"]
+    for hit in answer.attribution.proponents:
+        assert hit.example.text == text_rows(24)[hit.example.row]["text"]
+        assert (hit.example.note == "the row itself") == (source == "training" and hit.example.row == 4)
+
+
+def test_what_is_kept_in_memory_is_read_once_and_answers_the_same(text_index, monkeypatch):
+    queries = text_rows(5, seed=2)
+    index = AttributionIndex(text_index.folder)
+    options = {"leverage": True, "residual_weighting": True, "progress": False}
+    before = [index.score(queries, progress=False), index.score(queries, **options)]
+    assert not AttributionIndex(text_index.folder).keep_in_memory("1KB")
+    assert index.keep_in_memory()
+
+    def never(*args, **kwargs):
+        raise AssertionError("a file of features or a model was read again")
+
+    monkeypatch.setattr("hf_trak.storage.reader.read_blocks", never)
+    monkeypatch.setattr("hf_trak.querying.queries.Featurizer", never)
+    index.attribute(queries, target="prediction", progress=False)  # which leaves another task behind
+    for _ in range(2):
+        after = [index.score(queries, progress=False), index.score(queries, **options)]
+        np.testing.assert_array_equal(before, after)
+
+
+def test_hostile_texts_and_names_are_escaped(explorer):
+    pages = [
+        explorer.ask_row("training", 0).html(),
+        explorer.ask_texts([HOSTILE], target=NAMES[0]).html(),
+        *(explorer.suspect_html(place, {}) for place in range(24)),
+        explorer.suspect_html(0, {explorer.suspects()[0].example.row: NAMES[0]}),
+        explorer.about_html(),
+        error_html(ValueError(HOSTILE)),
+    ]
+    assert sum("&lt;img src=x" in page for page in pages) > 5
+    for page in pages:
+        assert "<img" not in page
+        assert "<b>" not in page
+        assert "\u202e" not in page
+
+
+def test_labels_are_exported_as_they_were_decided(explorer, tmp_path):
+    train = text_rows(24)
+    kept, fixed, dropped = (suspect.example.row for suspect in explorer.suspects()[:3])
+    new = next(name for name in NAMES if name != NAMES[train[fixed]["label"]])
+    decisions = explorer.decide({}, kept, NAMES[train[kept]["label"]])
+    decisions = explorer.decide(explorer.decide(decisions, fixed, new), dropped, None)
+    folder = explorer.export(decisions, tmp_path / "out")
+    wanted = train.to_list()
+    wanted[fixed]["label"] = NAMES.index(new)
+    del wanted[dropped]
+    saved = load_from_disk(str(folder))
+    assert saved.to_list() == wanted
+    assert saved.features == train.features
+    assert {row["row"]: row["decision"] for row in explorer.decisions_rows(decisions)} == {
+        kept: "keep", fixed: "fix", dropped: "drop",
+    }  # fmt: skip
+    assert explorer.export(decisions, tmp_path / "out").name == "fixed_2"
+    assert sorted(os.listdir(tmp_path / "out")) == ["fixed_1", "fixed_2"]
+    with pytest.raises(ValueError, match="none of the labels"):
+        explorer.decide({}, kept, "made up")
+    with pytest.raises(ValueError, match="Nothing was decided"):
+        explorer.export({}, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_what_cannot_be_asked_is_refused(explorer, text_index):
+    with pytest.raises(ValueError, match="rows are 0 to 5, but row 6"):
+        explorer.ask_row("validation", 6)
+    with pytest.raises(ValueError, match="has no label: choose the prediction"):
+        explorer.ask_texts(["a"], target="label")
+    with pytest.raises(ValueError, match="reads no single picture"):
+        explorer.ask_image(Pictures.new("RGB", (8, 8)))
+    with pytest.raises(ValueError, match="Start the explorer with --validation FILE"):
+        Explorer(AttributionIndex(text_index.folder)).ask_row("validation", 0)
+
+
+def test_pictures_are_shown_from_the_training_set_and_asked_about(tmp_path):
+    rng = np.random.default_rng(0)
+    make_model("vit").save_pretrained(tmp_path / "model")
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "model")
+    pictures = [Pictures.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)) for _ in range(12)]
+    rows = {"image": pictures, "label": rng.integers(0, 3, 12).tolist()}
+    train = Dataset.from_dict(rows, features=Features({"image": Image(), "label": Value("int64")}))
+    index = AttributionIndex.build(tmp_path / "index", models=tmp_path / "model", dataset=train, config=CONFIG, progress=False)
+    explorer = Explorer(index, train=train.select(range(11, -1, -1)))
+    assert explorer.typed == "image"
+    asked = explorer.ask_image(pictures[3], top_k=2)
+    assert found(asked) == found(explorer.ask_row("training", 3, top_k=2))
+    assert asked.html().count('src="data:image/png;base64,') == 5
+    row = explorer.suspects()[0].example.row
+    label = str((train[row]["label"] + 1) % 3)
+    fixed = explorer.fixed(explorer.decide({}, row, label))
+    assert fixed["label"][row] == int(label)
+    assert np.array_equal(np.asarray(fixed[row]["image"]), np.asarray(pictures[row]))
+
+
+def test_a_language_model_answers_a_prompt(tmp_path):
+    make_model("gpt2 lm").save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    rng = np.random.default_rng(0)
+    texts = [{"prompt": " ".join(rng.choice(list("abcdefghij"), 3)) + " ", "completion": "a b"} for _ in range(12)]
+    index = AttributionIndex.build(
+        tmp_path / "index", models=tmp_path / "model", dataset=Dataset.from_list(texts), config=CONFIG,
+        keep_columns=["prompt", "completion"], progress=False,
+    )  # fmt: skip
+    explorer = Explorer(index)
+    assert (explorer.typed, explorer.classes) == ("prompt", [])
+    assert "rows with one class label each" in explorer.why_no_suspects
+    row = explorer.ask_row("training", 2, top_k=4)
+    assert found(row) == expected(index.attribute(Dataset.from_list(texts[2:3]), 4, progress=False))
+    assert texts[2]["prompt"].strip() in row.html()
+    assert "+" in explorer.ask_texts(["a b c"]).html()
+
+
+# The command and the page
+
+
+def test_without_gradio_the_command_says_how_to_get_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert main(["explore", str(tmp_path / "no-index")]) == 1
+    assert capsys.readouterr().err == "hf-trak: error: The explorer needs gradio: pip install 'hf-trak[explore]'.\n"
+
+
+def test_the_page_answers_on_loopback_and_exports_where_it_was_told(explorer, tmp_path):
+    pytest.importorskip("gradio", reason="gradio is not installed: pip install 'hf-trak[explore]'")
+    from gradio_client import Client
+
+    export = tmp_path / "export"
+    with serve(explorer, export) as address:
+        assert address.startswith("http://127.0.0.1:")
+        uploads = Path(os.environ["GRADIO_TEMP_DIR"])
+        assert uploads.parent == export
+        assert urllib.request.urlopen(address, timeout=30).status == 200
+        client = Client(address, verbose=False, analytics_enabled=False, download_files=tmp_path / "client")
+        ask = ("prediction", "(nothing)", 3, None, "")
+        assert client.predict("validation", 2, *ask, api_name="/ask") == explorer.ask_row("validation", 2, top_k=3).html()
+        assert "rows are 0 to 5, but row 99" in client.predict("validation", 99, *ask, api_name="/ask")
+        client.predict(api_name="/find_label_errors")
+        client.predict(NAMES[0], api_name="/drop")
+        assert "1 decisions" in client.predict(api_name="/export")
+    assert len(load_from_disk(str(export / "fixed_1"))) == 23
+    assert os.listdir(export) == ["fixed_1"]
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen(address, timeout=5)
