@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_trak.cli.parsing import Collect, make_parser, name_positions, parse, rows_at_a_time
+from hf_trak.cli.parsing import LoadingArguments, make_parser, name_positions, parse, rows_at_a_time
 from hf_trak.messages import say
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ examples:
 
 
 @dataclass(kw_only=True)
-class AskingArguments:
+class AskingArguments(LoadingArguments):
     """Which index to ask, and what with."""
 
     index: str = field(metadata={"help": "Folder, dataset repository or object store URL of an index."})
@@ -52,30 +52,6 @@ class AskingArguments:
             "help": "How members are combined, in place of the index's way: scaled, or means (the paper's).",
             "choices": ["scaled", "means"],
         },
-    )
-    model: list[str] | None = field(
-        default=None, metadata={"help": "Checkpoints, in order, in place of the recorded ones.", "action": Collect}
-    )
-    base: str | None = field(
-        default=None, metadata={"help": "Of an index of points of a path: the base, in place of the recorded one."}
-    )
-    processor: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder or repository of the tokenizer, image processor or both, for checkpoints that have none; by default the recorded "
-            "one, or the checkpoint's own."
-        },
-    )
-    task: str | None = field(
-        default=None,
-        metadata={
-            "help": "The index's own task, module:name, as `hf-trak featurize --task` takes it. Its code is run; an index does not hold it."
-        },
-    )
-    revision: str | None = field(default=None, metadata={"help": "Revision of an index repository."})
-    trust_remote_code: bool = field(
-        default=False,
-        metadata={"help": "Run code that the checkpoints bring along. Without it, such checkpoints are refused."},
     )
     batch_size: str = field(default="auto", metadata={"help": "Queries at a time; auto halves when memory runs out."})
     max_memory: str | None = field(
@@ -146,26 +122,16 @@ def run(args: AttributeArguments) -> None:
     from hf_trak.cli.data import load_rows
     from hf_trak.cli.main import quiet_libraries
     from hf_trak.distributed import current_processes, rank_and_size
-    from hf_trak.index import AttributionIndex
     from hf_trak.querying.examples import read_attributions, train_reader
     from hf_trak.querying.report import save_report, table
     from hf_trak.scoring.memory import parse_memory
     from hf_trak.storage.outputs import naming, output_file
-    from hf_trak.tasks import import_task
 
     quiet_libraries()
     parse_memory(args.max_memory)
     current_processes()  # joins those of a launcher
     first = rank_and_size()[0] == 0
-    index = AttributionIndex.from_pretrained(
-        args.index,
-        revision=args.revision,
-        models=args.model,
-        base=args.base,
-        processing_class=args.processor,
-        task=None if args.task is None else import_task(args.task),
-        trust_remote_code=args.trust_remote_code,
-    )
+    index = args.load(args.index)
     queries = load_rows(args.queries, split=args.split, config=args.queries_config, max_rows=args.max_queries)
     train = load_train(args, index)
     options = {**score_options(args, index), "direction": args.direction, "batch_size": batch_size, "progress": first}
@@ -315,20 +281,10 @@ def _query_reader(
 
 def load_index(args: AskingArguments) -> AttributionIndex:
     """Return the index that the flags name."""
-    from hf_trak.index import AttributionIndex
     from hf_trak.scoring.memory import parse_memory
-    from hf_trak.tasks import import_task
 
     parse_memory(args.max_memory)
-    return AttributionIndex.from_pretrained(
-        args.index,
-        revision=args.revision,
-        models=args.model,
-        base=args.base,
-        processing_class=args.processor,
-        task=None if args.task is None else import_task(args.task),
-        trust_remote_code=args.trust_remote_code,
-    )
+    return args.load(args.index)
 
 
 def score_options(args: AskingArguments, index: AttributionIndex) -> dict[str, Any]:

@@ -12,14 +12,13 @@ from datasets import Dataset
 
 from hf_trak import __version__
 from hf_trak.cli.data import load_rows
-from hf_trak.cli.parsing import Collect, make_parser, parse, rows_at_a_time
+from hf_trak.cli.parsing import Collect, LoadingArguments, make_parser, parse, rows_at_a_time
 from hf_trak.evaluation import GroundTruth, ground_truth_from
 from hf_trak.evaluation.baselines import Checkpoints, make_baseline
 from hf_trak.featurizing.identity import recorded_processor
 from hf_trak.index import AttributionIndex
 from hf_trak.messages import say
 from hf_trak.storage.replacing import refuse_target
-from hf_trak.tasks import import_task
 
 if TYPE_CHECKING:
     from hf_trak.evaluation import LDS, GroundTruth, Reliability
@@ -143,14 +142,7 @@ def read_scores(path: Path, truth: GroundTruth) -> np.ndarray:
 def load_inputs(args: LDSArguments, truth: GroundTruth) -> Inputs:
     """Load what is to be scored, and check that it is what the ground truth is of."""
     n_train, n_query = truth.masks.shape[1], truth.outputs.shape[2]
-    loading: dict[str, Any] = {
-        "models": args.model,
-        "base": args.base,
-        "processing_class": args.processor,
-        "task": None if args.task is None else import_task(args.task),
-        "trust_remote_code": args.trust_remote_code,
-    }
-    index = None if args.index is None else AttributionIndex.from_pretrained(args.index, revision=args.revision, **loading)
+    index = None if args.index is None else args.load(args.index)
     if index is not None:
         _check_rows("--index", index.n_rows, n_train, "training rows")
     queries = None if args.queries is None else load_rows(args.queries, split=args.split, config=args.queries_config)
@@ -190,8 +182,8 @@ examples:
 _SUBSET_FITS = "Fits to subsets, such as datamodels, need scores per fold: hf_trak.evaluation.baselines.cross_fit in Python."
 
 
-@dataclass
-class LDSArguments:
+@dataclass(kw_only=True)
+class LDSArguments(LoadingArguments):
     """Whose scores, against which ground truth."""
 
     ground_truth: str = field(
@@ -232,30 +224,6 @@ class LDSArguments:
         },
     )
     train: str | None = field(default=None, metadata={"help": "The training set, for --baselines."})
-    model: list[str] | None = field(
-        default=None, metadata={"help": "Checkpoints, in order, in place of the index's recorded ones.", "action": Collect}
-    )
-    base: str | None = field(
-        default=None, metadata={"help": "Of an index of points of a path: the base, in place of the recorded one."}
-    )
-    processor: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder or repository of the tokenizer, image processor or both, for checkpoints that have none; by default the recorded "
-            "one, or the checkpoint's own."
-        },
-    )
-    task: str | None = field(
-        default=None,
-        metadata={
-            "help": "The index's own task, module:name, as `hf-trak featurize --task` takes it. Its code is run; an index does not hold it."
-        },
-    )
-    revision: str | None = field(default=None, metadata={"help": "Revision of an index repository."})
-    trust_remote_code: bool = field(
-        default=False,
-        metadata={"help": "Run code that the index's checkpoints bring along. Without it, such checkpoints are refused."},
-    )
     ground_truth_config: str | None = field(default=None, metadata={"help": "Configuration of the ground truth's dataset."})
     ground_truth_split: str = field(default="train", metadata={"help": "Split of the ground truth."})
     queries_config: str | None = field(default=None, metadata={"help": "Configuration of the queries' dataset."})

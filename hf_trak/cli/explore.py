@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_trak.cli.parsing import Collect, make_parser, name_positions, parse
+from hf_trak.cli.parsing import LoadingArguments, make_parser, name_positions, parse
 
 if TYPE_CHECKING:
     from hf_trak.explorer.views import Explorer
@@ -27,8 +27,8 @@ examples:
 """
 
 
-@dataclass
-class ExploreArguments:
+@dataclass(kw_only=True)
+class ExploreArguments(LoadingArguments):
     """Which index, which rows, and how it is served."""
 
     index: str = field(metadata={"help": "Folder, dataset repository or object store URL of an index."})
@@ -59,26 +59,6 @@ class ExploreArguments:
     max_memory: str = field(
         default="8GB",
         metadata={"help": "Keep features in memory if they take no more; otherwise they are read at each question."},
-    )
-    model: list[str] | None = field(
-        default=None, metadata={"help": "Checkpoints, in order, in place of the recorded ones.", "action": Collect}
-    )
-    base: str | None = field(
-        default=None, metadata={"help": "Of an index of points of a path: the base, in place of the recorded one."}
-    )
-    processor: str | None = field(
-        default=None, metadata={"help": "Tokenizer or image processor, in place of the recorded one."}
-    )
-    task: str | None = field(
-        default=None,
-        metadata={
-            "help": "The index's own task, module:name, as `hf-trak featurize --task` takes it. Its code is run; an index does not hold it."
-        },
-    )
-    revision: str | None = field(default=None, metadata={"help": "Revision of an index repository."})
-    trust_remote_code: bool = field(
-        default=False,
-        metadata={"help": "Run code that the checkpoints bring along. Without it, such checkpoints are refused."},
     )
 
 

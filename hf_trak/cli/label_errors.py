@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_trak.cli.parsing import Collect, make_parser, name_positions, parse, rows_at_a_time
+from hf_trak.cli.parsing import LoadingArguments, make_parser, name_positions, parse, rows_at_a_time
 from hf_trak.messages import say
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ examples:
 """
 
 
-@dataclass
-class LabelErrorsArguments:
+@dataclass(kw_only=True)
+class LabelErrorsArguments(LoadingArguments):
     """Which index, which rows, and where the answer goes."""
 
     index: str = field(metadata={"help": "Folder, dataset repository or object store URL of an index."})
@@ -59,23 +59,6 @@ class LabelErrorsArguments:
     validation_split: str = field(default="validation", metadata={"help": "Split of the held-out rows."})
     max_validation_rows: int | None = field(default=None, metadata={"help": "Use only the first held-out rows."})
     damping: str | None = field(default=None, metadata={"help": "A number or auto, in place of the index's damping."})
-    model: list[str] | None = field(
-        default=None, metadata={"help": "Checkpoints, in order, in place of the recorded ones.", "action": Collect}
-    )
-    base: str | None = field(
-        default=None, metadata={"help": "Of an index of points of a path: the base, in place of the recorded one."}
-    )
-    task: str | None = field(
-        default=None,
-        metadata={
-            "help": "The index's own task, module:name, as `hf-trak featurize --task` takes it. Its code is run; an index does not hold it."
-        },
-    )
-    revision: str | None = field(default=None, metadata={"help": "Revision of an index repository."})
-    trust_remote_code: bool = field(
-        default=False,
-        metadata={"help": "Run code that the checkpoints bring along. Without it, such checkpoints are refused."},
-    )
     batch_size: str = field(default="auto", metadata={"help": "Held-out rows at a time; auto halves when memory runs out."})
     overwrite: bool = field(default=False, metadata={"help": "Replace the output file."})
 
@@ -101,19 +84,10 @@ def run(args: LabelErrorsArguments) -> None:
     from hf_trak.cli.attribute import write_hits
     from hf_trak.cli.data import load_rows
     from hf_trak.cli.main import quiet_libraries
-    from hf_trak.index import AttributionIndex
     from hf_trak.storage.outputs import naming, output_file
-    from hf_trak.tasks import import_task
 
     quiet_libraries()
-    index = AttributionIndex.from_pretrained(
-        args.index,
-        revision=args.revision,
-        models=args.model,
-        base=args.base,
-        task=None if args.task is None else import_task(args.task),
-        trust_remote_code=args.trust_remote_code,
-    )
+    index = args.load(args.index)
     train = load_train(args, index)
     validation = None
     if args.validation is not None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 from transformers.hf_argparser import HfArgumentParser
 
 from hf_trak.cli.main import OneLineErrors, refuse_usage
+
+if TYPE_CHECKING:
+    from hf_trak.index import AttributionIndex
 
 
 class Collect(argparse.Action):
@@ -20,6 +24,54 @@ class Collect(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         found = getattr(namespace, self.dest)
         setattr(namespace, self.dest, list(values) if found is self.default else [*found, *values])
+
+
+@dataclass(kw_only=True)
+class LoadingArguments:
+    """What an index is loaded with, in place of what it records."""
+
+    model: list[str] | None = field(
+        default=None, metadata={"help": "Checkpoints, in order, in place of the recorded ones.", "action": Collect}
+    )
+    base: str | None = field(
+        default=None, metadata={"help": "Of an index of points of a path: the base, in place of the recorded one."}
+    )
+    processor: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or repository of the tokenizer, image processor or both, for checkpoints that have none; by default the recorded "
+            "one, or the checkpoint's own."
+        },
+    )
+    task: str | None = field(
+        default=None,
+        metadata={
+            "help": "The index's own task, module:name, as `hf-trak featurize --task` takes it. Its code is run; an index does not hold it."
+        },
+    )
+    revision: str | None = field(default=None, metadata={"help": "Revision of an index repository."})
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run code that the checkpoints bring along. Without it, such checkpoints are refused."},
+    )
+
+    def load(self, index: str) -> AttributionIndex:
+        """Return an index."""
+        from hf_trak.index import AttributionIndex
+
+        return AttributionIndex.from_pretrained(index, revision=self.revision, **self.loading())
+
+    def loading(self) -> dict[str, Any]:
+        """Return what [`AttributionIndex`] takes beside the folder."""
+        from hf_trak.tasks import import_task
+
+        return {
+            "models": self.model,
+            "base": self.base,
+            "processing_class": self.processor,
+            "task": None if self.task is None else import_task(self.task),
+            "trust_remote_code": self.trust_remote_code,
+        }
 
 
 class _Parser(HfArgumentParser):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hf_trak.cli.parsing import Collect, make_parser, name_positions, parse, rows_at_a_time
+from hf_trak.cli.parsing import Collect, LoadingArguments, make_parser, name_positions, parse, rows_at_a_time
 
 _SHOWN = 10
 _USAGE = "INDEX --target DATASET --budget ROWS --output FOLDER [--train DATASET] [options]"
@@ -23,8 +23,8 @@ examples:
 """
 
 
-@dataclass
-class SelectArguments:
+@dataclass(kw_only=True)
+class SelectArguments(LoadingArguments):
     """Which rows of which index, for what, and where they go."""
 
     index: str = field(metadata={"help": "Folder, dataset repository or object store URL of an index."})
@@ -92,21 +92,6 @@ class SelectArguments:
     max_target_rows: int | None = field(default=None, metadata={"help": "Use only the first rows of the target."})
     train_config: str | None = field(default=None, metadata={"help": "Configuration of the training set."})
     train_split: str = field(default="train", metadata={"help": "Split of the training set."})
-    model: list[str] | None = field(
-        default=None, metadata={"help": "Checkpoints, in order, in place of the recorded ones.", "action": Collect}
-    )
-    base: str | None = field(
-        default=None, metadata={"help": "Of an index of points of a path: the base, in place of the recorded one."}
-    )
-    processor: str | None = field(
-        default=None, metadata={"help": "Folder or repository of the tokenizer or processor, for checkpoints that have none."}
-    )
-    task: str | None = field(default=None, metadata={"help": "The index's own task, module:name. Its code is run."})
-    revision: str | None = field(default=None, metadata={"help": "Revision of an index repository."})
-    trust_remote_code: bool = field(
-        default=False,
-        metadata={"help": "Run code that the checkpoints bring along. Without it, such checkpoints are refused."},
-    )
     batch_size: str = field(default="auto", metadata={"help": "Rows at a time; auto halves when memory runs out."})
     overwrite: bool = field(default=False, metadata={"help": "Replace an earlier subset in the output folder."})
 
@@ -123,21 +108,11 @@ def run(args: SelectArguments) -> None:
 
     from hf_trak.cli.data import load_rows
     from hf_trak.cli.main import quiet_libraries
-    from hf_trak.index import AttributionIndex
     from hf_trak.querying.subsets import check_output
-    from hf_trak.tasks import import_task
 
     quiet_libraries()
     check_output(Path(args.output), overwrite=args.overwrite)
-    index = AttributionIndex.from_pretrained(
-        args.index,
-        revision=args.revision,
-        models=args.model,
-        base=args.base,
-        processing_class=args.processor,
-        task=None if args.task is None else import_task(args.task),
-        trust_remote_code=args.trust_remote_code,
-    )
+    index = args.load(args.index)
     target = load_rows(args.target, split=args.target_split, config=args.target_config, max_rows=args.max_target_rows)
     train = None if args.train is None else load_rows(args.train, split=args.train_split, config=args.train_config)
     optimizer: Any = args.optimizer or "auto"
