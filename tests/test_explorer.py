@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image, Value, load_from_disk
+from datasets_for_tests import save_model, token_rows
 from models import make_model
 from PIL import Image as Pictures
 from tokenizers_for_tests import word_tokenizer
@@ -168,10 +169,10 @@ def test_a_language_model_answers_a_prompt(tmp_path):
     make_model("gpt2 lm").save_pretrained(tmp_path / "model")
     word_tokenizer().save_pretrained(tmp_path / "model")
     rng = np.random.default_rng(0)
-    texts = [{"prompt": " ".join(rng.choice(list("abcdefghij"), 3)) + " ", "completion": "a b"} for _ in range(12)]
+    texts = [{"prompt": " ".join(rng.choice(list("abcdefghij"), 3)) + " ", "completion": "a b", "url": "u"} for _ in range(12)]
     index = AttributionIndex.build(
         tmp_path / "index", models=tmp_path / "model", dataset=Dataset.from_list(texts), config=CONFIG,
-        keep_columns=["prompt", "completion"], progress=False,
+        keep_columns=["prompt", "completion", "url"], progress=False,
     )  # fmt: skip
     explorer = Explorer(index)
     assert (explorer.typed, explorer.classes) == ("prompt", [])
@@ -180,6 +181,28 @@ def test_a_language_model_answers_a_prompt(tmp_path):
     assert found(row) == expected(index.attribute(Dataset.from_list(texts[2:3]), 4, progress=False))
     assert texts[2]["prompt"].strip() in row.html()
     assert "+" in explorer.ask_texts(["a b c"]).html()
+
+
+@pytest.mark.parametrize("kept", [["input_ids", "label"], []])
+def test_rows_of_tokens_are_asked_about_where_they_are_at_hand(tmp_path, kept):
+    train = token_rows(12)
+    index = AttributionIndex.build(
+        tmp_path / "index",
+        models=save_model(tmp_path / "model"),
+        dataset=train,
+        config=CONFIG,
+        keep_columns=kept,
+        progress=False,
+    )
+    explorer = Explorer(index)
+    assert explorer.typed == ""
+    if kept:
+        hits = index.attribute(train.select([5]), 2, target="prediction", progress=False)
+        assert found(explorer.ask_row("training", 5, top_k=2)) == expected(hits)
+        return
+    with pytest.raises(ValueError, match="--train FILE, or make the index with --keep_columns"):
+        explorer.ask_row("training", 5)
+    assert "Start the explorer with --train FILE" in explorer.why_no_suspects
 
 
 # The command and the page

@@ -140,7 +140,7 @@ class Explorer:
         if self.train is not None:
             return len(self.train)
         kept = set(self.index.kept_rows.column_names)
-        return self.index.n_rows if set(self._read()) <= kept else 0
+        return self.index.n_rows if kept and set(self._read()) <= kept else 0
 
     def ask_row(
         self, source: str, row: int, *, target: str = "prediction", against: str | None = None, top_k: int = 5
@@ -170,8 +170,9 @@ class Explorer:
             note = f"label: {shown.label}" if shown.label else ""
             answer = self._answer(replace(shown, label=found.answer, note=note), found.hits)
         else:
+            columns = self._read() or one.column_names  # of a task of the user's own, nothing is known
             with self._lock:
-                hits = self.index.attribute(one, top_k, progress=False)
+                hits = self.index.attribute(one.select_columns(columns), top_k, progress=False)
             answer = self._answer(shown, hits)
         itself = row if source == "training" else -1
         return replace(answer, attribution=_noting(answer.attribution, itself), link=urlencode(link))
