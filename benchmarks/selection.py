@@ -221,8 +221,7 @@ def choose(options: argparse.Namespace, pool: Dataset, targets: dict[str, Any], 
         }
         for method, values in scores.items():
             found[target, method] = first_rows(values, everything, [n_chosen])
-        for method in ("TRAK", "LESS"):
-            found[target, f"{method}, balance=label"] = first_rows(scores[method], labels, by_label)
+            found[target, f"{method}, balance=label"] = first_rows(values, labels, by_label)
         found[target, "random"] = rng.permutation(N_POOL)[:n_chosen]
         found[target, "random rows of the target's task, labels right"] = rng.permutation(np.flatnonzero(origins == target))[
             :n_chosen
@@ -257,21 +256,17 @@ def less_of_each(index: AttributionIndex, targets: dict[str, Dataset], pool: Dat
 def measure(options: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
     """Return a seed's figures, made before or now: of each target and method, test loss, accuracy and what was chosen."""
     stored = options.work / f"seed-{seed}.json"
-    if stored.exists():
-        return json.loads(stored.read_text())
+    known = json.loads(stored.read_text()) if stored.exists() else {"done": False, "results": []}
+    if known["done"]:
+        return known["results"]
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     pool, targets = draw(sources(options.data), seed)
-    origins, results = np.array(pool["origin"]), []
+    origins, results = np.array(pool["origin"]), known["results"]
     for (target, method), rows in choose(options, pool, targets, seed).items():
-        model = train(
-            make_base(options, seed),
-            tokenizer,
-            pool.select(np.sort(rows)),
-            seed,
-            options.work / f"scratch-{seed}",
-            epochs=EPOCHS,
-            keep=False,
-        )
+        if any((one["target"], one["method"]) == (target, method) for one in results):
+            continue
+        base, scratch = make_base(options, seed), options.work / f"scratch-{seed}"
+        model = train(base, tokenizer, pool.select(np.sort(rows)), seed, scratch, epochs=EPOCHS, keep=False)
         loss, right = losses(model, tokenizer, targets[target][1])
         figures = {
             "selection_loss": float(loss.mean()),
@@ -281,7 +276,8 @@ def measure(options: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
         }
         results.append({"target": target, "method": method, **figures})
         print(seed, target, method, {name: round(value, 3) for name, value in figures.items()}, flush=True)
-    stored.write_text(json.dumps(results))
+        stored.write_text(json.dumps({"done": False, "results": results}))
+    stored.write_text(json.dumps({"done": True, "results": results}))
     return results
 
 

@@ -26,6 +26,7 @@ N = 40
 TRAIN = token_rows(N).add_column("kind", [("a", "b", "c")[min(i // 5, 2)] for i in range(N)])
 TARGET = token_rows(9, seed=1).add_column("task", ["x", "y", "y"] * 3)
 TASKS = np.array([0, 1, 1] * 3)
+SELECTED = "layer.1.output"  # few enough parameters for whole gradients
 
 
 def build(folder, models, **options):
@@ -83,9 +84,9 @@ def trained(tmp_path_factory):
     )  # fmt: skip
     collator = TaskCollator(AutoTask.from_model(model, TrakConfig()))
     Trainer(model, args, train_dataset=TRAIN, data_collator=collator).train()
-    n_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    n_parameters = sum(parameter.numel() for name, parameter in model.named_parameters() if SELECTED in name)
     models = [folder / "run" / f"checkpoint-{step}" for step in (5, 10)]
-    config = TrakConfig(proj_dim=n_parameters, projector="identity")
+    config = TrakConfig(proj_dim=n_parameters, projector="identity", parameters=(SELECTED,))
     return build(folder / "index", models, config=config, keep_columns=["input_ids", "label"]), models
 
 
@@ -100,7 +101,8 @@ def less_reference(models, *, adam):
             losses = torch.nn.functional.cross_entropy(model(**batch).logits, batch["labels"], reduction="none")
             return losses, losses.detach()
 
-        names = [name for part in parameter_groups(model) for name in part]
+        numbers = {name: i for i, name in enumerate(name for part in parameter_groups(model) for name in part)}
+        names = [name for name in numbers if SELECTED in name]
         grads = []
         for rows in (TRAIN, TARGET):
             batch = dict(task.reading(rows).collate(rows[:], None))
@@ -109,7 +111,7 @@ def less_reference(models, *, adam):
         if adam:
             state = torch.load(folder / "optimizer.pt", weights_only=True)["state"]
             m, v = (
-                np.concatenate([state[i][key].double().flatten() for i in range(len(names))])
+                np.concatenate([state[numbers[name]][key].double().flatten() for name in names])
                 for key in ("exp_avg", "exp_avg_sq")
             )
             power = int(state[0]["step"]) + 1
