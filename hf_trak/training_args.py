@@ -40,7 +40,8 @@ class AttributionFields(FeatureArguments):
         Raises:
             ValueError: If one is impossible.
         """
-        if self.keep_optimizer and not self.parsed_members().is_single_run:
+        members = self.parsed_members()
+        if self.keep_optimizer and not members.is_single_run:
             raise ValueError(
                 f"`keep_optimizer` is for the snapshots of a single run, but members={self.members!r} are of several. Leave it out."
             )

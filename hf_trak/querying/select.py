@@ -20,7 +20,7 @@ from hf_trak.distributed import rank_and_size
 from hf_trak.featurizing.identity import recorded_checkpoint
 from hf_trak.members import Pass
 from hf_trak.querying.less import Checkpoint, checkpoint_weights, find_optimizers, less_scores, parts_of
-from hf_trak.querying.queries import QuerySide
+from hf_trak.querying.queries import QuerySide, Question
 from hf_trak.querying.subsets import check_output, describe_subset, write_subset
 from hf_trak.querying.training_rows import KeptRows, align_rows
 from hf_trak.scoring.ensemble import ScoreOptions, solve_all, stream_scores
@@ -47,7 +47,8 @@ class SelectMethods:
     members: list[MemberReader]
     passes: Sequence[Pass]
     _queries: QuerySide
-    _options: Any
+    score_options: Any
+    _sides: Any
     _featurize: Any
 
     def select(
@@ -133,7 +134,7 @@ class SelectMethods:
         balanced = rows.codes(balance)
         how: dict[str, Any] = {"method": method, "aggregate": aggregate, "groups of the target": groups or None}
         if method == "trak":
-            options = self._options(damping, False, False, out_to_loss_power, combination)
+            options = self.score_options(damping=damping, out_to_loss_power=out_to_loss_power, combination=combination)
             scores = self._trak_scores(target, codes, options, bool(lower_output), batch_size, progress)
             how |= {name: getattr(options, name) for name in given}
         else:
@@ -199,7 +200,8 @@ class SelectMethods:
         batch_size: int | str,
         progress: bool,
     ) -> Float64[np.ndarray, " n_train"]:
-        features, _ = self._featurize(target, options, batch_size, progress, "pair")
+        sides = self._sides(target, Question(), options, batch_size, progress)
+        features, _ = self._featurize(sides, batch_size, progress)
         n_groups, sign = int(codes.max()) + 1, -1.0 if lower else 1.0
         solved = [
             one._replace(preconditioned=(sign * group_means(one.preconditioned, codes, n_groups)).float(), influence_rms=None)
