@@ -252,6 +252,7 @@ def write_repository(cache, name, folder):
     (place / "refs" / "main").write_text(commit)
 
 
+@pytest.mark.slow
 def test_the_base_model_is_found_in_the_cache_without_a_network(tmp_path, base):
     import os
     import subprocess

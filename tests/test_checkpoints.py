@@ -267,6 +267,7 @@ def test_prepared_rows_need_no_tokenizer_and_ignore_a_damaged_one(tmp_path):
     assert np.array_equal(scores, second.score(queries, progress=False))
 
 
+@pytest.mark.slow
 def test_a_processor_is_an_object_a_folder_or_beside_the_weights_and_is_found_again(tmp_path):
     model = save_model(tmp_path / "bert")
     word_tokenizer().save_pretrained(tmp_path / "tokenizer")

@@ -131,6 +131,7 @@ def test_the_interval_is_as_asked_for(files: SimpleNamespace, tmp_path: Path, ca
     assert "bootstrap" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_baselines_are_those_of_the_api_on_the_index_s_checkpoints(files: SimpleNamespace, tmp_path: Path) -> None:
     flags = ["--train", str(files.folder / "train.parquet"), "--baselines", "random", "gradient_cosine"]
     rows = results_of(of_index(files, *flags), tmp_path / "lds.json")["rows"]

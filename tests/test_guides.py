@@ -166,6 +166,7 @@ def test_the_guide_to_facts_runs_as_printed():
     assert len(names.hits[0]["proponent_inputs"]) == 5
 
 
+@pytest.mark.slow
 def test_the_tour_of_images_runs_as_printed():
     pytest.importorskip("sklearn")
     names = run("start/images.md")

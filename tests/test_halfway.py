@@ -147,6 +147,7 @@ def command_line():
         logger.removeHandler(handler)
 
 
+@pytest.mark.slow
 def test_the_command_line_makes_and_asks_the_same_index(pair, built, tmp_path, capsys, command_line):
     folder = pair[0]
     TRAIN.to_parquet(tmp_path / "train.parquet")

@@ -90,6 +90,7 @@ def test_its_folder_is_a_space():
     assert {"evaluate", "datasets", "numpy", "scipy"} <= needed
 
 
+@pytest.mark.slow
 def test_its_file_stands_alone(tmp_path):
     (tmp_path / "lds.py").write_text((FOLDER / "lds.py").read_text())
     code = "import sys, lds; print(any(name.split('.')[0] == 'hf_trak' for name in sys.modules))"

@@ -162,6 +162,7 @@ def test_more_processes_than_shards_make_the_bytes_of_one(models, tmp_path, coun
     assert files_of(folder) == files_of(one)
 
 
+@pytest.mark.slow
 def test_accelerate_launch_of_the_script(models, expected, tmp_path):
     """The command users type."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
@@ -190,6 +191,7 @@ def test_the_trainer_featurizes_in_all_processes_of_its_run(tmp_path):
     assert not (tmp_path / "run" / "sharded").exists()
 
 
+@pytest.mark.slow
 def test_processes_that_do_not_know_of_each_other_are_refused(models, tmp_path):
     """A plain `Accelerator()` on a machine without GPUs: each process takes itself for the main one."""
     for code, _, err in map(outcome, start(2, "accelerator", str(tmp_path / "index"), *map(str, models))):
@@ -387,6 +389,7 @@ def test_parts_made_in_any_order_by_any_number_of_jobs_merge_to_the_bytes_of_one
     assert "is not made of parts" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_jobs_that_start_at_the_same_moment_one_of_them_twice_merge_to_the_bytes_of_one(models, expected, tmp_path):
     """A job that was started twice by mistake makes the same files: whoever is later replaces them by the same, whole at any time."""
     folder, given = tmp_path / "index", [str(model) for model in models]

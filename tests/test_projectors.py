@@ -183,6 +183,7 @@ def trained_gradients() -> tuple[dict[str, tuple[int, ...]], Tensor]:
     return {name: tuple(parameter.shape) for name, parameter in parameters.items()}, grads.float()
 
 
+@pytest.mark.slow
 def test_real_gradients_are_sketched_as_precisely_as_by_independent_signs():
     shapes, grads = trained_gradients()
     assert (grads == 0).float().mean() > 0.1  # words that do not occur

@@ -249,6 +249,7 @@ def test_a_copy_killed_at_any_moment_leaves_the_old_index_or_the_new_one(stored,
     assert seen == {True, False}, "kills before and after the exchange were tried"
 
 
+@pytest.mark.slow
 def test_a_fresh_copy_killed_at_any_moment_is_made_by_the_next_call(stored, tmp_path):
     new, step = stored[1], 0
     target = tmp_path / "index"
@@ -284,6 +285,7 @@ def build(folder, model, *, proj_dim=16, overwrite=False):
     )
 
 
+@pytest.mark.slow
 def test_a_build_in_the_place_of_another_index_leaves_a_thesis_and_the_old_one_until_the_end(model, tmp_path, monkeypatch):
     folder = tmp_path / "index"
     build(folder, model, proj_dim=8)

@@ -194,6 +194,7 @@ test_subsets.work(test_subsets.make_job({folder!r}, keep_epochs=1))
 """
 
 
+@pytest.mark.slow
 def test_a_job_killed_in_the_middle_of_a_run_goes_on_and_ends_in_the_same_bytes(finished, tmp_path):
     folder = tmp_path / "job"
     code = KILLED.format(tests=str(Path(__file__).parent), folder=str(folder))
