@@ -3,7 +3,7 @@
     python benchmarks/checks.py --model bert --dataset sst2.parquet --rows 10000
     python benchmarks/checks.py --model bert --dataset sst2.parquet --before ../older --rounds 3     # another tree of hf_trak, too
 
-A run is `hf-trak featurize` in a process of its own. CPU seconds are those of the whole process, from its start to its end. A check is what
+Each run is `hf-trak featurize` in a new process. CPU seconds are those of the whole process, from its start to its end. A check is what
 a run does for no other end than to know that its rows are right: a share is its CPU seconds over those of the run. With `--before`, runs
 of the two trees go side by side, and the ratio of their CPU seconds is taken round by round.
 """

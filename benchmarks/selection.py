@@ -322,7 +322,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--model", required=True, help="folder of paraphrase-MiniLM-L3-v2 as a `BertModel`")
-    parser.add_argument("--work", type=Path, required=True, help="folder that keeps what was made")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the models and results of each case")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("results/select_cpu.json"))
