@@ -40,6 +40,7 @@ _LATER = (
     "loss_on",
     "skip_unscored",
     "chat_template_kwargs",
+    "chunk_overlap",
     "bank_size",
     "bank_seed",
     "preference_reduction",
@@ -150,6 +151,11 @@ class TrakConfig:
         "contradict each other), by_id (as they are, whatever the names), by_name (translated by the names).",
     )
     max_length: int | None = _option(None, "Tokens kept of a text; the model's own limit by default.")
+    chunk_overlap: int | None = _option(
+        None,
+        "Causal language models: cut every text into chunks of max_length tokens, each a training row of its own, which begins with this many "
+        "tokens of the one before as context. By default, texts are cut off at max_length.",
+    )
     token_reduction: Literal["mean", "sum"] = _option(
         "mean", "How the outputs of an example's scored tokens become one: mean, or sum. For language models."
     )
@@ -220,6 +226,13 @@ class TrakConfig:
         length = self.max_length
         if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
             raise ValueError(f"`max_length` must be a whole number of at least 1, but is {length!r}.")
+        overlap = self.chunk_overlap
+        if overlap is not None and (isinstance(overlap, bool) or not isinstance(overlap, int) or overlap < 0):
+            raise ValueError(f"`chunk_overlap` must be a whole number of at least 0, but is {overlap!r}.")
+        if overlap is not None and length is not None and overlap >= length:
+            raise ValueError(
+                f"`chunk_overlap` must be smaller than `max_length`, the tokens of a chunk, but is {overlap} of {length}."
+            )
         size = self.bank_size
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 2):
             raise ValueError(f"`bank_size` must be a whole number of at least 2, but is {size!r}.")

@@ -26,7 +26,7 @@ from hf_trak.hub.mixin import HubMixin
 from hf_trak.hub.object_index import ObjectIndex
 from hf_trak.messages import list_differences
 from hf_trak.querying.explanations import ExplainingMethods
-from hf_trak.querying.queries import QuerySide, Side
+from hf_trak.querying.queries import QuerySide, Question
 from hf_trak.querying.select import SelectMethods
 from hf_trak.querying.training_rows import KeptRows, align_rows
 from hf_trak.runtime import terminable
@@ -401,9 +401,11 @@ class AttributionIndex(ExplainingMethods, SelectMethods, HubMixin):
         self, queries: Dataset, member: int = 0, *, batch_size: int | str = "auto", progress: bool = True
     ) -> dict[str, np.ndarray]:
         """Return the trak_* columns of queries under one member, in float32."""
-        self._queries.check(queries)
-        description = f"Queries {member + 1}/{len(self.members)}"
-        return self._queries.featurize(self.featurizer(member), Side(queries), batch_size, progress, description)
+        ((_, rows, _),) = self._queries.asked(queries, Question())
+        (side,) = self._queries.sides([(1.0, rows, "label")], batch_size, progress)
+        featurizer = self.featurizer(member)
+        featurizer.use_task(side.task(featurizer.task))
+        return self._queries.featurize(featurizer, side, batch_size, progress, f"Queries {member + 1}/{len(self.members)}")
 
     def align(self, train: Dataset) -> Dataset:
         """Return the training rows of this index, in its order, from a dataset that has them: row i of the result is row i of the index.

@@ -274,6 +274,11 @@ class AttributionMixin(_Base):
             OSError: If snapshots cannot be written.
         """
         check_training_set(self._attributed)
+        if self.args.chunk_overlap is not None:
+            raise ValueError(
+                "`chunk_overlap` cuts texts where an index is built, but training reads each row cut off at `max_length`. Leave it out, or train on "
+                "rows that are cut already, and build the index with `AttributionIndex.build`."
+            )
         check_same_rows(self._attributed, self.train_dataset)
         check_can_save(self.args, self.model, self.processing_class)
         if self.task is None and is_plain(self.model):

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from hf_trak.building.checks import TrainingRows
+from hf_trak.building.checks import TrainingRows, as_chunks
 from hf_trak.building.jobs import Job, record_jobs, remove_job_records
 from hf_trak.config import CONFIG_NAME, TrakConfig
 from hf_trak.distributed import Processes
@@ -41,6 +41,7 @@ from hf_trak.storage.replacing import (
 )
 from hf_trak.storage.writer import MemberWriter, recorded_identity, replace_members
 from hf_trak.tasks import Bank, draw_rows, needs_bank
+from hf_trak.tasks.chunks import with_text_column
 from hf_trak.tasks.rows import as_stored, check_is_dataset, features_of
 
 if TYPE_CHECKING:
@@ -428,6 +429,7 @@ def build_members(
     if len(dataset) == 0:
         raise ValueError("The dataset is empty: there is nothing to featurize.")
     dataset = as_stored(dataset)
+    config = with_text_column(config, dataset)
     _check_masks(masks, n_models=len(models), n_rows=len(dataset))
     for model in models:
         if isinstance(model, (str, Path)):  # the last one, too, is looked up before work begins
@@ -456,6 +458,9 @@ def build_members(
             device=processes.device,
         )
         check_whole(featurizer.model)
+        if number == 0:
+            dataset, keep_columns, documents = as_chunks(featurizer, dataset, keep_columns)
+            masks = masks if masks is None or documents is None else masks[:, torch.from_numpy(documents)]
         featurizer.check(dataset)
         if number == 0:
             if processes.is_first:

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Int64, UInt8
 
 from hf_trak.config import TrakConfig
 from hf_trak.featurizing.batching import read_rows
 from hf_trak.featurizing.devices import check_whole
 from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.featurizing.identity import describe_task_code
+from hf_trak.hashing import hash_json
+from hf_trak.sources.processors import describe_processing, tokenizer_of
 from hf_trak.sources.row_digests import (
     check_kept,
     columns_to_digest,
@@ -32,6 +34,7 @@ from hf_trak.sources.row_digests import (
 from hf_trak.sources.transforms import describe_transform
 from hf_trak.storage.columns import ROW_DIGEST
 from hf_trak.tasks import Task, draw_rows, needs_bank
+from hf_trak.tasks.chunks import CHUNK_COLUMNS, DOCUMENT, Chunker, cut_documents, is_chunked
 from hf_trak.tasks.rows import as_stored, features_of
 
 if TYPE_CHECKING:
@@ -116,6 +119,42 @@ class TrainingRows:
         for name in self.kept:
             table = table.append_column(kept.schema.field(name), kept.column(name))
         return table.replace_schema_metadata(kept.schema.metadata)
+
+
+def as_chunks(
+    featurizer: Featurizer, dataset: Dataset, keep_columns: Sequence[str]
+) -> tuple[Dataset, tuple[str, ...], Int64[np.ndarray, " n_rows"] | None]:
+    """Return the training rows of an index whose texts are cut into chunks (`chunk_overlap`), with the columns to keep of them, and the
+    document of each; of any other, the dataset as it is.
+
+    Raises:
+        ValueError: If the task reads no texts that can be cut, or a document cannot serve.
+    """
+    config, keep = featurizer.config, tuple(keep_columns)
+    if is_chunked(dataset.column_names):
+        return dataset, tuple(dict.fromkeys([*(set(CHUNK_COLUMNS) & set(dataset.column_names)), *keep])), None
+    if config.chunk_overlap is None:
+        return dataset, keep, None
+    if config.text_columns is None:
+        raise ValueError("`chunk_overlap` (--chunk_overlap) is for causal language models of texts: leave it out.")
+    check_kept(dataset, keep)
+    column = config.text_columns[0]
+    tokenizer = tokenizer_of(featurizer.processing_class)
+    chunker = Chunker.of(featurizer.task.inputs, tokenizer, config.chunk_overlap)
+    digests = digest_rows(dataset, [column])
+    described = describe_processing(tokenizer, pixels=False)
+    decisive = [dataset._fingerprint, hash_digests(digests), described, chunker.limit, chunker.overlap, column, keep]
+    chunks = cut_documents(
+        dataset,
+        chunker,
+        column,
+        digests=spell_digests(digests),
+        keep=keep,
+        skip_unscored=config.skip_unscored,
+        fingerprint=hash_json(decisive)[:16],
+    )
+    documents = chunks.with_format("numpy").select_columns([DOCUMENT])[:][DOCUMENT] if len(chunks) else np.zeros(0, np.int64)
+    return chunks, (*CHUNK_COLUMNS, *keep), documents
 
 
 logger = logging.getLogger(__name__)

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_trak.building.build import describe_columns, lay_out_checkpoints
+from hf_trak.building.checks import as_chunks
 from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.featurizing.loop import featurize_rows
 from hf_trak.members import lay_out_passes
+from hf_trak.tasks.chunks import with_text_column
 from hf_trak.tasks.contrastive import needs_bank
 from hf_trak.tasks.rows import as_stored, check_is_dataset
 
@@ -93,6 +95,7 @@ def estimate_build(
     if not models or len(dataset) == 0:
         raise ValueError("There is nothing to estimate: give at least one model, and a dataset with rows.")
     dataset = as_stored(dataset)
+    config = with_text_column(config, dataset)
     checkpoints = lay_out_checkpoints(models, base, alpha, revision=revision, base_revision=base_revision)
     passes = lay_out_passes(
         len(checkpoints),
@@ -110,6 +113,7 @@ def estimate_build(
         **first.arguments(),
         **loading,
     )
+    dataset, _, _ = as_chunks(featurizer, dataset, ())
     featurizer.check(dataset)
     featurizer.check_first_rows(dataset)
     if needs_bank(featurizer.task):

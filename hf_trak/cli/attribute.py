@@ -53,6 +53,13 @@ class AskingArguments(LoadingArguments):
             "choices": ["scaled", "means"],
         },
     )
+    documents: str | None = field(
+        default=None,
+        metadata={
+            "help": "Of an index of chunks (--chunk_overlap), rank documents: by their strongest chunk (max), or the sum of their chunks.",
+            "choices": ["max", "sum"],
+        },
+    )
     batch_size: str = field(default="auto", metadata={"help": "Queries at a time; auto halves when memory runs out."})
     max_memory: str | None = field(
         default=None,
@@ -167,7 +174,7 @@ def _asking(
 
     if len(queries) <= hit_blocks.BLOCK_QUERIES or args.aggregate is not None:
         return lambda: index.attribute(queries, args.top_k, **options), None
-    ways = {name: options[name] for name in ("direction", "out_to_loss_power", "combination")}
+    ways = {name: options[name] for name in ("direction", "documents", "out_to_loss_power", "combination")}
     decisive = {"top_k": args.top_k, "damping": index.resolve_damping(options["damping"]), **ways, **_question(args)}
     blocks = hit_blocks.HitBlocks(output, hit_blocks.identity_of_hits(index, queries, decisive))
 
@@ -295,6 +302,7 @@ def score_options(args: AskingArguments, index: AttributionIndex) -> dict[str, A
         "out_to_loss_power": args.out_to_loss_power,
         "combination": args.combination,
         "max_memory": args.max_memory,
+        "documents": args.documents,
     }
 
 

@@ -88,6 +88,7 @@ def run(args: ExplainArguments) -> None:
     from hf_trak.cli.main import quiet_libraries
     from hf_trak.querying.report import save_report
     from hf_trak.storage.outputs import naming, output_file
+    from hf_trak.tasks.chunks import CHUNK_COLUMNS
 
     quiet_libraries()
     index = load_index(args)
@@ -98,7 +99,7 @@ def run(args: ExplainArguments) -> None:
     if not question.get("image") and args.text is None:
         print(f"Answer: {found.answer}\n")
     print(found)
-    if train is None and not index.kept_rows.column_names:
+    if train is None and not set(index.kept_rows.column_names) - set(CHUNK_COLUMNS):
         print("\nTo see the rows, give the training set (--train), or make the index with --keep_columns.")
     if output is not None:
         n_bytes = most_bytes(1, min(args.top_k, index.n_rows), index.n_rows, kept=index.kept_rows.mean_bytes_as_text)

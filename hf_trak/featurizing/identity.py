@@ -95,7 +95,7 @@ def describe_task_code(task: Task) -> dict[str, str]:
 def _describe_processing(featurizer: Featurizer, columns: Mapping[str, Any]) -> dict[str, Any]:
     """Return what of a tokenizer or processor decides the rows, and the length at which texts are cut."""
     inputs = featurizer.task.inputs
-    reads_texts = bool(columns) and "tokens" not in columns
+    reads_texts = bool(columns) and ("tokens" not in columns or featurizer.config.chunk_overlap is not None)
     reads_files = (isinstance(columns.get("image"), str) and columns["image"] != "pixel_values") or "audio" in columns
     found = describe_processing(
         featurizer.processing_class,

@@ -10,6 +10,8 @@ import numpy as np
 
 from hf_trak.config import TrakConfig
 from hf_trak.sources.row_digests import names_read
+from hf_trak.tasks.chunks import CHUNK, DIGEST, DOCUMENT, START, STOP, is_chunked
+from hf_trak.tasks.columns import is_string
 from hf_trak.tasks.language_inputs import find_texts
 from hf_trak.tasks.pairs import find_caption_column
 from hf_trak.tasks.pictures import open_picture
@@ -127,13 +129,16 @@ _LABEL_COLUMNS = ("labels", "label")
 
 @dataclass(frozen=True)
 class Example:
-    """One row, to be shown. `note` is what only the report knows, such as a label that was flipped."""
+    """One row, to be shown. `note` is what only the report knows, such as a label that was flipped; of a chunk, `before` and `after` are the
+    text around it in its document."""
 
     row: int
     label: str = ""
     text: str = ""
     image: Image | None = None
     note: str = ""
+    before: str = ""
+    after: str = ""
 
 
 @dataclass(frozen=True)
@@ -220,6 +225,39 @@ def _text_of(value: Any) -> str:
     return "  /  ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
+class ChunkReader:
+    """Reads chunks of documents, with the text around each: the end of the chunk before and the beginning of the one behind.
+
+    Args:
+        rows (`Dataset` or `KeptRows`): The chunks, in the index's order.
+        text_column (`str`, *optional*): Of their texts; without it, a chunk is told by its numbers.
+    """
+
+    _AROUND = 300
+
+    def __init__(self, rows: Dataset | KeptRows, text_column: str | None) -> None:
+        self.dataset = rows
+        self.text_column = text_column
+
+    def __getitem__(self, row: int) -> Example:
+        mine = self.dataset[row]
+        before, after = (self._text(place, mine[DOCUMENT]) for place in (row - 1, row + 1))
+        return Example(
+            row,
+            text="" if self.text_column is None else mine[self.text_column],
+            note=f"document {mine[DOCUMENT]}, chunk {mine[CHUNK]}, characters {mine[START]} to {mine[STOP]}",
+            before=before[-self._AROUND :],
+            after=after[: self._AROUND],
+        )
+
+    def _text(self, row: int, document: int) -> str:
+        """Return the text of a chunk, if it is of a document."""
+        if self.text_column is None or not 0 <= row < len(self.dataset):
+            return ""
+        found = self.dataset[row]
+        return str(found[self.text_column]) if found[DOCUMENT] == document else ""
+
+
 def row_reader(
     config: TrakConfig,
     rows: Dataset | KeptRows,
@@ -236,8 +274,14 @@ def row_reader(
 
 def train_reader(
     config: TrakConfig, kept: KeptRows, train: Dataset | None, language: LanguageRows | None = None
-) -> ExampleReader:
+) -> ExampleReader | ChunkReader:
     """Return what shows training rows: from the training set, in the index's order, or else from the columns that the index kept of it."""
+    rows = kept if train is None else train
+    if is_chunked(rows.column_names):
+        texts = config.text_columns or tuple(
+            name for name in rows.column_names if name != DIGEST and is_string(rows.features[name])
+        )
+        return ChunkReader(rows, next((name for name in texts if name in rows.column_names), None))
     if train is not None:
         return row_reader(config, train, language)
     if not kept.column_names:
@@ -250,7 +294,7 @@ def train_reader(
 def read_attributions(
     hits: Dataset,
     queries: ExampleReader | Sequence[Example],
-    train: ExampleReader,
+    train: ExampleReader | ChunkReader,
     *,
     rows: list[int] | None = None,
     top_k: int | None = None,
@@ -264,7 +308,8 @@ def read_attributions(
     """
 
     def read(hit: dict[str, Any], kind: str) -> list[Hit]:
-        pairs = zip(hit[f"{kind}s"][:top_k], hit[f"{kind}_scores"][:top_k], strict=True)
+        found = hit.get(f"{kind}_rows", hit[f"{kind}s"])  # of documents, their strongest chunks
+        pairs = zip(found[:top_k], hit[f"{kind}_scores"][:top_k], strict=True)
         return [Hit(train[row], score) for row, score in pairs]
 
     chosen = [hits[row] for row in (range(len(hits)) if rows is None else rows)]

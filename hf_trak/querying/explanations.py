@@ -77,6 +77,7 @@ class ExplainingMethods(ScoringMethods):
         target: str | int | None = None,
         contrast: str | Sequence[str | int] | None = None,
         heat: bool = False,
+        documents: str | None = None,
         max_new_tokens: int = 64,
         generation: Mapping[str, Any] | None = None,
         top_k: int = 5,
@@ -111,6 +112,7 @@ class ExplainingMethods(ScoringMethods):
                 say the first and not this; or two answers.
             heat (`bool`): Find what each token of the answer adds to the scores of the rows that are returned; one more row to featurize per
                 token, or per group of tokens of answers above 64. The parts add up to the score, before any `soft_threshold`.
+            documents (`str`, *optional*): Of an index of chunks, rank documents ("max" or "sum"), as in [`AttributionIndex.attribute`].
             max_new_tokens (`int`): Of a generated answer.
             generation (`Mapping`, *optional*): Arguments of `model.generate`; decoding is greedy unless they say otherwise.
             train (`Dataset`, *optional*): The training set, to show its rows; see [`AttributionIndex.align`]. An index with kept columns
@@ -122,7 +124,10 @@ class ExplainingMethods(ScoringMethods):
         """
         options = self.score_options(options, **shortcuts)
         shown = align_rows(train, self.members[0], index=self.folder) if train is not None else None
-        rank = self._ranker(self._scorer(1, Question(), options, check_top_k(top_k), max_memory, progress), exact)
+        if documents is not None and heat:
+            raise ValueError("`heat` is of the scores of chunks: leave out `documents`.")
+        scorer = self._scorer(1, Question(), options, check_top_k(top_k), max_memory, progress)
+        rank = self._ranker(scorer, exact, documents)
         self._queries.check_task()
         self._check_gram(options)
         language = None

@@ -30,6 +30,7 @@ from hf_trak.featurizing.loop import featurize_rows
 from hf_trak.gradients import BatchFeatures
 from hf_trak.members import Pass
 from hf_trak.messages import list_differences
+from hf_trak.sources.processors import tokenizer_of
 from hf_trak.sources.row_digests import describe_columns, in_order, label_names, names_read
 from hf_trak.sources.transforms import hash_callable
 from hf_trak.storage.format import BANK_NAME, STATISTICS_NAME
@@ -37,6 +38,7 @@ from hf_trak.storage.passes import encode_pass
 from hf_trak.storage.reader import MemberReader
 from hf_trak.tasks import TARGET_COLUMN, TASKS, Bank, Task, TaskMaker, in_direction
 from hf_trak.tasks.answers import answer_task
+from hf_trak.tasks.chunks import ChunkedQueries, cut_queries
 from hf_trak.tasks.inputs import CustomInputs
 from hf_trak.tasks.rows import as_stored, check_is_dataset, features_of, is_transformed, with_column
 
@@ -95,7 +97,7 @@ class Side:
 
     Args:
         reads (`str`): "label": rows as the training set's; "target": without labels, and with [`TARGET_COLUMN`]; "answer": tokens of a
-            prompt and an answer.
+            prompt and an answer; "document": texts, of an index of chunks, that are cut as its documents were, or prompts and answers.
         names (`Sequence[str]`): Of the model's classes, where there are targets.
     """
 
@@ -106,9 +108,12 @@ class Side:
 
     def task(self, task: Task) -> Task:
         """Return the task that reads these queries."""
-        if self.reads == "answer":
+        if self.reads == "answer" or (self.reads == "document" and not self._has_texts(task)):
             return answer_task(task)
         return task.for_targets() if self.reads == "target" else task
+
+    def _has_texts(self, task: Task) -> bool:
+        return bool(set(getattr(task.inputs, "text_columns", None) or ()) & set(self.queries.column_names))
 
 
 class QuerySide:
@@ -243,7 +248,7 @@ class QuerySide:
             rows = queries
             if target != "label" and not self._has_classes:
                 rows, target = self._with_answer(queries, target, question), "label"
-            self.check(rows, reads="label" if target == "label" else "target")
+            self.check(rows, reads=self._reads(rows) if target == "label" else "target")
             result.append((sign, rows, target))
         return result
 
@@ -291,7 +296,7 @@ class QuerySide:
             ValueError: If the task has no classes, or there is no such class.
         """
         if all(target == "label" for _, _, target in asked):
-            return [Side(queries, sign) for sign, queries, _ in asked]
+            return [Side(queries, sign, self._reads(queries)) for sign, queries, _ in asked]
         featurizer = self.final_featurizer()
         task, sides = featurizer.task.for_targets(), []
         for sign, queries, target in asked:
@@ -315,6 +320,11 @@ class QuerySide:
             sides.append(Side(with_column(stored, TARGET_COLUMN, values), sign, "target", names))
         return sides
 
+    def _reads(self, queries: Dataset) -> str:
+        """Return how queries with labels are read; see [`Side`]."""
+        of_chunks = self.config.chunk_overlap is not None and "input_ids" not in queries.column_names
+        return "document" if of_chunks else "label"
+
     def final_featurizer(self) -> Featurizer:
         """Return the featurizer of the last checkpoint; of points of a path, that of the final model."""
         return self.featurizer(self.passes[-1], final=True)
@@ -330,6 +340,9 @@ class QuerySide:
         """
         check_is_dataset(queries, "Queries")
         self.check_task()
+        if reads == "document":
+            self._check_texts(queries)
+            return
         read, names = self._recorded["columns"], self._recorded["label_names"]
         if reads == "target":
             read, names = {key: value for key, value in read.items() if key != "label"}, None
@@ -351,6 +364,14 @@ class QuerySide:
                 f"The labels of the queries mean something else than those of the training set of {self.folder}:\n  training set: "
                 f"{', '.join(names)}\n  queries: {', '.join(given)}\nBring them to the training set's with `queries.cast_column("
                 f"{read['label']!r}, ClassLabel(names=[...]))` after mapping each label by its name."
+            )
+
+    def _check_texts(self, queries: Dataset) -> None:
+        column = (self.config.text_columns or ("text",))[0]
+        if not any(names <= set(queries.column_names) for names in ({column}, {"prompt", "completion"}, {"messages"})):
+            raise ValueError(
+                f"{self.folder} is of the chunks of texts, and the queries have {', '.join(queries.column_names)}. Give texts in {column!r}, "
+                "'prompt' and 'completion', or 'messages'."
             )
 
     def check_read(self, featurizer: Featurizer, queries: Dataset, *, reads: str = "label") -> None:
@@ -375,9 +396,19 @@ class QuerySide:
         self, featurizer: Featurizer, side: Side, batch_size: int | str, progress: bool, description: str
     ) -> dict[str, np.ndarray]:
         """Return the trak_* columns of queries, checked to be read as the training set was; see [`featurize_queries`]."""
-        if len(side.queries) and side.reads != "answer":
+        if len(side.queries) and side.reads not in ("answer", "document"):
             self.check_read(featurizer, side.queries, reads=side.reads)
-        return featurize_queries(featurizer, side.queries, batch_size, progress, description)
+        chunks = self._cut(featurizer, side)
+        if chunks is None:
+            return featurize_queries(featurizer, side.queries, batch_size, progress, description)
+        found = featurize_queries(featurizer, chunks.rows, batch_size, progress, description)
+        return {name: chunks.join(values) for name, values in found.items()}
+
+    def _cut(self, featurizer: Featurizer, side: Side) -> ChunkedQueries | None:
+        """Return texts as chunks, of an index of chunks; None for queries that are featurized as they are."""
+        if side.reads != "document" or len(side.queries) == 0:
+            return None
+        return cut_queries(as_stored(side.queries), featurizer.task, tokenizer_of(featurizer.processing_class), self.config)
 
     def final_output(
         self, plan: Pass, sides: Sequence[Side], batch_size: int | str, progress: bool
@@ -390,8 +421,9 @@ class QuerySide:
         featurizer = self.featurizer(plan, final=True)
         task, total = featurizer.task, np.zeros(len(sides[0].queries), dtype=np.float32)
         for side in sides:
-            queries = as_stored(side.queries)
             featurizer.use_task(side.task(task))
+            chunks = self._cut(featurizer, side)
+            queries = as_stored(side.queries) if chunks is None else chunks.rows
             featurizer.check(queries)
             with tqdm(total=len(queries), unit="rows", desc="Outputs", disable=not progress) as bar:
                 found = featurize_rows(
@@ -399,7 +431,8 @@ class QuerySide:
                     on_batch=bar.update,
                 )  # fmt: skip
             check_finite(found)
-            total += side.sign * found.output.numpy()
+            output = found.output.numpy()
+            total += side.sign * (output if chunks is None else chunks.join(output))
         return total
 
     def check_task(self) -> None:

@@ -56,6 +56,7 @@ img {{ width: 100%; max-width: 7rem; height: auto; border-radius: 3px; display: 
 img.small {{ image-rendering: pixelated; }}
 .query img {{ width: 7rem; margin: 0; flex: none; }}
 .label {{ font-weight: 600; }} .meta {{ color: var(--soft); font-size: .85rem; }} .score {{ font-variant-numeric: tabular-nums; }}
+.around {{ color: var(--soft); }}
 .note {{ display: inline-block; border: 1px solid currentColor; border-radius: 1em; padding: 0 .5em; font-size: .8rem; }}
 p {{ margin: .2rem 0; }} .heat {{ white-space: pre-wrap; }} .heat span {{ border-radius: 2px; }}
 </style>
@@ -167,7 +168,12 @@ def _words(example: Example) -> str:
     parts = [f'<span class="label">{escape(visible(example.label))}</span>' if example.label else ""]
     parts += [f'<span class="note">{escape(visible(example.note))}</span>' if example.note else ""]
     text = _shorten(example.text, _HTML_CHARACTERS)
-    return f"<p>{' '.join(filter(None, parts))}</p>" + (f"<p>{escape(text)}</p>" if text else "")
+    around = [f'<span class="around">{escape(visible(one))}</span>' if one else "" for one in (example.before, example.after)]
+    spaces = (
+        [" " if around[side] and example.text[place].isspace() else "" for side, place in ((0, 0), (1, -1))] if text else []
+    )
+    shown = f"<p>{around[0]}{spaces[0]}{escape(text)}{spaces[1]}{around[1]}</p>" if text else ""
+    return f"<p>{' '.join(filter(None, parts))}</p>" + shown
 
 
 def save_png(attributions: Sequence[Attribution], path: str | Path, *, title: str = "") -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from hf_trak.config import TrakConfig
@@ -21,6 +21,7 @@ from hf_trak.querying.label_errors import check_budget, given_labels, label_erro
 from hf_trak.querying.queries import QuerySide, Question, Side, mean_output, read_query_features
 from hf_trak.querying.training_rows import KeptRows
 from hf_trak.scoring.damping import DampingChoice, choose_damping
+from hf_trak.scoring.documents import check_way, document_scores, top_documents
 from hf_trak.scoring.ensemble import (
     COMBINATIONS,
     ScoreOptions,
@@ -35,9 +36,9 @@ from hf_trak.scoring.ensemble import (
 from hf_trak.scoring.label_errors import LabelEvidence, check_labels_task, label_suspicion
 from hf_trak.scoring.scorer import Scorer, check_top_k, to_hits
 from hf_trak.scoring.search_index import SearchIndex, describe
-from hf_trak.scoring.top_k import TopK
 from hf_trak.storage.passes import columns_of
 from hf_trak.storage.reader import MemberReader
+from hf_trak.tasks.chunks import DOCUMENT
 from hf_trak.tasks.rows import check_is_dataset, name_rows
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ class ScoringMethods:
         contrast: tuple[str | int, str | int] | None = None,
         aggregate: str | None = None,
         direction: str = "pair",
+        documents: str | None = None,
         options: ScoreOptions | None = None,
         batch_size: int | str = "auto",
         output_file: str | Path | None = None,
@@ -97,6 +99,8 @@ class ScoringMethods:
                 the largest score over the queries. Scores then have one column.
             direction (`str`): For image-caption pairs, what of a query is attributed: "pair"; "image", how the image tells its caption
                 from those of the bank; or "caption", how the caption tells its image.
+            documents (`str`, *optional*): Of an index of chunks (`chunk_overlap`), return the scores of documents, (n_documents, n_query): "max",
+                that of a document's strongest chunk, or "sum", of all its chunks together.
             options ([`ScoreOptions`], *optional*): How features become scores; by default [`AttributionIndex.score_options`].
             output_file (`str` or `Path`, *optional*): A `.npy` file to memory-map the result to. Room for it is reserved before work
                 begins, and it appears under its name when it is whole. Stopped at any moment, the same call goes on where it stopped
@@ -111,6 +115,9 @@ class ScoringMethods:
         check_is_dataset(queries, "`queries`")
         question = Question(target, contrast, direction, aggregate)
         options = self.score_options(options, **shortcuts)
+        document_of = self._documents(documents, options)
+        if document_of is not None and output_file is not None:
+            raise ValueError("`output_file` is for the scores of chunks: leave it out, and save what `documents` returns.")
         scorer = self._scorer(len(queries), question, options, 0, max_memory, progress)
 
         def solve() -> Sequence[SolvedQueries]:
@@ -118,6 +125,8 @@ class ScoringMethods:
             features, _ = self._featurize(sides, batch_size, progress, direction)
             return self._solve(features, question, options)
 
+        if documents is not None and document_of is not None:
+            return document_scores(scorer.stream(solve()), document_of, documents, scorer.n_query)
         return scorer.matrix(solve, output_file)
 
     def attribute(
@@ -129,6 +138,7 @@ class ScoringMethods:
         contrast: tuple[str | int, str | int] | None = None,
         aggregate: str | None = None,
         direction: str = "pair",
+        documents: str | None = None,
         options: ScoreOptions | None = None,
         batch_size: int | str = "auto",
         max_memory: int | str | None = None,
@@ -144,6 +154,9 @@ class ScoringMethods:
         Args:
             top_k (`int`): How many of each; at most the number of training examples are returned.
             target, contrast, aggregate, direction, options, max_memory, shortcuts (*optional*): As in [`AttributionIndex.score`].
+            documents (`str`, *optional*): Of an index of chunks, rank documents, as in [`AttributionIndex.score`]; of "max", opponents are
+                ranked by their lowest chunk. `proponents` and `opponents` are then documents, rows of the dataset that was given to `build`, and
+                `proponent_rows` and `opponent_rows` the chunk of each that raises or lowers most, whose kept columns are returned.
             exact (`bool`): Score every training row, the default; False asks the index of [`AttributionIndex.add_search_index`].
 
         Returns:
@@ -155,7 +168,8 @@ class ScoringMethods:
         check_is_dataset(queries, "`queries`")
         question = Question(target, contrast, direction, aggregate)
         options = self.score_options(options, **shortcuts)
-        rank = self._ranker(self._scorer(len(queries), question, options, check_top_k(top_k), max_memory, progress), exact)
+        scorer = self._scorer(len(queries), question, options, check_top_k(top_k), max_memory, progress)
+        rank = self._ranker(scorer, exact, documents)
         sides = self._sides(queries, question, options, batch_size, progress)
         features, output = self._featurize(sides, batch_size, progress, direction, shown=True)
         return self._hits(rank(self._solve(features, question, options)), output, question)
@@ -204,7 +218,7 @@ class ScoringMethods:
         features[:] = map(question.join, features)
         return solve_all(self.members, features, options)
 
-    def _hits(self, best: tuple[TopK, TopK], output: np.ndarray | None, question: Question) -> Dataset:
+    def _hits(self, best: Any, output: np.ndarray | None, question: Question) -> Dataset:
         shown = None if output is None else question.join(torch.from_numpy(output), linear=False).numpy()
         return self._with_kept(to_hits(best, shown))
 
@@ -274,8 +288,33 @@ class ScoringMethods:
                 self.search_index.save(file)
         return self.search_index
 
-    def _ranker(self, scorer: Scorer, exact: bool) -> Callable[[Sequence[SolvedQueries]], tuple[TopK, TopK]]:
+    def _documents(self, documents: str | None, options: ScoreOptions) -> Int64[np.ndarray, " n_train"] | None:
+        """Return the document of each training row, where documents are asked for.
+
+        Raises:
+            ValueError: If the index is not of chunks, or scores of rows are thresholded.
+        """
+        if documents is None:
+            return None
+        check_way(documents)
+        kept = KeptRows(self.members[0])
+        if DOCUMENT not in kept.column_names:
+            raise ValueError(
+                f"`documents` (--documents) is for indexes of chunks, but {self.folder} has whole rows. Leave it out, or build the index with "
+                "`chunk_overlap` (--chunk_overlap)."
+            )
+        if options.soft_threshold is not None:
+            raise ValueError("`soft_threshold` counts training rows, which are chunks: leave it out with `documents`.")
+        return np.asarray(kept.take(range(self.n_rows), columns=[DOCUMENT]).with_format("numpy")[DOCUMENT][:], dtype=np.int64)
+
+    def _ranker(
+        self, scorer: Scorer, exact: bool, documents: str | None = None
+    ) -> Callable[[Sequence[SolvedQueries]], tuple[Any, Any]]:
         """Return what ranks solved queries; what it cannot answer is refused before queries cost anything."""
+        if documents is not None and (document_of := self._documents(documents, scorer.options)) is not None:
+            if not exact:
+                raise ValueError("`documents` needs the scores of all rows: leave out exact=False.")
+            return lambda solved: top_documents(scorer.stream(solved), document_of, documents, scorer.top_k)
         if exact:
             return scorer.best
         if self.search_index is None:

@@ -16,6 +16,8 @@ from jaxtyping import Int64
 from hf_trak.sources.row_digests import digest_rows, file_columns, spell_digests
 from hf_trak.storage.columns import ROW_DIGEST
 from hf_trak.storage.reader import MemberReader
+from hf_trak.tasks.chunks import CHUNK_COLUMNS, DIGEST, START, STOP, is_chunked
+from hf_trak.tasks.columns import is_string
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -117,17 +119,21 @@ class KeptRows:
         from datasets import Dataset, Features, List, concatenate_datasets
         from datasets.table import InMemoryTable
 
-        if not self.column_names:
+        names = [name for name in self.column_names if name != DIGEST]
+        if not names:
             return hits
         arrays: dict[str, pa.Array] = {}
         features: dict[str, Any] = {}
         for kind in ("proponent", "opponent"):
-            rows = hits.with_format("arrow")[:][f"{kind}s"].combine_chunks()
+            column = (
+                f"{kind}_rows" if f"{kind}_rows" in hits.column_names else f"{kind}s"
+            )  # of documents, their strongest chunks
+            rows = hits.with_format("arrow")[:][column].combine_chunks()
             flat = rows.flatten().to_numpy(zero_copy_only=False)
             found = self.take(np.maximum(flat, 0))
             places = pa.array(np.arange(len(flat)), mask=flat < 0)  # a row of −1 is none found, by a search index
             offsets = np.concatenate([[0], np.cumsum(rows.value_lengths().to_numpy(zero_copy_only=False))]).astype(np.int32)
-            for name in self.column_names:
+            for name in names:
                 values = found.data.column(name).combine_chunks().take(places)
                 arrays[f"{kind}_{name}"] = pa.ListArray.from_arrays(offsets, values)
                 features[f"{kind}_{name}"] = List(found.features[name])
@@ -161,6 +167,13 @@ def align_rows(train: Dataset, member: MemberReader, *, index: Path) -> Dataset:
             f"The training rows of {index} are looked for in a `datasets.Dataset`, but {type(train).__name__} was given. Of a DatasetDict, "
             "choose a split; of a streaming dataset, load it without streaming=True."
         )
+    kept = KeptRows(member)
+    if DIGEST in kept.column_names and not is_chunked(train.column_names):
+        return _align_documents(train, kept, index=index)
+    if DIGEST in kept.column_names and set(CHUNK_COLUMNS) <= set(train.column_names):
+        chunks = kept.take(range(len(kept)), columns=CHUNK_COLUMNS)
+        if train.select_columns(chunks.column_names).to_dict() == chunks.to_dict():
+            return train  # they were aligned before
     described = member.identity["dataset"]
     digested = described.get("digested")
     if digested is None:
@@ -189,6 +202,36 @@ def align_rows(train: Dataset, member: MemberReader, *, index: Path) -> Dataset:
     if len(train) == len(chosen) and (chosen == np.arange(len(chosen))).all():
         return train
     return train.select(chosen)
+
+
+def _align_documents(documents: Dataset, kept: KeptRows, *, index: Path) -> Dataset:
+    """Return the chunks of an index with their texts, from the documents that they were cut from."""
+    from datasets import Dataset
+
+    chunks = kept.take(range(len(kept)), columns=CHUNK_COLUMNS).to_dict()
+    wanted = set(chunks[DIGEST])
+    strings = [name for name, kind in documents.features.items() if is_string(kind)]
+    found: dict[str, dict[str, int]] = {}
+    for name in strings:
+        places = {digest: place for place, digest in enumerate(spell_digests(digest_rows(documents, [name])))}
+        if wanted <= set(places):
+            break
+        found[name] = places
+    else:
+        best = max((len(wanted & set(places)) for places in found.values()), default=0)
+        raise ValueError(
+            f"This is not the training set of {index}: of its {len(wanted):,} documents, {best:,} are among the {len(documents):,} of this dataset. "
+            f"Documents are told by the content of their texts; the dataset has {_listed(documents.column_names)}. Give the dataset that was "
+            "featurized; its order does not matter, and it may have more rows."
+        )
+    texts: list[str] = []
+    raw = documents.with_format(None).select_columns([name])
+    last: tuple[str, str] = ("", "")
+    for digest, start, stop in zip(chunks[DIGEST], chunks[START], chunks[STOP], strict=True):
+        if digest != last[0]:
+            last = digest, raw[places[digest]][name]
+        texts.append(last[1][start:stop])
+    return Dataset.from_dict({name: texts, **chunks})
 
 
 def _stored(member: MemberReader) -> pa.Array:

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from hf_trak.distributed import gather, rank_and_size, share_of, wait_for_all
 from hf_trak.hashing import hash_json
 from hf_trak.scoring.damping import hash_members
+from hf_trak.scoring.documents import DocumentTopK
 from hf_trak.scoring.ensemble import ScoreOptions, SolvedQueries, stream_scores
 from hf_trak.scoring.memory import ScoringMemory, parse_memory
 from hf_trak.scoring.top_k import TopK, merge_top_k, soft_threshold, soft_threshold_top_k, top_k
@@ -252,6 +253,10 @@ class Scorer:
         keep = self.n_rows if self.options.soft_threshold is None else self.options.soft_threshold
         return soft_threshold_top_k(pair, keep, self.top_k)
 
+    def stream(self, solved: Sequence[SolvedQueries]) -> Iterator[Float[Tensor, "_ n_query"]]:
+        """Yield the scores of all training rows, some rows at a time; of several processes, each computes all."""
+        return self._blocks(solved, range(len(self.members[0].shard_paths)))
+
     def _blocks(self, solved: Sequence[SolvedQueries], shards: range) -> Iterator[Float[Tensor, "_ n_query"]]:
         memory = self._memory
         scores = stream_scores(
@@ -286,14 +291,18 @@ def _merge_ranks(mine: TopK, k: int, *, largest: bool) -> TopK:
     return merge_top_k([TopK(*part) for part in zip(rows, scores, strict=True)], k, largest=largest)
 
 
-def to_hits(best: tuple[TopK, TopK], output: Float[np.ndarray, " n_query"] | None) -> Dataset:
+def to_hits(
+    best: tuple[TopK, TopK] | tuple[DocumentTopK, DocumentTopK], output: Float[np.ndarray, " n_query"] | None
+) -> Dataset:
     """Return the Dataset of [`AttributionIndex.attribute`]."""
     from datasets import Dataset
 
-    proponents, opponents = best
-    columns = {"query_id": np.arange(len(proponents.rows))}
+    columns = {"query_id": np.arange(len(best[0].rows))}
     if output is not None:
         columns["query_output"] = output
-    columns["proponents"], columns["proponent_scores"] = proponents.rows.numpy(), proponents.scores.numpy()
-    columns["opponents"], columns["opponent_scores"] = opponents.rows.numpy(), opponents.scores.numpy()
+    for kind, found in (("proponent", best[0]), ("opponent", best[1])):
+        columns[f"{kind}s"] = (found.documents if isinstance(found, DocumentTopK) else found.rows).numpy()
+        columns[f"{kind}_scores"] = found.scores.float().numpy()
+        if isinstance(found, DocumentTopK):
+            columns[f"{kind}_rows"] = found.rows.numpy()
     return Dataset.from_dict(columns)

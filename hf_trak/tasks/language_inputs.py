@@ -12,7 +12,7 @@ from hf_trak.tasks.columns import find_whole_text, is_set_aside, refuse_pairs, r
 from hf_trak.tasks.inputs import need_tokenizer
 from hf_trak.tasks.padding import is_packed, refuse_packed
 from hf_trak.tasks.pictures import find_image_columns
-from hf_trak.tasks.token_inputs import Example, TokenInputs, labels_like, text_of
+from hf_trak.tasks.token_inputs import Example, TokenInputs, labels_like, need_columns, text_of
 from hf_trak.tasks.token_outputs import IGNORED, DecoderInputs
 
 if TYPE_CHECKING:
@@ -103,6 +103,9 @@ class CausalInputs(TokenInputs):
                 self._text_column(features, self._string_columns(features))
             need_tokenizer(processing_class)
 
+    def _is_tokenized(self, columns: Any) -> bool:
+        return super()._is_tokenized(columns) or ("input_ids" in columns and {"document_id", "chunk_id"} <= set(columns))
+
     def _kind(self, columns: Any) -> str:
         """Return what rows with some columns hold: tokens, completion, messages or text."""
         if self._is_tokenized(columns):
@@ -115,11 +118,20 @@ class CausalInputs(TokenInputs):
         return "text"
 
     def _text_column(self, columns: Any, strings: Sequence[str]) -> str:
-        if self.text_columns is not None:
-            self._need(columns, self.text_columns, "The text")
-            if len(self.text_columns) != 1:
-                raise ValueError(f"causal-lm reads one text column, but `text_columns` names {', '.join(self.text_columns)}.")
-            return self.text_columns[0]
+        return self.text_column_of(columns, strings, self.text_columns)
+
+    @staticmethod
+    def text_column_of(columns: Any, strings: Sequence[str], text_columns: Sequence[str] | None) -> str:
+        """Return the one column of texts.
+
+        Raises:
+            ValueError: If there is none, or several may be meant.
+        """
+        if text_columns is not None:
+            need_columns(columns, text_columns, "The text")
+            if len(text_columns) != 1:
+                raise ValueError(f"causal-lm reads one text column, but `text_columns` names {', '.join(text_columns)}.")
+            return text_columns[0]
         if _TEXT in strings:
             return _TEXT
         refuse_pairs(columns, strings)

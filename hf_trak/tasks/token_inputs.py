@@ -192,12 +192,7 @@ class TokenInputs(abc.ABC):
             refuse_unserved(features, self.task_name)
 
     def _need(self, features: Features, columns: Sequence[str], purpose: str) -> None:
-        missing = [column for column in columns if column not in features]
-        if missing:
-            raise ValueError(
-                f"{purpose} need{'' if ' and ' in purpose else 's'} the columns {', '.join(map(repr, columns))}, but the dataset has "
-                f"{', '.join(features)}. Set `text_columns` and `label_column`."
-            )
+        need_columns(features, columns, purpose)
 
     def _is_tokenized(self, columns: Sequence[str] | Rows | Features) -> bool:
         return "input_ids" in columns and self.text_columns is None
@@ -438,6 +433,16 @@ class TokenInputs(abc.ABC):
 
     def _string_columns(self, features: Features) -> list[str]:
         return [name for name, kind in features.items() if getattr(kind, "dtype", None) in ("string", "large_string")]
+
+
+def need_columns(features: Any, columns: Sequence[str], purpose: str) -> None:
+    """Raise a ValueError if a column is not there."""
+    missing = [column for column in columns if column not in features]
+    if missing:
+        raise ValueError(
+            f"{purpose} need{'' if ' and ' in purpose else 's'} the columns {', '.join(map(repr, columns))}, but the dataset has "
+            f"{', '.join(features)}. Set `text_columns` and `label_column`."
+        )
 
 
 def text_of(row: Mapping[str, Any], column: str) -> str:
