@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from datasets import Dataset
@@ -55,7 +57,7 @@ def test_chunks_hold_every_token_and_character_once(overlap):
         scored = [int(label) for chunk in chunks for label in chunk.labels if label != -100]
         assert scored == whole[: len(scored)]
         assert len(scored) == len(whole) or (overlap == 0 and len(scored) == len(whole) - 1)
-        for one, other in zip(chunks, chunks[1:], strict=False):
+        for one, other in itertools.pairwise(chunks):
             assert len(one.ids) == 8
             assert other.ids[:overlap].tolist() == one.ids[len(one.ids) - overlap :].tolist()
             assert (other.labels[:overlap] == -100).all()

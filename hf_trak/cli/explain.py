@@ -27,6 +27,7 @@ most. The last checkpoint of the index answers, token by token the likeliest one
 examples:
   hf-trak explain my-index --prompt "The capital of France is" --train train.jsonl --report report
   hf-trak explain my-index --prompt "The capital of France is" --answer " Lyon" --contrast " Paris"
+  hf-trak explain my-index --prompt "What is in the picture?" --image photo.png --report report
   hf-trak explain my-index --text "a gripping film" --contrast negative positive
 """
 
@@ -41,7 +42,10 @@ class ExplainArguments(AskingArguments):
         default=None, metadata={"help": "Of a language model: a JSON file with the messages of a conversation."}
     )
     text: list[str] | None = field(default=None, metadata={"help": "Of a classifier of texts: the text, or the two texts."})
-    image: str | None = field(default=None, metadata={"help": "Of a classifier of images: the file."})
+    image: list[str] | None = field(
+        default=None,
+        metadata={"help": "Of a classifier of images: the file. With --prompt or --messages: the files that belong to it."},
+    )
     answer: str | None = field(default=None, metadata={"help": "What the model is taken to answer, in place of generating it."})
     chat: bool = field(
         default=False,
@@ -96,7 +100,7 @@ def run(args: ExplainArguments) -> None:
     found = index.explain(
         **question, **score_options(args, index), top_k=args.top_k, train=train, batch_size=batch_size, progress=False
     )
-    if not question.get("image") and args.text is None:
+    if "max_new_tokens" in question:
         print(f"Answer: {found.answer}\n")
     print(found)
     if train is None and not set(index.kept_rows.column_names) - set(CHUNK_COLUMNS):
@@ -118,9 +122,11 @@ def _question(args: ExplainArguments) -> dict[str, Any]:
         ValueError: If nothing is asked, or several things are.
     """
     given = [name for name in ("prompt", "messages", "text", "image") if getattr(args, name) is not None]
-    if len(given) != 1:
+    with_pictures = len(given) == 2 and given[0] in ("prompt", "messages") and given[1] == "image"
+    if len(given) != 1 and not with_pictures:
         raise ValueError(
-            f"Give one of --prompt, --messages, --text and --image; given are {', '.join(f'--{name}' for name in given) or 'none'}."
+            f"Give one of --prompt, --messages, --text and --image, or --image with --prompt or --messages; given are "
+            f"{', '.join(f'--{name}' for name in given) or 'none'}."
         )
     if args.span is not None and args.span_tokens is not None:
         raise ValueError("Give --span or --span_tokens, and not both.")
@@ -135,10 +141,13 @@ def _question(args: ExplainArguments) -> dict[str, Any]:
     if given[0] in ("prompt", "messages"):
         question["max_new_tokens"] = args.max_new_tokens
         question["prompt"] = args.prompt if given[0] == "prompt" else _read_messages(Path(str(args.messages)))
+        question["image"] = args.image
     elif given[0] == "text":
         question["prompt"] = args.text
-    else:
-        question["image"] = args.image
+    elif args.image is not None:
+        if len(args.image) != 1:
+            raise ValueError(f"A classifier classifies one image, but --image names {len(args.image)}.")
+        question["image"] = args.image[0]
     return question
 
 

@@ -11,10 +11,10 @@ import numpy as np
 from hf_trak.config import TrakConfig
 from hf_trak.sources.row_digests import names_read
 from hf_trak.tasks.chunks import CHUNK, DIGEST, DOCUMENT, START, STOP, is_chunked
-from hf_trak.tasks.columns import is_string
+from hf_trak.tasks.columns import find_whole_text, is_string
 from hf_trak.tasks.language_inputs import find_texts
 from hf_trak.tasks.pairs import find_caption_column
-from hf_trak.tasks.pictures import open_picture
+from hf_trak.tasks.pictures import open_picture, side_by_side
 from hf_trak.tasks.token_inputs import without_padding
 
 if TYPE_CHECKING:
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from hf_trak.querying.training_rows import KeptRows
 
 
-LANGUAGE_TASKS = ("causal-lm", "masked-lm", "seq2seq", "question-answering", "token-classification")
+LANGUAGE_TASKS = ("causal-lm", "masked-lm", "seq2seq", "question-answering", "token-classification", "image-text-to-text")
+_DECODERS = ("causal-lm", "image-text-to-text")
+_PICTURES = ("images", "image")  # of models that read them among their tokens
 _ARROW = "  →  "
 _SCORED_BY = ("assistant_masks", "completion_mask")
 _TAGS = ("ner_tags", "pos_tags", "chunk_tags", "tags")
@@ -60,13 +62,14 @@ class LanguageRows:
             return _join(*(row[name] for name in self.text_columns or ("question", "context")), "  /  ".join(answers["text"]))
         if self.task == "token-classification":
             return self._of_words(row, features)
-        if self.task == "causal-lm" and self.text_columns is None and "messages" in row:
+        if self.task in _DECODERS and self.text_columns is None and "messages" in row:
             return _conversation(row["messages"])
-        if self.task == "causal-lm" and self.text_columns is None and {"prompt", "completion"} <= set(row):
+        if self.task in _DECODERS and self.text_columns is None and {"prompt", "completion"} <= set(row):
             return _join(_conversation(row["prompt"]), _conversation(row["completion"]))
         strings = [name for name, value in row.items() if isinstance(value, str)]
         if self.task == "causal-lm":
-            return row[(self.text_columns or strings)[0]]
+            whole = "text" if "text" in strings else find_whole_text(strings) or strings[0]
+            return row[self.text_columns[0] if self.text_columns else whole]
         source, target = find_texts(strings, text_columns=self.text_columns, label_column=self.label_column)
         return _join(*(str(row[name]) for name in (source, target) if name is not None))
 
@@ -85,7 +88,7 @@ class LanguageRows:
             labels = np.where(np.asarray(row[mask]).astype(bool), row["input_ids"], -100)
         else:
             labels = np.asarray(row.get(column, row["input_ids"]))
-        if self.task == "causal-lm":
+        if self.task in _DECODERS and len(labels) == len(kept):
             first = int((labels[kept] >= 0).argmax())
             return _join(self._read(ids[:first]), self._read(ids[first:]))
         labels = labels[labels >= 0]
@@ -200,7 +203,8 @@ class ExampleReader:
             return Example(row, note=self.notes.get(row, ""))
         values = self.dataset[row]
         if self.language is not None:
-            return Example(row, text=self.language(values, self.dataset.features), note=self.notes.get(row, ""))
+            text, note = self.language(values, self.dataset.features), self.notes.get(row, "")
+            return Example(row, text=text, image=self._pictures(values), note=note)
         text = "  |  ".join(_text_of(values[column]) for column in self.text_columns)
         if not text and self.image_column is None and "input_ids" in values:
             text = "tokens " + " ".join(map(str, values["input_ids"]))
@@ -211,6 +215,11 @@ class ExampleReader:
             image=self._image(values),
             note=self.notes.get(row, ""),
         )
+
+    def _pictures(self, values: Mapping[str, Any]) -> Image | None:
+        """Return the pictures among a language model's tokens, as one."""
+        cells: Any = next((values[name] for name in _PICTURES if values.get(name) is not None), [])
+        return side_by_side(cells if isinstance(cells, list) else [cells])
 
     def _image(self, values: Mapping[str, Any]) -> Image | None:
         cell = values[self.image_column] if self.image_column is not None else None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.querying.examples import Attribution, LanguageRows, read_attributions, row_reader, train_reader
@@ -20,8 +21,10 @@ from hf_trak.querying.scoring_methods import ScoringMethods
 from hf_trak.querying.training_rows import KeptRows, align_rows
 from hf_trak.scoring.ensemble import ScoreOptions, ScoreShortcuts, solve_all
 from hf_trak.scoring.scorer import check_top_k
+from hf_trak.sources.processors import tokenizer_of
 from hf_trak.tasks import TARGET_COLUMN
 from hf_trak.tasks.answers import ANSWER_TASKS, Answer, Answering, Prompt, Span
+from hf_trak.tasks.pictures import pictures_of, side_by_side
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -102,7 +105,8 @@ class ExplainingMethods(ScoringMethods):
                 dataset of one row.
             answer (`str`, *optional*): What a language model is taken to answer, a row of the training set's kind; by default, the last
                 checkpoint (of points of a path, the final model) generates it.
-            image (*optional*): Of classifiers of images: a file, or a PIL image.
+            image (*optional*): A file, or a PIL image, that a classifier classifies, or that belongs to the prompt; of models that read several,
+                a list of them.
             chat (`bool`, *optional*): Make a conversation of a text, by the tokenizer's chat template; by default where the training rows are
                 conversations.
             span (*optional*): Attribute a part of the answer alone: a substring, its first character and the one behind its last, or a
@@ -134,11 +138,13 @@ class ExplainingMethods(ScoringMethods):
         asked: Answer | None = None
         tokens: list[int] = []
         if self.members[0].identity["task"] in ANSWER_TASKS:
-            _refuse({"image": image is not None, "target": target is not None}, "a language model")
+            _refuse({"target": target is not None}, "a language model")
+            images = pictures_of(image)
             final = self._queries.final_featurizer()
-            prompt = self._prompt(prompt, chat)
-            asked, other = self._answers(final, prompt, answer, contrast, max_new_tokens, generation)
-            tokenizer = final.processing_class
+            answering = Answering(final.task, final.processing_class, images)
+            prompt = self._prompt(prompt, chat, answering)
+            asked, other = self._answers(final, answering, prompt, answer, contrast, max_new_tokens, generation)
+            tokenizer = answering.tokenizer
             del final  # its model, of which featurizing loads one again
             tokens = list(range(len(asked))) if span is None else asked.tokens_of(span)
             if other is not None and (span is not None or heat):
@@ -151,9 +157,8 @@ class ExplainingMethods(ScoringMethods):
                 text_columns=self.config.text_columns,
                 label_column=self.config.label_column,
             )
-            query = language.query(
-                prompt, said if span is None else f"{said} (of it: {''.join(asked.pieces[t] for t in tokens)})"
-            )
+            said = said if span is None else f"{said} (of it: {''.join(asked.pieces[t] for t in tokens)})"
+            query = replace(language.query(prompt, said), image=side_by_side(images))
         else:
             given = {"answer": answer, "chat": chat, "span": span, "heat": heat or None, "generation": generation}
             _refuse({name: value is not None for name, value in given.items()}, "a classifier")
@@ -175,7 +180,7 @@ class ExplainingMethods(ScoringMethods):
 
     # Language models.
 
-    def _prompt(self, prompt: Any, chat: bool | None) -> Prompt:
+    def _prompt(self, prompt: Any, chat: bool | None, answering: Answering) -> Prompt:
         """Return a prompt as the training rows have it: a text, or a conversation."""
         if not isinstance(prompt, str):
             if not isinstance(prompt, Sequence) or not all(isinstance(turn, Mapping) and "role" in turn for turn in prompt):
@@ -189,11 +194,14 @@ class ExplainingMethods(ScoringMethods):
         if chat is None:
             kind = KeptRows(self.members[0]).features.get("prompt")
             chat = "messages" in self._columns or (kind is not None and not hasattr(kind, "dtype"))
+            if answering.images and kind is None:  # a text without a place for its picture
+                chat = answering.needs_template(prompt)
         return [{"role": "user", "content": prompt}] if chat else prompt
 
     def _answers(
         self,
         final: Featurizer,
+        answering: Answering,
         prompt: Prompt,
         answer: str | None,
         contrast: Any,
@@ -201,7 +209,6 @@ class ExplainingMethods(ScoringMethods):
         generation: Mapping[str, Any] | None,
     ) -> tuple[Answer, Answer | None]:
         """Return the answer that is attributed, and the one that it is held against."""
-        answering = Answering(final.task, final.processing_class)
         other = contrast
         if contrast is not None and not isinstance(contrast, str):
             if len(contrast) != 2 or not all(isinstance(one, str) for one in contrast) or answer is not None:
@@ -312,13 +319,21 @@ class ExplainingMethods(ScoringMethods):
 def _side(rows: Sequence[Mapping[str, Any]], sign: float = 1.0) -> Side:
     from datasets import Dataset
 
-    plain = [{name: np.asarray(values).tolist() for name, values in row.items()} for row in rows]
+    # Arrays of pictures are stored as they are.
+    plain = [{name: a if (a := np.asarray(values)).ndim > 1 else a.tolist() for name, values in row.items()} for row in rows]
     return Side(Dataset.from_list(plain), sign, "answer")
 
 
 def _refuse(given: Mapping[str, bool], what: str) -> None:
     if wrong := [name for name, is_given in given.items() if is_given]:
         raise ValueError(f"The index is of {what}, which has no use for {', '.join(map(repr, wrong))}: leave it out.")
+
+
+def _as_batch(values: Any, dtype: torch.dtype) -> Tensor:
+    """Return what is along the tokens of a prompt with the axis of a batch; of pictures, which have it, numbers of the model's dtype."""
+    found = torch.as_tensor(np.asarray(values))
+    found = found[None] if found.ndim == 1 else found
+    return found.to(dtype) if found.is_floating_point() else found
 
 
 def _generate(featurizer: Featurizer, prompt: Mapping[str, Any], max_new_tokens: int, generation: dict[str, Any]) -> list[int]:
@@ -328,7 +343,8 @@ def _generate(featurizer: Featurizer, prompt: Mapping[str, Any], max_new_tokens:
     model: Any = featurizer.model
     config = copy.deepcopy(getattr(model, "generation_config", None)) or GenerationConfig()
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    ends = sorted({end for end in [*ends, featurizer.processing_class.eos_token_id] if end is not None})
+    tokenizer: Any = tokenizer_of(featurizer.processing_class)
+    ends = sorted({end for end in [*ends, tokenizer.eos_token_id] if end is not None})
     if generation.get("num_return_sequences", 1) != 1:
         raise ValueError("One answer is attributed: leave out num_return_sequences.")
     greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
@@ -344,7 +360,7 @@ def _generate(featurizer: Featurizer, prompt: Mapping[str, Any], max_new_tokens:
         "return_dict_in_generate": False,
     }
     further = config.update(**{**usual, **generation})
-    inputs = {name: torch.as_tensor(np.asarray(values))[None].to(featurizer.device) for name, values in prompt.items()}
+    inputs = {name: _as_batch(values, model.dtype).to(featurizer.device) for name, values in prompt.items()}
     inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
     with featurizer.inference(), warnings.catch_warnings():
         # PEFT counts positions behind a learned prompt itself, and warns that it does.

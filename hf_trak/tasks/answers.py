@@ -14,6 +14,7 @@ from hf_trak.tasks.base import Task
 from hf_trak.tasks.chat import ChatTemplate
 from hf_trak.tasks.inputs import need_tokenizer
 from hf_trak.tasks.language_inputs import CausalInputs, Seq2SeqInputs
+from hf_trak.tasks.media_inputs import MediaInputs, encode_prompt, picture_marks, tokenizer_of_processor
 from hf_trak.tasks.token_inputs import Example
 from hf_trak.tasks.token_outputs import IGNORED
 
@@ -25,7 +26,7 @@ Prompt = str | Sequence[Mapping[str, Any]]
 Span = str | tuple[int, int] | range
 """Of an answer: a substring, its first character and the one behind its last, or a range of tokens."""
 
-ANSWER_TASKS = ("causal-lm", "seq2seq")
+ANSWER_TASKS = ("causal-lm", "seq2seq", "image-text-to-text")
 
 
 def answer_task(task: Task) -> Task:
@@ -37,7 +38,7 @@ def answer_task(task: Task) -> Task:
     inputs = task.inputs
     if task.name not in ANSWER_TASKS or not isinstance(inputs, (CausalInputs, Seq2SeqInputs)):
         raise ValueError(
-            f"A prompt is answered by models of {' and '.join(ANSWER_TASKS)}, but this index is of {task.name}. Give rows with their answers to "
+            f"A prompt is answered by decoders ({', '.join(ANSWER_TASKS)}) that read texts, but this index is of {task.name}. Give rows with their answers to "
             "`index.attribute(queries)` (hf-trak attribute)."
         )
     return replace(task, inputs=replace(inputs, text_columns=None, label_column=None, loss_on="auto", skip_unscored=False))
@@ -100,7 +101,7 @@ class Answer:
         example, labels = self.example, np.full_like(self.example.labels, IGNORED)
         chosen = self.places if tokens is None else self.places[np.asarray(tokens)]
         labels[chosen] = example.labels[chosen]
-        row = {"input_ids": example.ids, **(example.further or {}), "labels": labels}
+        row = {"input_ids": example.ids, **(example.further or {}), **(example.media or {}), "labels": labels}
         return row if example.decoder_ids is None else {**row, "decoder_input_ids": example.decoder_ids}
 
     def tokens_of(self, span: Span) -> list[int]:
@@ -148,18 +149,32 @@ class Answering:
 
     Args:
         task ([`Task`]): Of an index.
-        tokenizer: The one that the training set was read with.
+        processing_class: The tokenizer or processor that the training set was read with.
+        images (`Sequence`): Pictures that belong to every prompt, in their order.
 
     Raises:
         MissingProcessor: If there is no tokenizer.
-        ValueError: If the task is not that of a language model that answers a text.
+        ValueError: If the task is not that of a language model that answers a text, or reads no pictures, and there are some.
     """
 
-    def __init__(self, task: Task, tokenizer: Any) -> None:
+    def __init__(self, task: Task, processing_class: Any, images: Sequence[Any] = ()) -> None:
         self.inputs: Any = answer_task(task).inputs
-        self.tokenizer = tokenizer
+        self.processing_class = processing_class
+        self.images = list(images)
         self.decoder = isinstance(self.inputs, Seq2SeqInputs)
-        need_tokenizer(tokenizer)
+        is_media = isinstance(self.inputs, MediaInputs)
+        self.tokenizer = tokenizer_of_processor(processing_class) if is_media else processing_class
+        need_tokenizer(self.tokenizer)
+        if self.images and (not is_media or self.tokenizer is processing_class):
+            raise ValueError(
+                f"An index of {task.name} reads no pictures here: "
+                + ("leave out `image`." if not is_media else "give the model's processor as `processing_class` (--processor).")
+            )
+
+    def needs_template(self, prompt: str) -> bool:
+        """Return whether a text has no place for its picture, which the chat template would give it."""
+        mark = picture_marks(self.processing_class)
+        return mark is not None and mark not in prompt and getattr(self.processing_class, "chat_template", None) is not None
 
     def prompt(self, prompt: Prompt) -> dict[str, Any]:
         """Return what the model reads of a prompt before it answers: `input_ids`, and what else an encoder takes.
@@ -167,6 +182,8 @@ class Answering:
         Raises:
             ValueError: If it has no token, or leaves no room for an answer.
         """
+        if self.images:
+            return self._with_images(prompt)
         if self.decoder:
             if not isinstance(prompt, str):
                 raise ValueError("A conversation is answered by causal language models alone: give the prompt as a text.")
@@ -174,15 +191,36 @@ class Answering:
             if cut:
                 logger.warning("%d tokens of the prompt are cut off at %s.", cut, self.inputs._describe_limit(self.tokenizer))
             return {"input_ids": list(found["input_ids"]), **self.inputs._further_of(found)}
-        ids = self._text(prompt) if isinstance(prompt, str) else self._template().ids(prompt, add_generation_prompt=True)
+        ids: Any = self._text(prompt) if isinstance(prompt, str) else self._template().ids(prompt, add_generation_prompt=True)
         if not ids:
             raise ValueError("The prompt has no token. Begin the text that the model is to continue.")
+        self._check_room(ids)
+        return {"input_ids": ids}
+
+    def _check_room(self, ids: Sequence[int]) -> None:
         if self.room(ids) < 1:
             raise ValueError(
                 f"The prompt is {len(ids)} tokens, which leaves no room for an answer within {self.inputs._describe_limit(self.tokenizer)}. "
                 "Shorten it."
             )
-        return {"input_ids": ids}
+
+    def _check_places(self, prompt: Prompt) -> None:
+        mark = picture_marks(self.processing_class)
+        if self.images and isinstance(prompt, str) and mark is not None and mark not in prompt:
+            raise ValueError(
+                f"The prompt has no place for its picture. Put {mark!r} where it belongs, as the training rows have it; or ask in a conversation: "
+                "chat=True (--chat)."
+            )
+
+    def _with_images(self, prompt: Prompt) -> dict[str, Any]:
+        """Return what the model reads of a prompt and its pictures, the latter with the axes of a batch of one."""
+        self._check_places(prompt)
+        try:
+            found = encode_prompt(self.inputs, self.processing_class, prompt, self.images)
+        except ValueError as error:
+            raise ValueError(f"The prompt cannot serve: {error}.") from error
+        self._check_room(found["input_ids"].tolist())
+        return found
 
     def room(self, prompt_ids: Sequence[int]) -> int:
         """Return how many tokens an answer may have."""
@@ -198,6 +236,10 @@ class Answering:
         """
         before = [] if self.decoder else [*prompt["input_ids"]]
         row = {**prompt, "input_ids": [*prompt["input_ids"], *([] if self.decoder else ids)]}
+        if not self.decoder:
+            for name, values in prompt.items():  # such as the types of tokens, of which those of an answer are plain
+                if name != "input_ids" and np.shape(values) == np.shape(before):
+                    row[name] = [*values, *([self.inputs.type_of_answers(name)] * len(ids))]
         return self._answer({**row, "labels": [*([IGNORED] * len(before)), *ids]})
 
     def given(self, prompt: Prompt, answer: str) -> Answer:
@@ -209,12 +251,14 @@ class Answering:
         if self.decoder:
             self.prompt(prompt)
             return self._answer({"inputs": prompt, "targets": answer})
+        self._check_places(prompt)
         completion = answer if isinstance(prompt, str) else [{"role": "assistant", "content": answer}]
-        return self._answer({"prompt": prompt, "completion": completion})
+        row = {"prompt": prompt, "completion": completion}
+        return self._answer({**row, "images": self.images} if self.images else row)
 
     def _answer(self, row: Mapping[str, Any]) -> Answer:
         try:
-            example = self.inputs._example(row, self.tokenizer)
+            example = self.inputs._example(row, self.processing_class)
             if (reason := self.inputs._unscored(example)) is not None:
                 raise ValueError(reason)
         except ValueError as error:

@@ -147,7 +147,7 @@ class MediaInputs(CausalInputs):
             return self._with_media(row)
         column = self._images_column(row)
         if column is None or row[column] is None or (isinstance(row[column], (list, tuple)) and not len(row[column])):
-            return super()._encode(row, _tokenizer_of(processing_class))
+            return super()._encode(row, tokenizer_of_processor(processing_class))
         return self._with_images(row, column, processing_class)
 
     def _with_media(self, row: Mapping[str, Any]) -> Example:
@@ -169,12 +169,13 @@ class MediaInputs(CausalInputs):
             return _PIXEL_AXES.get(self.model_type)
         return _AXES.get(name)
 
+    def type_of_answers(self, name: str) -> int:
+        """Return what a column along the tokens of a prompt, such as `token_type_ids`, holds for those of an answer."""
+        return int(name == "token_type_ids" and self.model_type.startswith("paligemma"))
+
     def _with_images(self, row: Mapping[str, Any], column: str, processor: Any) -> Example:
         cells = row[column] if isinstance(row[column], (list, tuple)) else [row[column]]
-        try:
-            images = [to_mode(open_picture(cell), "RGB") for cell in cells]
-        except ValueError as error:
-            raise ValueError(f"an image in its {column!r} cannot serve: {error}") from error
+        images = _open(cells, column)
         if self._kind(row) == "messages":
             encoded = _call(processor, _chat(processor, row["messages"], len(images)), images)
             ids = encoded["input_ids"][0]
@@ -187,7 +188,12 @@ class MediaInputs(CausalInputs):
                 f"it has {len(ids)} tokens, more than max_length={self.max_length}, and cannot be cut, since its images might be"
             )
         labels = np.where(scored & ~np.isin(ids, self.placeholders), ids, IGNORED)
-        n_tokens = len(ids)
+        further, media = self._inputs_of(encoded)
+        return Example(np.asarray(ids, dtype=np.int64), labels.astype(np.int64), further, media=media)
+
+    def _inputs_of(self, encoded: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Return what a processor made of a row besides its ids: along the tokens, and with the axes of a batch of one."""
+        n_tokens = len(encoded["input_ids"][0])
         further: dict[str, np.ndarray] = {}
         media: dict[str, np.ndarray] = {}
         for name, value in encoded.items():
@@ -198,7 +204,7 @@ class MediaInputs(CausalInputs):
                 further[name] = array[0]
             else:
                 media[name] = array
-        return Example(np.asarray(ids, dtype=np.int64), labels.astype(np.int64), further, media=media)
+        return further, media
 
     def _completion_with_images(self, row: Mapping[str, Any], images: list[Any], processor: Any) -> tuple[Any, np.ndarray]:
         """Return the processor's result for a prompt with its completion, and which tokens are of the completion."""
@@ -264,7 +270,34 @@ class _TextOf:
         )
 
 
-def _tokenizer_of(processing_class: Any) -> Any:
+def _open(cells: Sequence[Any], column: str) -> list[Any]:
+    try:
+        return [to_mode(open_picture(cell), "RGB") for cell in cells]
+    except ValueError as error:
+        raise ValueError(f"an image in its {column!r} cannot serve: {error}") from error
+
+
+def encode_prompt(inputs: MediaInputs, processor: Any, prompt: Any, cells: Sequence[Any]) -> dict[str, np.ndarray]:
+    """Return what a model reads of a prompt, a text or a conversation, and its pictures, before it answers.
+
+    Raises:
+        ValueError: If a picture cannot be opened, or the prompt has places for others.
+    """
+    text = prompt if isinstance(prompt, str) else _chat(processor, prompt, len(cells), add_generation_prompt=True)
+    encoded = _call(processor, text, _open(cells, "images"))
+    further, media = inputs._inputs_of(encoded)
+    return {"input_ids": np.asarray(encoded["input_ids"][0], dtype=np.int64), **further, **media}
+
+
+def picture_marks(processor: Any) -> str | None:
+    """Return what stands for a picture in a text; None where the processor puts it there itself, or nothing says."""
+    if type(processor).__name__ == "PaliGemmaProcessor":
+        return None
+    mark = getattr(processor, "image_token", None)
+    return mark if isinstance(mark, str) else None
+
+
+def tokenizer_of_processor(processing_class: Any) -> Any:
     """Return a processor's tokenizer, which has the processor's chat template if it has none."""
     tokenizer = getattr(processing_class, "tokenizer", None)
     if tokenizer is None:
@@ -298,6 +331,8 @@ def _is_along(value: Any, n_tokens: int) -> bool:
 
 
 def _call(processor: Any, text: str, images: Sequence[Any], **options: Any) -> Any:
+    if type(processor).__name__ == "PaliGemmaProcessor" and (mark := processor.image_token) not in text:
+        text = mark * len(images) + text  # where the processor puts them itself, and warns of each row
     return processor(text=[text], images=[list(images)], return_tensors="np", **options)
 
 

@@ -53,6 +53,36 @@ def _may_hold_images(kind: Any) -> bool:
     return dtype in ("string", "large_string", "binary", "large_binary")
 
 
+def pictures_of(given: Any) -> list[Any]:
+    """Return one picture, or several, as a list of cells; nothing for None.
+
+    Raises:
+        FileNotFoundError: If a file is not there.
+    """
+    cells = given if isinstance(given, (list, tuple)) else [] if given is None else [given]
+    for cell in cells:
+        if isinstance(cell, (str, os.PathLike)) and "://" not in os.fspath(cell) and not os.path.isfile(cell):
+            raise FileNotFoundError(f"There is no image file {os.fspath(cell)}.")
+    return [os.fspath(cell) if isinstance(cell, os.PathLike) else cell for cell in cells]
+
+
+def side_by_side(cells: Sequence[Any]) -> Image | None:
+    """Return pictures as one, from left to right, each as high as the first; None for none."""
+    from PIL import Image as pillow
+
+    pictures = [to_rgb(open_picture(cell)) for cell in cells if cell is not None]
+    if len(pictures) < 2:
+        return open_picture(next(cell for cell in cells if cell is not None)) if pictures else None
+    height = pictures[0].height
+    scaled = [one.resize((max(1, round(one.width * height / one.height)), height)) for one in pictures]
+    result = pillow.new("RGB", (sum(one.width for one in scaled) + 4 * (len(scaled) - 1), height), "white")
+    left = 0
+    for one in scaled:
+        result.paste(one, (left, 0))
+        left += one.width + 4
+    return result
+
+
 def open_picture(cell: Any) -> Image:
     """Return a cell of an image column as a picture: an image, a file's name or bytes, or an array of unsigned integers.
 
