@@ -7,7 +7,6 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset, Features, Image, List, Value
-from PIL import Image as pillow
 from reference import gradient_loop
 from test_zoo_rows import SIZES, TEXT, llava_processor, picture
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from hf_trak.config import TrakConfig
 from hf_trak.sources.row_digests import names_read
-from hf_trak.tasks.chunks import CHUNK, DIGEST, DOCUMENT, START, STOP, is_chunked
+from hf_trak.tasks.chunks import CHUNK, CHUNK_COLUMNS, DIGEST, DOCUMENT, START, STOP, TOKENS, is_chunked
 from hf_trak.tasks.columns import find_whole_text, is_string
 from hf_trak.tasks.language_inputs import find_texts
 from hf_trak.tasks.pairs import find_caption_column
@@ -247,12 +247,14 @@ class ChunkReader:
     def __init__(self, rows: Dataset | KeptRows, text_column: str | None) -> None:
         self.dataset = rows
         self.text_column = text_column
+        self._others = [name for name in rows.column_names if name not in (*CHUNK_COLUMNS, *TOKENS, text_column)]
 
     def __getitem__(self, row: int) -> Example:
         mine = self.dataset[row]
         before, after = (self._text(place, mine[DOCUMENT]) for place in (row - 1, row + 1))
         return Example(
             row,
+            label=", ".join(str(mine[name]) for name in self._others)[:80],
             text="" if self.text_column is None else mine[self.text_column],
             note=f"document {mine[DOCUMENT]}, chunk {mine[CHUNK]}, characters {mine[START]} to {mine[STOP]}",
             before=before[-self._AROUND :],

@@ -248,7 +248,7 @@ class QuerySide:
             rows = queries
             if target != "label" and not self._has_classes:
                 rows, target = self._with_answer(queries, target, question), "label"
-            self.check(rows, reads=self._reads(rows) if target == "label" else "target")
+            self.check(rows, reads=None if target == "label" else "target")
             result.append((sign, rows, target))
         return result
 
@@ -329,17 +329,18 @@ class QuerySide:
         """Return the featurizer of the last checkpoint; of points of a path, that of the final model."""
         return self.featurizer(self.passes[-1], final=True)
 
-    def check(self, queries: Dataset, *, reads: str = "label") -> None:
+    def check(self, queries: Dataset, *, reads: str | None = None) -> None:
         """Check, before a model is loaded, that queries have the columns that were read of the training set, and its label names.
 
         Args:
-            reads (`str`): As of a [`Side`].
+            reads (`str`, *optional*): As of a [`Side`]; by default with their labels.
 
         Raises:
             ValueError: Naming what is missing or different.
         """
         check_is_dataset(queries, "Queries")
         self.check_task()
+        reads = self._reads(queries) if reads is None else reads
         if reads == "document":
             self._check_texts(queries)
             return

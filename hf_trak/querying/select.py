@@ -28,6 +28,7 @@ from hf_trak.scoring.selection import first_rows, group_means, shares, spread_ou
 from hf_trak.sources.row_digests import names_read
 from hf_trak.storage.reader import MemberReader, member_blocks
 from hf_trak.tasks import TASKS
+from hf_trak.tasks.chunks import is_chunked
 from hf_trak.tasks.rows import check_is_dataset, column_names, name_rows, values_of
 
 if TYPE_CHECKING:
@@ -338,6 +339,8 @@ class TrainingRows:
         Raises:
             ValueError: If there is no training set, and the index did not keep all columns that were read.
         """
+        if is_chunked(self.column_names):
+            raise ValueError("method='less' is not for an index of chunks (`chunk_overlap`): choose by method='trak'.")
         if (train := self._train) is not None:
             return lambda some: train.select(some)
         read = names_read(self._member.identity["dataset"].get("columns", {}))

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 DOCUMENT, CHUNK, START, STOP, DIGEST = "document_id", "chunk_id", "chunk_start", "chunk_stop", "document_digest"
 CHUNK_COLUMNS = (DOCUMENT, CHUNK, START, STOP, DIGEST)
-_TOKENS = ("input_ids", "labels")
+TOKENS = ("input_ids", "labels")
 
 
 def is_chunked(columns: Any) -> bool:
@@ -164,7 +164,7 @@ def cut_documents(
     """
     from datasets import Features, List, Value
 
-    if taken := sorted({*CHUNK_COLUMNS, *_TOKENS} & set(keep)):
+    if taken := sorted({*CHUNK_COLUMNS, *TOKENS} & set(keep)):
         raise ValueError(
             f"`keep_columns` (--keep_columns) names {taken[0]!r}, the name of a column of the chunks. Rename it: "
             f"`dataset.rename_column({taken[0]!r}, ...)`."
@@ -181,7 +181,7 @@ def cut_documents(
             text = rows[column][place]
             for chunk_number, chunk in enumerate(chunker.cut(text)):
                 cells = (chunk.ids, chunk.labels, number, chunk_number, chunk.start, chunk.stop, digests[number])
-                for name, value in zip((*_TOKENS, *CHUNK_COLUMNS), cells, strict=True):
+                for name, value in zip((*TOKENS, *CHUNK_COLUMNS), cells, strict=True):
                     result[name].append(value)
                 for name in others:
                     result[name].append(rows[name][place])
@@ -191,7 +191,7 @@ def cut_documents(
 
     features = Features(
         {
-            **dict.fromkeys(_TOKENS, List(Value("int64"))),
+            **dict.fromkeys(TOKENS, List(Value("int64"))),
             **dict.fromkeys((DOCUMENT, CHUNK, START, STOP), Value("int64")),
             DIGEST: Value("string"),
             **{name: dataset.features[name] for name in keep},
