@@ -33,6 +33,7 @@ from hf_trak.runtime import terminable
 from hf_trak.scoring.damping import DAMPING_NAME, DampingChoice
 from hf_trak.scoring.ensemble import solve_all
 from hf_trak.scoring.memory import parse_memory
+from hf_trak.sources.streams import read_stream
 from hf_trak.storage.files import remove_file
 from hf_trak.storage.format import differences_from, member_folders, member_numbers
 from hf_trak.storage.object_store import ObjectPath, place
@@ -41,7 +42,7 @@ from hf_trak.storage.replacing import finish_replacement
 from hf_trak.tasks import Task, TaskMaker
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
     from transformers import PreTrainedModel
 
 DEFAULT_SHARD_ROWS = 1024
@@ -133,7 +134,8 @@ class AttributionIndex(ExplainingMethods, SelectMethods, HubMixin):
         folder: str | Path,
         *,
         models: PreTrainedModel | str | Path | Sequence[PreTrainedModel | str | Path],
-        dataset: Dataset,
+        dataset: Dataset | IterableDataset,
+        n_rows: int | None = None,
         config: TrakConfig | None = None,
         processing_class: Any = None,
         task: Task | TaskMaker | None = None,
@@ -161,7 +163,9 @@ class AttributionIndex(ExplainingMethods, SelectMethods, HubMixin):
                 store, such as `s3://bucket/my-index`: docs/guides/processes.md.
             models (`PreTrainedModel`, `str` or a sequence): One or more checkpoints. Queries are later featurized with the same: a
                 folder or repository is recorded and found again, a model in memory has to be given again.
-            dataset (`Dataset`): The training set; its row order is the index's.
+            dataset (`Dataset` or `IterableDataset`): The training set; its row order is the index's. A streaming one is read to a file in the
+                cache of datasets first, which is removed when the process ends, and is read again where a build goes on.
+            n_rows (`int`, *optional*): Of a streaming dataset, how many rows to read; all by default.
             base (`str`, `Path` or a sequence, *optional*): The checkpoint that `models` were trained from: a folder or repository;
                 "adapter", the base model under a LoRA adapter; or "auto", that, or the `base_model` that the model's card names. Features
                 are then of points of the line from it to the model: docs/concepts/halfway.md. Several are one per model, None for the model itself.
@@ -188,7 +192,7 @@ class AttributionIndex(ExplainingMethods, SelectMethods, HubMixin):
             ProcessEnded: If another process of the same run has ended before it was done.
         """
         checkpoints = list(models) if isinstance(models, (list, tuple)) else [models]
-        folder = place(folder)
+        folder, dataset = place(folder), read_stream(dataset, n_rows)
         with terminable(), current_processes() as processes:
             build_members(
                 folder,
@@ -255,7 +259,8 @@ class AttributionIndex(ExplainingMethods, SelectMethods, HubMixin):
         shard_index: int,
         num_shards: int,
         models: PreTrainedModel | str | Path | Sequence[PreTrainedModel | str | Path],
-        dataset: Dataset,
+        dataset: Dataset | IterableDataset,
+        n_rows: int | None = None,
         config: TrakConfig | None = None,
         processing_class: Any = None,
         task: Task | TaskMaker | None = None,
@@ -293,6 +298,7 @@ class AttributionIndex(ExplainingMethods, SelectMethods, HubMixin):
                 "`shard_index` is for jobs of one process each; a launcher's processes divide the work by themselves."
             )
         checkpoints = list(models) if isinstance(models, (list, tuple)) else [models]
+        dataset = read_stream(dataset, n_rows)
         with terminable():
             build_members(
                 folder,

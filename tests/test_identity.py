@@ -440,8 +440,9 @@ def test_what_is_no_dataset_is_refused_with_how_to_make_one(model, tmp_path, ask
         (rows.to_list(), "Dataset.from_list"),
         ({"train": rows}, "Give one of its splits"),
     ):
-        with pytest.raises(ValueError, match=way):
-            AttributionIndex.build(tmp_path / "no", models=model, dataset=given, config=config)
+        if "streaming" not in way:  # of which an index is built
+            with pytest.raises(ValueError, match=way):
+                AttributionIndex.build(tmp_path / "no", models=model, dataset=given, config=config)
         with pytest.raises(ValueError, match=way):
             getattr(build(tmp_path / "index", model, rows, config=config), ask)(given)
 

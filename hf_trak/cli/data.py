@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_trak.sources.repositories import Listing, look_up_dataset, reached
+from hf_trak.sources.streams import is_stream, read_stream
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -14,7 +15,13 @@ _KINDS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json
 
 
 def load_rows(
-    name_or_path: str, *, split: str, config: str | None = None, revision: str | None = None, max_rows: int | None = None
+    name_or_path: str,
+    *,
+    split: str,
+    config: str | None = None,
+    revision: str | None = None,
+    max_rows: int | None = None,
+    stream: bool = False,
 ) -> Dataset:
     """Load one split of a dataset.
 
@@ -22,6 +29,7 @@ def load_rows(
         name_or_path (`str`): A Parquet, CSV, JSON or JSON Lines file, a folder of `Dataset.save_to_disk`, another folder that
             `load_dataset` reads, or a repository of the Hub. A file is one split, whatever its name.
         max_rows (`int`, *optional*): Keep the first rows only.
+        stream (`bool`): Read a file or repository row by row, and no further than `max_rows`.
 
     Raises:
         FileNotFoundError: If there is nothing of that name.
@@ -38,16 +46,24 @@ def load_rows(
         raise ValueError(
             f"{path} is a file or saved dataset, which has no configuration or revision, but {given} was asked for."
         )
+    is_saved = path.is_dir() and is_local
+    if stream:
+        if is_saved:
+            raise ValueError(f"{path} is a saved dataset, which is read without a copy: leave out --stream.")
+        if "[" in split:
+            raise ValueError(f"A stream has whole splits, but the split is {split!r}. Use --max_rows for the first rows.")
     if path.is_file():
-        dataset = _load_file(path, split)
-    elif path.is_dir() and ((path / "dataset_dict.json").is_file() or (path / "state.json").is_file()):
+        dataset = _load_file(path, split, stream)
+    elif is_saved:
         dataset = _load_saved(path, split)
     else:
-        dataset = _load_repository(str(path) if path.is_dir() else name_or_path, config, split, revision)
+        dataset = _load_repository(str(path) if path.is_dir() else name_or_path, config, split, revision, stream)
+    if is_stream(dataset):
+        return read_stream(dataset if max_rows is None else dataset.take(max_rows))
     return dataset if max_rows is None else dataset.select(range(min(max_rows, len(dataset))))
 
 
-def _load_file(path: Path, split: str) -> Dataset:
+def _load_file(path: Path, split: str, stream: bool) -> Any:
     from datasets import load_dataset
 
     if path.suffix.lower() not in _KINDS:
@@ -56,7 +72,8 @@ def _load_file(path: Path, split: str) -> Dataset:
         # Its reader ends the process at a file of nulls.
         raise ValueError(f"{path} cannot be read: a JSON file of rows holds a list of objects, or an object per line.")
     try:
-        return load_dataset(_KINDS[path.suffix.lower()], data_files={split.split("[")[0]: str(path)}, split=split)
+        kind = _KINDS[path.suffix.lower()]
+        return load_dataset(kind, data_files={split.split("[")[0]: str(path)}, split=split, streaming=stream)
     except Exception as error:
         said = _first_line(error.__cause__ or error)
         if "corresponds to no data" in said:
@@ -91,7 +108,7 @@ def _load_saved(path: Path, split: str) -> Dataset:
     return found[split]
 
 
-def _load_repository(name: str, config: str | None, split: str, revision: str | None) -> Dataset:
+def _load_repository(name: str, config: str | None, split: str, revision: str | None, stream: bool) -> Any:
     from datasets import get_dataset_split_names, load_dataset
 
     looks_like_a_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix.lower() in _KINDS
@@ -103,7 +120,7 @@ def _load_repository(name: str, config: str | None, split: str, revision: str | 
     try:
         # Without a connection, a cache is looked at once, and no request is repeated.
         with reached(listing or Listing(None, frozenset(), cached=not Path(name).is_dir())):
-            return load_dataset(name, config, split=split, revision=revision)
+            return load_dataset(name, config, split=split, revision=revision, streaming=stream)
     except (FileNotFoundError, ConnectionError) as error:
         if Path(name).is_dir():
             raise ValueError(f"The folder {name} cannot be read as a dataset: {_first_line(error)}") from error

@@ -60,6 +60,13 @@ class FeaturizeArguments:
     dataset_revision: str | None = field(default=None, metadata={"help": "Revision of a dataset of the Hub."})
     split: str = field(default="train", metadata={"help": "Split of the dataset."})
     max_rows: int | None = field(default=None, metadata={"help": "Featurize only the first rows."})
+    stream: bool = field(
+        default=False,
+        metadata={
+            "help": "Read the dataset row by row, no further than --max_rows, in place of downloading it whole. Its rows lie in the cache of datasets "
+            "until the command ends."
+        },
+    )
     overwrite: bool = field(default=False, metadata={"help": "Replace another index in the output folder."})
     trust_remote_code: bool = field(
         default=False,
@@ -115,7 +122,12 @@ def run(args: FeaturizeArguments, features: FeatureArguments, given: Sequence[st
     is_first = args.shard_index is not None or current_processes().is_first
     task = None if args.task is None else import_task(args.task)
     dataset = load_rows(
-        args.dataset, split=args.split, config=args.dataset_config, revision=args.dataset_revision, max_rows=args.max_rows
+        args.dataset,
+        split=args.split,
+        config=args.dataset_config,
+        revision=args.dataset_revision,
+        max_rows=args.max_rows,
+        stream=args.stream,
     )
     begin = time.perf_counter()
     arguments: dict[str, Any] = {
