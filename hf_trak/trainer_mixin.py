@@ -32,6 +32,7 @@ from hf_trak.storage.files import TEMPORARY, write_folder
 from hf_trak.storage.snapshots import is_snapshot
 from hf_trak.tasks import AutoTask, is_language_model
 from hf_trak.tasks.preferences import PREFERENCE_TOKENS
+from hf_trak.tasks.rewards import REWARD_TOKENS
 from hf_trak.tasks.rows import column_names, features_of
 from hf_trak.training.callback import INDEX_FOLDER, MEMBERS_FOLDER, AttributionCallback, check_writable, without_indexes
 from hf_trak.training.checks import (
@@ -407,9 +408,11 @@ class AttributionMixin(_Base):
         return self.index
 
     def _task_config(self) -> TrakConfig:
-        """The arguments' configuration; of the rows that TRL's DPOTrainer makes, of preferences with its beta."""
-        config = self.args.trak_config()
-        if not set(PREFERENCE_TOKENS) <= set(column_names(self._attributed)):
+        """The arguments' configuration; of the rows that TRL's DPOTrainer makes, of preferences with its beta, and of RewardTrainer's."""
+        config, columns = self.args.trak_config(), set(column_names(self._attributed))
+        if "input_ids" not in columns and set(REWARD_TOKENS) <= columns and "prompt_ids" not in columns:
+            return replace(config, task="preference")
+        if not set(PREFERENCE_TOKENS) <= columns:
             return config
         return replace(config, task="preference", preference_beta=getattr(self.args, "beta", config.preference_beta))
 

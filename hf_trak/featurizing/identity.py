@@ -102,7 +102,7 @@ def _describe_processing(featurizer: Featurizer, columns: Mapping[str, Any]) -> 
         tokenizer=reads_texts or (bool(columns) and featurizer.config.score_tokens != "all"),
         pixels=reads_files,
         padded=getattr(inputs, "fixed_length", None) is not None,
-        chats=bool({"messages", "completion"} & set(columns)),
+        chats=bool({"messages", "completion", "chosen"} & set(columns)),
     )
     limit = None
     if reads_texts and "tokenizer" in found and isinstance(inputs, CutsTexts):

@@ -18,6 +18,7 @@ from hf_trak.tasks.language_inputs import CausalInputs, MaskedInputs, Seq2SeqInp
 from hf_trak.tasks.media_inputs import AudioTextInputs, MediaInputs, VideoInputs
 from hf_trak.tasks.outputs import classification_margin, regression_prediction, sum_of_log_odds
 from hf_trak.tasks.preferences import preference_task
+from hf_trak.tasks.rewards import reward_task
 from hf_trak.tasks.segmentation import SegmentationInputs, SegmentationOutput
 from hf_trak.tasks.sound import SoundInputs
 from hf_trak.tasks.token_inputs import TokenInputs
@@ -282,6 +283,11 @@ def _media_to_text(name: str, config: TrakConfig, inputs: Inputs) -> Task:
     return Task(name, inputs, function, needs_labels=False, out_to_loss_kind="one" if exact else "mean_one_minus_p")
 
 
+def _preference(model: PreTrainedModel, config: TrakConfig) -> Task:
+    """Return the task of a language model's preferences, or of a reward model's."""
+    return (reward_task if AutoTask.name_for(model) == "text-regression" else preference_task)(model, config)
+
+
 TASKS: dict[str, Callable[[PreTrainedModel, TrakConfig], Task]] = {
     "text-classification": _classification("text-classification", _text),
     "text-multi-label": _multi_label("text-multi-label", _text),
@@ -310,12 +316,12 @@ TASKS: dict[str, Callable[[PreTrainedModel, TrakConfig], Task]] = {
         "semantic-segmentation", SegmentationInputs.for_model, SegmentationOutput(), "mean_one_minus_p"
     ),
     "contrastive": contrastive_task,
-    "preference": preference_task,
+    "preference": _preference,
 }
 
 
 # Tasks that no model implies: they are asked for by their name, of a model that implies the other.
-_OF_THE_SAME_MODEL = {"preference": "causal-lm"}
+_OF_THE_SAME_MODEL = {"preference": ("causal-lm", "text-regression")}
 _CLASSIFIES = ("text", "image", "audio", "video")
 _LANGUAGE_MODELS = (
     "causal-lm", "masked-lm", "seq2seq", "question-answering", "token-classification", "image-text-to-text", "audio-text-to-text",
@@ -342,7 +348,7 @@ class AutoTask:
                 f"Unknown task {name!r}; choose one of {', '.join(TASKS)}, or auto. For another model output, make one with "
                 "`Task.custom` and pass it as `task`."
             )
-        elif (_OF_THE_SAME_MODEL.get(name, name)) != (expected := AutoTask.name_for(model)):
+        elif (expected := AutoTask.name_for(model)) not in _OF_THE_SAME_MODEL.get(name, (name,)):
             raise ValueError(f"{type(model).__name__} with {model.config.num_labels} labels serves {expected}, not {name}.")
         return with_virtual_tokens(TASKS[name](model, config), adapted)
 

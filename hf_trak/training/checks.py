@@ -52,6 +52,7 @@ _OF_A_LOSS = (
     "label_smoothing",
     "use_weighting",
     "sync_ref_model",
+    "center_rewards_coefficient",
 )
 
 
