@@ -26,6 +26,7 @@ _CHOICES = {
     "score_tokens": ("all", "content"),
     "token_out_to_loss": ("mean", "exact"),
     "loss_on": ("auto", "assistant", "completion", "all"),
+    "row_format": ("auto", "alpaca", "sharegpt"),
     "preference_reduction": ("sum", "mean"),
 }
 # Fields that came after the first indexes of this format version: written only where they say something, so that an index of before
@@ -38,6 +39,7 @@ _LATER = (
     "score_tokens",
     "token_out_to_loss",
     "loss_on",
+    "row_format",
     "skip_unscored",
     "chat_template_kwargs",
     "chunk_overlap",
@@ -173,6 +175,11 @@ class TrakConfig:
         "auto",
         "Tokens of a causal language model's row that are scored: assistant (TRL's assistant_only_loss), completion (its "
         "completion_only_loss), all, or auto: the completion of a prompt, all of a conversation or a text, as TRL trains by default.",
+    )
+    row_format: Literal["auto", "alpaca", "sharegpt"] = _option(
+        "auto",
+        "Rows of causal language models that need a stated reading: alpaca ('instruction', 'input' and 'output' in Stanford Alpaca's template, which ends in "
+        "'### Response:' and a new line), sharegpt ('conversations' of 'from' and 'value'; human is the user, gpt the assistant), or auto: neither.",
     )
     skip_unscored: bool = _option(
         False,

@@ -27,6 +27,7 @@ FULL: dict[str, Any] = {
     "label_mapping": "by_name",
     "max_length": 64,
     "chunk_overlap": 8,
+    "row_format": "alpaca",
     "token_reduction": "sum",
     "score_tokens": "content",
     "token_out_to_loss": "exact",

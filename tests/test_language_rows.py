@@ -513,6 +513,61 @@ def test_the_way_out_of_sharegpt_leads_to_served_rows():
     task.check(eval(last, scope), word_tokenizer())
 
 
+def test_alpaca_and_sharegpt_rows_are_read_as_stated():
+    """As the completion of the template, and as messages with the roles of the chat template."""
+    model, tokenizer = LANGUAGE_MODELS["gpt2 lm"](vocab_size=400, n_positions=400), byte_tokenizer()
+    alpaca = datasets.Dataset.from_list([
+        {"instruction": "Name it", "input": "a", "output": "b"}, {"instruction": "Go on", "input": "", "output": "c d"},
+    ])  # fmt: skip
+    begin = "Below is an instruction that describes a task"
+    prompts = [
+        f"{begin}, paired with an input that provides further context. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nName it\n\n### Input:\na\n\n### Response:\n",
+        f"{begin}. Write a response that appropriately completes the request.\n\n### Instruction:\nGo on\n\n### Response:\n",
+    ]
+    plain = datasets.Dataset.from_dict({"prompt": prompts, "completion": alpaca["output"][:]})
+    turns = [[*TURNS, {"from": "user", "value": "c"}, {"from": "chatgpt", "value": "d"}], TURNS]
+    sharegpt = datasets.Dataset.from_dict({"conversations": turns, "system": ["e", ""]})
+    roles = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant"}
+    messages = [[{"role": roles[turn["from"]], "content": turn["value"]} for turn in row] for row in turns]
+    messages[0].insert(0, {"role": "system", "content": "e"})
+    for name, rows, same, loss_on in (
+        ("alpaca", alpaca, plain, "auto"),
+        ("alpaca", alpaca.remove_columns("input").select([1]), plain.select([1]), "completion"),
+        ("sharegpt", sharegpt, datasets.Dataset.from_dict({"messages": messages}), "assistant"),
+    ):
+        task = AutoTask.from_model(model, TrakConfig(row_format=name, loss_on=loss_on))
+        other = AutoTask.from_model(model, TrakConfig(loss_on=loss_on))
+        task.check(rows, tokenizer)
+        found, expected = task.collate(rows[:], tokenizer), other.collate(same[:], tokenizer)
+        assert all(torch.equal(found[key], values) for key, values in expected.items())
+    assert AutoTask.from_model(model, TrakConfig(row_format="alpaca")).columns_read(alpaca.features) == {
+        "prompt": ["instruction", "input"], "completion": "output",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("row_format", "rows", "message"), [
+    ("alpaca", {"instruction": ["a"], "response": ["b"]}, "reads 'instruction', 'output' and"),
+    ("alpaca", {"instruction": ["a"], "output": ["b"], "history": ["c"]}, "'history', for which Alpaca's template has no place"),
+    ("alpaca", {"instruction": ["a", "b"], "output": ["b", None]}, "its 'output' is None"),
+    ("sharegpt", {"messages": [[{"role": "user", "content": "a"}]]}, "row_format='sharegpt' reads 'conversations'"),
+    ("sharegpt", {"conversations": [[{"from": "observation", "value": "a"}]]}, "is from 'observation', and known are human"),
+    ("sharegpt", {"conversations": [[{"from": "human", "value": None}]]}, "has the value None, not a text"),
+    ("sharegpt", {"conversations": [[]]}, "not a list of turns"),
+])  # fmt: skip
+def test_rows_that_are_not_in_the_stated_format_are_refused(row_format: str, rows: dict[str, Any], message: str):
+    task = AutoTask.from_model(LANGUAGE_MODELS["gpt2 lm"](), TrakConfig(row_format=row_format))
+    with pytest.raises(ValueError, match=message):
+        task.check(datasets.Dataset.from_dict(rows), word_tokenizer())
+
+
+def test_a_stated_format_is_of_causal_language_models():
+    with pytest.raises(ValueError, match="is for causal language models of texts: leave it out"):
+        AutoTask.from_model(LANGUAGE_MODELS["t5"](), TrakConfig(row_format="alpaca"))
+    with pytest.raises(ValueError, match="has no preferences"):
+        AutoTask.from_model(LANGUAGE_MODELS["gpt2 lm"](), TrakConfig(task="preference", row_format="alpaca"))
+
+
 def test_a_text_column_is_taken_before_others():
     task = AutoTask.from_model(LANGUAGE_MODELS["gpt2 lm"]())
     rows = datasets.Dataset.from_dict({"instruction": ["a"], "output": ["b"], "text": ["c d"]})

@@ -24,9 +24,18 @@ if TYPE_CHECKING:
     from hf_trak.querying.training_rows import KeptRows
 
 
-LANGUAGE_TASKS = ("causal-lm", "masked-lm", "seq2seq", "question-answering", "token-classification", "image-text-to-text")
+LANGUAGE_TASKS = (
+    "causal-lm",
+    "masked-lm",
+    "seq2seq",
+    "question-answering",
+    "token-classification",
+    "image-text-to-text",
+    "preference",
+)
 _DECODERS = ("causal-lm", "image-text-to-text")
 _PICTURES = ("images", "image")  # of models that read them among their tokens
+_SHAREGPT = ("conversations", "conversation")
 _ARROW = "  →  "
 _SCORED_BY = ("assistant_masks", "completion_mask")
 _TAGS = ("ner_tags", "pos_tags", "chunk_tags", "tags")
@@ -55,6 +64,8 @@ class LanguageRows:
         Args:
             features (`Mapping`): Of the dataset; they know the names of classes.
         """
+        if self.task == "preference":
+            return self._of_preference(row)
         if "input_ids" in row and self.text_columns is None:
             return self._of_tokens(row)
         if self.task == "question-answering":
@@ -67,11 +78,26 @@ class LanguageRows:
         if self.task in _DECODERS and self.text_columns is None and {"prompt", "completion"} <= set(row):
             return _join(_conversation(row["prompt"]), _conversation(row["completion"]))
         strings = [name for name, value in row.items() if isinstance(value, str)]
+        if self.task == "causal-lm" and self.text_columns is None and "text" not in strings:
+            if {"instruction", "output"} <= set(row):
+                return _join(row["instruction"], row.get("input") or "", row["output"])
+            if (turns := next((row[name] for name in _SHAREGPT if name in row), None)) is not None:
+                return _conversation(turns)
         if self.task == "causal-lm":
             whole = "text" if "text" in strings else find_whole_text(strings) or strings[0]
             return row[self.text_columns[0] if self.text_columns else whole]
         source, target = find_texts(strings, text_columns=self.text_columns, label_column=self.label_column)
         return _join(*(str(row[name]) for name in (source, target) if name is not None))
+
+    def _of_preference(self, row: Mapping[str, Any]) -> str:
+        """Return a prompt, if it is told apart, and both answers: as they are, or their tokens."""
+        parts = []
+        for name in ("prompt", "chosen", "rejected"):
+            found = row.get(name)
+            if found is None and row.get(f"{name}_ids") is not None:
+                found = self._read(np.asarray(row[f"{name}_ids"], dtype=np.int64))
+            parts.append("" if found is None else _conversation(found))
+        return _join(parts[0], f"chosen: {parts[1].strip()}  |  rejected: {parts[2].strip()}")
 
     def query(self, prompt: Any, answer: str) -> Example:
         """Return a prompt, a text or a conversation, with its answer."""
@@ -117,7 +143,8 @@ def _conversation(messages: Any) -> str:
     """Return `user: ...  /  assistant: ...`; a text as it is."""
     if isinstance(messages, str):
         return messages
-    return "  /  ".join(f"{message['role']}: {_content(message.get('content'))}" for message in messages)
+    parts = ((turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))) for turn in messages)
+    return "  /  ".join(f"{role}: {_content(content)}" for role, content in parts)
 
 
 def _content(content: Any) -> str:

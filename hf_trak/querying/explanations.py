@@ -24,6 +24,7 @@ from hf_trak.scoring.scorer import check_top_k
 from hf_trak.sources.processors import tokenizer_of
 from hf_trak.tasks import TARGET_COLUMN
 from hf_trak.tasks.answers import ANSWER_TASKS, Answer, Answering, Prompt, Span
+from hf_trak.tasks.formats import alpaca_prompt
 from hf_trak.tasks.pictures import pictures_of, side_by_side
 
 if TYPE_CHECKING:
@@ -164,11 +165,13 @@ class ExplainingMethods(ScoringMethods):
             _refuse({name: value is not None for name, value in given.items()}, "a classifier")
             rows = self._row(prompt, image)
             if target is None:
-                target = "prediction" if contrast is None else "label"
+                target = "prediction" if contrast is None and self._queries.has_classes else "label"
             question = Question(target, contrast)
             sides = self._sides(rows, question, options, batch_size, progress)
             said = " against ".join(self._class_of(side) for side in sides)
-            query = replace(row_reader(self.config, sides[0].queries)[0], label=said)
+            if self.config.task == "preference":
+                language = LanguageRows(self.config.task)
+            query = replace(row_reader(self.config, sides[0].queries, language)[0], label=said)
         features, output = self._featurize(sides, batch_size, progress, shown=True)
         hits = self._hits(rank(self._solve([*features], Question(), options)), output, Question())
         attribution = read_attributions(hits, [query], train_reader(self.config, KeptRows(self.members[0]), shown, language))[0]
@@ -191,6 +194,8 @@ class ExplainingMethods(ScoringMethods):
             if chat is False:
                 raise ValueError("chat=False asks for a text, but `prompt` is a conversation.")
             return list(prompt)
+        if self.config.row_format == "alpaca" and not chat:
+            return alpaca_prompt(prompt)
         if chat is None:
             kind = KeptRows(self.members[0]).features.get("prompt")
             chat = "messages" in self._columns or (kind is not None and not hasattr(kind, "dtype"))

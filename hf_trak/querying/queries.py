@@ -246,14 +246,14 @@ class QuerySide:
         result = []
         for sign, target in question.targets:
             rows = queries
-            if target != "label" and not self._has_classes:
+            if target != "label" and not self.has_classes:
                 rows, target = self._with_answer(queries, target, question), "label"
             self.check(rows, reads=None if target == "label" else "target")
             result.append((sign, rows, target))
         return result
 
     @property
-    def _has_classes(self) -> bool:
+    def has_classes(self) -> bool:
         """Whether labels are classes or numbers in one column, or the task is not ours, of which nothing is known."""
         kind, _, rest = self.members[0].identity["task"].partition("-")
         return (
@@ -354,7 +354,7 @@ class QuerySide:
                 f"{', '.join(found)}. Rename a column with `queries.rename_column`, or add what is missing."
                 + (
                     " To attribute what the model predicts, `score` and `attribute` need no label: target='prediction' (--target prediction)."
-                    if missing == [read.get("label")] and self._has_classes
+                    if missing == [read.get("label")] and self.has_classes
                     else ""
                 )
             )

@@ -41,7 +41,10 @@ def answer_task(task: Task) -> Task:
             f"A prompt is answered by decoders ({', '.join(ANSWER_TASKS)}) that read texts, but this index is of {task.name}. Give rows with their answers to "
             "`index.attribute(queries)` (hf-trak attribute)."
         )
-    return replace(task, inputs=replace(inputs, text_columns=None, label_column=None, loss_on="auto", skip_unscored=False))
+    return replace(
+        task,
+        inputs=replace(inputs, text_columns=None, label_column=None, loss_on="auto", row_format="auto", skip_unscored=False),
+    )
 
 
 @dataclass(frozen=True)

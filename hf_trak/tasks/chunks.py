@@ -126,6 +126,8 @@ def with_text_column(config: TrakConfig, dataset: Dataset) -> TrakConfig:
             "`chunk_overlap` cuts texts that are stored, but a transform makes the rows of this dataset. Keep what it makes: "
             "`dataset.map(transform, batched=True)`."
         )
+    if config.row_format != "auto":
+        raise ValueError(f"`chunk_overlap` cuts texts, and row_format={config.row_format!r} has none. Leave one of them out.")
     features = dict(dataset.features)
     if config.text_columns is None and (other := [name for name in ("input_ids", "messages", "prompt") if name in features]):
         raise ValueError(

@@ -270,6 +270,12 @@ _TO_MESSAGES = (
 )
 
 
+_STATED = {
+    "ShareGPT": "If human is the user and gpt the assistant, set row_format='sharegpt' (--row_format sharegpt). Otherwise: ",
+    "alpaca": "If training had Stanford Alpaca's template, set row_format='alpaca' (--row_format alpaca). Otherwise: ",
+}
+
+
 def _name(features: Mapping[str, Any]) -> tuple[str, str] | None:
     """Return the name of a format that is not served, and how its rows become rows that are."""
     columns = set(features)
@@ -321,7 +327,10 @@ def refuse_unserved(features: Mapping[str, Any], task: str) -> None:
         ValueError: Naming the format and how its rows become rows that are served.
     """
     if (found := _name(features)) is not None:
-        raise ValueError(f"The dataset ({', '.join(features)}) has {found[0]}, which {task} does not serve. {found[1]}")
+        stated = next((hint for name, hint in _STATED.items() if name in found[0] and task == "causal-lm"), "")
+        raise ValueError(
+            f"The dataset ({', '.join(features)}) has {found[0]}, which {task} does not serve as it is. {stated}{found[1]}"
+        )
 
 
 def refuse_pairs(features: Mapping[str, Any], strings: Collection[str]) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from hf_trak.tasks.chat import ChatTemplate
 from hf_trak.tasks.columns import find_whole_text, is_set_aside, refuse_pairs, refuse_unserved
+from hf_trak.tasks.formats import as_known_row, read_format
 from hf_trak.tasks.inputs import need_tokenizer
 from hf_trak.tasks.padding import is_packed, refuse_packed
 from hf_trak.tasks.pictures import find_image_columns
@@ -18,6 +19,8 @@ from hf_trak.tasks.token_outputs import IGNORED, DecoderInputs
 if TYPE_CHECKING:
     from datasets import Features
     from transformers import PreTrainedModel
+
+    from hf_trak.config import TrakConfig
 
 _SOURCES = ("inputs", "input", "inputs_pretokenized", "source", "prompt", "question", "document", "text")
 _TARGETS = ("targets", "target", "targets_pretokenized", "labels", "label", "completion", "output", "answer", "summary")
@@ -73,8 +76,18 @@ class CausalInputs(TokenInputs):
 
     task_name = "causal-lm"
 
+    @classmethod
+    def _format(cls, config: TrakConfig) -> str:
+        if config.row_format != "auto" and config.text_columns is not None:
+            raise ValueError(
+                f"row_format={config.row_format!r} says which columns are read, but `text_columns` names others. Leave one of them out."
+            )
+        return config.row_format if cls is CausalInputs else super()._format(config)
+
     def _refuse_formats(self, features: Features) -> None:
-        if self.text_columns is None and _TEXT not in features:
+        if self.row_format != "auto":
+            read_format(features, self.row_format)
+        elif self.text_columns is None and _TEXT not in features:
             refuse_unserved(features, self.task_name)
 
     def _check_columns(self, features: Features, processing_class: Any) -> None:
@@ -110,6 +123,8 @@ class CausalInputs(TokenInputs):
         """Return what rows with some columns hold: tokens, completion, messages or text."""
         if self._is_tokenized(columns):
             return "tokens"
+        if self.row_format != "auto":
+            return "completion" if self.row_format == "alpaca" else "messages"
         if self.text_columns is None:
             if "prompt" in columns and "completion" in columns:
                 return "completion"
@@ -147,6 +162,8 @@ class CausalInputs(TokenInputs):
 
     def _texts_read(self, features: Features) -> dict[str, Any]:
         kind = self._kind(features)
+        if self.row_format != "auto":
+            return read_format(features, self.row_format)
         if kind == "text":
             return {"text": [self._text_column(features, self._string_columns(features))]}
         options = {name: name for name in ("tools", "chat_template_kwargs") if name in features}
@@ -171,6 +188,8 @@ class CausalInputs(TokenInputs):
         kind = self._kind(row)
         if kind == "tokens":
             return self._encode_tokens(row)
+        if self.row_format != "auto":
+            row = as_known_row(row, self.row_format)
         if kind == "messages":
             return self._cut(*self._conversation(row, processing_class), processing_class)
         if kind == "completion":

@@ -237,7 +237,13 @@ class PreferenceOutput:
 
 
 def preference_task(model: PreTrainedModel, config: TrakConfig) -> Task:
-    """Return the task of a causal language model's preferences."""
+    """Return the task of a causal language model's preferences.
+
+    Raises:
+        ValueError: If rows are said to be in a format without preferences.
+    """
+    if config.row_format != "auto":
+        raise ValueError(f"row_format={config.row_format!r} (--row_format) has no preferences: leave it out.")
     texts = CausalInputs.for_model(model, config)
     assert isinstance(texts, CausalInputs)
     inputs = PreferenceInputs(texts, config.preference_reduction)

@@ -85,6 +85,7 @@ class TokenInputs(abc.ABC):
         positions (`int`, *optional*): Tokens the model has positions for.
         score_tokens (`str`): "all", or "content": neither special tokens, such as EOS, nor sentinels, such as `<extra_id_0>`.
         loss_on (`str`): "auto", "assistant", "completion" or "all": which tokens of a causal language model's row are scored.
+        row_format (`str`): "auto", "alpaca" or "sharegpt": how a causal language model's rows are read.
         skip_unscored (`bool`): Keep rows without any scored token, with a gradient of zero.
         chat_template_kwargs (`dict`, *optional*): Of the chat template.
         decoder (`DecoderInputs`, *optional*): What a decoder reads.
@@ -103,6 +104,7 @@ class TokenInputs(abc.ABC):
     positions: int | None = None
     score_tokens: str = "all"
     loss_on: str = "auto"
+    row_format: str = "auto"
     skip_unscored: bool = False
     chat_template_kwargs: Mapping[str, Any] | None = field(default=None, compare=False)
     decoder: DecoderInputs | None = field(default=None, compare=False)
@@ -123,12 +125,21 @@ class TokenInputs(abc.ABC):
             positions=position_limit(model),
             score_tokens=config.score_tokens,
             loss_on=config.loss_on,
+            row_format=cls._format(config),
             skip_unscored=config.skip_unscored,
             chat_template_kwargs=json.loads(config.chat_template_kwargs) if config.chat_template_kwargs else None,
             decoder=cls._decoder(model),
             vmapped=config.gradients == "functional",
             vocabulary=vocabulary_size(model),
         )
+
+    @classmethod
+    def _format(cls, config: TrakConfig) -> str:
+        if config.row_format != "auto":
+            raise ValueError(
+                f"row_format={config.row_format!r} (--row_format) is for causal language models of texts: leave it out."
+            )
+        return config.row_format
 
     @staticmethod
     def _count_labels(model: PreTrainedModel) -> int:
