@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from models import make_model
+from models import llama_lm, make_model
 from reference import gradient_loop
 from tokenizers_for_tests import byte_tokenizer
 
 from hf_trak import AttributionIndex, Featurizer, TrakConfig
+from hf_trak.cli.main import main
 from hf_trak.tasks import AutoTask
 
 ROWS = Dataset.from_dict(
@@ -74,6 +77,47 @@ def test_an_index_of_preferences_scores_and_selects(tmp_path):
     assert all(scores[row, row] > 0 for row in range(4))
     best = index.select(ROWS.select([2]), 4, progress=False)["trak_row"][:]
     assert best == np.argsort(-scores[:, 2], kind="stable")[:4].tolist()
+
+
+def test_reports_show_both_answers_of_texts_conversations_and_tokens(tmp_path):
+    torch.manual_seed(0)
+    llama_lm(vocab_size=300, max_position_embeddings=64).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    texts = Dataset.from_list([{"prompt": f"ask {i}", "chosen": f" yes {i}", "rejected": " no"} for i in range(4)])
+    user, said = {"role": "user", "content": "ask"}, {"role": "assistant", "content": "yes"}
+    chats = Dataset.from_list(
+        [{"prompt": [user], "chosen": [said], "rejected": [{**said, "content": f"no {i}"}]} for i in range(4)]
+    )
+    ids = {
+        name: [byte_tokenizer()(text)["input_ids"] for text in texts[name.removesuffix("_ids")]] for name in ROWS.column_names
+    }
+    shown = {
+        "texts": (texts, "ask 2  →  chosen: yes 2  |  rejected: no"),
+        "chats": (chats, "user: ask  →  chosen: assistant: yes  |  rejected: assistant: no 2"),
+        "tokens": (Dataset.from_dict(ids), "ask 2  →  chosen: yes 2  |  rejected: no"),
+    }
+    for name, (rows, expected) in shown.items():
+        rows.to_parquet(tmp_path / f"{name}.parquet")
+        index, data = str(tmp_path / f"{name}-index"), str(tmp_path / f"{name}.parquet")
+        main(["featurize", "--model", str(tmp_path / "model"), "--dataset", data, "--output", index, "--task", "preference", "--proj_dim", "16",
+              "--keep_columns", ",".join(rows.column_names)])  # fmt: skip
+        main(
+            [
+                "attribute",
+                index,
+                "--queries",
+                data,
+                "--output",
+                str(tmp_path / f"{name}.jsonl"),
+                "--report",
+                str(tmp_path / name),
+            ]
+        )
+        page = (tmp_path / name / "report.html").read_text()
+        assert page.count(" ".join(expected.split())) >= 2  # as a query, and as a training row
+    found = AttributionIndex.from_pretrained(tmp_path / "texts-index").explain(texts[2], top_k=4, progress=False)
+    assert found.attribution.query.text == shown["texts"][1]
+    assert found.hits[0]["proponents"] == json.loads((tmp_path / "texts.jsonl").read_text().splitlines()[2])["proponents"]
 
 
 @pytest.mark.parametrize(("rows", "message"), [

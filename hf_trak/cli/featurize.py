@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +53,8 @@ class FeaturizeArguments:
     task: str | None = field(
         default=None,
         metadata={
-            "help": "A task of your own, module:name: a Task, or a function (model, config) -> Task, which can be imported here. By default, the task follows from the model."
+            "help": "preference, of a language or reward model trained on chosen and rejected answers; or a task of your own, module:name: a Task, or a "
+            "function (model, config) -> Task, which can be imported here. By default, the task follows from the model."
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
@@ -114,13 +115,18 @@ def run(args: FeaturizeArguments, features: FeatureArguments, given: Sequence[st
         from hf_trak.distributed import current_processes, warn_of_lone_process
         from hf_trak.index import AttributionIndex
         from hf_trak.tasks import import_task
+        from hf_trak.tasks.auto import ASKED_FOR
 
         quiet_libraries()
         say_which_columns()
     if args.shard_index is None and (warning := warn_of_lone_process()):
         print(f"hf-trak: warning: {warning}", file=sys.stderr)
     is_first = args.shard_index is not None or current_processes().is_first
-    task = None if args.task is None else import_task(args.task)
+    task = None
+    if args.task in ASKED_FOR:
+        config = replace(config, task=str(args.task))
+    elif args.task is not None:
+        task = import_task(args.task)
     dataset = load_rows(
         args.dataset,
         split=args.split,

@@ -320,8 +320,8 @@ TASKS: dict[str, Callable[[PreTrainedModel, TrakConfig], Task]] = {
 }
 
 
-# Tasks that no model implies: they are asked for by their name, of a model that implies the other.
-_OF_THE_SAME_MODEL = {"preference": ("causal-lm", "text-regression")}
+# Tasks that no model implies: they are asked for by their name, of a model that implies one of the others.
+ASKED_FOR = {"preference": ("causal-lm", "text-regression")}
 _CLASSIFIES = ("text", "image", "audio", "video")
 _LANGUAGE_MODELS = (
     "causal-lm", "masked-lm", "seq2seq", "question-answering", "token-classification", "image-text-to-text", "audio-text-to-text",
@@ -348,7 +348,7 @@ class AutoTask:
                 f"Unknown task {name!r}; choose one of {', '.join(TASKS)}, or auto. For another model output, make one with "
                 "`Task.custom` and pass it as `task`."
             )
-        elif (expected := AutoTask.name_for(model)) not in _OF_THE_SAME_MODEL.get(name, (name,)):
+        elif (expected := AutoTask.name_for(model)) not in ASKED_FOR.get(name, (name,)):
             raise ValueError(f"{type(model).__name__} with {model.config.num_labels} labels serves {expected}, not {name}.")
         return with_virtual_tokens(TASKS[name](model, config), adapted)
 
