@@ -16,6 +16,8 @@ import yaml
 from datasets import Dataset
 from models import bert, make_model
 from pairs_for_tests import pair_rows, save_dual_encoder
+from test_image_text import picture, save_llava
+from test_image_text import rows as picture_rows
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -145,6 +147,30 @@ def test_the_guide_to_questions_runs_as_printed():
     assert names.behaviour.shape == (60, 1)
     assert len(names.preferred["proponents"][0]) == 3
     assert (Path("heat-report") / "report.html").read_text().count('<p class="heat">') == 10
+
+
+def test_the_guide_to_documents_runs_as_printed():
+    make_model("llama lm", seed=0).save_pretrained("my-decoder")
+    word_tokenizer().save_pretrained("my-decoder")
+    generator = np.random.default_rng(0)
+    texts = [" ".join(generator.choice(list("abcdefghij"), size)) for size in (40, 12, 25, 60, 8)]
+    Dataset.from_dict({"title": [f"book {i}" for i in range(5)], "text": texts}).to_parquet("books.parquet")
+    names = run("guides/documents.md", TINY=tiny())
+    assert names.index.n_rows == 13
+    assert names.scores.shape == (5, 1)
+    assert sorted(names.by_document.hits[0]["proponents"]) == list(range(5))
+    assert (names.first.n_rows, len(names.first.kept_rows.take(range(12)).unique("document_id"))) == (12, 4)
+    assert 'class="around"' in (Path("book-report") / "report.html").read_text()
+
+
+def test_the_guide_to_pictures_runs_as_printed():
+    save_llava(Path("my-vlm"))
+    picture_rows(6).to_parquet("vqa.parquet")
+    picture(1).save("photo.png")
+    names = run("guides/pictures.md", TINY=tiny())
+    assert len(names.hits[0]["proponent_completion"]) == 3
+    assert names.given.heat
+    assert (Path("vqa-report") / "report.html").read_text().count("<img") == 11
 
 
 def test_the_guide_to_pairs_runs_as_printed():

@@ -26,9 +26,7 @@ def rows(n_rows, *, prompt="user : <image> {} </s> assistant : "):
     return Dataset.from_dict(cells, features=features)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    found = tmp_path_factory.mktemp("pictures")
+def save_llava(folder):
     torch.manual_seed(0)
     processor = llava_processor()
     config = transformers.LlavaConfig(
@@ -36,8 +34,14 @@ def folder(tmp_path_factory):
         text_config=transformers.LlamaConfig(**TEXT), image_token_index=processor.tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=4, vision_feature_layer=-1,
     )  # fmt: skip
-    transformers.LlavaForConditionalGeneration(config).save_pretrained(found / "model")
-    processor.save_pretrained(found / "model")
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    found = tmp_path_factory.mktemp("pictures")
+    save_llava(found / "model")
     rows(8).to_parquet(found / "train.parquet")
     for seed in range(2):
         picture(seed).save(found / f"{seed}.png")

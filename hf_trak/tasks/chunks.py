@@ -193,7 +193,7 @@ def cut_documents(
 
     features = Features(
         {
-            **dict.fromkeys(TOKENS, List(Value("int64"))),
+            **dict.fromkeys(TOKENS, List(Value("int32"))),
             **dict.fromkeys((DOCUMENT, CHUNK, START, STOP), Value("int64")),
             DIGEST: Value("string"),
             **{name: dataset.features[name] for name in keep},
