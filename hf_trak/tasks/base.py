@@ -296,7 +296,12 @@ class Task:
         if not found:
             raise ValueError(
                 f"{self.name} needs a label column, {' or '.join(map(repr, candidates))}, but the dataset has "
-                f"{', '.join(columns)}. Set `label_column` (--label_column)."
+                f"{', '.join(columns)}. "
+                + (
+                    "Of a reward model, set task='preference' (--task preference)."
+                    if {"chosen", "rejected"} <= set(columns)
+                    else "Set `label_column` (--label_column)."
+                )
             )
         if len(found) > 1 and dataset is not None and not is_transformed(dataset):
             both = dataset.select_columns(found).with_format(None)[:]
