@@ -33,7 +33,7 @@ LAYERS = {
     "sources": 1,
     "storage": 1,
     "tasks": 1,
-    "config": 0,
+    "config": 0.5,
     "hashing": 0,
     "linalg": 0,
     "members": 0,
