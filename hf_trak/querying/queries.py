@@ -310,7 +310,7 @@ class QuerySide:
                 values: Any = found if task.several_labels else found.squeeze(1)
                 values = (values if task.several_labels or task.n_classes is None else values.long()).tolist()
             else:
-                values = [task.read_class(target, self._recorded["label_names"])] * len(queries)
+                values = [task.label_of(task.read_class(target, self._recorded["label_names"]))] * len(queries)
             names = task.class_names(self._recorded["label_names"])
             sides.append(Side(with_column(stored, TARGET_COLUMN, values), sign, "target", names))
         return sides

@@ -226,6 +226,7 @@ def _multi_label(name: str, inputs: Callable[..., Inputs]) -> Callable[..., Task
             config.label_column,
             out_to_loss_kind="mean_one_minus_p",
             several_labels=True,
+            label2id=labels_of_model(model),
         )
 
     return make
