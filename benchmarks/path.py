@@ -30,6 +30,7 @@ from hf_trak.members import DEFAULT_ALPHAS
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 CONFIGS = SCRIPTS / "configs"
+WITHOUT_TABLES = (r"^(?!.*(word|position|token_type)_embeddings)",)
 
 
 def parse() -> argparse.Namespace:
@@ -73,25 +74,30 @@ def main() -> None:
     epochs = Job(options.job).runs[0]
     final, base = epochs[-1], base_of(options)
     alphas = ", ".join(f"{alpha:g}" for alpha in DEFAULT_ALPHAS)
+    points = f"points of the line, α = {alphas} (the default with a base)"
     indexes: dict[str, dict[str, Any]] = {
         "final weights": {"models": final},
         "last three epochs": {"models": epochs[-3:]},
         "one point of the line, α = 0.5": {"models": final, "base": base, "alpha": 0.5},
-        f"points of the line, α = {alphas} (the default with a base)": {"models": final, "base": base},
+        points: {"models": final, "base": base},
     }
+    if options.setting != "cifar2":
+        indexes[f"{points}, without embedding tables"] = {"models": final, "base": base, "parameters": WITHOUT_TABLES}
+        indexes["last three epochs, without embedding tables"] = {"models": epochs[-3:], "parameters": WITHOUT_TABLES}
     case = f"{options.setting}, one run of {len(epochs)} epochs, {len(train):,} rows, {len(queries)} queries, proj_dim {options.proj_dim}"
     rows: list[dict[str, Any]] = []
     reference = None
     for number, (name, arguments) in enumerate(indexes.items()):
+        parameters = arguments.pop("parameters", None)
         index = AttributionIndex.build(
             options.job.parent / f"path_{number}",
             dataset=train,
-            config=TrakConfig(proj_dim=options.proj_dim, label_mapping="by_id"),
+            config=TrakConfig(proj_dim=options.proj_dim, label_mapping="by_id", parameters=parameters),
             progress=False,
             **arguments,
         )
         ways: dict[str, dict[str, Any]] = {name: {}}
-        if len(index.members) > 1:
+        if len(index.members) > 1 and parameters is None:
             ways[f"{name}, combined as in the paper"] = {"combination": "means"}
         for method, options_of_scores in ways.items():
             values = judge([index.score(queries, progress=False, **options_of_scores)])
