@@ -24,7 +24,7 @@ from hf_trak.building.checks import check_rows_before_training
 from hf_trak.config import TrakConfig
 from hf_trak.hub.cards import render_model_section
 from hf_trak.index import AttributionIndex
-from hf_trak.members import ADAPTER, AUTO, INITIAL
+from hf_trak.members import ADAPTER, AUTO, INITIAL, Ensemble
 from hf_trak.sources.path_bases import find_base, load_base
 from hf_trak.sources.path_points import check_scalable
 from hf_trak.sources.row_digests import check_kept
@@ -132,7 +132,7 @@ class AttributionMixin(_Base):
         self.task = task
         self.attribution_dataset = attribution_dataset
         self.index: AttributionIndex | None = None
-        self.members = args.parsed_members()
+        self.members = args.ensemble().members
         self._check_base()
         self._more_runs = None if self.members.is_single_run else MoreRuns(self, self.members, self._train_once)
         self._described: dict[str, Any] = {}
@@ -167,21 +167,22 @@ class AttributionMixin(_Base):
             check_scalable(self.model)
         find_base(self.model, str(args.base), base_revision=args.base_revision)
 
-    def _path(self) -> dict[str, Any]:
-        """Return which points of which path members are of, as [`AttributionIndex.build`] takes it.
+    def _ensemble(self, masks: Any) -> Ensemble:
+        """Return what members are made of: the snapshots that training kept, and which points of which path.
 
         Raises:
-            FileNotFoundError: If the initial weights were not kept.
+            FileNotFoundError: If snapshots are missing, or the initial weights were not kept.
         """
-        path = self.args.path()
-        if path["base"] == INITIAL:
-            path["base"] = self._members_folder / INITIAL
-            if not is_snapshot(path["base"]):
-                raise FileNotFoundError(
-                    f"{path['base']} is not there: the weights that training began with were not kept. Train with base='initial', or give "
-                    "the checkpoint that training began from as `base`."
-                )
-        return path
+        ensemble = self.args.ensemble(self.member_models(), masks=masks)
+        if ensemble.base != INITIAL:
+            return ensemble
+        initial = self._members_folder / INITIAL
+        if not is_snapshot(initial):
+            raise FileNotFoundError(
+                f"{initial} is not there: the weights that training began with were not kept. Train with base='initial', or give "
+                "the checkpoint that training began from as `base`."
+            )
+        return replace(ensemble, base=initial)
 
     @property
     def _attributed(self) -> Any:
@@ -385,14 +386,11 @@ class AttributionMixin(_Base):
         with_masks = self.members.kind == "subsets" and (given is None or given is self._attributed)
         self.index = AttributionIndex.build(
             Path(self.args.output_dir) / INDEX_FOLDER,
-            models=self.member_models(),
+            models=self._ensemble(load_masks(self._members_folder)[: self.members.count] if with_masks else None),
             dataset=dataset,
             config=self._trak_config(),
             processing_class=self.processing_class,
             task=self.task,
-            **self._path(),
-            **self.args.member_counts(),
-            masks=load_masks(self._members_folder)[: self.members.count] if with_masks else None,
             batch_size=self.args.rows_at_a_time(),
             shard_rows=self.args.shard_rows,
             keep_columns=self.args.kept_columns(),
