@@ -50,7 +50,7 @@ from hf_trak.training.checks import (
     warning_of_losses,
 )
 from hf_trak.training.run_identity import describe_run
-from hf_trak.training.runs import MoreRuns, RunRecord, load_masks, random_state_kept
+from hf_trak.training.runs import MoreRuns, RunRecord, constructor_arguments, load_masks, random_state_kept
 from hf_trak.training.snapshots import (
     check_can_save,
     check_loaded,
@@ -89,7 +89,8 @@ class AttributionMixin(_Base):
 
     Whatever `members` are, `train()` leaves the ordinary model of the whole training set, trained bit for bit as `Trainer` does.
     The further runs of `members="runs:M"` and `"subsets:M"` follow it, from the same initial weights (or `model_init`), with other
-    seeds. A process that was killed goes on when the same command is run again: finished runs are not repeated, an unfinished one
+    seeds. New trainers of the same class make them, from the arguments that this one was made from; a trainer that was changed since is
+    refused before training. A process that was killed goes on when the same command is run again: finished runs are not repeated, an unfinished one
     resumes from its last checkpoint if `save_strategy` writes any, and starts again otherwise.
 
     What attribution would refuse is refused before the first step: `train()` checks every row, saves the initial weights, loads them
@@ -110,6 +111,13 @@ class AttributionMixin(_Base):
     """
 
     args: Any
+    _made_from: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Record the arguments that further runs make trainers from, whatever constructors of other classes make of them."""
+        trainer = super().__new__(cls)
+        trainer._made_from = args, kwargs
+        return trainer
 
     def __init__(
         self,
@@ -134,7 +142,10 @@ class AttributionMixin(_Base):
         self.index: AttributionIndex | None = None
         self.members = args.ensemble().members
         self._check_base()
-        self._more_runs = None if self.members.is_single_run else MoreRuns(self, self.members, self._train_once)
+        self._more_runs = None
+        if not self.members.is_single_run:
+            given, named = self._made_from
+            self._more_runs = MoreRuns(self, self.members, constructor_arguments(type(self), given, named))
         self._described: dict[str, Any] = {}
         self._told_losses: list[str] = []
         if self.members.is_single_run:
