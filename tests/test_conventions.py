@@ -39,7 +39,6 @@ LAYERS = {
     "members": 0,
     "matmul": 0,
     "messages": 0,
-    "models": 0,
     "distributed": 0,
     "runtime": 0,
 }

@@ -101,7 +101,8 @@ def run(args: FeaturizeArguments, features: FeatureArguments, given: Sequence[st
         raise ValueError(f"--revision is for repositories, but --model names folders: {', '.join(args.model)}.")
 
     with uncollected(for_good=True):
-        import hf_trak.models  # noqa: F401  what loading a model needs, whatever the model
+        from transformers import AutoConfig, PreTrainedModel  # noqa: F401  what loading a model needs, whatever the model
+
         from hf_trak.cli.data import load_rows
         from hf_trak.cli.main import quiet_libraries, say_which_columns
         from hf_trak.distributed import current_processes, warn_of_lone_process
