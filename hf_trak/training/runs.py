@@ -331,7 +331,7 @@ class MoreRuns:
         """
         main = self.trainer
         args = copy.copy(main.args)
-        args.output_dir, args.push_to_hub, args.report_to = str(self.work / name), False, []
+        args.push_to_hub, args.report_to = False, []
         # Neighbouring seeds would give runs the same orders of rows, one epoch apart.
         args.seed = stream_key(args.seed, name) % 2**31
         args.data_seed = None if args.data_seed is None else args.seed
@@ -349,6 +349,9 @@ class MoreRuns:
         for callback in list(trainer.callback_handler.callbacks):
             if type(callback).__module__.startswith("transformers.integrations"):
                 trainer.remove_callback(callback)
+        trainer.args.output_dir = str(
+            self.work / name
+        )  # not before: a trainer makes its folder, and only a run that has a record may
         trainer.train_dataset, trainer.eval_dataset = main.train_dataset, main.eval_dataset  # as the class has prepared them
         return trainer
 
