@@ -28,7 +28,8 @@ from hf_trak.hub.object_index import ObjectIndex
 from hf_trak.members import Ensemble
 from hf_trak.messages import list_differences
 from hf_trak.querying.explanations import ExplainingMethods
-from hf_trak.querying.queries import QuerySide, Side
+from hf_trak.querying.queries import QuerySide
+from hf_trak.querying.questions import Side
 from hf_trak.querying.select import SelectMethods
 from hf_trak.querying.training_rows import KeptRows, align_rows
 from hf_trak.runtime import terminable
