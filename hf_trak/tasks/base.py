@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_trak.tasks.inputs import CustomInputs, ImageInputs, Inputs, Rows, TextInputs
+from hf_trak.tasks.image_inputs import ImageInputs
+from hf_trak.tasks.inputs import CustomInputs, Inputs, Rows, TextInputs
 from hf_trak.tasks.labels import Labels
 from hf_trak.tasks.outputs import (
     APART,
