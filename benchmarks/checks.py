@@ -50,7 +50,7 @@ CHECKS = {
     ],
     "hashes of weights, tokenizer and settings": [
         ("hf_trak.featurizing.featurizer", "Featurizer.model_hash"),
-        ("hf_trak.building.build", "describe_featurizer"),
+        ("hf_trak.building.passes", "describe_featurizer"),
     ],
     "gradients of three rows, alone and together": [("hf_trak.featurizing.featurizer", "Featurizer.choose_engine")],
     "numbers that are not finite": [

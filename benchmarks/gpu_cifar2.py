@@ -19,6 +19,7 @@ import json
 import math
 import platform
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,7 +39,6 @@ from hf_trak.evaluation import Recipe, make_masks, predicted_outputs, spearman
 from hf_trak.evaluation.lds import ground_truth_reliability, percentile_interval
 from hf_trak.gradients import layerwise_features
 from hf_trak.linalg import accumulate_gram, default_damping
-from hf_trak.models import ResNet9Config, ResNet9ForImageClassification
 from hf_trak.projectors import count_sketch as ring
 from hf_trak.projectors import make_projector
 from hf_trak.scoring.damping import spearman as spearman_on_device
@@ -46,6 +46,9 @@ from hf_trak.scoring.ensemble import SolvedQueries, bring_to_one_scale, default_
 from hf_trak.scoring.score import MemberBlock, precondition, score_blocks
 from hf_trak.sources.path_points import move_to_point
 from hf_trak.storage.files import write_atomically
+
+sys.path.append(str(Path(__file__).parents[1] / "scripts"))
+from paper_models import ResNet9Config, ResNet9ForImageClassification
 
 Trajectory = dict[int, State]
 """Weights of a run on the whole training set, by epoch."""

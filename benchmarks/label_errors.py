@@ -39,10 +39,12 @@ from transformers import (
 
 from hf_trak import AttributionArguments, AttributionIndex, AttributionTrainer
 from hf_trak.evaluation.mislabeled import found_share, mislabel_auc
-from hf_trak.models import ResNet9Config, ResNet9ForImageClassification
 from hf_trak.scoring.ensemble import ScoreOptions, solve_all, stream_scores
 from hf_trak.scoring.label_errors import LabelEvidence, label_suspicion
 from hf_trak.tasks import AutoTask, TaskCollator
+
+sys.path.append(str(Path(__file__).parents[1] / "scripts"))
+from paper_models import ResNet9Config, ResNet9ForImageClassification
 
 N_HELD_OUT = 300
 REQUIREMENTS = ("cleanlab==2.9.0", "scikit-learn==1.9.1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +23,9 @@ from hf_trak.hashing import hash_json
 from hf_trak.linalg import default_damping
 from hf_trak.scoring.damping import choose_damping
 from hf_trak.scoring.ensemble import ScoreOptions, default_power, solve_all, stream_scores
+
+sys.path.append(str(Path(__file__).parents[1] / "scripts"))
+import paper_models  # noqa: F401  so that checkpoints of its classes load
 
 POWER = default_power("one_minus_p")
 

@@ -4,6 +4,8 @@
     python benchmarks/path.py --setting sst2 --model bert-mini --job W/text/full --ground_truth results/ground_truth_text.parquet \\
         --output results/path_text.json
 
+With `--halves`, runs on random halves (job `members`) are measured, too, at their ends and on the lines to them.
+
 The base is what a user has: the public model without a head, or the network before its head was replaced. Indexes are built by
 `AttributionIndex.build` and kept beside the job; nothing is tuned. Intervals are of a bootstrap over subsets.
 """
@@ -30,6 +32,7 @@ from hf_trak.members import DEFAULT_ALPHAS
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 CONFIGS = SCRIPTS / "configs"
+WITHOUT_TABLES = (r"^(?!.*(word|position|token_type)_embeddings)",)
 
 
 def parse() -> argparse.Namespace:
@@ -39,6 +42,9 @@ def parse() -> argparse.Namespace:
         "--model", help="the public model that was fine-tuned; of cifar2, the folder `pretrained` beside the job"
     )
     parser.add_argument("--job", type=Path, required=True, help="folder of the job `full` of scripts/train_subsets.py")
+    parser.add_argument(
+        "--halves", type=Path, help="folder of the job `members`: runs on random halves, which are measured as well"
+    )
     parser.add_argument("--ground_truth", type=Path, required=True, help="Parquet file of masks and outputs")
     parser.add_argument("--proj_dim", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=1)
@@ -73,25 +79,35 @@ def main() -> None:
     epochs = Job(options.job).runs[0]
     final, base = epochs[-1], base_of(options)
     alphas = ", ".join(f"{alpha:g}" for alpha in DEFAULT_ALPHAS)
+    points = f"points of the line, α = {alphas} (the default with a base)"
     indexes: dict[str, dict[str, Any]] = {
         "final weights": {"models": final},
         "last three epochs": {"models": epochs[-3:]},
         "one point of the line, α = 0.5": {"models": final, "base": base, "alpha": 0.5},
-        f"points of the line, α = {alphas} (the default with a base)": {"models": final, "base": base},
+        points: {"models": final, "base": base},
     }
+    if options.setting != "cifar2":
+        indexes[f"{points}, without embedding tables"] = {"models": final, "base": base, "parameters": WITHOUT_TABLES}
+        indexes["last three epochs, without embedding tables"] = {"models": epochs[-3:], "parameters": WITHOUT_TABLES}
+    if options.halves:
+        halves = Job(options.halves).last
+        for count in sorted({min(5, len(halves)), len(halves)}):
+            indexes[f"{count} runs on halves, final weights"] = {"models": halves[:count]}
+            indexes[f"{count} runs on halves, points of the line, α = {alphas}"] = {"models": halves[:count], "base": base}
     case = f"{options.setting}, one run of {len(epochs)} epochs, {len(train):,} rows, {len(queries)} queries, proj_dim {options.proj_dim}"
     rows: list[dict[str, Any]] = []
     reference = None
     for number, (name, arguments) in enumerate(indexes.items()):
+        parameters = arguments.pop("parameters", None)
         index = AttributionIndex.build(
             options.job.parent / f"path_{number}",
             dataset=train,
-            config=TrakConfig(proj_dim=options.proj_dim, label_mapping="by_id"),
+            config=TrakConfig(proj_dim=options.proj_dim, label_mapping="by_id", parameters=parameters),
             progress=False,
             **arguments,
         )
         ways: dict[str, dict[str, Any]] = {name: {}}
-        if len(index.members) > 1:
+        if len(index.members) > 1 and parameters is None and "halves" not in name:
             ways[f"{name}, combined as in the paper"] = {"combination": "means"}
         for method, options_of_scores in ways.items():
             values = judge([index.score(queries, progress=False, **options_of_scores)])

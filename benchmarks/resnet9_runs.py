@@ -7,6 +7,7 @@ nothing but start it. `gpu_cifar2.py` uses it.
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +22,9 @@ from torch import Tensor
 
 from hf_trak import AutoTask, TrakConfig
 from hf_trak.evaluation import Recipe
-from hf_trak.models import ResNet9Config, ResNet9ForImageClassification
+
+sys.path.append(str(Path(__file__).parents[1] / "scripts"))
+from paper_models import ResNet9Config, ResNet9ForImageClassification
 
 MEAN, STD = (
     (125.307, 122.961, 113.8575),

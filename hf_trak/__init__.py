@@ -17,6 +17,7 @@ _CONTENTS = {
     "AttributionMixin": "hf_trak.trainer_mixin",
     "AttributionTrainer": "hf_trak.trainer",
     "AutoTask": "hf_trak.tasks",
+    "Ensemble": "hf_trak.members",
     "Explanation": "hf_trak.querying.explanations",
     "Featurizer": "hf_trak.featurizing.featurizer",
     "ScoreOptions": "hf_trak.scoring.ensemble",
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from hf_trak.config import TrakConfig
     from hf_trak.featurizing.featurizer import Featurizer
     from hf_trak.index import AttributionIndex
+    from hf_trak.members import Ensemble
     from hf_trak.querying.explanations import Explanation
     from hf_trak.scoring.ensemble import ScoreOptions
     from hf_trak.tasks import AutoTask, Task
@@ -44,6 +46,7 @@ __all__ = [
     "AttributionMixin",
     "AttributionTrainer",
     "AutoTask",
+    "Ensemble",
     "Explanation",
     "Featurizer",
     "ScoreOptions",

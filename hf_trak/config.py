@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from hf_trak.messages import DamagedFile
+
 CONFIG_NAME = "trak_config.json"
 CARD_NAME = "README.md"
 FORMAT_VERSION = 4
@@ -88,6 +90,10 @@ def _fetch(repo_id: str, **access: Any) -> Path:
         raise FileNotFoundError(
             f"{repo_id!r} is neither a folder here nor a dataset repository with a {CONFIG_NAME} within reach: {reason}"
         ) from error
+
+
+def _damaged(path: Path, reason: str) -> DamagedFile:
+    return DamagedFile(f"{path} is damaged: {reason}. Restore it, or featurize again.", reason=reason)
 
 
 @dataclass(frozen=True)
@@ -409,13 +415,11 @@ class TrakConfig:
                 raise ValueError("it has no format_version")
         except (ValueError, RecursionError) as error:
             reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
-            raise ValueError(f"{path} is damaged: {reason}. Restore it, or featurize again.") from error
+            raise _damaged(path, str(reason)) from error
         try:
             return cls.from_dict(values)
         except TypeError as error:
-            raise ValueError(
-                f"{path} is damaged: a field has the wrong type ({error}). Restore it, or featurize again."
-            ) from error
+            raise _damaged(path, f"a field has the wrong type ({error})") from error
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, make_dataclass, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from hf_trak.config import TrakConfig
-from hf_trak.members import lay_out_passes, read_alphas
+from hf_trak.members import Ensemble
 
 # Set by `--task` or the model, recorded by `build`, or fixed.
 _NOT_FLAGS = ("task", "columns_read", "label_names", "format_version")
@@ -119,20 +119,24 @@ class FeatureArguments(ConfigFlags):
         }
         return replace(start, **given)
 
-    def path(self) -> dict[str, Any]:
-        """Return which points of which path features are of, as [`AttributionIndex.build`] takes it.
+    def ensemble(self, models: Any = (), **given: Any) -> Ensemble:
+        """Return what members are made of.
+
+        Args:
+            given: Other fields of [`Ensemble`].
 
         Raises:
-            ValueError: If `alpha` is out of range, or there is no base.
+            ValueError: If a count or `alpha` is out of range, or there is no base.
         """
-        read_alphas(self.base, self.alpha)
-        return {"base": self.base, "alpha": self.alpha, "base_revision": self.base_revision}
-
-    def member_counts(self) -> dict[str, Any]:
-        """Return how many members a checkpoint makes, as [`AttributionIndex.build`] takes it."""
-        counts = {"sketch_seeds_per_checkpoint": self.sketch_seeds_per_checkpoint, "dropout_seeds": self.dropout_seeds}
-        lay_out_passes(1, seed=0, **counts)  # checks them
-        return counts
+        return Ensemble(
+            models,
+            base=self.base,
+            alpha=self.alpha,
+            base_revision=self.base_revision,
+            sketch_seeds_per_checkpoint=self.sketch_seeds_per_checkpoint,
+            dropout_seeds=self.dropout_seeds,
+            **given,
+        )
 
     def rows_at_a_time(self) -> int | str:
         """Return `batch_size` as a number, or "auto"."""

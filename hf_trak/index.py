@@ -12,11 +12,12 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from hf_trak.building.build import build_members
+from hf_trak.building.build import Order, Source, build_members
 from hf_trak.building.estimate import Estimate, estimate_build
 from hf_trak.building.jobs import Job, merge_members, remove_job_records
+from hf_trak.building.passes import DEFAULT_SHARD_ROWS, Writing
 from hf_trak.config import CONFIG_NAME, TrakConfig
-from hf_trak.distributed import Processes, current_processes, launched_processes
+from hf_trak.distributed import current_processes, launched_processes
 from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.featurizing.identity import recorded_passes
 from hf_trak.hub.cards import CURVE_NAME, draw_damping_curve
@@ -24,16 +25,17 @@ from hf_trak.hub.copies import render_card, write_card
 from hf_trak.hub.download import HubIndex
 from hf_trak.hub.mixin import HubMixin
 from hf_trak.hub.object_index import ObjectIndex
+from hf_trak.members import Ensemble
 from hf_trak.messages import list_differences
 from hf_trak.querying.explanations import ExplainingMethods
-from hf_trak.querying.queries import QuerySide, Question
+from hf_trak.querying.queries import QuerySide
+from hf_trak.querying.questions import Question
 from hf_trak.querying.select import SelectMethods
 from hf_trak.querying.training_rows import KeptRows, align_rows
 from hf_trak.runtime import terminable
 from hf_trak.scoring.damping import DAMPING_NAME, DampingChoice
 from hf_trak.scoring.ensemble import solve_all
 from hf_trak.scoring.memory import parse_memory
-from hf_trak.sources.streams import read_stream
 from hf_trak.storage.files import remove_file
 from hf_trak.storage.format import differences_from, member_folders, member_numbers
 from hf_trak.storage.object_store import ObjectPath, place
@@ -44,8 +46,6 @@ from hf_trak.tasks import Task, TaskMaker
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from transformers import PreTrainedModel
-
-DEFAULT_SHARD_ROWS = 1024
 
 
 class AttributionIndex(ExplainingMethods, SelectMethods, HubMixin):
@@ -133,7 +133,7 @@ class AttributionIndex(ExplainingMethods, SelectMethods, HubMixin):
         cls,
         folder: str | Path,
         *,
-        models: PreTrainedModel | str | Path | Sequence[PreTrainedModel | str | Path],
+        models: PreTrainedModel | str | Path | Sequence[PreTrainedModel | str | Path] | Ensemble,
         dataset: Dataset | IterableDataset,
         n_rows: int | None = None,
         config: TrakConfig | None = None,
@@ -161,8 +161,9 @@ class AttributionIndex(ExplainingMethods, SelectMethods, HubMixin):
         Args:
             folder (`str` or `Path`): Where the index goes; an empty or new folder, or one this call began. Or the URL of an object
                 store, such as `s3://bucket/my-index`: docs/guides/processes.md.
-            models (`PreTrainedModel`, `str` or a sequence): One or more checkpoints. Queries are later featurized with the same: a
-                folder or repository is recorded and found again, a model in memory has to be given again.
+            models (`PreTrainedModel`, `str`, a sequence or [`Ensemble`]): One or more checkpoints. Queries are later featurized with the
+                same: a folder or repository is recorded and found again, a model in memory has to be given again. An `Ensemble` holds
+                `base`, `alpha`, `revision`, `base_revision`, `sketch_seeds_per_checkpoint`, `dropout_seeds` and `masks`, too.
             dataset (`Dataset` or `IterableDataset`): The training set; its row order is the index's. A streaming one is read to a file in the
                 cache of datasets first, which is removed when the process ends, and is read again where a build goes on.
             n_rows (`int`, *optional*): Of a streaming dataset, how many rows to read; all by default.
@@ -191,33 +192,27 @@ class AttributionIndex(ExplainingMethods, SelectMethods, HubMixin):
             ValueError: If a launcher started several processes that do not know of each other.
             ProcessEnded: If another process of the same run has ended before it was done.
         """
-        checkpoints = list(models) if isinstance(models, (list, tuple)) else [models]
-        folder, dataset = place(folder), read_stream(dataset, n_rows)
+        ensemble = Ensemble.of(
+            models,
+            revision=revision,
+            base=base,
+            alpha=alpha,
+            base_revision=base_revision,
+            sketch_seeds_per_checkpoint=sketch_seeds_per_checkpoint,
+            dropout_seeds=dropout_seeds,
+            masks=masks,
+        )
+        source = Source(dataset, processing_class, task, keep_columns, trust_remote_code, n_rows)
+        order = Order(ensemble, source, config or TrakConfig(), Writing(batch_size, shard_rows, overwrite, progress))
+        folder = place(folder)
         with terminable(), current_processes() as processes:
-            build_members(
+            build_members(folder, order, processes)
+            index = cls(
                 folder,
-                checkpoints,
-                dataset,
-                config or TrakConfig(),
-                processes=processes,
+                models=ensemble.models,
                 processing_class=processing_class,
                 task=task,
-                base=base,
-                alpha=alpha,
-                revision=revision,
-                base_revision=base_revision,
                 trust_remote_code=trust_remote_code,
-                sketch_seeds_per_checkpoint=sketch_seeds_per_checkpoint,
-                dropout_seeds=dropout_seeds,
-                masks=masks,
-                batch_size=batch_size,
-                shard_rows=shard_rows,
-                keep_columns=keep_columns,
-                overwrite=overwrite,
-                progress=progress,
-            )
-            index = cls(
-                folder, models=checkpoints, processing_class=processing_class, task=task, trust_remote_code=trust_remote_code
             )
             if processes.is_first:
                 index._complete()
@@ -227,8 +222,8 @@ class AttributionIndex(ExplainingMethods, SelectMethods, HubMixin):
     def estimate(
         cls,
         *,
-        models: PreTrainedModel | str | Path | Sequence[PreTrainedModel | str | Path],
-        dataset: Dataset,
+        models: PreTrainedModel | str | Path | Sequence[PreTrainedModel | str | Path] | Ensemble,
+        dataset: Dataset | IterableDataset,
         config: TrakConfig | None = None,
         **options: Any,
     ) -> Estimate:
@@ -242,14 +237,12 @@ class AttributionIndex(ExplainingMethods, SelectMethods, HubMixin):
 
         Args:
             models, dataset, config: As in [`AttributionIndex.build`].
-            options: `processing_class`, `task`, `base`, `alpha`, `revision`, `base_revision`, `trust_remote_code`,
-                `sketch_seeds_per_checkpoint`, `dropout_seeds` and `batch_size`, as there.
+            options: The other arguments of [`AttributionIndex.build`].
 
         Returns:
             `Estimate`: `seconds`, `disk_bytes`, `memory_bytes`, `engine`, `columns` and the numbers of rows, members and passes.
         """
-        checkpoints = list(models) if isinstance(models, (list, tuple)) else [models]
-        return estimate_build(checkpoints, dataset, config or TrakConfig(), **options)
+        return estimate_build(Order.of(models, dataset, config, **options))
 
     @classmethod
     def build_shards(
@@ -258,25 +251,11 @@ class AttributionIndex(ExplainingMethods, SelectMethods, HubMixin):
         *,
         shard_index: int,
         num_shards: int,
-        models: PreTrainedModel | str | Path | Sequence[PreTrainedModel | str | Path],
+        models: PreTrainedModel | str | Path | Sequence[PreTrainedModel | str | Path] | Ensemble,
         dataset: Dataset | IterableDataset,
-        n_rows: int | None = None,
         config: TrakConfig | None = None,
-        processing_class: Any = None,
-        task: Task | TaskMaker | None = None,
-        base: str | Path | Sequence[str | Path | None] | None = None,
-        alpha: float | Sequence[float] | None = None,
-        revision: str | None = None,
-        base_revision: str | None = None,
-        trust_remote_code: bool = False,
-        sketch_seeds_per_checkpoint: int = 1,
-        dropout_seeds: int = 0,
-        masks: Bool[Tensor, "n_models n_train"] | None = None,
-        batch_size: int | str = "auto",
-        shard_rows: int = DEFAULT_SHARD_ROWS,
-        keep_columns: Sequence[str] = (),
-        progress: bool = True,
         command: Sequence[str] | None = None,
+        **options: Any,
     ) -> None:
         """Make one of `num_shards` parts of an index, in a job that knows nothing of the others: see [`AttributionIndex.merge`].
 
@@ -285,44 +264,25 @@ class AttributionIndex(ExplainingMethods, SelectMethods, HubMixin):
 
         Args:
             shard_index, num_shards (`int`): Which part, from 0, and of how many.
+            models, dataset, config: As in [`AttributionIndex.build`], and the same for all jobs.
             command (`Sequence[str]`, *optional*): What starts such a job, but for its part; [`AttributionIndex.merge`] tells it to
                 whoever lacks one.
-            models, dataset, ...: As in [`AttributionIndex.build`], and the same for all jobs.
+            options: The other arguments of [`AttributionIndex.build`] but `overwrite`, and the same for all jobs.
 
         Raises:
             ValueError: As [`AttributionIndex.build`]; also if the job was started by a launcher of several processes.
         """
-        folder, part = place(folder), Job(shard_index, num_shards, command)
+        job, order = Job(shard_index, num_shards, command), Order.of(models, dataset, config, **options)
+        if order.writing.overwrite:
+            raise ValueError(
+                "With `shard_index`, overwrite=True would delete what other jobs have made. Delete the folder first."
+            )
         if launched_processes() > 1:
             raise ValueError(
                 "`shard_index` is for jobs of one process each; a launcher's processes divide the work by themselves."
             )
-        checkpoints = list(models) if isinstance(models, (list, tuple)) else [models]
-        dataset = read_stream(dataset, n_rows)
         with terminable():
-            build_members(
-                folder,
-                checkpoints,
-                dataset,
-                config or TrakConfig(),
-                processes=Processes(),
-                part=part,
-                processing_class=processing_class,
-                task=task,
-                base=base,
-                alpha=alpha,
-                revision=revision,
-                base_revision=base_revision,
-                trust_remote_code=trust_remote_code,
-                sketch_seeds_per_checkpoint=sketch_seeds_per_checkpoint,
-                dropout_seeds=dropout_seeds,
-                masks=masks,
-                batch_size=batch_size,
-                shard_rows=shard_rows,
-                keep_columns=keep_columns,
-                overwrite=False,
-                progress=progress,
-            )
+            build_members(place(folder), order, job)
 
     @classmethod
     def merge(cls, folder: str | Path, **loading: Any) -> AttributionIndex:

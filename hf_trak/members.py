@@ -1,4 +1,4 @@
-"""What a member is: a checkpoint, a sketch seed, and a dropout seed or none; and how `members=` says which checkpoints to keep.
+"""`Ensemble`, what members are made of; a member is a checkpoint, a sketch seed, and a dropout seed or none.
 
 A checkpoint is a stored one, or a point of the line from a base to a stored one.
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 ADAPTER, AUTO, INITIAL = "adapter", "auto", "initial"  # bases that are found
@@ -137,27 +137,101 @@ class Pass:
     model: int | None = None
 
 
-def lay_out_passes(
-    n_checkpoints: int, *, seed: int, sketch_seeds_per_checkpoint: int = 1, dropout_seeds: int = 0
-) -> list[Pass]:
-    """Return the passes that make an ensemble; member i has sketch seed `seed + i`.
+@dataclass(frozen=True)
+class Ensemble:
+    """What the members of an index are made of: models, points of the path to each, and sketches of each.
+
+    ```python
+    ensemble = Ensemble("me/my-bert", base="google-bert/bert-base-uncased", sketch_seeds_per_checkpoint=2)
+    index = AttributionIndex.build("out/index", models=ensemble, dataset=train)
+    ```
 
     Args:
-        sketch_seeds_per_checkpoint (`int`): Sketches of each pass; they share its gradients.
-        dropout_seeds (`int`): Thinned networks per checkpoint, in place of the whole one; each costs a pass. 0 keeps it whole.
+        models (`PreTrainedModel`, `str` or a sequence): One or more models, folders or repositories.
+        kept (`str` or [`Members`]): Which weights of its training runs an [`AttributionTrainer`] keeps as `models`; the string is parsed.
+        revision, base, alpha, base_revision, sketch_seeds_per_checkpoint, dropout_seeds, masks: As in [`AttributionIndex.build`].
 
     Raises:
-        ValueError: If a count is out of range.
+        ValueError: If a count or `alpha` is out of range, there are not as many bases as models, or `alpha` or `base_revision` has no base.
     """
-    if sketch_seeds_per_checkpoint < 1:
-        raise ValueError(f"`sketch_seeds_per_checkpoint` must be at least 1, but is {sketch_seeds_per_checkpoint}.")
-    if dropout_seeds < 0:
-        raise ValueError(f"`dropout_seeds` must be at least 0, but is {dropout_seeds}.")
-    passes: list[Pass] = []
-    for checkpoint in range(n_checkpoints):
-        for dropout in range(dropout_seeds) if dropout_seeds else [None]:
-            first = len(passes) * sketch_seeds_per_checkpoint
-            members = tuple(range(first, first + sketch_seeds_per_checkpoint))
-            dropout_seed = None if dropout is None else seed + checkpoint * dropout_seeds + dropout
-            passes.append(Pass(checkpoint, dropout_seed, members, tuple(seed + number for number in members)))
-    return passes
+
+    models: Any = ()
+    kept: Members | str = "final"
+    revision: str | None = None
+    base: Any = None
+    alpha: float | Sequence[float] | None = None
+    base_revision: str | None = None
+    sketch_seeds_per_checkpoint: int = 1
+    dropout_seeds: int = 0
+    masks: Any = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        models = tuple(self.models) if isinstance(self.models, (list, tuple)) else (self.models,)
+        object.__setattr__(self, "models", models)
+        if isinstance(self.kept, str):
+            object.__setattr__(self, "kept", Members.parse(self.kept))
+        if self.sketch_seeds_per_checkpoint < 1:
+            raise ValueError(f"`sketch_seeds_per_checkpoint` must be at least 1, but is {self.sketch_seeds_per_checkpoint}.")
+        if self.dropout_seeds < 0:
+            raise ValueError(f"`dropout_seeds` must be at least 0, but is {self.dropout_seeds}.")
+        if isinstance(self.base, (list, tuple)) and len(self.base) != len(models):
+            raise ValueError(
+                f"`base` must be one base, or one per model, None for none: {len(models)}, but there are {len(self.base)}."
+            )
+        _ = self.alphas
+        if self.base_revision is not None and not self._has_base:
+            raise ValueError("`base_revision` is given, but there is no `base`.")
+
+    @classmethod
+    def of(cls, models: Any, **given: Any) -> Ensemble:
+        """Return `models` if it is an ensemble, else that of these models.
+
+        Raises:
+            ValueError: If an ensemble comes with fields beside it.
+        """
+        if not isinstance(models, cls):
+            return cls(models, **given)
+        defaults = {one.name: one.default for one in fields(cls)}
+        beside = [
+            name
+            for name, value in given.items()
+            if value is not defaults[name] and not (type(value) is type(defaults[name]) and value == defaults[name])
+        ]
+        if beside:
+            raise ValueError(
+                f"`models` is an Ensemble, which says itself what members are made of, but {', '.join(beside)} "
+                f"{'is' if len(beside) == 1 else 'are'} given beside it. Make them its fields: "
+                f"Ensemble(..., {', '.join(f'{name}=...' for name in beside)})."
+            )
+        return models
+
+    @property
+    def members(self) -> Members:
+        """Which weights of its training runs a trainer keeps."""
+        assert isinstance(self.kept, Members)
+        return self.kept
+
+    @property
+    def bases(self) -> tuple[Any, ...]:
+        """The base of each model; None where a model has none."""
+        return tuple(self.base) if isinstance(self.base, (list, tuple)) else (self.base,) * len(self.models)
+
+    @property
+    def _has_base(self) -> bool:
+        return self.base is not None if not isinstance(self.base, (list, tuple)) else any(one is not None for one in self.base)
+
+    @property
+    def alphas(self) -> tuple[float, ...]:
+        """The points on the line from a base to its model; none without a base."""
+        return read_alphas(self.base if self._has_base else None, self.alpha)
+
+    def passes(self, n_checkpoints: int, *, seed: int) -> list[Pass]:
+        """Return the passes that make the members of some checkpoints; member i has sketch seed `seed + i`."""
+        passes: list[Pass] = []
+        for checkpoint in range(n_checkpoints):
+            for dropout in range(self.dropout_seeds) if self.dropout_seeds else [None]:
+                first = len(passes) * self.sketch_seeds_per_checkpoint
+                members = tuple(range(first, first + self.sketch_seeds_per_checkpoint))
+                dropout_seed = None if dropout is None else seed + checkpoint * self.dropout_seeds + dropout
+                passes.append(Pass(checkpoint, dropout_seed, members, tuple(seed + number for number in members)))
+        return passes

@@ -24,7 +24,7 @@ from hf_trak.building.checks import check_rows_before_training
 from hf_trak.config import TrakConfig
 from hf_trak.hub.cards import render_model_section
 from hf_trak.index import AttributionIndex
-from hf_trak.members import ADAPTER, AUTO, INITIAL
+from hf_trak.members import ADAPTER, AUTO, INITIAL, Ensemble
 from hf_trak.sources.path_bases import find_base, load_base
 from hf_trak.sources.path_points import check_scalable
 from hf_trak.sources.row_digests import check_kept
@@ -51,7 +51,7 @@ from hf_trak.training.checks import (
     warning_of_losses,
 )
 from hf_trak.training.run_identity import describe_run
-from hf_trak.training.runs import MoreRuns, RunRecord, load_masks, random_state_kept
+from hf_trak.training.runs import MoreRuns, RunRecord, constructor_arguments, load_masks, random_state_kept
 from hf_trak.training.snapshots import (
     check_can_save,
     check_loaded,
@@ -90,7 +90,8 @@ class AttributionMixin(_Base):
 
     Whatever `members` are, `train()` leaves the ordinary model of the whole training set, trained bit for bit as `Trainer` does.
     The further runs of `members="runs:M"` and `"subsets:M"` follow it, from the same initial weights (or `model_init`), with other
-    seeds. A process that was killed goes on when the same command is run again: finished runs are not repeated, an unfinished one
+    seeds. New trainers of the same class make them, from the arguments that this one was made from; a trainer that was changed since is
+    refused before training. A process that was killed goes on when the same command is run again: finished runs are not repeated, an unfinished one
     resumes from its last checkpoint if `save_strategy` writes any, and starts again otherwise.
 
     What attribution would refuse is refused before the first step: `train()` checks every row, saves the initial weights, loads them
@@ -111,6 +112,13 @@ class AttributionMixin(_Base):
     """
 
     args: Any
+    _made_from: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Record the arguments that further runs make trainers from, whatever constructors of other classes make of them."""
+        trainer = super().__new__(cls)
+        trainer._made_from = args, kwargs
+        return trainer
 
     def __init__(
         self,
@@ -133,9 +141,12 @@ class AttributionMixin(_Base):
         self.task = task
         self.attribution_dataset = attribution_dataset
         self.index: AttributionIndex | None = None
-        self.members = args.parsed_members()
+        self.members = args.ensemble().members
         self._check_base()
-        self._more_runs = None if self.members.is_single_run else MoreRuns(self, self.members, self._train_once)
+        self._more_runs = None
+        if not self.members.is_single_run:
+            given, named = self._made_from
+            self._more_runs = MoreRuns(self, self.members, constructor_arguments(type(self), given, named))
         self._described: dict[str, Any] = {}
         self._told_losses: list[str] = []
         if self.members.is_single_run:
@@ -168,21 +179,22 @@ class AttributionMixin(_Base):
             check_scalable(self.model)
         find_base(self.model, str(args.base), base_revision=args.base_revision)
 
-    def _path(self) -> dict[str, Any]:
-        """Return which points of which path members are of, as [`AttributionIndex.build`] takes it.
+    def _ensemble(self, masks: Any) -> Ensemble:
+        """Return what members are made of: the snapshots that training kept, and which points of which path.
 
         Raises:
-            FileNotFoundError: If the initial weights were not kept.
+            FileNotFoundError: If snapshots are missing, or the initial weights were not kept.
         """
-        path = self.args.path()
-        if path["base"] == INITIAL:
-            path["base"] = self._members_folder / INITIAL
-            if not is_snapshot(path["base"]):
-                raise FileNotFoundError(
-                    f"{path['base']} is not there: the weights that training began with were not kept. Train with base='initial', or give "
-                    "the checkpoint that training began from as `base`."
-                )
-        return path
+        ensemble = self.args.ensemble(self.member_models(), masks=masks)
+        if ensemble.base != INITIAL:
+            return ensemble
+        initial = self._members_folder / INITIAL
+        if not is_snapshot(initial):
+            raise FileNotFoundError(
+                f"{initial} is not there: the weights that training began with were not kept. Train with base='initial', or give "
+                "the checkpoint that training began from as `base`."
+            )
+        return replace(ensemble, base=initial)
 
     @property
     def _attributed(self) -> Any:
@@ -391,14 +403,11 @@ class AttributionMixin(_Base):
         with_masks = self.members.kind == "subsets" and (given is None or given is self._attributed)
         self.index = AttributionIndex.build(
             Path(self.args.output_dir) / INDEX_FOLDER,
-            models=self.member_models(),
+            models=self._ensemble(load_masks(self._members_folder)[: self.members.count] if with_masks else None),
             dataset=dataset,
             config=self._trak_config(),
             processing_class=self.processing_class,
             task=self.task,
-            **self._path(),
-            **self.args.member_counts(),
-            masks=load_masks(self._members_folder)[: self.members.count] if with_masks else None,
             batch_size=self.args.rows_at_a_time(),
             shard_rows=self.args.shard_rows,
             keep_columns=self.args.kept_columns(),

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from hf_trak.feature_args import FeatureArguments
-from hf_trak.members import Members
+from hf_trak.members import Ensemble
 
 
 @dataclass
@@ -40,26 +40,24 @@ class AttributionFields(FeatureArguments):
         Raises:
             ValueError: If one is impossible.
         """
-        members = self.parsed_members()
+        self.alpha = [self.alpha] if isinstance(self.alpha, (int, float)) else self.alpha
+        self.base = None if self.base is None else str(self.base)
+        members = self.ensemble().members
         if self.keep_optimizer and not members.is_single_run:
             raise ValueError(
                 f"`keep_optimizer` is for the snapshots of a single run, but members={self.members!r} are of several. Leave it out."
             )
         if not 0 < self.subset_alpha < 1:
             raise ValueError(f"`subset_alpha` must lie between 0 and 1, but is {self.subset_alpha}.")
-        self.member_counts()
         self.trak_config()
-        self.alpha = [self.alpha] if isinstance(self.alpha, (int, float)) else self.alpha
-        self.base = None if self.base is None else str(self.base)
-        self.path()
 
-    def parsed_members(self) -> Members:
-        """Return what `members` means.
+    def ensemble(self, models: Any = (), **given: Any) -> Ensemble:
+        """Return what members are made of, and which weights of its runs training keeps for them.
 
         Raises:
-            ValueError: If it means nothing.
+            ValueError: If `members` means nothing, a count or `alpha` is out of range, or there is no base.
         """
-        return Members.parse(self.members)
+        return super().ensemble(models, kept=self.members, **given)
 
 
 @dataclass

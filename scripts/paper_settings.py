@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from paper_models import BertWithoutTanhForSequenceClassification, ResNet9Config, ResNet9ForImageClassification
 
 from hf_trak.config import TrakConfig
 from hf_trak.evaluation.training import Recipe, Rows, RowsInMemory, RowsOnDemand, save_checkpoint, train
@@ -272,8 +273,6 @@ def _cropped(columns: dict[str, list[Any]], box: Callable[[int, int], tuple[int,
 def build_model(setting: Setting) -> PreTrainedModel:
     """Return a fresh model; what is not pretrained is drawn from torch's generator."""
     if setting.model == "resnet9":
-        from hf_trak.models import ResNet9Config, ResNet9ForImageClassification
-
         return ResNet9ForImageClassification(ResNet9Config(width=setting.width, num_labels=setting.num_labels))
     if setting.model == "resnet18":
         from transformers import ResNetConfig, ResNetForImageClassification
@@ -287,8 +286,6 @@ def build_model(setting: Setting) -> PreTrainedModel:
 def _pretrained(setting: Setting) -> PreTrainedModel:
     from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
-    import hf_trak.models  # so that the Auto classes know them
-
     if not setting.text_columns:
         options = {"num_labels": setting.num_labels, "ignore_mismatched_sizes": True}  # the head is drawn anew
         return AutoModelForImageClassification.from_pretrained(setting.model, **options)
@@ -297,4 +294,4 @@ def _pretrained(setting: Setting) -> PreTrainedModel:
         options["num_hidden_layers"] = setting.n_layers
     if setting.tanh:
         return AutoModelForSequenceClassification.from_pretrained(setting.model, **options)
-    return hf_trak.models.BertWithoutTanhForSequenceClassification.from_pretrained(setting.model, **options)
+    return BertWithoutTanhForSequenceClassification.from_pretrained(setting.model, **options)

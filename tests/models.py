@@ -102,7 +102,7 @@ def resnet(**options: object) -> nn.Module:
 
 
 def resnet9(**options: object) -> nn.Module:
-    from hf_trak.models import ResNet9Config, ResNet9ForImageClassification
+    from paper_models import ResNet9Config, ResNet9ForImageClassification
 
     return as_if_trained(ResNet9ForImageClassification(ResNet9Config(**{"width": 3, "num_labels": N_CLASSES, **options})))
 

@@ -147,7 +147,7 @@ def test_the_representation_is_what_the_head_reads(name):
 
 
 def test_a_temperature_after_the_head_does_not_hide_it():
-    from hf_trak.models import ResNet9Config, ResNet9ForImageClassification
+    from paper_models import ResNet9Config, ResNet9ForImageClassification
 
     torch.manual_seed(0)
     model = ResNet9ForImageClassification(ResNet9Config(width=2, num_labels=3, logit_scale=0.2)).eval()

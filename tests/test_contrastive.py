@@ -363,7 +363,7 @@ def test_a_column_of_images_that_are_not_decoded_is_opened():
     from PIL import Image as pillow
     from transformers import CLIPImageProcessor
 
-    from hf_trak.tasks.inputs import ImageInputs
+    from hf_trak.tasks.image_inputs import ImageInputs
 
     pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
     features = Features({"image": Image(), "caption": Value("string")})

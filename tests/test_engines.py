@@ -624,7 +624,7 @@ def test_an_interrupted_run_goes_on_with_the_engine_it_began_with(tmp_path, monk
     model, dataset = make(Base), rows([3, 5, 4, 4, 6, 2, 5, 3])
     config = TrakConfig(proj_dim=16, damping=1.0)
     options = {"models": model, "dataset": dataset, "config": config, "task": make_task(), "shard_rows": 3, "progress": False}
-    from hf_trak.building import build as one_pass
+    from hf_trak.building import passes as one_pass
 
     def stop(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt

@@ -35,7 +35,7 @@ def test_disk_members_and_engine_are_those_of_the_build(tmp_path):
 
 def test_what_a_build_refuses_is_refused(tmp_path):
     model = save_model(tmp_path / "model")
-    with pytest.raises(ValueError, match="give at least one model, and a dataset with rows"):
+    with pytest.raises(ValueError, match="The dataset is empty: there is nothing to featurize"):
         AttributionIndex.estimate(models=model, dataset=token_rows(4).select([]))
     with pytest.raises(ValueError, match="proj_dim=1,000,000 is more than"):
         AttributionIndex.estimate(models=model, dataset=token_rows(4), config=TrakConfig(proj_dim=1_000_000))

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from models import bert, image_batch, resnet9, text_batch
+from paper_models import BertWithoutTanhForSequenceClassification, ResNet9Config, ResNet9ForImageClassification
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from hf_trak import AutoTask
-from hf_trak.models import BertWithoutTanhForSequenceClassification, ResNet9Config, ResNet9ForImageClassification
-from hf_trak.sources.checkpoints import load_model
+from hf_trak.sources.checkpoints import find_model_class, load_model, register_model_class
 
 
 def test_resnet9_at_the_papers_width_has_the_papers_size():
@@ -73,3 +73,12 @@ def test_bert_without_tanh_is_bert_but_for_the_tanh(tmp_path):
     loaded = load_model(str(tmp_path / "linear")).eval()
     assert type(loaded) is BertWithoutTanhForSequenceClassification
     torch.testing.assert_close(loaded(**batch).logits, expected)
+
+
+def test_a_registered_class_never_takes_the_name_of_another():
+    other = type("BertForSequenceClassification", (BertWithoutTanhForSequenceClassification,), {})
+    with pytest.raises(ValueError, match=r"are those of transformers.models.bert.modeling_bert. Give the class another name"):
+        register_model_class(other)
+    assert find_model_class("BertForSequenceClassification").__module__ == "transformers.models.bert.modeling_bert"
+    register_model_class(ResNet9ForImageClassification)  # once more
+    assert find_model_class("ResNet9ForImageClassification") is ResNet9ForImageClassification

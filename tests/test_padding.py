@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from hf_trak.tasks.padding import extra_columns, has_learned_positions, keep_tokens, pad_tokens, position_limit
+from hf_trak.tasks.padding import extra_columns, has_learned_positions, pad_tokens, position_limit
 
 SMALL = {
     "vocab_size": 50, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8,
@@ -59,18 +59,6 @@ def test_values_per_token_are_padded_on_the_token_axis_whatever_their_shape():
     assert pad_tokens([np.array([1.5]), np.array([2.0, 3.0])], fill=-1).tolist() == [[1.5, -1.0], [2.0, 3.0]]
     with pytest.raises(ValueError, match=r"one shape, but have \(2,\), \(3,\)"):
         pad_tokens([np.zeros((1, 2)), np.zeros((1, 3))])
-
-
-def test_padding_is_taken_off_and_what_has_no_entry_per_token_is_refused():
-    kept = np.array([False, True, True])
-    assert keep_tokens("bbox", [[0, 0], [1, 2], [3, 4]], kept).tolist() == [[1, 2], [3, 4]]
-    for value, message in (
-        ([1, 2], r"'bbox' is of shape \(2,\).*3 tokens"),
-        (None, "is missing"),
-        ([[1], [1, 2], []], "ragged"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            keep_tokens("bbox", value, kept)
 
 
 def test_columns_named_like_an_option_of_the_model_are_refused():

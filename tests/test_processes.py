@@ -20,7 +20,7 @@ from pairs_for_tests import pair_rows, save_dual_encoder
 from transformers import AutoModelForSequenceClassification
 
 from hf_trak import AttributionIndex, TrakConfig
-from hf_trak.building.build import _see_shards
+from hf_trak.building.passes import _see_shards
 from hf_trak.cli.main import main
 from hf_trak.distributed import Processes, _Watch, current_processes, share, warn_of_lone_process
 from hf_trak.featurizing.devices import check_whole

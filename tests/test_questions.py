@@ -195,8 +195,37 @@ def test_the_output_of_a_regression_needs_no_label(tmp_path):
     labelled = UNLABELLED.add_column("label", [0.5] * len(QUERIES))
     expected = index.score(labelled, progress=False)
     np.testing.assert_array_equal(index.score(UNLABELLED, target="prediction", progress=False), expected)
-    with pytest.raises(ValueError, match="no single class per row to choose, but `target` or `contrast` names 1"):
+    with pytest.raises(ValueError, match="has no class to choose, but `target` or `contrast` names 1"):
         index.score(UNLABELLED, target=1, progress=False)
+
+
+def test_one_label_of_several_is_asked_by_name_and_two_against_each_other(tmp_path):
+    model = make_model("bert")
+    model.config.problem_type = "multi_label_classification"
+    model.config.id2label, model.config.label2id = dict(enumerate(NAMES)), {name: id for id, name in enumerate(NAMES)}
+    rows = np.random.default_rng(0).integers(0, 2, (len(TRAIN), N_CLASSES)).tolist()
+    train = TRAIN.remove_columns("label").add_column("label", rows)
+    built = AttributionIndex.build(tmp_path / "index", models=model, dataset=train, config=CONFIG, progress=False)
+    parameters = [name for name, _ in model.named_parameters() if name.startswith("classifier")]
+
+    def gradients(rows, output):
+        def output_function(net, batch):
+            return output(
+                net(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits, batch["labels"]
+            ), torch.ones(1)
+
+        labels = rows["label"] if "label" in rows.column_names else [0] * len(rows)
+        return gradient_loop(model, batch_of(rows, labels), output_function, parameters)[2].numpy()
+
+    taught = gradients(train, lambda logits, labels: ((2 * labels - 1) * logits).sum(1))
+    plum = gradients(UNLABELLED, lambda logits, _: logits[:, 2])
+    apple = gradients(UNLABELLED, lambda logits, _: logits[:, 0])
+    weights = np.ones(len(train))
+    options = {"damping": 0.5, "out_to_loss_power": 0, "progress": False}
+    close(built.score(UNLABELLED, target="Plum", **options), trak_scores([taught], [plum], [weights], 0.5))
+    close(built.score(UNLABELLED, contrast=("Plum", 0), **options), trak_scores([taught], [plum - apple], [weights], 0.5))
+    with pytest.raises(ValueError, match="'Fig' is neither .* nor a class"):
+        built.score(UNLABELLED, target="Fig", progress=False)
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_a_transform_that_prepares_pixels_needs_no_image_processor(tmp_path: Pat
     assert expected.config.image_column == "img"
 
 
-@pytest.mark.parametrize("chance", [1.0, 0.5, 0.1])
+@pytest.mark.parametrize("chance", [1.0, 0.1, 0.02])
 def test_rows_that_are_not_the_same_twice_are_refused(tmp_path: Path, image_processor: Any, chance: float):
     rng = np.random.default_rng(0)
 
@@ -106,9 +106,9 @@ def test_rows_that_are_not_the_same_twice_are_refused(tmp_path: Path, image_proc
             "label": rows["label"],
         }
 
-    dataset = datasets.concatenate_datasets([pictures()] * 8).with_transform(augment)
+    dataset = datasets.concatenate_datasets([pictures()] * 80).with_transform(augment)
     with pytest.raises(
-        ValueError, match=r"not the same twice: of 16 rows that were read 4 times.*'pixel_values'.*with_transform"
+        ValueError, match=r"not the same twice: of \d+ rows that were read again.*'pixel_values'.*with_transform"
     ):
         build(tmp_path / "index", vit(), dataset)
     assert not (tmp_path / "index").exists()

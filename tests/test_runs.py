@@ -196,6 +196,45 @@ def test_subset_runs_see_their_own_rows_and_the_masks_are_recorded(tmp_path):
     assert [folder.name for folder in trainer.member_checkpoints()] == ["subset-0000", "subset-0001"]
 
 
+class Watched(AttributionTrainer):
+    """Has a constructor of its own, and keeps whose optimizer was made."""
+
+    def __init__(self, seen, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.seen = seen
+
+    def create_optimizer(self, *args, **kwargs):
+        self.seen.append(self)
+        return super().create_optimizer(*args, **kwargs)
+
+
+def test_further_runs_are_trainers_of_the_same_class_and_leave_the_main_one_as_it_is(tmp_path):
+    args = AttributionArguments(str(tmp_path), members="runs:3", proj_dim=16, **{**OPTIONS, "max_steps": 1})
+    seen = []
+    trainer = Watched(seen, make_model("bert"), args, collate, TRAIN)
+    before = vars(trainer).copy()
+    trainer.train()
+    assert len(set(seen)) == 3
+    assert seen[0] is trainer
+    for name in ("args", "model", "train_dataset", "accelerator", "callback_handler", "_train_batch_size"):
+        assert vars(trainer)[name] is before[name], name
+
+
+def test_a_trainer_that_its_arguments_do_not_make_again_is_refused_before_training(tmp_path):
+    trainer = make_trainer(tmp_path / "changed", members="runs:2")
+    trainer.data_collator = lambda rows: collate(rows)
+    with pytest.raises(ValueError, match=r"differ from it:\n  data_collator(.|\n)*Give what was changed since"):
+        trainer.train()
+
+    class Fixed(AttributionTrainer):
+        def __init__(self, folder):
+            args = AttributionArguments(str(folder), members="runs:2", proj_dim=16, **OPTIONS)
+            super().__init__(make_model("bert"), args, collate, TRAIN)
+
+    with pytest.raises(ValueError, match="the constructor of Fixed takes no `model`, `args` and `processing_class`"):
+        Fixed(tmp_path / "fixed")
+
+
 def test_subsets_are_uniform_and_independent():
     masks = draw_masks(400, 50, alpha=0.5, seed=0)
     assert (masks.sum(1) == 200).all()

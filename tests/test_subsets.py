@@ -10,11 +10,11 @@ import pytest
 import torch
 from datasets import Dataset, load_dataset
 from models import N_CLASSES
+from paper_models import ResNet9Config, ResNet9ForImageClassification
 
 from hf_trak import AutoTask
 from hf_trak.evaluation import Recipe, SubsetJob, collect, ground_truth_from, make_masks
 from hf_trak.evaluation.training import RowsInMemory, RowsOnDemand, augment, outputs_on, train
-from hf_trak.models import ResNet9Config, ResNet9ForImageClassification
 from hf_trak.sources.checkpoints import load_model
 
 RECIPE = Recipe(learning_rate=0.05, epochs=2, batch_size=4, peak_epoch=0.5, flip=True, translate=1)

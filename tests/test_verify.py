@@ -289,6 +289,25 @@ def test_damaged_descriptions_are_listed(folder, capsys, name):
     assert (status, found[name]) == (1, "damaged")
 
 
+def test_an_edited_configuration_is_blamed_and_not_the_members(folder, capsys):
+    config = folder / "trak_config.json"
+    values = json.loads(config.read_bytes())
+    config.write_text(json.dumps({**values, "proj_dim": 2 * values["proj_dim"]}))
+    status, found = verify(folder, capsys)
+    assert (status, found) == (1, {"trak_config.json": "damaged"})
+    main(["verify", str(folder)])
+    printed = capsys.readouterr().out
+    assert f"config.proj_dim: {values['proj_dim']} there, {2 * values['proj_dim']} here" in printed
+    assert "Set these back" in printed
+    assert "delete" not in printed
+
+
+def test_the_way_out_of_a_damaged_configuration_is_told_once(folder, capsys):
+    (folder / "trak_config.json").write_text("{")
+    main(["verify", str(folder)])
+    assert capsys.readouterr().out.lower().count("restore it") == 1
+
+
 def test_a_folder_that_is_no_index_is_said_to_be_none(tmp_path, capsys):
     assert main(["verify", str(tmp_path)]) == 1
     assert "not an attribution index" in capsys.readouterr().err

@@ -75,8 +75,8 @@ def load_model(path: Path) -> torch.nn.Module:
 
     name = json.loads((path / "config.json").read_text())["architectures"][0]
     if not hasattr(transformers, name):  # our own ResNet-9, the one thing here that is not traker's
-        sys.path.append(str(ROOT))
-        import hf_trak.models as library
+        sys.path += [str(ROOT), str(ROOT / "scripts")]
+        import paper_models as library
     else:
         library = transformers
     return getattr(library, name).from_pretrained(path).eval()

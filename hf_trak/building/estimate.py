@@ -3,27 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_trak.building.build import describe_columns, lay_out_checkpoints
-from hf_trak.building.checks import as_chunks
-from hf_trak.featurizing.featurizer import Featurizer
+from hf_trak.building.build import Order, describe_columns, lay_out_checkpoints
 from hf_trak.featurizing.loop import featurize_rows
-from hf_trak.members import lay_out_passes
-from hf_trak.tasks.chunks import with_text_column
 from hf_trak.tasks.contrastive import needs_bank
-from hf_trak.tasks.rows import as_stored, check_is_dataset
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedModel
-
-    from hf_trak.config import TrakConfig
 
 _TRIED = 32
 _UNITS = ("B", "KB", "MB", "GB", "TB")
@@ -72,48 +58,17 @@ class Estimate:
         return "\n".join(f"{name:<11}{value}" for name, value in lines.items())
 
 
-def estimate_build(
-    models: Sequence[PreTrainedModel | str | Path],
-    dataset: Dataset,
-    config: TrakConfig,
-    *,
-    base: Any = None,
-    alpha: float | Sequence[float] | None = None,
-    revision: str | None = None,
-    base_revision: str | None = None,
-    sketch_seeds_per_checkpoint: int = 1,
-    dropout_seeds: int = 0,
-    batch_size: int | str = "auto",
-    **loading: Any,
-) -> Estimate:
+def estimate_build(order: Order) -> Estimate:
     """Featurize some rows under the first checkpoint, and return what all would take; nothing is written.
 
     Raises:
         ValueError: Whatever the build would raise for the model, its columns and the rows that are tried.
     """
-    check_is_dataset(dataset, "`dataset`")
-    if not models or len(dataset) == 0:
-        raise ValueError("There is nothing to estimate: give at least one model, and a dataset with rows.")
-    dataset = as_stored(dataset)
-    config = with_text_column(config, dataset)
-    checkpoints = lay_out_checkpoints(models, base, alpha, revision=revision, base_revision=base_revision)
-    passes = lay_out_passes(
-        len(checkpoints),
-        seed=config.sketch_seed,
-        sketch_seeds_per_checkpoint=sketch_seeds_per_checkpoint,
-        dropout_seeds=dropout_seeds,
-    )
-    first = checkpoints[passes[0].checkpoint]
-    featurizer = Featurizer(
-        models[first.model],
-        config,
-        seed=passes[0].seeds,
-        dropout_seed=passes[0].dropout_seed,
-        revision=revision,
-        **first.arguments(),
-        **loading,
-    )
-    dataset, _, _ = as_chunks(featurizer, dataset, ())
+    order = order.checked()
+    checkpoints = lay_out_checkpoints(order.ensemble)
+    passes = order.ensemble.passes(len(checkpoints), seed=order.config.sketch_seed)
+    featurizer = order.featurizer(checkpoints[passes[0].checkpoint], passes[0])
+    dataset, batch_size = order.in_chunks(featurizer).source.dataset, order.writing.batch_size
     featurizer.check(dataset)
     featurizer.check_first_rows(dataset)
     if needs_bank(featurizer.task):
@@ -138,7 +93,7 @@ def estimate_build(
         engine=engine,
         columns=describe_columns(featurizer.task, dataset),
         seconds=seconds,
-        disk_bytes=round(row_bytes * len(dataset) * len(passes) + 8 * config.proj_dim**2 * n_members),
+        disk_bytes=round(row_bytes * len(dataset) * len(passes) + 8 * order.config.proj_dim**2 * n_members),
         memory_bytes=peak_memory(),
         gpu_bytes=on_gpu,
         n_tried=n_tried,

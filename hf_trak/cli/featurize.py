@@ -101,7 +101,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def run(args: FeaturizeArguments, features: FeatureArguments, given: Sequence[str] = ()) -> None:
     """Build the index, or a part of one, and say where it lies."""
-    config, counts, path = features.trak_config(), features.member_counts(), features.path()
+    config, ensemble = features.trak_config(), features.ensemble(args.model, revision=args.revision)
     rows_at_a_time(features.batch_size, "--batch_size")
     if features.shard_rows < 1:
         raise ValueError(f"--shard_rows must be at least 1, but is {features.shard_rows}.")
@@ -109,7 +109,8 @@ def run(args: FeaturizeArguments, features: FeatureArguments, given: Sequence[st
         raise ValueError(f"--revision is for repositories, but --model names folders: {', '.join(args.model)}.")
 
     with uncollected(for_good=True):
-        import hf_trak.models  # noqa: F401  what loading a model needs, whatever the model
+        from transformers import AutoConfig, PreTrainedModel  # noqa: F401  what loading a model needs, whatever the model
+
         from hf_trak.cli.data import load_rows
         from hf_trak.cli.main import quiet_libraries, say_which_columns
         from hf_trak.distributed import current_processes, warn_of_lone_process
@@ -137,22 +138,18 @@ def run(args: FeaturizeArguments, features: FeatureArguments, given: Sequence[st
     )
     begin = time.perf_counter()
     arguments: dict[str, Any] = {
-        "models": args.model,
+        "models": ensemble,
         "dataset": dataset,
         "config": config,
         "processing_class": args.processor,
         "task": task,
-        "revision": args.revision,
         "trust_remote_code": args.trust_remote_code,
-        **path,
-        **counts,
         "batch_size": features.rows_at_a_time(),
         "shard_rows": features.shard_rows,
         "keep_columns": features.kept_columns(),
     }
     if args.dry_run:
-        unused = ("shard_rows", "keep_columns")
-        print(AttributionIndex.estimate(**{name: value for name, value in arguments.items() if name not in unused}))
+        print(AttributionIndex.estimate(**arguments))
         return
     if args.shard_index is not None and args.num_shards is not None:
         AttributionIndex.build_shards(

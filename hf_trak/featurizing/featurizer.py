@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import threading
 import uuid
@@ -33,7 +32,8 @@ from hf_trak.featurizing.batching import (
     read_rows,
     to_device,
 )
-from hf_trak.featurizing.devices import in_bfloat16, unwrapped
+from hf_trak.featurizing.checkpoint_model import CheckpointModel, as_arrays, as_tensors
+from hf_trak.featurizing.devices import in_bfloat16
 from hf_trak.featurizing.engine_choice import EngineChoice, check_first_rows, cost_of_loop, decide, rows_to_check
 from hf_trak.gradients import (
     BatchFeatures,
@@ -47,15 +47,12 @@ from hf_trak.gradients import (
     loop_features,
     select_parameters,
 )
-from hf_trak.hashing import hash_tensors
-from hf_trak.members import MIDDLE, PathPoint, read_alphas
+from hf_trak.members import PathPoint
 from hf_trak.messages import MissingProcessor, is_raised_by_us
 from hf_trak.projectors import FastJL, Identity, Projector, StackedProjector, make_projectors
-from hf_trak.sources.checkpoints import load_model_and_base_rows
-from hf_trak.sources.path_bases import MadePoint, find_base, make_point
-from hf_trak.sources.path_points import measure_statistics, set_statistics, statistics_rows
+from hf_trak.sources.path_bases import MadePoint
+from hf_trak.sources.path_points import measure_statistics, statistics_rows
 from hf_trak.sources.processors import check_vocabulary, describe_absence, find_processing_class, hash_processing_class, is_name
-from hf_trak.sources.repositories import pinned_revision
 from hf_trak.sources.weights import check_dtype
 from hf_trak.storage.passes import encode_pass
 from hf_trak.tasks import (
@@ -132,23 +129,13 @@ class Featurizer:
         seed = self.config.sketch_seed if seed is None else seed
         self.seeds = (seed,) if isinstance(seed, int) else tuple(seed)
         self.dropout_seed = dropout_seed
-        self.source = str(model) if isinstance(model, (str, Path)) else None
-        self.revision = revision
-        self.trust_remote_code = trust_remote_code
-        self._commit: str | None = None
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self._final = None if isinstance(model, (str, Path)) else unwrapped(model)  # in memory
-        alphas = read_alphas(base, MIDDLE if alpha is None and base is not None else alpha)
-        if len(alphas) > 1:
-            raise ValueError(f"A Featurizer is of one point, but `alpha` is {alpha!r}. Make one for each.")
-        self._path = (base, alphas[0], base_revision) if base is not None else None
-        self._point: PathPoint | None = None  # until the base is found
-        self._made: MadePoint | None = None
-        self._model = self._final if base is None else None
+        self._checkpoint = CheckpointModel(
+            model, revision=revision, base=base, alpha=alpha, base_revision=base_revision, trust_remote_code=trust_remote_code
+        )
         self._given = (processing_class, task)
         self._ready: tuple[Task, ParameterSelection, Projector, Any] | None = None
         self._unusable: ValueError | None = None  # what is wrong with the checkpoint's own tokenizer or processor
-        self._hash: str | None = None
         self._engine: EngineChoice | None = None  # until it is decided
         self._plan: CallPlan | None = None
         self._saw_padding = False  # in the rows of the check
@@ -156,56 +143,40 @@ class Featurizer:
         self._has_said: set[str] = set()
         self._collating = threading.Lock()  # a tokenizer serves one thread at a time
         self._bank: Bank | None = None  # until there is a task to hold it
-        self._statistics: dict[str, Tensor] | None = None
 
     @property
     def model(self) -> PreTrainedModel:
-        if self._model is None:
-            if self.source is None and self._final is None:
-                raise ValueError(
-                    "This Featurizer was made from a model in memory and has been sent to another process, where the model is "
-                    "not. Save the model and make the Featurizer from the folder, or use num_proc=None."
-                )
-            self._model = self._load()
-        return self._model
-
-    def _load(self) -> PreTrainedModel:
-        """Load the checkpoint; where a point of its path is asked for, make that of it, once the final weights are hashed."""
-        base_rows: Mapping[str, int] = {}
-        if self._final is not None:
-            model = copy.deepcopy(self._final)  # the caller's own stays what it is
-        else:
-            assert self.source is not None
-            model, base_rows = load_model_and_base_rows(self.source, self.commit, trust_remote_code=self.trust_remote_code)
-        if self.point is not None:
-            self._hash = _hash_weights(model)
-            self._made = make_point(model, self.point, base_rows=base_rows)
-            if self._statistics is not None:
-                set_statistics(model, self._made.report.measured, self._statistics)
-        return model
+        return self._checkpoint.model
 
     @property
-    def point(self) -> PathPoint | None:
-        """Which point of the path to the checkpoint the features are of; None for the checkpoint itself."""
-        if self._path is not None and self._point is None:
-            base, alpha, revision = self._path
-            final: Any = self._final if self.source is None else self.source
-            found = find_base(final, base, revision=self.commit, base_revision=revision)
-            self._point = replace(found, alpha=alpha)
-        return self._point
+    def source(self) -> str | None:
+        """The folder or repository that the model is loaded from; None of a model in memory."""
+        return self._checkpoint.source
 
     @property
-    def made(self) -> MadePoint | None:
-        """What tells the point from others, and how it was made; None for the checkpoint itself."""
-        _ = self.model
-        return self._made
+    def revision(self) -> str | None:
+        """The revision of the repository that was asked for."""
+        return self._checkpoint.revision
 
     @property
     def commit(self) -> str | None:
         """The commit that everything of a repository is loaded at, whatever happens to it meanwhile; None for a folder."""
-        if self._commit is None:
-            self._commit = pinned_revision(self.source, self.revision)
-        return self._commit
+        return self._checkpoint.commit
+
+    @property
+    def point(self) -> PathPoint | None:
+        """Which point of the path to the checkpoint the features are of; None for the checkpoint itself."""
+        return self._checkpoint.point
+
+    @property
+    def made(self) -> MadePoint | None:
+        """What tells the point from others, and how it was made; None for the checkpoint itself."""
+        return self._checkpoint.made
+
+    def model_hash(self) -> str:
+        """Return the SHA-256 of the checkpoint's weights and buffers, but for modules that an adapter replaces: they are not used, and may
+        be random. That of a point of a path is the final checkpoint's."""
+        return self._checkpoint.hash()
 
     def prepare(self) -> tuple[Task, ParameterSelection, Projector, Any]:
         """Load what is needed, once: task, selected parameters, projector, and tokenizer or image processor.
@@ -247,7 +218,7 @@ class Featurizer:
     def _find_processing_class(self, given: Any) -> Any:
         """Return the tokenizer or image processor; None where the checkpoint's own is missing or damaged, which only raw rows need."""
         try:
-            found = find_processing_class(given, self.source, self.commit, trust_remote_code=self.trust_remote_code)
+            found = find_processing_class(given, self.source, self.commit, trust_remote_code=self._checkpoint.trust_remote_code)
             check_vocabulary(found, self.model)
         except ValueError as error:
             if given is not None:
@@ -345,7 +316,7 @@ class Featurizer:
     @property
     def statistics(self) -> dict[str, Tensor] | None:
         """The running statistics of BatchNorm at a point of a path, by name; None until they are measured or given, and for other models."""
-        return self._statistics
+        return self._checkpoint.statistics
 
     def measure_statistics(self, dataset: Dataset) -> dict[str, Tensor] | None:
         """Measure the running statistics of BatchNorm at the point of a path, on rows of the training set; None where there are none to measure.
@@ -356,7 +327,7 @@ class Featurizer:
             ValueError: If there are too few rows, or a statistic is not finite.
         """
         task, _, _, processing_class = self.prepare()
-        names = self._measured
+        names = self._checkpoint.measured
         if not names:
             return None
 
@@ -368,8 +339,8 @@ class Featurizer:
                 task.output_function(self.model, batch)
 
         with dropout_mask(self.model, self.dropout_seed), evaluation_mode(self.model), self._autocast():
-            self._statistics = measure_statistics(self.model, names, statistics_rows(len(dataset)), forward)
-        return self._statistics
+            self.use_statistics(measure_statistics(self.model, names, statistics_rows(len(dataset)), forward))
+        return self.statistics
 
     def use_statistics(self, statistics: Mapping[str, Tensor]) -> None:
         """Use running statistics that were measured before.
@@ -377,20 +348,7 @@ class Featurizer:
         Raises:
             ValueError: If they are not of this point's modules.
         """
-        set_statistics(self.model, self._measured, statistics)
-        self._statistics = dict(statistics)
-
-    @property
-    def _measured(self) -> tuple[str, ...]:
-        return self.made.report.measured if self.made is not None else ()
-
-    def _check_statistics(self) -> None:
-        if self._statistics is None and self._measured:
-            raise ValueError(
-                f"At a point of the path, the running statistics of {len(self._measured)} modules, such as {self._measured[0]}, are measured "
-                "on training rows, and this Featurizer has not seen any. Call `featurizer.measure_statistics(train)` first; "
-                "AttributionIndex.build does so, and `index.featurizer()` has those of the index."
-            )
+        self._checkpoint.use_statistics(statistics)
 
     def use_task(self, task: Task) -> None:
         """Go on with another task of the same inputs."""
@@ -410,14 +368,6 @@ class Featurizer:
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.compute_dtype == "bfloat16")
-
-    def model_hash(self) -> str:
-        """Return the SHA-256 of the checkpoint's weights and buffers, but for modules that an adapter replaces: they are not used, and may
-        be random. That of a point of a path is the final checkpoint's."""
-        if self._hash is None:
-            model = self.model  # of a point, this sets the hash
-            self._hash = self._hash or _hash_weights(model)
-        return self._hash
 
     @property
     def budget(self) -> Budget:
@@ -470,7 +420,7 @@ class Featurizer:
 
     def _decide(self, batch: Mapping[str, Any], numbers: Sequence[int]) -> None:
         """Check the engine on some rows of a batch, the longest first; leave it open if there is one row."""
-        self._check_statistics()
+        self._checkpoint.check_statistics()
         task, selection, projector, _ = self.prepare()
         arguments: dict[str, Any] = {"output_function": task.output_function, "parameters": selection.parameters}
 
@@ -528,7 +478,7 @@ class Featurizer:
         Args:
             projector ([`Projector`], *optional*): In place of the featurizer's own.
         """
-        self._check_statistics()
+        self._checkpoint.check_statistics()
         with dropout_mask(self.model, self.dropout_seed):
             return self._features(batch, projector or self.prepare()[2])
 
@@ -593,7 +543,7 @@ class Featurizer:
     def _forward(self, batch: Mapping[str, Any], function: Callable[[Any, Mapping[str, Any]], Any]) -> list[Any]:
         """Return what a function of the model and a batch returns; rows go one by one where the engine is the loop, since there they are
         not independent of each other or of padding."""
-        self._check_statistics()
+        self._checkpoint.check_statistics()
         n_rows = count_rows(batch)
         alone = n_rows > 1 and self._engine is not None and self._engine.name == "loop"
         parts = [part_of(batch, [number]) for number in range(n_rows)] if alone else [batch]
@@ -655,23 +605,15 @@ class Featurizer:
             "dropout_seed": self.dropout_seed,
             "source": self.source,
             "revision": self.commit,
-            "trust_remote_code": self.trust_remote_code,
+            "trust_remote_code": self._checkpoint.trust_remote_code,
             "model_hash": self.model_hash(),
-            **self._point_state(),
+            **self._checkpoint.point_state(),
             "processing_hash": hash_processing_class(self.processing_class if is_name(processing_class) else processing_class),
             "processor": self.processor,
             "task": _fingerprint(task) if task is not None else None,
-            "bank": _as_numpy(bank.tensors()) if bank is not None else None,
+            "bank": as_arrays(bank.tensors()) if bank is not None else None,
             "portable": self.source is not None and (processing_class is None or is_name(processing_class)) and task is None,
         }
-
-    def _point_state(self) -> dict[str, Any]:
-        """Return which point this is of, and its base by content; nothing of a checkpoint itself."""
-        if (point := self.point) is None:
-            return {}
-        path = {"base": point.base, "alpha": point.alpha, "base_revision": point.revision}
-        given = {} if self._statistics is None else {"statistics": _as_numpy(self._statistics)}
-        return {"path": path, "made": self.made.identity if self.made is not None else None, **given}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if multiprocess.parent_process() is not None:
@@ -688,25 +630,9 @@ class Featurizer:
             **(state.get("path", {}) if portable else {}),
             trust_remote_code=state["trust_remote_code"],
         )
-        self._hash = state["model_hash"]
+        self._checkpoint.restore(state)
         if state["bank"] is not None:
-            self._bank = Bank.from_tensors(_as_tensors(state["bank"]))
-        if "statistics" in state:
-            self._statistics = _as_tensors(state["statistics"])
-
-
-def _as_numpy(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    return {
-        name: (values.float() if values.dtype == torch.bfloat16 else values).cpu().numpy() for name, values in tensors.items()
-    }
-
-
-def _as_tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(values) for name, values in arrays.items()}
-
-
-def _hash_weights(model: Any) -> str:
-    return hash_tensors({name: value for name, value in model.state_dict().items() if ".original_module." not in name})
+            self._bank = Bank.from_tensors(as_tensors(state["bank"]))
 
 
 def _longest_first(batch: Mapping[str, Any], n_rows: int) -> list[int]:

@@ -193,7 +193,7 @@ class Fold:
             rotations = random_integers(stream_key(seed, name, axis, "fold", tile), n_blocks, below=n_buckets).tolist()
         return cls(random_signs(stream_key(seed, name, axis, tile), length).to(device), n_buckets, tuple(rotations))
 
-    @property
+    @cached_property
     def is_folded(self) -> bool:
         """Whether entries share buckets."""
         return self.n_buckets < len(self.signs)
@@ -212,14 +212,17 @@ class Fold:
             return values * signs
         shape = list(values.shape)
         shape[dim] = self.n_buckets
-        result = values.new_zeros(shape)
+        result = values.new_empty(shape)
         for block, rotation in enumerate(self.rotations):
             start = block * self.n_buckets
             stop = min(start + self.n_buckets, len(signs))
             turn = min(start + self.n_buckets - rotation, stop)  # where the rotated block runs over the end
             for first, end, to in ((start, turn, rotation), (turn, stop, 0)):
-                place = result.narrow(dim, to, end - first)
-                place.addcmul_(values.narrow(dim, first, end - first), signs[first:end])
+                place, piece = result.narrow(dim, to, end - first), values.narrow(dim, first, end - first)
+                if block == 0:  # which fills the result
+                    torch.mul(piece, signs[first:end], out=place)
+                else:
+                    place.addcmul_(piece, signs[first:end])
         return result
 
 
@@ -235,6 +238,8 @@ class _Tile:
     rows: slice  # of the folded parameter
     columns: Fold
     ring: Ring
+    signs: tuple[Float[Tensor, "rows 1"], Float[Tensor, " columns"] | None]
+    """What is left to sign once the axes are folded: an axis that was folded has its signs already. None is all ones."""
 
 
 @dataclass(frozen=True)
@@ -272,6 +277,27 @@ def _add_around(accumulator: Float[Tensor, "batch width"], entries: Float[Tensor
         target += entries[:, :whole].view(len(entries), -1, ring.length).sum(1)
     if whole < entries.shape[1]:
         target[:, : entries.shape[1] - whole] += entries[:, whole:]
+
+
+def _add_signed(
+    accumulator: Float[Tensor, "batch width"],
+    entries: Float[Tensor, "batch rows columns"],
+    signs: Float[Tensor, "rows _"],
+    ring: Ring,
+) -> None:
+    """Add the rows of a tile around its ring, times signs of one entry each or one a row."""
+    batch, n_rows, n_columns = entries.shape
+    n_entries = n_rows * n_columns
+    if entries.device.type == "cpu" and n_entries <= _SMALL:  # a few large operations in place of one or two a row
+        n_laps = math.ceil(n_entries / ring.length)
+        laps = entries.new_empty(batch, n_laps * ring.length)
+        torch.mul(entries, signs, out=laps.narrow(1, 0, n_entries).view(batch, n_rows, n_columns))
+        laps.narrow(1, n_entries, laps.shape[1] - n_entries).zero_()
+        accumulator.narrow(1, *ring[::-1]).add_(laps.view(batch, n_laps, ring.length).sum(1))
+        return
+    stream = ring_sum(accumulator, ring, n_entries)
+    stream.add(entries.flatten(1), signs.expand(n_rows, n_columns).flatten())
+    stream.close()
 
 
 def _spans(length: int, most: int) -> list[slice]:
@@ -316,7 +342,9 @@ class BlockCountSketch(Projector):
                 fold = Fold.draw(
                     self.seed, name, "columns", length=shape[1], n_buckets=n_columns, device=device, tile=span.start
                 )
-                tiles.append(_Tile(span, fold, draw_ring(key, width, proj_dim=self.proj_dim)))
+                row_signs = torch.ones_like(rows.signs) if rows.is_folded else rows.signs
+                signs = row_signs[span].unsqueeze(1), None if fold.is_folded else fold.signs[columns]
+                tiles.append(_Tile(span, fold, draw_ring(key, width, proj_dim=self.proj_dim), signs))
             placement = torch.tensor([[t.rows.start, *t.ring] for t in tiles], device=device).T
             result.append(_TileColumn(columns, rows, tiles, placement))
         return result
@@ -338,20 +366,16 @@ class BlockCountSketch(Projector):
         folded: dict[int, Tensor] = {}  # by the first row of tiles side by side, which fold their columns alike
         for column in self._layout(name, shape, grads.device):
             whole = column.rows(matrices, dim=-2) if column.rows.is_folded else matrices
-            row_signs = torch.ones_like(column.rows.signs) if column.rows.is_folded else column.rows.signs
             for tile in column.tiles:
                 entries = whole[:, tile.rows]
                 if tile.columns.is_folded:
                     first = tile.rows.start
-                    folded[first] = entries = folded[first] if first in folded else tile.columns(entries)
-                signs_of_columns = tile.columns.signs
-                column_signs = (
-                    signs_of_columns.new_ones(column.width) if tile.columns.is_folded else signs_of_columns[column.columns]
-                )
-                laps = ring_sum(accumulator, tile.ring, column.width * (tile.rows.stop - tile.rows.start))
-                signs = torch.outer(row_signs[tile.rows], column_signs)
-                laps.add(entries[:, :, column.columns].flatten(1), signs.to(grads).flatten())
-                laps.close()
+                    if first not in folded:
+                        folded[first] = tile.columns(entries)
+                    entries = folded[first]
+                row_signs, column_signs = tile.signs
+                signs = row_signs if column_signs is None else row_signs * column_signs
+                _add_signed(accumulator, entries[:, :, column.columns], signs.to(grads), tile.ring)
 
     def _draw_small(
         self, name: str, shape: tuple[int, int], dtype: torch.dtype

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.querying.examples import Attribution, LanguageRows, read_attributions, row_reader, train_reader
-from hf_trak.querying.queries import Question, Side
+from hf_trak.querying.questions import Question, Side
 from hf_trak.querying.report import html_page, table
 from hf_trak.querying.scoring_methods import ScoringMethods
 from hf_trak.querying.training_rows import KeptRows, align_rows

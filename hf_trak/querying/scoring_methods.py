@@ -18,7 +18,8 @@ from hf_trak.config import TrakConfig
 from hf_trak.linalg import damped, default_damping
 from hf_trak.members import Pass
 from hf_trak.querying.label_errors import check_budget, given_labels, label_error_rows
-from hf_trak.querying.queries import QuerySide, Question, Side, mean_output, read_query_features
+from hf_trak.querying.queries import QuerySide
+from hf_trak.querying.questions import Question, Side, mean_output, read_query_features
 from hf_trak.querying.training_rows import KeptRows
 from hf_trak.scoring.damping import DampingChoice, choose_damping
 from hf_trak.scoring.documents import check_way, document_scores, top_documents

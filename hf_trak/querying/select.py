@@ -20,7 +20,8 @@ from hf_trak.distributed import rank_and_size
 from hf_trak.featurizing.identity import recorded_checkpoint
 from hf_trak.members import Pass
 from hf_trak.querying.less import Checkpoint, checkpoint_weights, find_optimizers, less_scores, parts_of
-from hf_trak.querying.queries import QuerySide, Question
+from hf_trak.querying.queries import QuerySide
+from hf_trak.querying.questions import Question
 from hf_trak.querying.subsets import check_output, describe_subset, write_subset
 from hf_trak.querying.training_rows import KeptRows, align_rows
 from hf_trak.scoring.ensemble import ScoreOptions, solve_all, stream_scores

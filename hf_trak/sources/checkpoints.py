@@ -73,7 +73,30 @@ def _as_json(value: Any) -> Any:
     return to_dict() if callable(to_dict) else str(value)
 
 
-__all__ = ["load_model", "load_processing_class"]
+__all__ = ["load_model", "load_processing_class", "register_model_class"]
+
+_REGISTERED: dict[str, type] = {}
+
+
+def register_model_class(kind: type) -> None:
+    """Let checkpoints of a class of your own be loaded by its name, in processes that import the module which calls this.
+
+    Its configuration is one of transformers, or registered with `transformers.AutoConfig`.
+
+    Raises:
+        ValueError: If transformers, or another module, has a class of this name.
+    """
+    found = find_model_class(kind.__name__)
+    if found is not None and found.__module__ != kind.__module__:  # the same module may be loaded again
+        raise ValueError(f"Checkpoints that name {kind.__name__} are those of {found.__module__}. Give the class another name.")
+    _REGISTERED[kind.__name__] = kind
+
+
+def find_model_class(name: str) -> Any:
+    """Return the class that a checkpoint means by this name: transformers', or one that was registered; None if there is none."""
+    import transformers
+
+    return getattr(transformers, name, None) or _REGISTERED.get(name)
 
 
 def load_model(source: str, revision: str | None = None, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -84,8 +107,8 @@ def load_model(source: str, revision: str | None = None, *, trust_remote_code: b
 
     Raises:
         FileNotFoundError: If there is no checkpoint at `source`.
-        ValueError: If it names no class of transformers or `hf_trak.models`, or its weights are not those of that class; the message
-            names the weights.
+        ValueError: If it names no class of transformers and none of [`register_model_class`], or its weights are not those of that class;
+            the message names the weights.
     """
     return load_model_and_base_rows(source, revision, trust_remote_code=trust_remote_code)[0]
 
@@ -137,16 +160,10 @@ def _check_holds_config(source: str, listing: Listing) -> None:
 
 
 def _load(source: str, listing: Listing, revision: str | None, *, trust_remote_code: bool) -> PreTrainedModel:
-    import transformers
-
-    import hf_trak.models
-
     config = _configuration(source, listing, revision, trust_remote_code=trust_remote_code)
     names = config.architectures or []
-    for name in names:
-        for library in (transformers, hf_trak.models):
-            if hasattr(library, name):
-                return load_weights(getattr(library, name), source, listing, revision)
+    if found := next((found for name in names if (found := find_model_class(name)) is not None), None):
+        return load_weights(found, source, listing, revision)
     own = next(
         (where for where in (getattr(config, "auto_map", None) or {}).values() if str(where).split(".")[-1] in names), None
     )
@@ -161,7 +178,7 @@ def _load(source: str, listing: Listing, revision: str | None, *, trust_remote_c
     )
     raise ValueError(
         f"{source} names {', '.join(map(str, names)) or 'no class'} as its architecture, which transformers does not have.{brought} Load "
-        "the model yourself and pass it as `model`."
+        "the model yourself and pass it as `model`, or import the module that hands its class to `register_model_class`."
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,6 +102,7 @@ def _remember(cache: Path, name: str, known: str) -> None:
 
 
 AGAIN = "Run the command that made the index again: only files that are missing or damaged are made again."
+_COPY = "restore it from a copy, or run the command that made the index again."
 RESTORE = (
     "Restore it from a copy, or run the command that made the index again: it goes by the files of rows that are whole. If it refuses, "
     "delete {folder} first: it makes that member again."
@@ -144,9 +145,12 @@ def verify_index(folder: Path, fetch: Callable[[str], Any] | None = None, mend: 
         members = fetch is None and member_numbers(folder)
         way_out = f", but members of one. {AGAIN}" if members else ", so it is not an attribution index."
         raise FileNotFoundError(f"{folder} holds no {CONFIG_NAME}{way_out}")
-    config, finding = _read_config(folder)
-    yield finding
     numbers = member_numbers(folder)
+    config, finding = _read_config(folder)
+    if config is not None and (differing := _told_by_all_members(folder, numbers, config)):
+        said = f"every member was made with other values: {'; '.join(differing)}"
+        config, finding = None, Finding(CONFIG_NAME, "damaged", said, f"Set these back to what the members have, or {_COPY}")
+    yield finding
     for number in range(max(numbers, default=0) + 1):
         yield from _verify_member(folder, number, config, fetch, mend)
     if (folder / DAMPING_NAME).exists():
@@ -159,10 +163,17 @@ def _read_config(folder: Path) -> tuple[TrakConfig | None, Finding]:
     try:
         config = TrakConfig.from_pretrained(folder)
     except ValueError as error:
-        return None, Finding(
-            CONFIG_NAME, "damaged", _reason(error), "Restore it from a copy, or run the command that made the index again."
-        )
+        return None, Finding(CONFIG_NAME, "damaged", _reason(error), _COPY.capitalize())
     return config, Finding(CONFIG_NAME, "whole", bytes=(folder / CONFIG_NAME).stat().st_size)
+
+
+def _told_by_all_members(folder: Path, numbers: Sequence[int], config: TrakConfig) -> list[str]:
+    """Return in what the configuration differs from every member alike, so that the fault is its own."""
+    differing = []
+    for number in numbers:
+        with suppress(ValueError, FileNotFoundError):  # which is told of that member
+            differing.append(differences_from(read_member_info(folder / f"member_{number}")["identity"], config))
+    return differing[0] if differing and all(lines == differing[0] for lines in differing) else []
 
 
 def _verify_sealed(folder: Path, name: str, mend: str) -> Finding:

@@ -14,7 +14,8 @@ from hf_trak.tasks.contrastive import (
     needs_bank,
     with_bank,
 )
-from hf_trak.tasks.inputs import CustomInputs, ImageInputs, Inputs, TextInputs
+from hf_trak.tasks.image_inputs import ImageInputs
+from hf_trak.tasks.inputs import CustomInputs, Inputs, TextInputs
 from hf_trak.tasks.language_inputs import CausalInputs, MaskedInputs, Seq2SeqInputs
 from hf_trak.tasks.named import NamedTaskMaker, TaskMaker, import_task, make_task
 from hf_trak.tasks.outputs import classification_margin, margin, regression_prediction, vmappable_attention

@@ -12,7 +12,8 @@ from hf_trak.tasks.annotation_inputs import SpanInputs, TokenLabelInputs
 from hf_trak.tasks.base import Task
 from hf_trak.tasks.choices import ChoiceInputs
 from hf_trak.tasks.contrastive import DUAL_ENCODERS, REFUSED_ENCODERS, contrastive_task, is_dual_encoder
-from hf_trak.tasks.inputs import ImageInputs, Inputs, TextInputs
+from hf_trak.tasks.image_inputs import ImageInputs
+from hf_trak.tasks.inputs import Inputs, TextInputs
 from hf_trak.tasks.labels import labels_of_model
 from hf_trak.tasks.language_inputs import CausalInputs, MaskedInputs, Seq2SeqInputs
 from hf_trak.tasks.media_inputs import AudioTextInputs, MediaInputs, VideoInputs
@@ -100,7 +101,6 @@ _SUFFIXES: tuple[tuple[str, str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("ForConditionalGeneration", "seq2seq", ("input_ids",), ("pixel_values", "input_features", "input_values")),
     ("ForCTC", "ctc", ("input_values", "input_features"), ()),
 )
-_SOUND = ("input_features", "input_values")
 
 
 def kind_of(model: PreTrainedModel) -> str | None:
@@ -153,11 +153,6 @@ def _by_name(model: PreTrainedModel) -> str | None:
                 continue
             return kind
     return None
-
-
-def reads_sound(model: PreTrainedModel) -> bool:
-    """Whether the `forward` of a model takes sound."""
-    return any(name in inspect.signature(model.forward).parameters for name in _SOUND)
 
 
 @cache
@@ -227,6 +222,7 @@ def _multi_label(name: str, inputs: Callable[..., Inputs]) -> Callable[..., Task
             config.label_column,
             out_to_loss_kind="mean_one_minus_p",
             several_labels=True,
+            label2id=labels_of_model(model),
         )
 
     return make

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_trak.tasks.inputs import CustomInputs, ImageInputs, Inputs, Rows, TextInputs
+from hf_trak.tasks.image_inputs import ImageInputs
+from hf_trak.tasks.inputs import CustomInputs, Inputs, Rows, TextInputs
 from hf_trak.tasks.labels import Labels
 from hf_trak.tasks.outputs import (
     APART,
@@ -156,11 +157,11 @@ class Task:
         Raises:
             ValueError: If there is no such class.
         """
-        if self.n_classes is None or self.several_labels:
+        if self.n_classes is None:
             raise ValueError(
-                f"{self.name} has no single class per row to choose, but `target` or `contrast` names {value!r}. Use 'label' or 'prediction'."
+                f"{self.name} has no class to choose, but `target` or `contrast` names {value!r}. Use 'label' or 'prediction'."
             )
-        labels = self._labels()
+        labels = replace(self._labels(), several=False)
         if names is not None:
             labels = labels.of(SimpleNamespace(names=names), self.label_column or "label")
             alike = [name for name in names if isinstance(value, str) and value.casefold() == name.casefold()]
@@ -175,6 +176,12 @@ class Task:
             raise ValueError(
                 f"{value!r} is neither 'label' nor 'prediction' nor a class of this index, which has {self.n_classes}{shown}. Name one of them."
             ) from error
+
+    def label_of(self, id: int) -> int | list[float]:
+        """Return a class as the label of a batch. Of several labels, those that are not asked about have a half, which adds no log-odds."""
+        if not self.several_labels:
+            return id
+        return [1.0 if label == id else 0.5 for label in range(self.n_classes or 0)]
 
     def class_names(self, names: list[str] | None) -> list[str]:
         """Return the names of the model's classes, in the model's order: its own, else the training set's, else numbers."""

@@ -22,7 +22,6 @@ from hf_trak.tasks.padding import (
     text_limit,
     vocabulary_size,
 )
-from hf_trak.tasks.pictures import check_pictures, find_image_columns, open_pictures
 from hf_trak.tasks.rows import is_transformed, missing_rows, name_rows
 
 if TYPE_CHECKING:
@@ -32,9 +31,8 @@ if TYPE_CHECKING:
 Rows = Mapping[str, Sequence[Any]]
 """Columns of a slice of a dataset, as `Dataset.map(batched=True)` hands them out."""
 
-_LABELS = ("labels", "label")
+LABELS = ("labels", "label")
 _TOKENS = ("input_ids", "attention_mask", "token_type_ids")
-_PIXELS = ("pixel_values", "pixel_values_videos", "flattened_patches", "input_ids")
 _NOT_PER_TOKEN = ("pixel_values", "pixel_mask", "pixel_attention_mask", "spatial_shapes", "image_sizes")
 
 
@@ -154,7 +152,7 @@ class TextInputs:
 
     def columns_read(self, features: Features) -> dict[str, Any]:
         if self._is_tokenized(features):
-            return {"tokens": [name for name in features if name in self.accepted and name not in _LABELS]}
+            return {"tokens": [name for name in features if name in self.accepted and name not in LABELS]}
         return {"text": self._columns(features)}
 
     def _is_tokenized(self, columns: Mapping[str, Any]) -> bool:
@@ -172,7 +170,7 @@ class TextInputs:
         return list(self.text_columns)
 
     def _extra(self, names: Mapping[str, Any]) -> list[str]:
-        return extra_columns(list(names), self.accepted, (*_TOKENS, *_LABELS))
+        return extra_columns(list(names), self.accepted, (*_TOKENS, *LABELS))
 
     def check_rows(self, dataset: Dataset, processing_class: Any) -> None:
         if is_transformed(dataset):
@@ -200,23 +198,23 @@ class TextInputs:
             )
 
     def _check_tokens(self, dataset: Dataset) -> None:
-        ids = _list_lengths(dataset, "input_ids")
+        ids = list_lengths(dataset, "input_ids")
         kept = ids
         if "attention_mask" in dataset.features:
-            given = _list_lengths(dataset, "attention_mask")
-            _refuse(given != ids, "do not have one entry in 'attention_mask' for each token in 'input_ids'")
+            given = list_lengths(dataset, "attention_mask")
+            refuse_rows(given != ids, "do not have one entry in 'attention_mask' for each token in 'input_ids'")
             kept = _list_sums(dataset, "attention_mask", given)
-        _refuse(ids < 0, "have no tokens (None in 'input_ids')")
-        _refuse(kept == 0, "have no token but padding")
+        refuse_rows(ids < 0, "have no tokens (None in 'input_ids')")
+        refuse_rows(kept == 0, "have no token but padding")
         self._check_ids(dataset, ids)
         if self.strict and self.positions is not None:
-            _refuse(
+            refuse_rows(
                 kept > self.positions,
                 f"are longer than the {self.positions} tokens that the model has positions for",
                 f"Tokenize again with `truncation=True, max_length={self.positions}`",
             )
         if self.max_length is not None:
-            _refuse(
+            refuse_rows(
                 kept > self.max_length,
                 f"are longer than max_length={self.max_length}",
                 "Tokenize again with `truncation=True`, or leave out `max_length`",
@@ -248,8 +246,8 @@ class TextInputs:
 
     @staticmethod
     def _check_extra(dataset: Dataset, name: str, ids: np.ndarray) -> None:
-        lengths = _list_lengths(dataset, name)
-        _refuse(
+        lengths = list_lengths(dataset, name)
+        refuse_rows(
             lengths == -1, f"have nothing (None) in {name!r}, which the model reads", f"Fill the column, or remove {name!r}"
         )
         if not (lengths == ids).all() and len(set(lengths.tolist())) > 1:
@@ -261,7 +259,7 @@ class TextInputs:
 
     def collate(self, rows: Rows, processing_class: Any) -> dict[str, Tensor]:
         if self._is_tokenized(rows):
-            names = [name for name in rows if name in self.accepted and name not in _LABELS]
+            names = [name for name in rows if name in self.accepted and name not in LABELS]
             self._extra(rows)
             encoded: Mapping[str, Any] = {name: rows[name] for name in (*names, "attention_mask") if name in rows}
         else:
@@ -316,7 +314,7 @@ class TextInputs:
                 not all(value.ndim and len(value) == len(mask) for value, mask in zip(values, masks, strict=True))
                 or key in _NOT_PER_TOKEN
             ):
-                batch[key] = _stack(key, values)
+                batch[key] = stack_rows(key, values)
             elif any(value.ndim > 1 or np.issubdtype(value.dtype, np.floating) for value in values):
                 batch[key] = pad_tokens([value[mask.astype(bool)] for value, mask in zip(values, masks, strict=True)])
             else:
@@ -340,7 +338,7 @@ class TextInputs:
             texts = [list(rows[column]) for column in self._columns_of(rows)]
         elif self._is_tokenized(dataset.features):
             column = "attention_mask" if "attention_mask" in dataset.column_names else "input_ids"
-            lengths = _list_lengths(dataset, column)
+            lengths = list_lengths(dataset, column)
             return (_list_sums(dataset, column, lengths) if column == "attention_mask" else lengths).tolist()
         else:
             texts = [dataset[column][:] for column in self._columns(dataset.features)]
@@ -355,13 +353,14 @@ def _no_text(rows: Sequence[int] | np.ndarray, column: str, count: int, where: s
     )
 
 
-def _refuse(wrong: np.ndarray, what: str, way_out: str = "Filter these rows") -> None:
+def refuse_rows(wrong: np.ndarray, what: str, way_out: str = "Filter these rows") -> None:
+    """Refuse the rows where `wrong` is true, if there are any."""
     rows = np.flatnonzero(wrong)
     if len(rows):
         raise ValueError(f"{len(rows)} of {len(wrong)} rows {what}: {name_rows(rows)}. {way_out}.")
 
 
-def _list_lengths(dataset: Dataset, column: str) -> np.ndarray:
+def list_lengths(dataset: Dataset, column: str) -> np.ndarray:
     """Return the length of each row's list, without making Python objects; -1 where there is none, -2 where it is no list."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -388,7 +387,7 @@ def _arrow(dataset: Dataset, column: str) -> Any:
     return dataset.select_columns([column]).with_format("arrow")[:][column]
 
 
-def _stack(name: str, values: Sequence[Any]) -> Tensor:
+def stack_rows(name: str, values: Sequence[Any]) -> Tensor:
     """Return one tensor of values of one shape.
 
     Raises:
@@ -403,130 +402,6 @@ def _stack(name: str, values: Sequence[Any]) -> Tensor:
         )
     stacked = torch.stack(arrays)
     return stacked.float() if stacked.is_floating_point() else stacked.long()
-
-
-def refuse_whole_numbers(name: str, pixels: Tensor) -> None:
-    """Refuse pixels as a file holds them where prepared ones are expected: a model cannot have been trained on them as they are.
-
-    Raises:
-        ValueError: If they are whole numbers.
-    """
-    if not pixels.is_floating_point():
-        raise ValueError(
-            f"{name!r} holds whole numbers from {int(pixels.min())} to {int(pixels.max())}, where the numbers are expected that the image "
-            f"processor makes of a picture. Put pictures into an image column, or write what the model was trained on into {name!r}, as floats."
-        )
-
-
-@dataclass(frozen=True)
-class ImageInputs:
-    """An image column through an image processor, or rows that already hold `pixel_values`.
-
-    Args:
-        mode (`str`): "RGB", or "L" for models of one channel.
-        accepted (`frozenset[str]`): Names the model's `forward` takes; what the processor makes under these names is passed on.
-        dtype (`torch.dtype`): Of the model's weights, in which it gets its pixels.
-        main (`str`): What the image becomes: `pixel_values`, `pixel_values_videos`, or the `input_ids` of ImageGPT.
-    """
-
-    image_column: str | None
-    mode: str
-    accepted: frozenset[str] = frozenset({"pixel_values"})
-    dtype: torch.dtype = torch.float32
-    main: str = "pixel_values"
-
-    @classmethod
-    def for_model(cls, model: PreTrainedModel, image_column: str | None) -> ImageInputs:
-        mode = "L" if getattr(model.config, "num_channels", 3) == 1 else "RGB"
-        accepted = frozenset(inspect.signature(model.forward).parameters)
-        floating = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-        main = next((name for name in _PIXELS if name in accepted), "pixel_values")
-        return cls(image_column, mode, accepted, next(floating, torch.float32), main)
-
-    def check(self, features: Features, processing_class: Any) -> None:
-        if self._has_pixels(features):
-            return
-        self._column(features)
-        if processing_class is None or hasattr(processing_class, "convert_tokens_to_ids"):
-            raise MissingProcessor("An image column needs an image processor: pass it as `processing_class`.")
-
-    def check_rows(self, dataset: Dataset, processing_class: Any) -> None:
-        if is_transformed(dataset):
-            return
-        if self._has_pixels(dataset.features):
-            _refuse(_list_lengths(dataset, self.main) == -1, f"have no {self.main!r} (None)")
-            return
-        check_pictures(dataset, self._column(dataset.features))
-
-    def reading(self, features: Mapping[str, Any], dataset: Dataset | None, label_column: str | None) -> ImageInputs:
-        return self if self._has_pixels(features) else replace(self, image_column=self._column(features))
-
-    def columns_read(self, features: Features) -> dict[str, Any]:
-        return {"image": self.main if self._has_pixels(features) else self._column(features)}
-
-    def _has_pixels(self, columns: Mapping[str, Any]) -> bool:
-        return self.main in columns and self.image_column is None
-
-    def _column(self, features: Mapping[str, Any]) -> str:
-        if self.image_column is not None:
-            if self.image_column not in features:
-                raise ValueError(f"The dataset has no column {self.image_column!r}; it has {', '.join(features)}.")
-            return self.image_column
-        images = find_image_columns(features)
-        if len(images) != 1:
-            several = f" Images may be in {', '.join(map(repr, images))}." if images else ""
-            raise ValueError(
-                f"Expected {self.main!r} or one image column, but the dataset has {', '.join(features)}.{several} Set `image_column` "
-                "(--image_column)."
-            )
-        return images[0]
-
-    def collate(self, rows: Rows, processing_class: Any) -> dict[str, Tensor]:
-        if self._has_pixels(rows):
-            names = extra_columns(list(rows), self.accepted, _LABELS)
-            found = {name: _stack(name, rows[name]) for name in names}
-            if self.main != "input_ids":
-                refuse_whole_numbers(self.main, found[self.main])
-        else:
-            column = self._column_of(rows)
-            images = open_pictures(rows[column], self.mode, column)
-            encoded = processing_class(images, return_tensors="pt")
-            found = {name: torch.as_tensor(values) for name, values in encoded.items() if name in self.accepted}
-            if self.main not in found:
-                raise ValueError(
-                    f"The image processor {type(processing_class).__name__} makes {', '.join(encoded)}, but no {self.main!r}. Pass the "
-                    "model's own image processor as `processing_class`."
-                )
-        return {name: values.to(self.dtype) if values.is_floating_point() else values for name, values in found.items()}
-
-    def _column_of(self, rows: Rows) -> str:
-        """Return the image column; where none was decided on, the one whose first value that is there is a picture."""
-        if self.image_column is not None:
-            return self._column(rows)
-        firsts = {name: next((value for value in values if value is not None), None) for name, values in rows.items()}
-        images = [name for name, value in firsts.items() if hasattr(value, "convert")]
-        return images[0] if len(images) == 1 else replace(self, image_column=None)._column(_kinds_of(firsts))
-
-    def lengths(self, dataset: Dataset, processing_class: Any = None) -> list[int] | None:
-        return None
-
-
-def _kinds_of(firsts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a column type for the first value of each column, as far as images are concerned."""
-    from datasets import Image, List, Value
-
-    def kind(value: Any) -> Any:
-        if hasattr(value, "convert"):
-            return Image()
-        if isinstance(value, dict):
-            return dict.fromkeys(value)
-        if isinstance(value, (bytes, bytearray)):
-            return Value("binary")
-        if isinstance(value, str):
-            return Value("string")
-        return List(List(Value("int64"))) if np.ndim(value) > 1 else Value("int64")
-
-    return {name: kind(value) for name, value in firsts.items()}
 
 
 @dataclass(frozen=True)

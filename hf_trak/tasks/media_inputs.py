@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_trak.config import TrakConfig
 from hf_trak.messages import MissingProcessor
-from hf_trak.tasks.inputs import ImageInputs
+from hf_trak.tasks.image_inputs import ImageInputs
 from hf_trak.tasks.language_inputs import CausalInputs
 from hf_trak.tasks.outputs import APART
 from hf_trak.tasks.padding import as_numbers

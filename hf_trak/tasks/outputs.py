@@ -138,11 +138,12 @@ def sum_of_log_odds(model: Callable[..., Any], batch: Mapping[str, Any]) -> tupl
     r"""The sum over labels of the log-odds of each being as the row has it, and the mean of their 1 − p; for several labels per example.
 
     With $y_j$ of 0 or 1, $f = \sum_j (2 y_j - 1)\,\text{logit}_j$. A label that does not apply counts as one that does: its log-odds are
-    those of its absence. The training loss is $\sum_j \log(1 + e^{-f_j})$, or its mean.
+    those of its absence. The training loss is $\sum_j \log(1 + e^{-f_j})$, or its mean. A label of ½ is not asked about: it adds nothing.
     """
     logits = logits_of(call_model(model, batch))
-    each = (2 * batch["labels"].to(logits.dtype) - 1) * logits
-    return each.sum(-1), torch.sigmoid(-each.detach()).mean(-1)
+    signs = 2 * batch["labels"].to(logits.dtype) - 1
+    each, asked = signs * logits, signs.ne(0)
+    return each.sum(-1), (torch.sigmoid(-each.detach()) * asked).sum(-1) / asked.sum(-1)
 
 
 def sum_of_log_p(model: Callable[..., Any], batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

@@ -91,29 +91,6 @@ def _position_tables(model: PreTrainedModel) -> list[tuple[int, int]]:
     return found
 
 
-def keep_tokens(name: str, value: Any, kept: np.ndarray) -> np.ndarray:
-    """Return one row's value of a column without the entries of padding.
-
-    Args:
-        name (`str`): The column's, for the message.
-        kept (`np.ndarray`): Which of the row's tokens are no padding.
-
-    Raises:
-        ValueError: If the value has no entry per token. The message begins with "its" and leaves the row to the caller.
-    """
-    try:
-        found = np.asarray(value)
-    except ValueError:  # lists of different lengths inside
-        found = np.asarray(None)
-    if found.dtype == object or found.ndim == 0 or len(found) != len(kept):
-        what = f"is of shape {found.shape}" if found.dtype != object else "is missing or ragged"
-        raise ValueError(
-            f"its {name!r} {what}, but the model reads this column and the row has {len(kept)} tokens in 'input_ids'; there must be "
-            "one entry per token. Correct the column, or remove it"
-        )
-    return found[kept]
-
-
 def pad_tokens(values: Sequence[np.ndarray], fill: float = 0) -> Tensor:
     """Return values per token as one tensor (batch, longest, ...): filled on the right, whatever the trailing shape.
 

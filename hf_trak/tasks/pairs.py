@@ -15,7 +15,8 @@ from torch import Tensor
 
 from hf_trak.hashing import hash_tensors, random_bits, stream_key
 from hf_trak.messages import MissingProcessor
-from hf_trak.tasks.inputs import ImageInputs, Rows, TextInputs, refuse_whole_numbers
+from hf_trak.tasks.image_inputs import ImageInputs, refuse_whole_numbers
+from hf_trak.tasks.inputs import Rows, TextInputs
 from hf_trak.tasks.pictures import check_pictures, open_pictures
 from hf_trak.tasks.rows import is_transformed, name_rows
 

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_trak.tasks.inputs import ImageInputs, Rows
+from hf_trak.tasks.image_inputs import ImageInputs
+from hf_trak.tasks.inputs import Rows
 from hf_trak.tasks.outputs import APART, call_model
 from hf_trak.tasks.pictures import check_pictures, open_picture, open_pictures
 from hf_trak.tasks.rows import is_transformed, missing_rows, name_rows

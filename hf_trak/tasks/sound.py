@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_trak.messages import MissingProcessor
-from hf_trak.tasks.inputs import Rows, _list_lengths
+from hf_trak.tasks.inputs import Rows, list_lengths
 from hf_trak.tasks.outputs import APART
 from hf_trak.tasks.rows import is_transformed, missing_rows, name_rows
 
@@ -195,7 +195,7 @@ class SoundInputs:
         """Return the number of frames of each row, where it is stored."""
         if is_transformed(dataset) or not self._is_prepared(dataset.features):
             return None
-        return _list_lengths(dataset, self.main).tolist()
+        return list_lengths(dataset, self.main).tolist()
 
 
 def each(rows: Rows) -> list[dict[str, Any]]:

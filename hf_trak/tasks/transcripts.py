@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_trak.messages import MissingProcessor
-from hf_trak.tasks.inputs import ImageInputs, Rows
+from hf_trak.tasks.image_inputs import ImageInputs
+from hf_trak.tasks.inputs import Rows
 from hf_trak.tasks.outputs import call_model
 from hf_trak.tasks.rows import Faults, is_transformed
 from hf_trak.tasks.sound import SoundInputs, each

@@ -8,9 +8,10 @@ from __future__ import annotations
 import copy
 import logging
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from transformers.trainer_utils import TrainOutput
 
 from hf_trak.hashing import random_bits, stream_key
 from hf_trak.members import INITIAL, Members
+from hf_trak.messages import list_differences
 from hf_trak.storage.files import read_json, write_atomically, write_json
 from hf_trak.storage.snapshots import is_snapshot, refuse_other, remove_snapshot, remove_trained
 from hf_trak.training.callback import MEMBERS_FOLDER, check_writable
@@ -177,30 +179,21 @@ def load_masks(folder: Path) -> Bool[Tensor, "n_subsets n_train"]:
 
 _WORK = "_runs"  # a name that the Trainer does not upload
 _STATE = "trainer_state.json"
-# What a run changes of its trainer, and what the main run's user finds there afterwards.
-_KEPT = (
-    "args",
-    "model",
-    "model_wrapped",
-    "optimizer",
-    "lr_scheduler",
-    "state",
-    "control",
-    "train_dataset",
-    "_train_batch_size",
-)
 
 
 class MoreRuns:
-    """Trains an ensemble on one trainer, so that whatever its user overrode, or gave it, holds for every run.
+    """Trains an ensemble: the run of one trainer, and further ones by trainers of the same class, made from the same arguments.
 
     Args:
-        trainer (`Trainer`): Whose `train()` this is. Its arguments are [`AttributionArguments`].
+        trainer ([`AttributionMixin`]): Whose `train()` this is. Its arguments are [`AttributionArguments`].
         members (`Members`): Of the kind runs or subsets.
-        train_once (`Callable`): `(record, resume_from_checkpoint, ignore_keys_for_eval) -> TrainOutput`, one run of the trainer.
+        given (`dict`): The arguments that the trainer was made from, from [`constructor_arguments`].
+
+    Raises:
+        ValueError: If something that was given belongs to one run.
     """
 
-    def __init__(self, trainer: Trainer, members: Members, train_once: Callable[..., TrainOutput]) -> None:
+    def __init__(self, trainer: Any, members: Members, given: dict[str, Any]) -> None:
         if trainer.args.base == INITIAL and trainer.model_init is not None:
             raise ValueError(
                 f"base='initial' are the weights that all runs begin with, and `model_init` makes others for each of members={trainer.args.members!r}. "
@@ -208,7 +201,7 @@ class MoreRuns:
             )
         self.trainer = trainer
         self.members = members
-        self.train_once = train_once
+        self.given = given
         self.folder = Path(trainer.args.output_dir) / MEMBERS_FOLDER
         self.work = Path(trainer.args.output_dir) / _WORK
         self.settings: dict[str, Any] = {}
@@ -230,12 +223,14 @@ class MoreRuns:
         record = RunRecord(self.folder, Path(trainer.args.output_dir), self.settings)
         masks = self._begin(record)
         callbacks = _callback_states(trainer)
-        output = self._main_run(record, resume_from_checkpoint, ignore_keys_for_eval)
         missing = [(i, name) for i, name in enumerate(self.names) if not is_snapshot(self.folder / name)]
+        if missing:
+            self._check_rebuilt()
+        output = self._main_run(record, resume_from_checkpoint, ignore_keys_for_eval)
         trainer.accelerator.wait_for_everyone()  # all have counted before one is added
         for number, name in missing:
             logger.warning("Run %s, %d of %d.", name, number + 1, len(self.names))
-            with self._set_aside():
+            with self._main_kept():
                 _restore_callbacks(trainer, callbacks)
                 self._run(name, None if masks is None else masks[number], ignore_keys_for_eval)
         if trainer.is_world_process_zero():
@@ -305,7 +300,7 @@ class MoreRuns:
         trainer, snapshot = self.trainer, self.folder / self.main
         result = record.result()
         if result is None or not is_snapshot(snapshot):
-            output = self.train_once(record, resume_from_checkpoint, ignore_keys_for_eval)
+            output = trainer._train_once(record, resume_from_checkpoint, ignore_keys_for_eval)
             if trainer.is_world_process_zero():
                 save_snapshot(snapshot, trainer.model, trainer.processing_class)
                 write_atomically(self.folder / _STATE, lambda temporary: trainer.state.save_to_json(str(temporary)))
@@ -329,52 +324,105 @@ class MoreRuns:
                 global_step=result["global_step"], max_steps=result["global_step"], epoch=result["metrics"].get("epoch")
             )
 
+    def _rebuild(self, name: str) -> Any:
+        """Return a new trainer for a further run, on the main run's model, or on one of its own from `model_init`.
+
+        It does not report to where the main run does, and uploads nothing.
+        """
+        main = self.trainer
+        args = copy.copy(main.args)
+        args.push_to_hub, args.report_to = False, []
+        # Neighbouring seeds would give runs the same orders of rows, one epoch apart.
+        args.seed = stream_key(args.seed, name) % 2**31
+        args.data_seed = None if args.data_seed is None else args.seed
+        given = {**self.given, "args": args}
+        if main.model_init is None:
+            given["model"] = main.model
+            given["processing_class"] = main.processing_class  # which may have been loaded by the model's name
+            if is_adapter(main.model):
+                given.pop("peft_config", None)  # the model has it
+        trainer = type(main)(**given)
+        kinds = {type(callback) for callback in trainer.callback_handler.callbacks}
+        for callback in main.callback_handler.callbacks:  # those added since
+            if type(callback) not in kinds:
+                trainer.add_callback(callback)
+        for callback in list(trainer.callback_handler.callbacks):
+            if type(callback).__module__.startswith("transformers.integrations"):
+                trainer.remove_callback(callback)
+        trainer.args.output_dir = str(
+            self.work / name
+        )  # not before: a trainer makes its folder, and only a run that has a record may
+        trainer.train_dataset, trainer.eval_dataset = main.train_dataset, main.eval_dataset  # as the class has prepared them
+        return trainer
+
+    def _check_rebuilt(self) -> None:
+        """Refuse, before anything is trained, a trainer whose further runs would be of other settings than its own.
+
+        Raises:
+            ValueError: If what was changed after the trainer was made is not in the arguments it was made from.
+        """
+        with random_state_kept():
+            found = describe_run(self._rebuild(self.names[0]), {**self.settings, "given": None})["given"]
+        if lines := list_differences(found, self.settings["given"]):
+            raise ValueError(
+                f"members={self.trainer.args.members!r} trains further runs with new trainers, made from the arguments that this "
+                f"{type(self.trainer).__name__} was made from, and these differ from it:\n"
+                + "\n".join(f"  {line}" for line in lines)
+                + "\nGive what was changed since to the constructor, or override it in a class of your own."
+            )
+
     def _run(self, name: str, mask: Bool[Tensor, " n_train"] | None, ignore_keys_for_eval: list[str] | None) -> None:
         """Train one further run and keep its snapshot."""
-        trainer = self.trainer
         work = self.work / name
-        # Neighbouring seeds would give runs the same orders of rows, one epoch apart.
-        seed = stream_key(trainer.args.seed, name) % 2**31
-        trainer.args = copy.copy(trainer.args)
-        trainer.args.output_dir, trainer.args.push_to_hub, trainer.args.seed = str(work), False, seed
-        trainer.train_dataset = trainer.train_dataset if mask is None else _subset(trainer.train_dataset, mask)
-        trainer.optimizer = trainer.lr_scheduler = None
-        trainer.accelerator.dataloader_config.data_seed = None if trainer.args.data_seed is None else seed
-        (enable_full_determinism if trainer.args.full_determinism else set_seed)(seed)
-        if trainer.model_init is None:
+        if self.trainer.model_init is None:
             self._load(self.folder / INITIAL)
+        trainer = self._rebuild(name)
+        if mask is not None:
+            trainer.train_dataset = _subset(trainer.train_dataset, mask)
+        (enable_full_determinism if trainer.args.full_determinism else set_seed)(trainer.args.seed)
         record = RunRecord(work, work, describe_run(trainer, self.settings, subset=name))
-        self.train_once(record, None, ignore_keys_for_eval)
+        trainer._train_once(record, None, ignore_keys_for_eval)
         if trainer.is_world_process_zero():
             save_snapshot(self.folder / name, trainer.model, trainer.processing_class)
             remove_trained(work)
         trainer.accelerator.wait_for_everyone()
 
     @contextmanager
-    def _set_aside(self) -> Iterator[None]:
-        """Put the main run's model, state and random numbers aside; give them back afterwards."""
-        trainer, handler = self.trainer, self.trainer.callback_handler
-        kept = {name: getattr(trainer, name) for name in _KEPT}
-        weights = {name: value.detach().cpu().clone() for name, value in trainer.model.state_dict().items()}
-        data_seed = trainer.accelerator.dataloader_config.data_seed
-        handled = {
-            name: getattr(handler, name) for name in ("model", "optimizer", "lr_scheduler", "train_dataloader", "callbacks")
-        }
-        states = _callback_states(trainer)
-        # The main run's reports are not mixed with the others'.
-        handler.callbacks = [c for c in handler.callbacks if not type(c).__module__.startswith("transformers.integrations")]
+    def _main_kept(self) -> Iterator[None]:
+        """Give back the main run's weights, the random numbers and what callbacks remember afterwards."""
+        model, states = self.trainer.model, _callback_states(self.trainer)
+        weights = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
         try:
             with random_state_kept():
                 yield
         finally:
-            for name, value in kept.items():
-                setattr(trainer, name, value)
-            for name, value in handled.items():
-                setattr(handler, name, value)
-            trainer.accelerator.dataloader_config.data_seed = data_seed
-            trainer.model.load_state_dict(weights)
-            trainer.model.zero_grad()
-            _restore_callbacks(trainer, states)
+            model.load_state_dict(weights)
+            model.zero_grad()
+            _restore_callbacks(self.trainer, states)
+
+
+def constructor_arguments(kind: type, given: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
+    """Return by name the arguments that a trainer of this class was made from.
+
+    Raises:
+        ValueError: If the class's constructor takes no `model` and `args`, with which another trainer could be made.
+    """
+    signatures = [list(signature(vars(one)["__init__"]).parameters.values()) for one in kind.__mro__ if "__init__" in vars(one)]
+    own = signatures[0]
+    rest, others = (
+        next((one.name for one in own if one.kind is sort), "") for sort in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+    )
+    if not others and not {"model", "args", "processing_class"} <= {one.name for one in own}:
+        raise ValueError(
+            f"Several training runs need several trainers, but the constructor of {kind.__name__} takes no `model`, `args` and "
+            "`processing_class` to make another one from. Add them, or `**kwargs`, and hand them on to Trainer's."
+        )
+    bound = dict(Signature(own).bind(None, *given, **named).arguments)
+    del bound[own[0].name]  # self
+    # What `*args` holds has the names of the next class's constructor.
+    names = next(found for found in signatures if all(one.kind is not Parameter.VAR_POSITIONAL for one in found))
+    positional = zip([one.name for one in names[1:]], bound.pop(rest, ()), strict=False)
+    return {**bound.pop(others, {}), **bound, **dict(positional)}
 
 
 def _subset(dataset: Any, mask: Bool[Tensor, " n_train"]) -> Any:

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from hf_trak.sources.checkpoints import find_model_class
 from hf_trak.storage.files import read_json
 from hf_trak.storage.snapshots import is_snapshot, remove_snapshot, write_snapshot
 
@@ -140,16 +141,12 @@ def is_plain(model: Any) -> bool:
 
 
 def loads_by_name(model: Any) -> bool:
-    """Return whether a snapshot says by itself what class it is of: one of transformers or of `hf_trak.models`.
+    """Return whether a snapshot says by itself what class it is of: one of transformers, or a registered one.
 
     A class of the same name that is defined elsewhere is another class.
     """
-    import transformers
-
-    import hf_trak.models
-
     found = type(model.get_base_model() if is_adapter(model) else model)
-    return any(getattr(library, found.__name__, None) is found for library in (transformers, hf_trak.models))
+    return find_model_class(found.__name__) is found
 
 
 def save_snapshot(

@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from datasets import Dataset
@@ -99,45 +99,20 @@ def weighted_similarity(
 
 
 @dataclass(frozen=True)
-class GAS:
-    """Cosines of loss gradients, summed over checkpoints with their learning rates.
-
-    Args:
-        checkpoints (`Checkpoints`): Of one run, in any order.
-        learning_rates (`Sequence[float]`, *optional*): The learning rate at each checkpoint; by default all are 1.
-        query_gradient (`"loss"` or `"output"`): The same thing for a classifier; for a regression, `"output"` measures the effect
-            on the prediction in place of its loss.
-    """
-
-    checkpoints: Checkpoints
-    learning_rates: Sequence[float] | None = None
-    query_gradient: GradientOf = "loss"
-
-    def __call__(self, train: Dataset, queries: Dataset) -> Float64[np.ndarray, "n_train n_query"]:
-        return weighted_similarity(
-            self.checkpoints,
-            train,
-            queries,
-            weights=check_learning_rates(self.learning_rates, len(self.checkpoints)),
-            kind="cosine",
-            train_gradient="loss",
-            query_gradient=self.query_gradient,
-        )
-
-
-@dataclass(frozen=True)
 class TracInCP:
     """Dot products of loss gradients, summed over checkpoints with their learning rates.
 
     Args:
         checkpoints (`Checkpoints`): Of one run, in any order.
         learning_rates (`Sequence[float]`, *optional*): The learning rate at each checkpoint; by default all are 1.
-        query_gradient (`"loss"` or `"output"`): `"output"` measures the effect on the query's output in place of its loss.
+        query_gradient (`"loss"` or `"output"`): `"output"` measures the effect on the query's output in place of its loss. For a classifier,
+            the two rank alike.
     """
 
     checkpoints: Checkpoints
     learning_rates: Sequence[float] | None = None
     query_gradient: GradientOf = "loss"
+    _kind: ClassVar[str] = "dot"
 
     def __call__(self, train: Dataset, queries: Dataset) -> Float64[np.ndarray, "n_train n_query"]:
         return weighted_similarity(
@@ -145,10 +120,17 @@ class TracInCP:
             train,
             queries,
             weights=check_learning_rates(self.learning_rates, len(self.checkpoints)),
-            kind="dot",
+            kind=self._kind,
             train_gradient="loss",
             query_gradient=self.query_gradient,
         )
+
+
+@dataclass(frozen=True)
+class GAS(TracInCP):
+    """[`TracInCP`] with cosines in place of dot products."""
+
+    _kind: ClassVar[str] = "cosine"
 
 
 def check_learning_rates(learning_rates: Sequence[float] | None, n_checkpoints: int) -> list[float]:

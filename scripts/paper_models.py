@@ -1,4 +1,7 @@
-"""Models of the paper's settings that transformers does not have: ResNet-9, and BERT with a linear pooler."""
+"""Models of the paper's settings that transformers does not have: ResNet-9, and BERT with a linear pooler.
+
+Whoever imports this file can load their checkpoints by name.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,8 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
+
+from hf_trak.sources.checkpoints import register_model_class
 
 
 class ResNet9Config(PreTrainedConfig):
@@ -115,3 +120,7 @@ class BertWithoutTanhForSequenceClassification(BertForSequenceClassification):
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
         self.bert.pooler.activation = nn.Identity()
+
+
+register_model_class(ResNet9ForImageClassification)
+register_model_class(BertWithoutTanhForSequenceClassification)
