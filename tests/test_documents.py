@@ -147,7 +147,7 @@ def test_the_report_shows_a_chunk_inside_its_document(index, folder, capsys):
     middle = next(one for one in hits.values() if one.before and one.after)
     assert middle.before + middle.text + middle.after in TEXTS[int(middle.note.split()[1].strip(","))]
     assert (
-        f'<span class="around">{middle.before}</span>{middle.text}<span class="around">{middle.after}</span>' in found.to_html()
+        f'{middle.before}</span>{middle.text}<span class="around" style="opacity: .6">{middle.after}</span>' in found.to_html()
     )
 
     main(["featurize", "--model", str(folder / "model"), "--dataset", str(folder / "train.parquet"), "--output", str(folder / "cli"),

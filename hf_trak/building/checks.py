@@ -122,7 +122,7 @@ class TrainingRows:
 
 
 def as_chunks(
-    featurizer: Featurizer, dataset: Dataset, keep_columns: Sequence[str]
+    featurizer: Featurizer, dataset: Dataset, keep_columns: Sequence[str], *, progress: bool = True
 ) -> tuple[Dataset, tuple[str, ...], Int64[np.ndarray, " n_rows"] | None]:
     """Return the training rows of an index whose texts are cut into chunks (`chunk_overlap`), with the columns to keep of them, and the
     document of each; of any other, the dataset as it is.
@@ -152,6 +152,7 @@ def as_chunks(
         keep=keep,
         skip_unscored=config.skip_unscored,
         fingerprint=hash_json(decisive)[:16],
+        progress=progress,
     )
     documents = chunks.with_format("numpy").select_columns([DOCUMENT])[:][DOCUMENT] if len(chunks) else np.zeros(0, np.int64)
     return chunks, (*CHUNK_COLUMNS, *keep), documents

@@ -137,6 +137,8 @@ class Explorer:
         """Return how many rows of a source can be asked about: none of a training set that is not at hand."""
         if source == "validation":
             return 0 if self.validation is None else len(self.validation)
+        if self._of_chunks:
+            return 0
         if self.train is not None:
             return len(self.train)
         kept = set(self.index.kept_rows.column_names)
@@ -211,8 +213,15 @@ class Explorer:
 
     def _read(self, *, label: bool | None = None) -> list[str]:
         """Return the columns that a question reads, with the label where it is asked about."""
+        if self._of_chunks:
+            return list(self.index.config.text_columns or ())
         with_label = not self.predicts if label is None else label
         return names_read({key: value for key, value in self.columns.items() if with_label or key != "label"})
+
+    @property
+    def _of_chunks(self) -> bool:
+        """Whether training rows are chunks of documents, which are read with the end of the chunk before."""
+        return self.index.config.chunk_overlap is not None
 
     def _rows(self, source: str, row: int) -> tuple[Dataset, Dataset]:
         """Return the rows of a source (of kept columns, the one row alone), and one of them."""
@@ -220,6 +229,8 @@ class Explorer:
             raise ValueError(f"Rows are of {' or '.join(SOURCES)}, and not of {source!r}.")
         n_rows = self.n_rows(source)
         if n_rows == 0:
+            if source == "training" and self._of_chunks:
+                raise ValueError("Training rows are chunks of documents, which are no questions by themselves. Type a prompt.")
             flag = "--train FILE, or make the index with --keep_columns" if source == "training" else "--validation FILE"
             raise ValueError(f"There are no {source} rows to ask about. Start the explorer with {flag}.")
         if not 0 <= row < n_rows:

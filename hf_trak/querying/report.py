@@ -56,7 +56,6 @@ img {{ width: 100%; max-width: 7rem; height: auto; border-radius: 3px; display: 
 img.small {{ image-rendering: pixelated; }}
 .query img {{ width: 7rem; margin: 0; flex: none; }}
 .label {{ font-weight: 600; }} .meta {{ color: var(--soft); font-size: .85rem; }} .score {{ font-variant-numeric: tabular-nums; }}
-.around {{ color: var(--soft); }}
 .note {{ display: inline-block; border: 1px solid currentColor; border-radius: 1em; padding: 0 .5em; font-size: .8rem; }}
 p {{ margin: .2rem 0; }} .heat {{ white-space: pre-wrap; }} .heat span {{ border-radius: 2px; }}
 </style>
@@ -168,7 +167,10 @@ def _words(example: Example) -> str:
     parts = [f'<span class="label">{escape(visible(example.label))}</span>' if example.label else ""]
     parts += [f'<span class="note">{escape(visible(example.note))}</span>' if example.note else ""]
     text = _shorten(example.text, _HTML_CHARACTERS)
-    around = [f'<span class="around">{escape(visible(one))}</span>' if one else "" for one in (example.before, example.after)]
+    around = [
+        f'<span class="around" style="opacity: .6">{escape(visible(one))}</span>' if one else ""
+        for one in (example.before, example.after)
+    ]
     spaces = (
         [" " if around[side] and example.text[place].isspace() else "" for side, place in ((0, 0), (1, -1))] if text else []
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -150,6 +151,7 @@ def cut_documents(
     keep: Sequence[str] = (),
     skip_unscored: bool = False,
     fingerprint: str,
+    progress: bool = True,
 ) -> Dataset:
     """Return a dataset with a row per chunk: its tokens, the numbers of its document and of the chunk in it, and where its text is.
 
@@ -199,22 +201,39 @@ def cut_documents(
             **{name: dataset.features[name] for name in keep},
         }
     )
-    chunks = dataset.select_columns(list(dict.fromkeys([column, *others]))).map(
-        cut,
-        with_indices=True,
-        batched=True,
-        batch_size=100,
-        remove_columns=list(dict.fromkeys([column, *others])),
-        features=features,
-        new_fingerprint=fingerprint,
-        desc="Cutting documents",
-    )
+    read = list(dict.fromkeys([column, *others]))
+    with _progress(progress):
+        chunks = dataset.select_columns(read).map(
+            cut,
+            with_indices=True,
+            batched=True,
+            batch_size=100,
+            remove_columns=read,
+            features=features,
+            new_fingerprint=fingerprint,
+            desc="Cutting documents",
+        )
     if not skip_unscored and (empty := _unscored(chunks)):
         raise ValueError(
             f"{len(empty)} of {len(dataset)} documents have no scored token, {name_rows(empty)}: an empty text, or a single token, which nothing "
             "predicts. Filter them out, or set skip_unscored=True (--skip_unscored), which keeps them with scores of 0."
         )
     return chunks
+
+
+@contextmanager
+def _progress(shown: bool) -> Iterator[None]:
+    """Hush the bars of datasets unless they are to be shown."""
+    from datasets import disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
+
+    hushed = not shown and is_progress_bar_enabled()
+    if hushed:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hushed:
+            enable_progress_bars()
 
 
 def _unscored(chunks: Dataset) -> list[int]:
