@@ -307,4 +307,4 @@ def test_the_command_line_explains_what_the_api_does(causal, tmp_path, capsys):
     assert main([*asking, "--answer", "c d e", "--span_tokens", "1", "2", "--contrast", "f"]) == 1
     assert "`span` and `heat` are of one answer" in capsys.readouterr().err
     assert main([*asking, "--text", "a"]) == 1
-    assert "Give one of --prompt, --messages, --text and --image; given are --prompt, --text." in capsys.readouterr().err
+    assert "or --image with --prompt or --messages; given are --prompt, --text." in capsys.readouterr().err

@@ -139,7 +139,8 @@ class ExplainingMethods(ScoringMethods):
         asked: Answer | None = None
         tokens: list[int] = []
         if self.members[0].identity["task"] in ANSWER_TASKS:
-            _refuse({"target": target is not None}, "a language model")
+            reads_pictures = self.members[0].identity["task"] == "image-text-to-text"
+            _refuse({"image": image is not None and not reads_pictures, "target": target is not None}, "a language model")
             images = pictures_of(image)
             final = self._queries.final_featurizer()
             answering = Answering(final.task, final.processing_class, images)
