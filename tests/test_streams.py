@@ -44,6 +44,7 @@ def test_an_index_of_a_stream_is_that_of_its_rows(tmp_path):
     assert written == [path.stat().st_mtime_ns for path in index.members[0].shard_paths]
     with pytest.raises(ValueError, match="sha256"):
         AttributionIndex.build(tmp_path / "stream", dataset=stream.skip(1), n_rows=12, **arguments)
+    assert AttributionIndex.estimate(models=arguments["models"], dataset=stream, n_rows=12, config=SETTINGS).n_rows == 12
     AttributionIndex.build_shards(tmp_path / "jobs", shard_index=0, num_shards=1, dataset=stream, n_rows=12, **arguments)
     assert AttributionIndex.merge(tmp_path / "jobs").members[0].info["files"] == index.members[0].info["files"]
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from hf_trak.config import TrakConfig
 from hf_trak.sources.row_digests import names_read
-from hf_trak.tasks.chunks import CHUNK, CHUNK_COLUMNS, DIGEST, DOCUMENT, START, STOP, TOKENS, is_chunked
+from hf_trak.tasks.chunks import CHUNK, CHUNK_COLUMNS, DIGEST, DOCUMENT, TOKENS, is_chunked
 from hf_trak.tasks.columns import find_whole_text, is_string
 from hf_trak.tasks.language_inputs import find_texts
 from hf_trak.tasks.pairs import find_caption_column
@@ -283,7 +283,7 @@ class ChunkReader:
             row,
             label=", ".join(str(mine[name]) for name in self._others)[:80],
             text="" if self.text_column is None else mine[self.text_column],
-            note=f"document {mine[DOCUMENT]}, chunk {mine[CHUNK]}, characters {mine[START]} to {mine[STOP]}",
+            note=f"document {mine[DOCUMENT]}, chunk {mine[CHUNK]}",
             before=before[-self._AROUND :],
             after=after[: self._AROUND],
         )

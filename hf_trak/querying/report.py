@@ -167,15 +167,18 @@ def _words(example: Example) -> str:
     parts = [f'<span class="label">{escape(visible(example.label))}</span>' if example.label else ""]
     parts += [f'<span class="note">{escape(visible(example.note))}</span>' if example.note else ""]
     text = _shorten(example.text, _HTML_CHARACTERS)
-    around = [
-        f'<span class="around" style="opacity: .6">{escape(visible(one))}</span>' if one else ""
-        for one in (example.before, example.after)
-    ]
-    spaces = (
-        [" " if around[side] and example.text[place].isspace() else "" for side, place in ((0, 0), (1, -1))] if text else []
-    )
-    shown = f"<p>{around[0]}{spaces[0]}{escape(text)}{spaces[1]}{around[1]}</p>" if text else ""
+    before, after = (_around(one) for one in (example.before, example.after))
+    begin, end = (" " if one and text and example.text[place].isspace() else "" for one, place in ((before, 0), (after, -1)))
+    shown = f"<p>{before}{begin}{escape(text)}{end}{after}</p>" if text else ""
     return f"<p>{' '.join(filter(None, parts))}</p>" + shown
+
+
+def _around(text: str) -> str:
+    """Return the text around a chunk as HTML, its spaces at the ends kept."""
+    if not text:
+        return ""
+    flat = f"{' ' * text[0].isspace()}{' '.join(text.split())}{' ' * text[-1].isspace()}"
+    return f'<span class="around" style="opacity: .6">{escape(visible(flat))}</span>'
 
 
 def save_png(attributions: Sequence[Attribution], path: str | Path, *, title: str = "") -> None:
