@@ -122,13 +122,13 @@ def test_reports_show_the_pictures(index, folder, capsys):
         "user : <image> <image> a </s> assistant : ", image=[picture(0), picture(1)], answer="c", top_k=1, progress=False
     )
     assert two.attribution.query.image.size == (16 + 4 + 16, 16)
-    main(["explain", str(folder / "index"), "--prompt", "a b", "--image", str(folder / "1.png"), "--max_new_tokens", "2", "--chat",
+    main(["explain", str(folder / "index"), "--prompt", "a b", "--image", str(folder / "1.png"), "--max_new_tokens", "2", "--chat", "--top_k", "1",
           "--report", str(folder / "explained")])  # fmt: skip
     main(["attribute", str(folder / "index"), "--queries", str(folder / "train.parquet"), "--output", str(folder / "hits.jsonl"),
-          "--report", str(folder / "report"), "--max_queries", "2"])  # fmt: skip
+          "--report", str(folder / "report"), "--max_queries", "2", "--top_k", "1"])  # fmt: skip
     assert "Answer: " in capsys.readouterr().out
-    assert (folder / "explained" / "report.html").read_text().count("<img") == 11
-    assert (folder / "report" / "report.html").read_text().count("<img") == 22
+    assert (folder / "explained" / "report.html").read_text().count("<img") == 3
+    assert (folder / "report" / "report.html").read_text().count("<img") == 6
 
 
 def test_pictures_that_do_not_belong_are_refused(index, folder):

@@ -14,6 +14,7 @@ from tokenizers_for_tests import byte_tokenizer
 
 from hf_trak import AttributionIndex, Featurizer, TrakConfig
 from hf_trak.cli.main import main
+from hf_trak.querying.examples import LanguageRows, row_reader
 from hf_trak.tasks import AutoTask
 
 ROWS = Dataset.from_dict(
@@ -96,28 +97,20 @@ def test_reports_show_both_answers_of_texts_conversations_and_tokens(tmp_path):
         "chats": (chats, "user: ask  →  chosen: assistant: yes  |  rejected: assistant: no 2"),
         "tokens": (Dataset.from_dict(ids), "ask 2  →  chosen: yes 2  |  rejected: no"),
     }
-    for name, (rows, expected) in shown.items():
-        rows.to_parquet(tmp_path / f"{name}.parquet")
-        index, data = str(tmp_path / f"{name}-index"), str(tmp_path / f"{name}.parquet")
-        main(["featurize", "--model", str(tmp_path / "model"), "--dataset", data, "--output", index, "--task", "preference", "--proj_dim", "16",
-              "--keep_columns", ",".join(rows.column_names)])  # fmt: skip
-        main(
-            [
-                "attribute",
-                index,
-                "--queries",
-                data,
-                "--output",
-                str(tmp_path / f"{name}.jsonl"),
-                "--report",
-                str(tmp_path / name),
-            ]
-        )
-        page = (tmp_path / name / "report.html").read_text()
-        assert page.count(" ".join(expected.split())) >= 2  # as a query, and as a training row
-    found = AttributionIndex.from_pretrained(tmp_path / "texts-index").explain(texts[2], top_k=4, progress=False)
+    for rows, expected in shown.values():
+        reader = row_reader(TrakConfig(task="preference"), rows, LanguageRows("preference", byte_tokenizer()))
+        assert reader[2].text == expected
+    texts.to_parquet(tmp_path / "train.parquet")
+    index, data = str(tmp_path / "index"), str(tmp_path / "train.parquet")
+    main(["featurize", "--model", str(tmp_path / "model"), "--dataset", data, "--output", index, "--task", "preference", "--proj_dim", "16",
+          "--keep_columns", "prompt,chosen,rejected"])  # fmt: skip
+    main(["attribute", index, "--queries", data, "--output", str(tmp_path / "hits.jsonl"), "--report", str(tmp_path / "report"),
+          "--top_k", "1", "--max_queries", "3"])  # fmt: skip
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert page.count(" ".join(shown["texts"][1].split())) >= 2  # as a query, and as a training row
+    found = AttributionIndex.from_pretrained(index).explain(texts[2], top_k=1, progress=False)
     assert found.attribution.query.text == shown["texts"][1]
-    assert found.hits[0]["proponents"] == json.loads((tmp_path / "texts.jsonl").read_text().splitlines()[2])["proponents"]
+    assert found.hits[0]["proponents"] == json.loads((tmp_path / "hits.jsonl").read_text().splitlines()[2])["proponents"]
 
 
 @pytest.mark.parametrize(("rows", "message"), [

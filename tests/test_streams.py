@@ -65,13 +65,19 @@ def test_types_and_pictures_come_through_undecoded(tmp_path):
     assert found["label"][:] == [0, 1, 1]
 
 
+def test_what_killed_processes_left_is_removed(cache):
+    gone = cache / "hf_trak-stream-999999999-x"  # no process has such a number
+    gone.mkdir(parents=True)
+    found = read_stream(IterableDataset.from_generator(rows, gen_kwargs={"n_rows": 2}))
+    assert [path.name for path in cache.glob("hf_trak-stream-*")] == [found.cache_files[0]["filename"].split("/")[-2]]
+
+
+@pytest.mark.slow
 def test_the_rows_are_removed_when_the_process_ends(cache):
     code = (
         "from datasets import IterableDataset; from hf_trak.sources.streams import read_stream; "
         "found = read_stream(IterableDataset.from_generator(lambda: iter([{'a': 1}]))); print(found[0], found.cache_files[0]['filename'])"
     )
-    gone = cache / "hf_trak-stream-999999999-x"  # no process has such a number
-    gone.mkdir(parents=True)
     result = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
