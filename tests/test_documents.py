@@ -183,6 +183,8 @@ def test_questions_that_chunks_do_not_answer_are_refused(index):
         index.attribute(queries, documents="max", soft_threshold=2)
     with pytest.raises(ValueError, match="Give texts in 'text'"):
         index.attribute(queries.rename_column("text", "words"))
+    with pytest.raises(ValueError, match="it is 21 tokens, more than the 6 of a chunk; ask `index.attribute"):
+        index.featurizer()(DOCUMENTS[:1])
     with pytest.raises(ValueError, match="Query 1 has no scored token"):
         index.score(Dataset.from_dict({"text": ["a b", ""]}))
     with pytest.raises(ValueError, match="`chunk_overlap` must be smaller than `max_length`"):

@@ -199,6 +199,11 @@ class CausalInputs(TokenInputs):
         ]
         text = with_eos(text_of(row, self._text_column(row, strings)), processing_class)
         found = list(processing_class(text)["input_ids"])
+        if self.in_chunks and len(found) > self._limit(processing_class):
+            raise ValueError(
+                f"it is {len(found)} tokens, more than the {self._limit(processing_class)} of a chunk; ask `index.attribute(queries)` or "
+                "`index.featurize_queries(queries)`, which cut it"
+            )
         return self._cut(found, [True] * len(found), processing_class)
 
     def _encode_tokens(self, row: Mapping[str, Any]) -> Example:

@@ -86,6 +86,7 @@ class TokenInputs(abc.ABC):
         score_tokens (`str`): "all", or "content": neither special tokens, such as EOS, nor sentinels, such as `<extra_id_0>`.
         loss_on (`str`): "auto", "assistant", "completion" or "all": which tokens of a causal language model's row are scored.
         row_format (`str`): "auto", "alpaca" or "sharegpt": how a causal language model's rows are read.
+        in_chunks (`bool`): Whether long texts are cut into chunks (`chunk_overlap`) before they come here.
         skip_unscored (`bool`): Keep rows without any scored token, with a gradient of zero.
         chat_template_kwargs (`dict`, *optional*): Of the chat template.
         decoder (`DecoderInputs`, *optional*): What a decoder reads.
@@ -105,6 +106,7 @@ class TokenInputs(abc.ABC):
     score_tokens: str = "all"
     loss_on: str = "auto"
     row_format: str = "auto"
+    in_chunks: bool = False
     skip_unscored: bool = False
     chat_template_kwargs: Mapping[str, Any] | None = field(default=None, compare=False)
     decoder: DecoderInputs | None = field(default=None, compare=False)
@@ -126,6 +128,7 @@ class TokenInputs(abc.ABC):
             score_tokens=config.score_tokens,
             loss_on=config.loss_on,
             row_format=cls._format(config),
+            in_chunks=config.chunk_overlap is not None,
             skip_unscored=config.skip_unscored,
             chat_template_kwargs=json.loads(config.chat_template_kwargs) if config.chat_template_kwargs else None,
             decoder=cls._decoder(model),
