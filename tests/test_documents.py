@@ -6,9 +6,11 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from models import make_model
 from tokenizers_for_tests import byte_tokenizer, word_tokenizer
+from transformers import AutoModelForCausalLM
 
 from hf_trak import AttributionIndex, TrakConfig
 from hf_trak.cli.main import main
@@ -84,6 +86,20 @@ def test_a_long_query_is_the_sum_of_its_chunks(index):
         for name in ("trak_features", "trak_output"):
             expected = rows[name][:][owners == number].astype(np.float64).sum(0)
             np.testing.assert_allclose(found[name][place], expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
+def test_the_output_of_a_document_is_that_of_its_tokens_each_with_its_context(index, folder):
+    """Window by window, by the model alone in float64."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "model").double().eval()
+    ids = word_tokenizer()(TEXTS[0] + "</s>")["input_ids"]
+    total = 0.0
+    for place in range(1, len(ids)):
+        first = next(start for start in range(0, len(ids), 4) if start + 6 > place)  # of the first window that holds the token
+        with torch.no_grad():
+            logp = model(input_ids=torch.tensor([ids[first:place]])).logits[0, -1].log_softmax(-1)[ids[place]]
+        total += float(logp - torch.log1p(-logp.exp()))
+    found = index.featurize_queries(DOCUMENTS.select([0]), progress=False)["trak_output"]
+    np.testing.assert_allclose(found, [total], rtol=1e-5)
 
 
 def test_the_mean_over_a_long_query_weighs_chunks_by_their_tokens(folder):
