@@ -272,7 +272,7 @@ class _PerParameter(Projector):
     def start(self, batch_size: int, *, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "batch width"]:
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self._found = {name: self._sketch.start(batch_size, dtype=dtype, device=device) for name in self._names}
-        return torch.arange(batch_size, dtype=dtype, device=device).unsqueeze(1)  # the row numbers, so that a slice of the accumulator knows its rows
+        return torch.arange(batch_size, dtype=dtype, device=device).unsqueeze(1)  # row numbers, also in a slice
 
     def _rows(self, name: str, accumulator: Tensor) -> Tensor:
         first = int(accumulator[0, 0])
