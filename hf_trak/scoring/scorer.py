@@ -46,9 +46,8 @@ def allocate(shape: tuple[int, int], *, at_most: int = _IN_MEMORY_BYTES) -> np.n
     if n_bytes <= min(at_most, _IN_MEMORY_BYTES):
         return np.empty(shape, dtype=np.float32)
     with tempfile.TemporaryFile() as file:
-        reserve(
-            file.fileno(), n_bytes, Path(tempfile.gettempdir()) / "scores"
-        )  # writing to a memory map of a full disk would kill the process
+        # Writing to a memory map of a full disk would kill the process.
+        reserve(file.fileno(), n_bytes, Path(tempfile.gettempdir()) / "scores")
         return np.memmap(file, dtype=np.float32, mode="r+", shape=shape)
 
 
