@@ -279,11 +279,7 @@ def _load(source: str, listing: Listing, *, revision: str | None, trust_remote_c
         if reads_text and reads_pixels
         else [AutoTokenizer]
         if reads_text
-        else [
-            AutoImageProcessor,
-            AutoFeatureExtractor,
-            AutoProcessor,
-        ]  # the last would create an empty tokenizer for audio models
+        else [AutoImageProcessor, AutoFeatureExtractor, AutoProcessor]  # for audio, AutoProcessor creates an empty tokenizer
     )
     reason = ""
     for kind in kinds:
@@ -291,9 +287,7 @@ def _load(source: str, listing: Listing, *, revision: str | None, trust_remote_c
             return kind.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
         except (MemoryError, ImportError):
             raise
-        except (
-            Exception
-        ) as error:  # for damaged files, tokenizers raises plain Exceptions and transformers the errors of json.load
+        except Exception as error:  # tokenizers raises plain Exceptions for damaged files, transformers the errors of json.load
             if not trust_remote_code and "trust_remote_code" in str(error):
                 raise ValueError(
                     f"The tokenizer or image processor of {source} is code of its own: if you trust that, pass trust_remote_code=True "

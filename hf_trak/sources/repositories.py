@@ -214,10 +214,7 @@ def licence_of_source(source: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     try:
         card = hf_hub_download(source["repository"], "README.md", repo_type="dataset", revision=source["revision"])
-    except (
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-    ):  # no card, deleted, or unreachable: the caller asks the user for a licence
+    except (HfHubHTTPError, LocalEntryNotFoundError):  # no card, deleted or unreachable: the caller asks for a licence
         return {}
     return licence_in(Path(card).read_text(encoding="utf-8"))
 
