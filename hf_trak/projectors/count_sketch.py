@@ -221,7 +221,7 @@ class Fold:
             turn = min(start + self.n_buckets - rotation, stop)  # where the rotated block wraps around
             for first, end, to in ((start, turn, rotation), (turn, stop, 0)):
                 place, piece = result.narrow(dim, to, end - first), values.narrow(dim, first, end - first)
-                if block == 0:  # which fills the result
+                if block == 0:  # this fills the result
                     torch.mul(piece, signs[first:end], out=place)
                 else:
                     place.addcmul_(piece, signs[first:end])
@@ -240,7 +240,7 @@ class _Tile:
     columns: Fold
     ring: Ring
     signs: tuple[Float[Tensor, "rows 1"], Float[Tensor, " columns"] | None]
-    """What is left to sign once the axes are folded: an axis that was folded has its signs already. None is all ones."""
+    """The signs to apply after folding. A folded axis has its signs already; None means all ones."""
 
 
 @dataclass(frozen=True)
@@ -286,10 +286,10 @@ def _add_signed(
     signs: Float[Tensor, "rows _"],
     ring: Ring,
 ) -> None:
-    """Add the rows of a tile around its ring, times signs of one entry each or one a row."""
+    """Add the rows of a tile around its ring, times signs per entry or per row."""
     batch, n_rows, n_columns = entries.shape
     n_entries = n_rows * n_columns
-    if entries.device.type == "cpu" and n_entries <= _SMALL:  # a few large operations in place of one or two a row
+    if entries.device.type == "cpu" and n_entries <= _SMALL:  # a few large operations instead of one or two per row
         n_laps = math.ceil(n_entries / ring.length)
         laps = entries.new_empty(batch, n_laps * ring.length)
         torch.mul(entries, signs, out=laps.narrow(1, 0, n_entries).view(batch, n_rows, n_columns))

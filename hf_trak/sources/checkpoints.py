@@ -79,9 +79,9 @@ _REGISTERED: dict[str, type] = {}
 
 
 def register_model_class(kind: type) -> None:
-    """Let checkpoints of a class of your own be loaded by its name, in processes that import the module which calls this.
+    """Register a custom class, so that its checkpoints can be loaded by name. Call this in every process that loads them.
 
-    Its configuration is one of transformers, or registered with `transformers.AutoConfig`.
+    The configuration must be one of transformers, or registered with `transformers.AutoConfig`.
 
     Raises:
         ValueError: If transformers, or another module, has a class of this name.
@@ -93,7 +93,7 @@ def register_model_class(kind: type) -> None:
 
 
 def find_model_class(name: str) -> Any:
-    """Return the class that a checkpoint means by this name: transformers', or one that was registered; None if there is none."""
+    """Return the class of this name in transformers or among the registered ones; None if there is none."""
     import transformers
 
     return getattr(transformers, name, None) or _REGISTERED.get(name)

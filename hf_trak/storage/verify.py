@@ -168,10 +168,10 @@ def _read_config(folder: Path) -> tuple[TrakConfig | None, Finding]:
 
 
 def _told_by_all_members(folder: Path, numbers: Sequence[int], config: TrakConfig) -> list[str]:
-    """Return in what the configuration differs from every member alike, so that the fault is its own."""
+    """Return the differences of the configuration from the members, if all members have the same; the configuration is then wrong."""
     differing = []
     for number in numbers:
-        with suppress(ValueError, FileNotFoundError):  # which is told of that member
+        with suppress(ValueError, FileNotFoundError):  # reported for that member
             differing.append(differences_from(read_member_info(folder / f"member_{number}")["identity"], config))
     return differing[0] if differing and all(lines == differing[0] for lines in differing) else []
 
