@@ -801,7 +801,7 @@ MIXERS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
         lambda: nn.BatchNorm1d(5, track_running_stats=False),
     ),
     "a sequence in front": (
-        "loses the examples' axis: `linear` sees examples along another axis than the first",
+        "loses the examples' axis: `linear` has the examples along another axis than the first",
         lambda: Layer(nn.Linear(6, 3), lambda layer, x: layer(x.transpose(0, 1)).transpose(0, 1)),
     ),
 }

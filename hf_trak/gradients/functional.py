@@ -61,7 +61,7 @@ def _check_not_quantized(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point():
             raise ValueError(
-                f"{name} is of {parameter.dtype}, and `torch.func` cannot go through quantized layers. Use gradients='layerwise', "
+                f"{name} is of {parameter.dtype}, and `torch.func` does not support quantized layers. Use gradients='layerwise', "
                 "the default."
             )
 

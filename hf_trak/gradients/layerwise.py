@@ -45,7 +45,7 @@ from hf_trak.gradients.shared import SharedGradients, StandIns, plain
 from hf_trak.gradients.taps import Axis, Call, CallPlan, Taps
 from hf_trak.projectors import Projector
 
-_WAY_OUT = "Use gradients='loop', or 'auto', which takes it where it must, or leave these parameters out with `parameters`."
+_WAY_OUT = "Use gradients='loop', or 'auto', which uses it where necessary, or leave these parameters out with `parameters`."
 
 
 def layerwise_features(
@@ -389,7 +389,7 @@ class _Watch:
         def check() -> None:
             if [value._version for value in watched] != versions:
                 raise BatchRefused(
-                    f"An input of {self._describe(module)} is written to in place after the module has seen it, so its gradient would "
+                    f"An input of {self._describe(module)} is modified in place after the module has used it, so its gradient would "
                     f"be wrong. {_WAY_OUT}"
                 )
 

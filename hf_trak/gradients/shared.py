@@ -272,7 +272,7 @@ def _first_axes(batch_sizes: Sequence[int], shapes: Sequence[Sequence[tuple[int,
             raise BatchRefused(f"{_LOST}: `{name}` sees tensors of {of_tensor}.")
         found = [axis_of_sizes(batch_sizes, sizes) for sizes in zip(*of_tensor, strict=True)]
         if any(len(set(sizes)) > 1 for sizes in list(zip(*of_tensor, strict=True))[1:]):
-            raise BatchRefused(f"{_LOST}: `{name}` sees examples along another axis than the first.")
+            raise BatchRefused(f"{_LOST}: `{name}` has the examples along another axis than the first.")
         if found and found[0] == "shared" and len({shape[0] for shape in of_tensor}) > 1:
             raise BatchRefused(f"{_LOST}: `{name}` sees tensors of {of_tensor}.")
         axes.append(cast(Axis, found[0]) if found else "shared")
@@ -355,7 +355,7 @@ class SharedGradients:
     def _check_size(self, standing: Iterable[Tensor]) -> None:
         entries = max(tensor.numel() for tensor in standing) * self.batch_size
         if entries > _MOST:
-            raise BatchRefused(f"{_LOST} but for {entries:,} numbers, which would not fit in memory.")
+            raise BatchRefused(f"{_LOST}, unless {entries:,} numbers are kept, which would not fit in memory.")
 
     def _catch(self, standing: Tensor, laid: bool, found: Tensor) -> None:
         before = self._caught.get(id(standing))
@@ -363,7 +363,7 @@ class SharedGradients:
 
     def _next(self, is_expected: bool, func: Any) -> None:
         if not is_expected:
-            raise BatchRefused(f"{_LOST}, in another way than in the batches that were checked (by `{func.__name__}`).")
+            raise BatchRefused(f"{_LOST}, and differently than in the batches that were checked (by `{func.__name__}`).")
         self.place += 1
 
     def _tap(self, standing: Tensor, laid: bool, like: torch.Size) -> Tensor:
@@ -390,7 +390,7 @@ class SharedGradients:
     def per_example(self, leaves: Mapping[str, Tensor], use: Callable[[int, dict[str, Tensor]], None]) -> None:
         """Call `use` for each example with its number and its gradients by parameter name."""
         if self.place != len(self.steps):
-            raise BatchRefused(f"{_LOST}, in another way than in the batches that were checked ({self.place} operations).")
+            raise BatchRefused(f"{_LOST}, and differently than in the batches that were checked ({self.place} operations).")
         if not self._caught:
             return
         caught = list(self._caught.values())

@@ -38,7 +38,7 @@ class _Tolerance(NamedTuple):
 
 
 _TOLERANCE = {torch.float64: _Tolerance(1e-6, 1e-9), torch.float32: _Tolerance(1e-3, 1e-5)}
-_WAY_OUT = "Use gradients='loop', which computes one example at a time, or 'auto', which takes it where it must."
+_WAY_OUT = "Use gradients='loop', which computes one example at a time, or 'auto', which uses it where necessary."
 _COARSE = _Tolerance(0.15, 2e-2)  # half precision, and 8-bit weights, whose layers round activations too
 
 

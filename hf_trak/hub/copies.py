@@ -149,8 +149,8 @@ def push_index(
 
 def _no_licence(repo_id: str) -> ValueError:
     return ValueError(
-        f"The licence of these features is not known, and nothing was pushed to {repo_id}. They derive from the training data, so say what "
-        "holds for that: push_to_hub(..., license='cc-by-4.0') or --license, 'other' for one that is not in the Hub's list, 'unknown' "
+        f"The licence of these features is not known, and nothing was pushed to {repo_id}. They derive from the training data, so give "
+        "its licence: push_to_hub(..., license='cc-by-4.0') or --license, 'other' for one that is not in the Hub's list, 'unknown' "
         "if nobody knows."
     )
 
@@ -182,7 +182,7 @@ def _regular(path: Path) -> Path:
     if link is None or (link == path.parent and not is_member) or is_in_hub_cache(path):
         return path
     raise ValueError(
-        f"{link} is a link to {os.path.realpath(link)}, and links are not followed when an index is sent: that file may not be meant to "
+        f"{link} is a link to {os.path.realpath(link)}, and links are not followed when an index is uploaded: that file may not be meant to "
         "be published. Put a copy of it in the link's place, or remove the link. Nothing was sent."
     )
 

@@ -120,6 +120,6 @@ def _reason(error: Exception) -> str:
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set. Unset it to fetch what is missing."
     if isinstance(error, JSONDecodeError):
-        return f"{constants.ENDPOINT} answers with what is no JSON, as a login page of a network does. Open it in a browser, then run again."
+        return f"{constants.ENDPOINT} returned something that is not JSON, perhaps a network's login page. Open it in a browser, then run again."
     said = next(iter(str(error.__cause__ or error).strip().splitlines()), type(error).__name__)
     return f"{constants.ENDPOINT} cannot be reached ({said.rstrip('.')}). Check the network."

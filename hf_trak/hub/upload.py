@@ -161,7 +161,7 @@ class Upload:
         if lost:
             raise ValueError(
                 f"While this was pushed, somebody else changed {', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''} in {self.repo_id}; "
-                "their commit was left as it is, and nothing of this one was made. Look at theirs, and push again if yours shall replace it."
+                "their commit was kept, and this one was not made. Check theirs, and push again if yours should replace it."
             )
 
 
@@ -221,12 +221,12 @@ def _permission_needed(repo_id: str) -> Iterator[None]:
             raise
         key = "your token does not allow it" if get_token() else "no token is set"
         raise PermissionError(
-            f"The Hub does not let us write to the dataset repository {repo_id!r}: {key}. Log in with `hf auth login`, or set HF_TOKEN to "
+            f"The Hub denies write access to the dataset repository {repo_id!r}: {key}. Log in with `hf auth login`, or set HF_TOKEN to "
             "a token with write access."
         ) from error
     except JSONDecodeError as error:
         raise ConnectionError(
-            f"The Hub's answer is no JSON, as of a login page of a network, and nothing was pushed to {repo_id!r}. Check the network."
+            f"The Hub's answer is not JSON, perhaps a network's login page, and nothing was pushed to {repo_id!r}. Check the network."
         ) from error
     except (ValueError, OSError):
         raise

@@ -38,7 +38,7 @@ class FastJL(Projector):
         if proj_dim % _COLUMNS:
             below = proj_dim // _COLUMNS * _COLUMNS
             near = f"{below} or {below + _COLUMNS}" if below else f"{_COLUMNS}"
-            raise ValueError(f"fast_jl computes multiples of {_COLUMNS} numbers, but proj_dim is {proj_dim}; try {near}.")
+            raise ValueError(f"fast_jl needs a proj_dim that is a multiple of {_COLUMNS}, but it is {proj_dim}; try {near}.")
         load_fast_jl()
 
     def tied_to(self, device: torch.device) -> str:
@@ -49,7 +49,7 @@ class FastJL(Projector):
         """
         if device.type != "cuda":
             raise ValueError(
-                f"fast_jl runs on CUDA devices alone, but features are to be computed on {device}. Use a machine with a GPU, or "
+                f"fast_jl runs only on CUDA devices, but the device is {device}. Use a machine with a GPU, or "
                 "projector='block_count_sketch', which runs anywhere."
             )
         name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
@@ -90,7 +90,7 @@ class FastJL(Projector):
         """Cut a batch into groups that the kernel accepts and whose complete gradients fit in memory."""
         if _BATCHES[0] * n_entries >= _ADDRESSES:
             raise ValueError(
-                f"{name} has {n_entries:,} entries, and fast_jl counts to {_ADDRESSES // _BATCHES[0]:,} at most. Leave it out with "
+                f"{name} has {n_entries:,} entries, but fast_jl supports at most {_ADDRESSES // _BATCHES[0]:,}. Leave it out with "
                 "`parameters`, or use projector='block_count_sketch'."
             )
         size = max((size for size in _BATCHES if size * n_entries <= _ENTRIES), default=_BATCHES[0])

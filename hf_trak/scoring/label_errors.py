@@ -58,7 +58,7 @@ def check_labels_task(task: str, out_to_loss_kind: str) -> None:
     if out_to_loss_kind != "one_minus_p" or not task.endswith("-classification"):
         raise ValueError(
             f"Label errors are found among rows with one class label each, but this index is of the task {task!r}. For other tasks, "
-            "`index.self_influence()` ranks the training rows that stand alone."
+            "`index.self_influence()` ranks the training rows that are unlike the others."
         )
 
 
@@ -87,7 +87,7 @@ class LabelEvidence:
         self.doubt = torch.sigmoid(-output)
         if (alone := int((self._leverage > 1 - 1e-9).any(0).sum())) > 0:
             raise ValueError(
-                f"{alone} training rows have a leverage of 1, so that no other row says anything of them. Use a positive damping."
+                f"{alone} training rows have a leverage of 1, so no other row has an influence on them. Use a positive damping."
             )
         # A row without a gradient has no leverage and no influences.
         self._root = self._leverage.mean(0).clamp_min(torch.finfo(torch.float64).tiny).sqrt()

@@ -106,7 +106,7 @@ class ScoringMemory:
         if given < self.least:
             raise ValueError(
                 f"max_memory is {show(given)}, but scoring takes at least {show(self.least)}: {show(self.queries)} for the features of "
-                f"{self.n_query:,} queries; then {show(self.solving)} to solve at proj_dim {self.proj_dim:,}, or, while rows stream by, "
+                f"{self.n_query:,} queries; then {show(self.solving)} to solve at proj_dim {self.proj_dim:,}, or, while rows are scored, "
                 f"{show(self.block)} for {self.block_rows:,} of them, {show(self.scores)} for their scores and {show(self.hits)} for the "
                 f"best {self.top_k:,}. Give more, or ask fewer queries at a time."
             )

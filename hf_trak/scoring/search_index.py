@@ -105,7 +105,7 @@ class SearchIndex:
             )
         if lines := list_differences(read_json(_description(path)), expected):
             raise ValueError(
-                f"{path} is another search index than this:\n"
+                f"{path} is a different search index:\n"
                 + "\n".join(f"  {line}" for line in lines)
                 + "\nChoose another file, or delete it and build it again."
             )
@@ -123,12 +123,12 @@ class SearchIndex:
         power = self.identity["out_to_loss_power"]
         if options.out_to_loss_power != power:
             raise ValueError(
-                f"The search index weighs by out_to_loss_power {power}, but {options.out_to_loss_power} is asked for. Add one with that "
+                f"The search index was built with out_to_loss_power {power}, but {options.out_to_loss_power} is requested. Add one with that "
                 "power, or leave out exact=False."
             )
         if options.combination != self.identity["combination"]:
             raise ValueError(
-                f"The search index combines members by {self.identity['combination']!r}, but {options.combination!r} is asked for. Add one "
+                f"The search index was built with combination {self.identity['combination']!r}, but {options.combination!r} is requested. Add one "
                 "with that, or leave out exact=False."
             )
         for name, value in (("leverage", options.leverage), ("soft_threshold", options.soft_threshold)):

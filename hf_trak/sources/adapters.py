@@ -92,7 +92,7 @@ def load_adapter(
         base_listing = look_up(base, base_revision)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"The base model of the adapter {source} is not there: {error} Correct base_model_name_or_path in its {_CONFIG}."
+            f"The base model of the adapter {source} does not exist: {error} Correct base_model_name_or_path in its {_CONFIG}."
         ) from error
     base_revision = base_listing.commit or base_revision
     kind, options = _class_of(
@@ -111,7 +111,7 @@ def load_adapter(
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300].rstrip(".")
         raise ValueError(
-            f"The adapter {source}, of peft_type {values['peft_type']!r}, cannot be put onto {type(model).__name__} of {base}: {reason} "
+            f"The adapter {source}, of peft_type {values['peft_type']!r}, cannot be loaded onto {type(model).__name__} of {base}: {reason} "
             f"({type(error).__name__}). Check that {_WEIGHTS} and {_CONFIG} are complete, the base model in base_model_name_or_path, and that "
             "this version of peft has that type."
         ) from error
@@ -132,7 +132,7 @@ def _train_prompt(model: Any, source: str, values: dict[str, Any]) -> None:
     kind = str(values["peft_type"])
     if type(model).__name__ in ("PeftModel", "PeftMixedModel"):
         raise ValueError(
-            f"{source} is a prompt or prefix ({kind}) without a task_type, which PEFT loads and does not use. Set task_type in its {_CONFIG} (one "
+            f"{source} is a prompt or prefix ({kind}) without a task_type, which PEFT loads but does not use. Set task_type in its {_CONFIG} (one "
             f"of {', '.join(_HEADS)})."
         )
     prompt = model.prompt_encoder[model.active_adapter]

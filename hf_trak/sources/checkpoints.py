@@ -150,7 +150,7 @@ def _check_holds_config(source: str, listing: Listing) -> None:
         )
         if adapters:  # PEFT saves several adapters of a model in subfolders with their names
             raise FileNotFoundError(
-                f"{source} is no checkpoint itself: it holds {len(adapters)} adapter{'s' * (len(adapters) > 1)} in folders of their own, "
+                f"{source} is not a checkpoint: it contains {len(adapters)} adapter{'s' * (len(adapters) > 1)} in subfolders, "
                 f"{', '.join(adapters[:8])}. Name one of them: {Path(source) / adapters[0]}."
             )
         raise FileNotFoundError(
@@ -171,11 +171,7 @@ def _load(source: str, listing: Listing, revision: str | None, *, trust_remote_c
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
         return load_weights(get_class_from_dynamic_module(own, source, revision=revision), source, listing, revision)
-    brought = (
-        ""
-        if own is None
-        else " It brings code of its own: if you trust that, pass trust_remote_code=True (--trust_remote_code)."
-    )
+    brought = "" if own is None else " It has its own code: if you trust it, pass trust_remote_code=True (--trust_remote_code)."
     raise ValueError(
         f"{source} names {', '.join(map(str, names)) or 'no class'} as its architecture, which transformers does not have.{brought} Load "
         "the model yourself and pass it as `model`, or import the module that hands its class to `register_model_class`."
@@ -197,7 +193,7 @@ def _configuration(source: str, listing: Listing, revision: str | None, *, trust
     except Exception as error:  # a damaged file can raise any error
         if "trust_remote_code" in str(error):
             raise ValueError(
-                f"The configuration of {source} is code of its own: if you trust that, pass trust_remote_code=True (--trust_remote_code)."
+                f"The configuration of {source} needs code from its repository: if you trust it, pass trust_remote_code=True (--trust_remote_code)."
             ) from error
         reason = " ".join(str(error).split())[:300].rstrip(".")
         raise ValueError(f"config.json of {source} cannot be read: {reason} ({type(error).__name__}). Restore it.") from error

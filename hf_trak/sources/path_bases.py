@@ -62,7 +62,9 @@ def find_base(
             f"{called} is an adapter, whose base is the model under it. Give base='adapter' (--base adapter) in place of {str(base)!r}."
         )
     if base == ADAPTER:
-        raise ValueError(f"base='adapter' is for LoRA adapters, and {called} is none. Give the checkpoint it was trained from.")
+        raise ValueError(
+            f"base='adapter' is for LoRA adapters, but {called} is not one. Give the checkpoint it was trained from."
+        )
     if base == AUTO:
         if listing is None:
             raise ValueError(
@@ -149,7 +151,7 @@ def make_point(
     report = move_to_point(model, tensors, point.alpha)
     if report.cosine < LEAST_COSINE:
         logger.warning(
-            "The weights of %s have a cosine of %.2f with those of the base %s, as two models have that were trained apart. Is it the checkpoint that "
+            "The weights of %s have a cosine of %.2f with those of the base %s, which is typical of unrelated models. Is it the checkpoint that "
             "training began from? Points between unrelated models mean nothing.",
             type(model).__name__,
             report.cosine,

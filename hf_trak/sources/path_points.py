@@ -155,7 +155,9 @@ def move_to_point(
         for name, buffer in model.named_buffers():
             found = base.get(name)
             if found is not None and name.rpartition(".")[0] in own and not _is_same(found, buffer):
-                logger.warning("%s is no BatchNorm of PyTorch's, so it is interpolated and not measured at the point.", name)
+                logger.warning(
+                    "%s is not a BatchNorm of PyTorch, so its statistics are interpolated and not measured at the point.", name
+                )
             if found is not None and found.shape == buffer.shape and buffer.is_floating_point():
                 buffer.copy_(_lerp(found, buffer, alpha))
     names = {kind: tuple(found) for kind, found in start.items()} | {"measured": tuple(measured)}
@@ -171,7 +173,7 @@ def check_unquantized(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point():
             raise ValueError(
-                f"{name} is of {parameter.dtype}, and there are no points between quantized weights. Load the model unquantized, or leave "
+                f"{name} is of {parameter.dtype}, and quantized weights cannot be interpolated. Load the model unquantized, or leave "
                 "`base` out."
             )
 
@@ -332,7 +334,7 @@ def set_statistics(model: nn.Module, names: Sequence[str], statistics: Mapping[s
     if shapes != given:
         other = sorted(set(shapes.items()) ^ set(given.items()))[0][0]
         raise ValueError(
-            f"These running statistics are not of this point: {other} is {given.get(other, 'missing')} among them and "
+            f"These running statistics do not belong to this point: {other} is {given.get(other, 'missing')} among them and "
             f"{shapes.get(other, 'missing')} in the model. Use those that were measured for it."
         )
     for key, place in places.items():
@@ -373,7 +375,7 @@ def _before(sums: dict[nn.Module, _Sum], norm: Any, args: tuple[Any, ...], kwarg
     if (count := math.prod(batch.shape[place] for place in places)) < 2:
         raise ValueError(
             f"The running statistics of {type(norm).__name__} are measured on training rows at the point of the path, and a batch of them has "
-            f"one value per channel, of which there is no variance: its shape is {tuple(inputs.shape)}. Give more training rows, or no `base`."
+            f"one value per channel, which has no variance: its shape is {tuple(inputs.shape)}. Give more training rows, or no `base`."
         )
     variance, mean = torch.var_mean(batch, dim=places)
     if by_batch:
@@ -400,7 +402,7 @@ def check_scalable(model: nn.Module) -> list[str]:
     others = [name for name in named if any(part in name for part in _OTHER_KINDS)]
     if not scaled or others:
         what = f"{others[0]}" if others else "no LoRA matrices"
-        raise ValueError(f"A path from the base model is known for LoRA adapters alone, but this adapter has {what}.")
+        raise ValueError(f"Points of a path are supported for LoRA adapters only, but this adapter has {what}.")
     whole = [
         name
         for name, parameter in named.items()
@@ -408,8 +410,8 @@ def check_scalable(model: nn.Module) -> list[str]:
     ]
     if whole:
         raise ValueError(
-            f"A path from the base model is known for LoRA matrices and modules_to_save, but this adapter also trains {whole[0]} in the "
-            "base model itself, whose earlier value is not known."
+            f"Points of a path are supported for LoRA matrices and modules_to_save only, but this adapter also trains {whole[0]} in the "
+            "base model itself, whose initial value is unknown."
         )
     for config in getattr(model, "peft_config", {}).values():
         kind = getattr(config, "init_lora_weights", True)

@@ -219,7 +219,7 @@ def describe_absence(source: str | None, given: Any, reason: str) -> str:
     if source is None:
         return f"{reason} {WAY_OUT}; rows that are tokenized (input_ids) or pixels (pixel_values) need none."
     return (
-        f"{source} holds no tokenizer or image processor that reads these rows, and none is made up. {reason} {WAY_OUT}; rows that are "
+        f"{source} holds no tokenizer or image processor that reads these rows, and hf_trak does not make one up. {reason} {WAY_OUT}; rows that are "
         "tokenized (input_ids) or pixels (pixel_values) need none."
     )
 
@@ -290,7 +290,7 @@ def _load(source: str, listing: Listing, *, revision: str | None, trust_remote_c
         except Exception as error:  # tokenizers raises plain Exceptions for damaged files, transformers the errors of json.load
             if not trust_remote_code and "trust_remote_code" in str(error):
                 raise ValueError(
-                    f"The tokenizer or image processor of {source} is code of its own: if you trust that, pass trust_remote_code=True "
+                    f"The tokenizer or image processor of {source} needs code from its repository: if you trust it, pass trust_remote_code=True "
                     f"(--trust_remote_code). Or {_way_out()}."
                 ) from error
             reason, cause = reason or _first_line(error), error
@@ -356,8 +356,8 @@ def _check_content(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     words = set(tokens) - set(tokenizer.all_special_tokens) - {str(token) for token in tokenizer.added_tokens_decoder.values()}
     if len(words - {"▁", ""}) == 0:
         raise ValueError(
-            f"{name} is empty: its {len(list(tokens)):,} tokens are special ones, so that every text would read alike. transformers makes up "
-            f"such a tokenizer where a checkpoint has none. {WAY_OUT}."
+            f"{name} is empty: its {len(list(tokens)):,} tokens are special ones, so all texts would look the same. transformers creates "
+            f"such a tokenizer if a checkpoint has none. {WAY_OUT}."
         )
 
 

@@ -270,7 +270,7 @@ def check_weights(model: PreTrainedModel, info: dict[str, Any], source: str, *, 
     if lost := [name for name in unexpected if not _belongs_to_another_head(model, name)]:
         raise ValueError(
             f"{source} holds weights that {kind} with this config.json does not have ({len(lost)}): {_list(lost)}. The model that was "
-            "trained computes with them, this one would not. Use the class and the configuration it was trained with."
+            "trained uses them, and this one would not. Use the class and the configuration it was trained with."
         )
     if unexpected:
         logger.warning(

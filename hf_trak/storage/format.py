@@ -174,12 +174,12 @@ def read_member_info(folder: Path) -> dict[str, Any]:
             raise _damaged(path, f"entry {number} of 'files' is no object")
         name = field_of(path, entry, "file", str)
         if Path(name).name != name:
-            raise ValueError(f"{path} lists {name!r}, which does not lie in its folder: it is no member of hf_trak's.")
+            raise ValueError(f"{path} lists {name!r}, which is not in its folder, so this is not a member of an index.")
         if field_of(path, entry, "bytes", int) < 0 or not re.fullmatch("[0-9a-f]{64}", field_of(path, entry, "sha256", str)):
             raise _damaged(path, f"the size or SHA-256 of {name!r} is none")
         rows += field_of(path, entry, "rows", int) if "rows" in entry else 0
     if "statistics" in identity.get("point", {}) and STATISTICS_NAME not in {entry["file"] for entry in info["files"]}:
-        raise _damaged(path, f"it lists no {STATISTICS_NAME}, which its point is made with")
+        raise _damaged(path, f"it lists no {STATISTICS_NAME}, which its point needs")
     if rows != n_rows:
         raise _damaged(path, f"its files have {rows:,} rows, where 'n_rows' is {n_rows:,}")
     return info
@@ -212,7 +212,7 @@ def _check_point(path: Path, info: dict[str, Any], point: dict[str, Any]) -> Non
     _check_source(path, "base", base)
     base = {"path": None, "repository": None, **base}
     if point.get("base") is None and base["path"] is None and base["repository"] is None:
-        raise _damaged(path, "it does not say where the base of the path is")
+        raise _damaged(path, "it does not record the location of the path's base")
 
 
 def _check_source(path: Path, name: str, source: dict[str, Any]) -> None:

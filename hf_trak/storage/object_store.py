@@ -228,7 +228,7 @@ def place(folder: str | Path) -> Path:
         if protocol in protocols:
             raise ValueError(f"An index cannot be kept at {folder}. {why}")
     if not re.fullmatch(r"[a-z][a-z0-9+.-]*", protocol) or not rest.strip("/"):
-        raise ValueError(f"{folder!r} is no URL of a place on an object store, such as s3://bucket/my-index.")
+        raise ValueError(f"{folder!r} is not a URL on an object store, such as s3://bucket/my-index.")
     return ObjectPath(folder.rstrip("/"))
 
 
@@ -263,7 +263,7 @@ def _local_file(name: str) -> Iterator[Path]:
                 raise
             raise OSError(
                 error.errno,
-                f"There is no room for {name} in {folder}, where it lies on its way to or from the store: {os.strerror(error.errno)}. "
+                f"There is not enough disk space for {name} in {folder}, which holds it during the transfer: {os.strerror(error.errno)}. "
                 "Free some space or set TMPDIR to another disk, and run again.",
             ) from error
 
@@ -273,7 +273,7 @@ def _advise(url: str, error: Exception) -> OSError:
     kind = f"{type(error).__name__} {type(error.__cause__).__name__}"
     if isinstance(error, PermissionError) or re.search("Credential|Token|Auth|Forbidden|AccessDenied", kind):
         return PermissionError(
-            f"The store does not let us at {url}: {_reason(error)} Set credentials that may, as the store's own tools take them (for S3: "
+            f"The store denies access to {url}: {_reason(error)} Set credentials with access, as for the store's own tools (for S3: "
             "`aws configure`, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY). What was finished is kept; run again."
         )
     return ConnectionError(

@@ -107,8 +107,8 @@ class MemberReader:
             for damaged in (path.resolve(), path):  # in a cache, a link and its target
                 damaged.unlink(missing_ok=True)
             raise ValueError(
-                f"{path} is not what was written: its SHA-256 differs from the one in {MEMBER_NAME}. It was dropped, so that the next "
-                "call fetches it anew. If it comes the same again, it is damaged where it comes from: ask for it to be pushed again."
+                f"{path} is not what was written: its SHA-256 differs from the one in {MEMBER_NAME}. It was deleted, and the next "
+                "call downloads it again. If the error remains, the file is damaged at its source: ask for it to be pushed again."
             )
         self._verified.add(name)
         return path

@@ -307,7 +307,7 @@ def refuse_overlap(source: Path, target: Path) -> None:
         return
     relation = "is the index itself" if here == there else "lies in the index" if len(there) > len(here) else "holds the index"
     raise ValueError(
-        f"{target} {relation} that is to be copied, {source}. Choose a folder that neither holds the index nor lies in it; nothing was "
+        f"{target} {relation} that is to be copied, {source}. Choose a folder that neither contains the index nor is inside it; nothing was "
         "changed."
     )
 

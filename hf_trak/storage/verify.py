@@ -104,7 +104,7 @@ def _remember(cache: Path, name: str, known: str) -> None:
 AGAIN = "Run the command that made the index again: only files that are missing or damaged are made again."
 _COPY = "restore it from a copy, or run the command that made the index again."
 RESTORE = (
-    "Restore it from a copy, or run the command that made the index again: it goes by the files of rows that are whole. If it refuses, "
+    "Restore it from a copy, or run the command that made the index again: it uses the complete shards. If it refuses, "
     "delete {folder} first: it makes that member again."
 )
 
@@ -206,7 +206,7 @@ def _verify_member(
         return
     lines = [] if config is None else differences_from(info["identity"], config)
     if lines:
-        yield Finding(name, "damaged", f"it is of another index than {CONFIG_NAME} says: {'; '.join(lines)}", restore)
+        yield Finding(name, "damaged", f"it belongs to another index than {CONFIG_NAME}: {'; '.join(lines)}", restore)
     else:
         yield Finding(name, "whole", bytes=(member / MEMBER_NAME).stat().st_size)
     shards = [entry["file"] for entry in info["files"] if "rows" in entry]
@@ -249,7 +249,7 @@ def _problem_inside(path: Path, entry: dict[str, Any], origin: Origin | None) ->
         elif path.name == GRAM_NAME:
             gram = load_file(path)["gram"]
             if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or not torch.isfinite(gram).all():
-                return f"it is no square matrix of finite numbers, but of shape {tuple(gram.shape)}"
+                return f"it is not a square matrix of finite numbers; its shape is {tuple(gram.shape)}"
     except (ValueError, KeyError, OSError, pa.ArrowException, SafetensorError) as error:
         return _reason(error)
     return ""
@@ -272,4 +272,4 @@ def _leftovers(folder: Path, numbers: list[int]) -> Iterator[Finding]:
     if (folder / STAGING).is_dir():
         names.append(STAGING)
     for name in names:
-        yield Finding(name, "left", "no part of the index: a process that was killed left it", "It does no harm.")
+        yield Finding(name, "left", "not part of the index; a killed process left it", "It does no harm.")
