@@ -73,7 +73,7 @@ def test_a_kept_search_index_is_read_again_and_must_be_of_the_same_features(inde
     with pytest.raises(ValueError, match=r"(?s)is a different search index:\n  string_factory: 'Flat' there, 'IVF8,Flat' here"):
         index.add_search_index("IVF8,Flat", file=file, progress=False)
     other = store_index(tmp_path / "other", MEMBERS[:1], shard_rows=256)
-    with pytest.raises(ValueError, match="(?s)another search index.*members_sha256"):
+    with pytest.raises(ValueError, match="(?s)different search index.*members_sha256"):
         other.add_search_index(file=file, progress=False)
     file.with_name("search.faiss.json").unlink()
     with pytest.raises(FileNotFoundError, match="search.faiss.json is missing beside it"):
