@@ -157,8 +157,8 @@ def test_the_command_line_makes_and_asks_the_same_index(pair, built, tmp_path, c
     assert command_line(["featurize", *model, *flags, "--shard_rows", "8"]) == 0
     said = capsys.readouterr().out
     assert "All of 2 members are points base + alpha (final - base) of a path, alpha = 0.3, 0.5" in said
-    assert "counted from 0: classifier.bias, classifier.weight." in said
-    assert "to the power 1; those of final" in said
+    assert "start from 0: classifier.bias, classifier.weight." in said
+    assert "to the power 1; for final" in said
     index = AttributionIndex.from_pretrained(tmp_path / "index")
     for member in range(2):
         for name, values in columns(index, member).items():

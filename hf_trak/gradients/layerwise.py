@@ -357,8 +357,8 @@ class _Watch:
         call = self.plan.call(module, number)
         if call is None:
             raise BatchRefused(
-                f"{self._describe(module)} is called in another way than in the batches that were checked, such as an expert that no "
-                f"token was sent to there. {_WAY_OUT}"
+                f"{self._describe(module)} is called differently than in the batches that were checked, for example an expert that received "
+                f"no token in them. {_WAY_OUT}"
             )
         return call
 

@@ -74,8 +74,8 @@ def check_gradients(
     """
     if n_examples < 2:
         raise TooFewExamples(
-            "The check at the start compares at least two different examples together and alone, and there is one. Use "
-            "gradients='loop' or 'auto', or give batches of two rows at least."
+            "The check at the start compares examples alone and in a batch, so it needs at least two, but there is only one. Use "
+            "gradients='loop' or 'auto', or give at least two rows."
         )
     batches = [[number % n_examples for number in range(size)] for size in _SIZES]
     sketch = _PerParameter(parameters)
@@ -89,8 +89,8 @@ def check_gradients(
             chosen_among.append(choices.sizes)
         if any(sizes != chosen_among[0] for sizes in chosen_among):
             raise CheckFailed(
-                f"{type(model).__name__} chooses among the tokens of an example by `topk`, as sparse attention does: where several count the "
-                f"same, padding decides which is taken, in some rows and not in others. {_WAY_OUT}"
+                f"{type(model).__name__} selects tokens of an example by `topk`, as sparse attention does. If several tokens have equal "
+                f"values, the selection depends on padding, which differs between batches. {_WAY_OUT}"
             )
 
         def compare(compute: Callable[..., BatchFeatures]) -> None:
@@ -234,7 +234,7 @@ def _explain(
     first = max(wrong, key=lambda disagreement: disagreement.share)
     what = "output" if first.name is None else f"gradient of {first.name}"
     return (
-        f"The gradient of row {first.place} changes with the examples it shares a batch with, or with its padding: its {what} by "
+        f"The gradient of row {first.place} changes with the other examples of its batch, or with its padding: its {what} by "
         f"{first.share:.1%}. {type(model).__name__} mixes the examples of a batch, or reads padding. {_WAY_OUT}"
     )
 

@@ -282,15 +282,15 @@ def describe_paths(members: Sequence[Mapping[str, Any]], out_to_loss_power: floa
     new = sorted({name for member in points for name in member["identity"]["point"]["from_zero"] if ".lora_" not in name})
     kept = sorted({name for member in points for name in member["identity"]["point"]["kept"]})
     if new:
-        lines.append(f"New in the final model, so counted from 0: {_shorten(new)}.")
+        lines.append(f"New in the final model, so they start from 0: {_shorten(new)}.")
     if kept:
-        lines.append(f"Not in the base, so at their final values: {_shorten(kept)}.")
+        lines.append(f"Not in the base, so they keep their final values: {_shorten(kept)}.")
     measured = max(member["identity"]["point"].get("statistics", {}).get("modules", 0) for member in points)
     if measured:
         lines.append(f"The running statistics of {measured} modules were measured at the point, on training rows.")
     if default_power(kind) < 1 and out_to_loss_power is None:
-        said = "1/2, as those of final checkpoints do" if many else "1; those of final checkpoints weigh by the power 1/2"
-        lines.append(f"By default scores weigh by 1 - p to the power {said} (out_to_loss_power).")
+        said = "1/2, as for final checkpoints" if many else "1; for final checkpoints it is 1/2"
+        lines.append(f"By default scores use 1 - p to the power {said} (out_to_loss_power).")
     return lines
 
 

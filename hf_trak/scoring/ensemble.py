@@ -139,7 +139,7 @@ def solve_queries(member: MemberReader, queries: Float[Tensor, "n_query proj_dim
     leverage = torch.cat([_leverage(shard, cholesky, options.residual_weighting) for shard in member_blocks(member)])
     if (alone := int((leverage > 1 - 1e-9).sum())) > 0:
         raise ValueError(
-            f"{alone} training rows have a leverage of 1, so 1 / (1 - h) has no bounds: nothing else speaks for their directions. "
+            f"{alone} training rows have a leverage of 1, so 1 / (1 - h) is infinite: no other row has a gradient in their directions. "
             "Use a positive damping."
         )
     return SolvedQueries(preconditioned, leverage, rms)
