@@ -40,7 +40,7 @@ def pushed(folder, repo, license="mit"):
     card = card.replace(f'"{folder.name}"', f'"{repo}"').replace("---\n", f"---\nlicense: {license}\n", 1)
     before, after = card.split("## Licence")
     after = (
-        f"\n\n`{license}`. Features derive from the training data, whose licence this is.\n\n## Source"
+        f"\n\n`{license}`. The features derive from the training data, and this is its licence.\n\n## Source"
         + after.split("## Source")[1]
     )
     return {**files, "README.md": f"{before}## Licence{after}".encode()}
