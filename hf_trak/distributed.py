@@ -1,7 +1,7 @@
-"""The processes of one run: which they are, how they wait for each other, and what they share.
+"""The processes of one run: their ranks, barriers, and division of work.
 
-They share a folder and exchange a few words: where each has got to, that it is alive, why it ended. Not a tensor passes between them,
-so the backend of their process group does not matter, nor how long one takes.
+They share a folder, and exchange only small messages through a store: progress, heartbeats and the reason of an error. They exchange no
+tensors, so neither the backend of their process group nor the duration of one process matters.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from torch import Tensor
 T = TypeVar("T")
 
 _PATIENCE = "HF_TRAK_PATIENCE"
-_BEAT = 2.0  # seconds between two signs of life
+_BEAT = 2.0  # seconds between two heartbeats
 _POLL = 0.05
-_LATE = 30  # patiences for one that has yet to come: it may have other things to do first
-_runs = 0  # entered in this process: all processes of a group enter the same ones
+_LATE = 30  # how many times longer to wait for a process that has not started yet: it may have other work first
+_runs = 0  # number of runs entered in this process; all processes of a group enter the same runs
 
 
 class ProcessEnded(ConnectionError):
-    """Another process of this run has ended before it was done; the message says which, and why if that is known."""
+    """Another process of this run ended early. The message says which, and why if that is known."""
 
 
 class Processes:
-    """The processes of one run, seen from one of them. Enter it for the length of the run.
+    """The processes of one run. Use it as a context manager for the duration of the run.
 
-    An error within the block is told to the others, and raised there as [`ProcessEnded`] when they next check or wait. So is the
-    silence of a process that was killed, after a minute; the environment variable `HF_TRAK_PATIENCE` has other seconds.
+    If a process fails inside the block, the others raise [`ProcessEnded`] at their next check or wait. The same happens if a process was
+    killed, after a minute without heartbeats; the environment variable `HF_TRAK_PATIENCE` sets another number of seconds.
 
     Args:
-        rank (`int`): Which process this is.
-        count (`int`): How many there are.
-        store (`torch.distributed.Store`, *optional*): Where they leave word for each other; not needed by one process.
-        device (`torch.device`, *optional*): What this process computes on; None for whatever it would use alone.
+        rank (`int`): The number of this process.
+        count (`int`): The number of processes.
+        store (`torch.distributed.Store`, *optional*): The store for messages; not needed for a single process.
+        device (`torch.device`, *optional*): The device of this process; None for the default device.
     """
 
     def __init__(self, rank: int = 0, count: int = 1, store: Any = None, device: torch.device | None = None) -> None:
@@ -56,7 +56,7 @@ class Processes:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that does what only one may do."""
+        """Whether this is the first process, which does work that only one process may do."""
         return self.rank == 0
 
     def __enter__(self) -> Processes:
@@ -82,19 +82,19 @@ class Processes:
             self._leave()
 
     def _tell_why(self, error: BaseException) -> None:
-        """Leave word of why this process ends, unless another was first."""
+        """Store the reason why this process ends, unless another process was first."""
         reason = f": {str(error).rstrip('.')}" if isinstance(error, Exception) else ""
         why = self._lost or f"{_name_of(self.rank, self.count)} has ended with {type(error).__name__}{reason}."
-        with suppress(RuntimeError):  # whoever keeps the words may be gone
+        with suppress(RuntimeError):  # the process with the store may have ended
             if not self._store.check(["failed"]):
                 self._store.set("failed", json.dumps(why))
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """Return this process's part of some work: a stretch of neighbours, empty where there are fewer items than processes."""
+        """Return this process's share of some items: consecutive ones; empty if there are fewer items than processes."""
         return share(items, self.rank, self.count)
 
     def tell(self, value: T | None = None) -> T:
-        """Return in every process the JSON value that the first one gives."""
+        """Broadcast a JSON value from the first process to all."""
         if self.count == 1:
             return value  # type: ignore[return-value]
         self._steps += 1
@@ -105,10 +105,10 @@ class Processes:
         return json.loads(self._store.get(key))
 
     def wait(self) -> None:
-        """Wait until all processes have come here.
+        """Wait until all processes have called this.
 
         Raises:
-            ProcessEnded: If one never will.
+            ProcessEnded: If a process has ended.
         """
         if self.count == 1:
             return
@@ -118,10 +118,10 @@ class Processes:
         self._wait_until(lambda: self._store.add(key, 0) >= self.count)
 
     def check(self) -> None:
-        """Go on, unless another process has ended before it was done.
+        """Check that no other process has ended early.
 
         Raises:
-            ProcessEnded: Naming it.
+            ProcessEnded: Naming the process.
         """
         if self._lost is not None:
             raise ProcessEnded(f"{self._lost} This process ends too; what was finished is kept. Run the same again to go on.")
@@ -139,7 +139,7 @@ class Processes:
             pause = min(2 * pause, 1.0)
 
     def _leave(self) -> None:
-        """Leave last if the others' words are kept here: when this process exits, they are gone."""
+        """Wait for the others if this process holds the store, because the store ends with this process."""
         with suppress(RuntimeError):
             left = self._store.add("left", 1)
             until = time.monotonic() + 5
@@ -149,7 +149,7 @@ class Processes:
 
 
 class _Watch(threading.Thread):
-    """Gives signs of life, and looks for those of the others."""
+    """Sends heartbeats, and watches those of the other processes."""
 
     def __init__(self, processes: Processes) -> None:
         super().__init__(name="hf_trak-watch", daemon=True)
@@ -172,7 +172,7 @@ class _Watch(threading.Thread):
             try:
                 self._store.set(f"alive/{me.rank}", json.dumps([number, _name_of(me.rank, me.count)]))
                 me._lost = self._find_failed() or self._find_silent()
-            except Exception as error:  # whatever it is, nobody would tell the main thread of it
+            except Exception as error:  # catch everything, because nothing else would report an error to the main thread
                 me._lost = _host_is_gone(error)
             if self._ended.wait(self._beat):
                 return
@@ -183,7 +183,7 @@ class _Watch(threading.Thread):
         return json.loads(self._store.get("failed"))
 
     def _find_silent(self) -> str | None:
-        """Count one's own beats between two of another's: a clock would mistake a machine that slept for one that died."""
+        """Count own heartbeats between two of another process. A clock would count the time in which a machine is suspended."""
         for rank in range(self._processes.count):
             key = f"alive/{rank}"
             found = self._store.get(key) if self._store.check([key]) else b""
@@ -210,24 +210,24 @@ def _host_is_gone(error: Exception) -> str:
 
 
 def share(items: Sequence[T], index: int, count: int) -> Sequence[T]:
-    """Return part `index` of `count` stretches that differ by one item at most."""
+    """Return part `index` of `count` consecutive parts, whose sizes differ by at most one item."""
     return items[len(items) * index // count : len(items) * (index + 1) // count]
 
 
 def rank_and_size() -> tuple[int, int]:
-    """Return this process's number and how many there are, by torch's process group."""
+    """Return this process's rank and the number of processes in torch's process group."""
     group = torch.distributed
     return (group.get_rank(), group.get_world_size()) if group.is_available() and group.is_initialized() else (0, 1)
 
 
 def share_of(n_items: int) -> range:
-    """Return this process's share of so many items: as even as can be, one after another, empty where there are too few."""
+    """Return this process's share of `n_items` items: consecutive and of almost equal size; empty if there are too few."""
     rank, size = rank_and_size()
     return range(n_items * rank // size, n_items * (rank + 1) // size)
 
 
 def gather(tensor: Tensor) -> list[Tensor]:
-    """Return every process's tensor, by rank; they have one shape. All processes must call it."""
+    """Return the tensors of all processes, by rank. They have the same shape. All processes must call this."""
     size = rank_and_size()[1]
     if size == 1:
         return [tensor]
@@ -238,13 +238,13 @@ def gather(tensor: Tensor) -> list[Tensor]:
 
 
 def wait_for_all() -> None:
-    """Return when every process has come here."""
+    """Wait until all processes have called this."""
     if rank_and_size()[1] > 1:
         gather(torch.zeros(1))
 
 
 def _gathering_device() -> torch.device:
-    """Return where the group's backend wants tensors."""
+    """Return the device that the group's backend needs for tensors."""
     if torch.distributed.get_backend() == "gloo":
         return torch.device("cpu")
     from accelerate import PartialState
@@ -253,15 +253,15 @@ def _gathering_device() -> torch.device:
 
 
 def launched_processes() -> int:
-    """Return how many processes a launcher says it has started."""
+    """Return the number of processes that a launcher has set in WORLD_SIZE."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def current_processes() -> Processes:
-    """Return the processes this one was launched with, joining them where nobody has yet.
+    """Return the processes of this launch, and create the process group if there is none yet.
 
     Raises:
-        ValueError: If a launcher started several, but they do not know of each other: they would all do the same work.
+        ValueError: If a launcher started several processes without a common group, so that each would do all the work.
     """
     wanted = launched_processes()
     if not (dist.is_available() and dist.is_initialized()):
@@ -278,9 +278,9 @@ def current_processes() -> Processes:
 
 
 def _known_to_accelerate() -> int | None:
-    """Return how many processes accelerate believes in, if it has been asked to join them.
+    """Return the number of processes that accelerate has found, if it is initialised.
 
-    On a machine without GPUs a plain `Accelerator()` joins them, and then takes each for the only one, and so for the main one.
+    On a machine without GPUs, a plain `Accelerator()` treats each process as the only one, and so as the main process.
     """
     from accelerate import PartialState
 
@@ -294,7 +294,7 @@ _WAY_OUT = (
 
 
 def _check_launcher(wanted: int) -> None:
-    """Refuse processes that were started together and not told of each other."""
+    """Refuse processes that were started together without a common WORLD_SIZE."""
     if wanted == 1:
         for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
             if int(os.environ.get(name, "1")) > 1:
@@ -313,7 +313,7 @@ def _check_launcher(wanted: int) -> None:
 
 
 def _join() -> None:
-    """Make the process group that the launcher prepared, on CPUs (gloo) where there is no GPU or none is wanted."""
+    """Create the process group for the launcher's settings; with gloo if there is no GPU or the CPU was chosen."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise ValueError(
             "Featurizing does not run under DeepSpeed: it needs no optimizer, and each process loads the whole model. Leave out "
@@ -327,7 +327,7 @@ def _join() -> None:
 
 
 def _part() -> None:
-    """Take leave of the others: a group that is left to the end of the process complains."""
+    """Destroy the process group, because torch warns about a group that still exists at exit."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -349,8 +349,8 @@ def _device() -> torch.device:
 
 
 def warn_of_lone_process() -> str | None:
-    """Return a warning if `accelerate launch --cpu --num_processes N` started this process alone, which it does without a word."""
+    """Return a warning if `accelerate launch --cpu --num_processes N` started only this process, which it does silently."""
     alone = "WORLD_SIZE" not in os.environ and not (dist.is_available() and dist.is_initialized())
-    # What accelerate 1.15 sets for several processes, but not for one, and then starts one.
+    # accelerate 1.15 sets these variables for several processes and not for one, but then starts one.
     launched = os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_PORT" in os.environ
     return f"`accelerate launch --cpu --num_processes N` starts one process. {_WAY_OUT}" if alone and launched else None

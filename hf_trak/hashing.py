@@ -1,7 +1,7 @@
 """Counter-based hashing for sketches, and content hashes for files, weights and configurations.
 
-Random numbers here are a function of (key, counter) alone, computed in 64-bit integer arithmetic that wraps the same way on
-every device. That is what lets features computed on different machines be compared.
+Random numbers depend only on (key, counter). They are computed in 64-bit integer arithmetic, which wraps in the same way on every device.
+So features from different machines can be compared.
 """
 
 from __future__ import annotations

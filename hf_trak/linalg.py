@@ -1,4 +1,4 @@
-"""The Gram matrix and its damped inverse: everything TRAK solves, in float64."""
+"""The Gram matrix and its damped inverse, in float64."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 DEFAULT_DAMPING = 3.0
-"""What `damping="auto"` means when no subset masks are recorded: the best λ of one checkpoint was 1.8 to 5.9 at every
-`proj_dim` we tried (see docs/evidence/decisions.md)."""
+"""The value of `damping="auto"` if no subset masks are recorded. The best λ of one checkpoint was 1.8 to 5.9 at every `proj_dim` that was
+tried (see docs/evidence/decisions.md)."""
 
 LARGE_ENSEMBLE = 10
 LARGE_ENSEMBLE_DAMPING = 1.0
-"""The same from ten checkpoints on: averaging does part of what damping does (see docs/evidence/decisions.md)."""
+"""The value from ten checkpoints on. Averaging reduces the need for damping (see docs/evidence/decisions.md)."""
 
 
 def default_damping(n_checkpoints: int) -> float:
-    """Return λ for an ensemble of so many checkpoints where nothing tells better."""
+    """Return the default λ for an ensemble of `n_checkpoints` checkpoints."""
     return DEFAULT_DAMPING if n_checkpoints < LARGE_ENSEMBLE else LARGE_ENSEMBLE_DAMPING
 
 
@@ -71,7 +71,7 @@ def factor(gram: Float64[Tensor, "proj_dim proj_dim"], *, n_rows: int, damping: 
 
     Args:
         gram (`torch.Tensor`): $\Phi^\top\Phi$, summed (not averaged) over the training set, float64.
-        n_rows (`int`): How many training examples were summed.
+        n_rows (`int`): Number of training examples in the sum.
         damping (`float`): $\lambda$, as a multiple of the Gram matrix's mean nonzero eigenvalue $\bar\mu$. The paper uses 0.
 
     Raises:
@@ -79,7 +79,7 @@ def factor(gram: Float64[Tensor, "proj_dim proj_dim"], *, n_rows: int, damping: 
     """
     cholesky, info = torch.linalg.cholesky_ex(damped(gram, n_rows=n_rows, damping=damping))
     pivots = cholesky.diagonal()
-    # A pivot this small is round-off: the solve would return finite garbage.
+    # A pivot this small is round-off: the solve would return finite but meaningless numbers.
     singular = info.item() != 0 or (pivots.min() / pivots.max()).item() ** 2 < gram.shape[0] * torch.finfo(gram.dtype).eps
     if singular:
         raise ValueError(

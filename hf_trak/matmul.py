@@ -1,9 +1,9 @@
-"""Products of float32 matrices on CPUs where another library than torch's usual one is faster.
+"""Products of float32 matrices by oneDNN, on CPUs where it is faster than MKL.
 
-torch multiplies float32 matrices with MKL, which leaves AVX-512 alone on CPUs that are not Intel's. oneDNN, which torch carries as
-well, uses it: twice as fast on a Zen 5 core (docs/evidence/performance.md). Which of them serves is a function of the operands and the
-machine, not of the number of threads nor of a measurement, so that the same run gives the same bits whatever its processes.
-`torch.backends.mkldnn.enabled = False`, torch's own switch, turns it off.
+torch multiplies float32 matrices with MKL, which does not use AVX-512 on CPUs that are not from Intel. torch also contains oneDNN, which
+does, and is twice as fast on a Zen 5 core (docs/evidence/performance.md). The choice depends only on the operands and the machine, not on
+the number of threads or on a measurement. So a run gives the same bits for any number of processes.
+`torch.backends.mkldnn.enabled = False`, a setting of torch, turns it off.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-# Multiplications below which a call's own cost shows. One product of a batch's competes with all of them in one call.
+# Number of multiplications from which on a call is worth its overhead. For batches it is larger, because MKL needs one call per batch.
 _WORTH_A_CALL, _WORTH_A_CALL_EACH = 1 << 18, 1 << 22
-# Products are summed in pieces of the inner axis this long, as MKL does inside: the error stays within twice MKL's (1.7 at most, measured
-# up to 20,000), and oneDNN does not divide a sum among threads, whose number would show in the bits (seen at 30,522, not at 16,384).
+# Products are summed in pieces of the inner axis of this length, as in MKL. The error is then at most twice MKL's (1.7 times, measured up to
+# 20,000). oneDNN also does not divide these sums among threads, which would change bits (seen at 30,522, not at 16,384).
 _INNER = 1 << 10
 
 
 @cache
 def onednn_is_faster() -> bool:
-    """Return whether this machine's float32 products are oneDNN's: an AMD CPU with AVX-512, and a torch that has the operator."""
-    # An operator of torch's compiler, so that a release may lack it.
+    """Return whether this machine uses oneDNN for float32 products: an AMD CPU with AVX-512, and a torch with the operator."""
+    # The operator belongs to torch's compiler, so a release may lack it.
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return False
     return "AMD" in _cpu_name() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def _cpu_name() -> str:
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # of recent releases
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # in recent releases
     return str(capabilities.get("cpu_name", platform.processor()))
 
 
 def serves(inputs: Tensor, weight: Tensor, bias: Tensor | None = None, *, worth: int | None = None) -> bool:
-    """Return whether [`linear`] computes a product, and faster than `torch.nn.functional.linear`.
+    """Return whether [`linear`] can compute a product faster than `torch.nn.functional.linear`.
 
     Args:
-        worth (`int`, *optional*): Multiplications from which on it may; by default so many that a call's own cost does not show.
+        worth (`int`, *optional*): Minimum number of multiplications; by default, enough to hide the overhead of a call.
     """
     operands = [inputs, weight] if bias is None else [inputs, weight, bias]
     return (
@@ -60,7 +60,7 @@ def _is_plain(tensor: Tensor) -> bool:
 def linear(
     inputs: Float[Tensor, "rows inner"], weight: Float[Tensor, "columns inner"], bias: Float[Tensor, " columns"] | None = None
 ) -> Float[Tensor, "rows columns"]:
-    """Return `inputs @ weight.T + bias` by oneDNN, of any strides; without gradients. Only where [`serves`] says so."""
+    """Return `inputs @ weight.T + bias` by oneDNN, for any strides, without gradients. Call it only if [`serves`] returns true."""
     result = _multiply(inputs[:, :_INNER], weight[:, :_INNER], bias)
     for first in range(_INNER, inputs.shape[1], _INNER):
         result += _multiply(inputs[:, first : first + _INNER], weight[:, first : first + _INNER], None)
@@ -72,17 +72,17 @@ def _multiply(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _without_gaps(weight: Float[Tensor, "columns inner"]) -> Float[Tensor, "columns inner"]:
-    """Copy a part of a larger matrix, of which oneDNN's product would take a thousand times as long."""
+    """Copy a slice of a larger matrix, because oneDNN is a thousand times slower on matrices with gaps."""
     return weight if weight.is_contiguous() or weight.T.is_contiguous() else weight.contiguous()
 
 
 def inner_products(rows: Float[Tensor, "n inner"], others: Float[Tensor, "m inner"]) -> Float[Tensor, "n m"]:
-    """Return `rows @ others.T`, by one library for any number of rows: the last block of a file is not to be told from the others."""
+    """Return `rows @ others.T`. The library does not depend on the number of rows, so the last block of a file is treated like the others."""
     return linear(rows, others) if serves(rows, others, worth=1) else rows @ others.T
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """The same with the gradient of `inputs`."""
+    """[`linear`] with a gradient for `inputs`."""
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -97,7 +97,7 @@ class _FrozenLinear(torch.autograd.Function):
 def frozen_linear(
     inputs: Float[Tensor, "*batch inner"], weight: Float[Tensor, "columns inner"], bias: Float[Tensor, " columns"] | None
 ) -> Float[Tensor, "*batch columns"]:
-    """`torch.nn.functional.linear` for a weight and bias that need no gradient, on whichever library is faster."""
+    """`torch.nn.functional.linear` with the faster library, for a weight and bias that need no gradient."""
     if not serves(inputs, weight, bias):
         return F.linear(inputs, weight, bias)
     flat = _FrozenLinear.apply(inputs.reshape(-1, inputs.shape[-1]), weight, bias)
@@ -105,7 +105,7 @@ def frozen_linear(
 
 
 def one_by_one(left: Float[Tensor, "batch rows inner"], right: Float[Tensor, "batch inner columns"]) -> bool:
-    """Return whether [`bmm`] had better be given the pairs of a batch one by one."""
+    """Return whether [`bmm`] is faster if it gets the pairs of a batch one by one."""
     each = left.shape[1] * left.shape[2] * right.shape[2]
     return len(left) > 0 and each >= _WORTH_A_CALL_EACH and serves(left[0], right[0].t())
 
@@ -113,7 +113,7 @@ def one_by_one(left: Float[Tensor, "batch rows inner"], right: Float[Tensor, "ba
 def bmm(
     left: Float[Tensor, "batch rows inner"], right: Float[Tensor, "batch inner columns"]
 ) -> Float[Tensor, "batch rows columns"]:
-    """`torch.bmm`, and of a single pair whichever library is faster."""
+    """`torch.bmm`; a single pair uses the faster library."""
     if len(left) == 1 and serves(left[0], right[0].t()):
         return linear(left[0], right[0].t()).unsqueeze(0)
     return torch.bmm(left, right)

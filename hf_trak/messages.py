@@ -1,4 +1,4 @@
-"""Text for people: errors with details, control characters and secrets made safe to show, and differences between two JSON values."""
+"""Messages: error classes with details, escaping of control characters, masking of secrets, and differences of JSON values."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Any
 
 
 class MissingProcessor(ValueError):
-    """Raw rows need a tokenizer or an image processor, and there is none. Whoever knows the checkpoint names it."""
+    """Raw rows need a tokenizer or an image processor, and there is none. A caller that knows the checkpoint adds its name."""
 
 
 class DamagedFile(ValueError):
-    """A file is not what was written. The message names it and the way out; `reason` is what is wrong, for who says these himself."""
+    """A file has changed since it was written. The message names the file and says what to do; `reason` is the problem alone, for callers
+    with their own message."""
 
     def __init__(self, message: str, *, reason: str) -> None:
         super().__init__(message)
@@ -19,14 +20,14 @@ class DamagedFile(ValueError):
 
 
 def is_raised_by_us(error: BaseException) -> bool:
-    """Return whether an error was raised here, and not in a library that was called from here."""
+    """Return whether an error was raised by hf_trak, and not by a library."""
     at = error.__traceback__
     while at is not None and at.tb_next is not None:
         at = at.tb_next
     return at is not None and str(at.tb_frame.f_globals.get("__name__")).partition(".")[0] == __name__.partition(".")[0]
 
 
-# C0 and C1 controls, marks and overrides of direction, separators of lines, invisible tags, and halves of surrogate pairs.
+# C0 and C1 controls, direction marks and overrides, line separators, invisible tags, and halves of surrogate pairs.
 _HIDDEN = re.compile(
     "[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
 )
@@ -41,7 +42,7 @@ _TOKENS = re.compile(
 
 
 def visible(text: str) -> str:
-    r"""Return a text in which no character acts on a terminal or hides: a newline reads `\n`, an escape `\x1b`."""
+    r"""Escape control and invisible characters: a newline becomes `\n`, an escape `\x1b`."""
     return _HIDDEN.sub(lambda found: _NAMED.get(found[0]) or _code(ord(found[0])), text)
 
 
@@ -52,7 +53,7 @@ def _code(number: int) -> str:
 
 
 def mask_secrets(text: str) -> str:
-    """Return a text without the secrets of its URLs: user and password, query and fragment; and without access tokens."""
+    """Mask access tokens, and the user, password, query and fragment of URLs."""
     text = _URL.sub(lambda found: found["scheme"] + _mask_rest(found["rest"]), text)
     return _TOKENS.sub(lambda found: found[0][:3] + _MASK if found[0].lower().startswith("hf_") else _MASK, text)
 
@@ -66,12 +67,12 @@ def _mask_rest(rest: str) -> str:
 
 
 def say(text: str) -> None:
-    """Print a text of several lines in which names and data cannot act on the terminal."""
+    """Print a text of several lines with escaped control characters."""
     print("\n".join(map(visible, text.split("\n"))), flush=True)
 
 
 def one_line(text: str) -> str:
-    """Return a message as one line that is safe to print: lines are joined, control characters shown, secrets masked."""
+    """Return a message as one line that is safe to print: lines are joined, control characters escaped, secrets masked."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     joined = ""
     for line in lines:
@@ -80,19 +81,19 @@ def one_line(text: str) -> str:
 
 
 def markdown(text: str) -> str:
-    """Return a text that Markdown and HTML show as it is, also in a cell of a table: marks of emphasis, links and tags are escaped."""
+    """Escape a text for Markdown and HTML, also in table cells: emphasis, links and tags are shown literally."""
     escaped = re.sub(r"([\\`*\[\]|])", r"\\\1", visible(text))
     return escaped.replace("<", "&lt;").replace(">", "&gt;")
 
 
 def markdown_code(text: str) -> str:
-    """Return a text as a code span of Markdown; what would end the span, a table's cell or a comment is replaced."""
+    """Return a text as a Markdown code span. Characters that would end the span, a table cell or a comment are replaced."""
     shown = visible(text).replace("`", "'").replace("<!--", "< !--").replace("-->", "-- >")
     return f"`{shown.replace('|', chr(92) + '|')}`"
 
 
 def list_differences(found: Any, wanted: Any, name: str = "") -> list[str]:
-    """Return one line per leaf in which two JSON values differ."""
+    """Return one line per differing leaf of two JSON values."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         keys = [*found, *(key for key in wanted if key not in found)]
         return [

@@ -1,4 +1,4 @@
-"""This process: prefetching by one thread, SIGTERM as Ctrl-C, and pauses of Python's garbage collector."""
+"""Utilities for this process: prefetching in a thread, SIGTERM as Ctrl-C, and pauses of Python's garbage collection."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _END = object()
 
 @contextmanager
 def one_thread(name: str) -> Iterator[ThreadPoolExecutor]:
-    """A thread that has finished its work and is gone when the block is left, however it is left."""
+    """Yield an executor with one thread, which has ended when the block ends, also after an error."""
     executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"hf_trak-{name}")
     try:
         yield executor
@@ -27,9 +27,9 @@ def one_thread(name: str) -> Iterator[ThreadPoolExecutor]:
 
 
 def ahead(items: Iterator[T], executor: ThreadPoolExecutor, *, depth: int = 2) -> Generator[T]:
-    """Yield what `items` yields, made by `executor` while the caller is busy; at most `depth` of them wait.
+    """Yield the items of `items`, which `executor` computes in advance. At most `depth` items wait.
 
-    An error in `items` is raised here, in its turn and as it is. Closing this drops what waits.
+    An error in `items` is raised here, at its position and unchanged. Closing the generator drops waiting items.
     """
     pending = deque(executor.submit(next, items, _END) for _ in range(depth))
     try:
@@ -43,13 +43,14 @@ def ahead(items: Iterator[T], executor: ThreadPoolExecutor, *, depth: int = 2) -
 
 @contextmanager
 def uncollected(*, for_good: bool = False) -> Iterator[None]:
-    """Within the block, or a function decorated with this, do not look for cycles of dead objects.
+    """Pause garbage collection in the block, or in a function with this decorator.
 
-    Importing torch, transformers and datasets and loading a model make some million objects that stay. The collector would go
-    through them again and again: a fifth of the CPU time to the first row. Where it is off already, nothing changes.
+    Imports of torch, transformers and datasets and loading a model create about a million objects that stay. The collector would visit
+    them repeatedly, which takes a fifth of the CPU time before the first row. If the collector is off already, nothing changes.
 
     Args:
-        for_good (`bool`): Never look at what the block made, nor at anything made before it. For commands, whose process is their own.
+        for_good (`bool`): Exclude all objects that exist at the end of the block from later collections (`gc.freeze`). For commands, which
+            own their process.
     """
     was_on = gc.isenabled()
     gc.disable()
@@ -63,7 +64,7 @@ def uncollected(*, for_good: bool = False) -> Iterator[None]:
 
 
 class Terminated(SystemExit):
-    """SIGTERM has come: from a launcher, a scheduler or `kill`. Uncaught, it ends the process with status 143, as shells have it."""
+    """The process received SIGTERM from a launcher, a scheduler or `kill`. If it is not caught, the exit status is 143, as in shells."""
 
     def __init__(self) -> None:
         super().__init__(128 + signal.SIGTERM)
@@ -71,9 +72,9 @@ class Terminated(SystemExit):
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Within the block, raise [`Terminated`] in the main thread where SIGTERM would have ended the process on the spot.
+    """Within the block, raise [`Terminated`] in the main thread on SIGTERM, instead of ending the process immediately.
 
-    A second SIGTERM does end it on the spot. A handler of somebody else's is left alone, and so is a thread that is not the main one.
+    A second SIGTERM ends it immediately. Nothing changes if another handler is installed, or in threads other than the main one.
     """
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield

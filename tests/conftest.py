@@ -1,9 +1,9 @@
-"""Shapes and dtypes of every numeric function are checked in every test; nothing is downloaded."""
+"""Check shapes and dtypes of every numeric function in every test, and turn off downloads."""
 
 import os
 import tempfile
 
-_CACHE = tempfile.TemporaryDirectory(prefix="hf_trak-tests-")  # of this session alone
+_CACHE = tempfile.TemporaryDirectory(prefix="hf_trak-tests-")  # only for this test session
 os.environ.setdefault("HF_TRAK_CACHE", _CACHE.name)
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from shape_checks import begin_test, check_shapes
 
-# Before the first import of these modules: what is imported already is not checked.
+# This must come before the first import of these modules, because modules that are already imported are not checked.
 check_shapes(
     [
         "hf_trak.linalg",
@@ -49,7 +49,7 @@ def _check_shapes_again() -> None:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of data sets that some tests read."""
+    """Return the folder with the datasets that some tests read."""
     folder = Path(__file__).resolve().parents[2] / "shared" / "data"
     if not folder.is_dir():
         pytest.skip(f"no data sets at {folder}")

@@ -1,4 +1,4 @@
-"""Slow float64 transcriptions of the equations, to compare the library with."""
+"""Slow float64 implementations of the equations, as a reference for tests."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def to_double(batch: Mapping[str, Any]) -> dict[str, Any]:
 def gradient_loop(
     model: nn.Module, batch: Mapping[str, Any], output_function: Callable[..., tuple[Tensor, Tensor]], names: Sequence[str]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return outputs, out-to-loss and flattened gradients of each example, one float64 forward and backward pass each."""
+    """Return outputs, out-to-loss and flattened gradients, from one float64 forward and backward pass per example."""
     model = copy.deepcopy(model).double().eval().requires_grad_(False)
     parameters = dict(model.named_parameters())
     chosen = [parameters[name].requires_grad_(True) for name in names]
@@ -66,8 +66,8 @@ def scaled_scores(
     damping: float,
     power: float,
 ) -> np.ndarray:
-    r"""Return $\frac1M\sum_m Q_m^p\,\bar r / r_m\,\Phi_m (\Phi_m^\top\Phi_m + \lambda\bar\mu_m I)^{-1}\phi_m(z)$, with $r_m$ the root mean
-    square of the influences of one query over the training set, and $\bar r$ its mean over members."""
+    r"""Return $\frac1M\sum_m Q_m^p\,\bar r / r_m\,\Phi_m (\Phi_m^\top\Phi_m + \lambda\bar\mu_m I)^{-1}\phi_m(z)$, where $r_m$ is the root
+    mean square of the influences of a query over the training set, and $\bar r$ is its mean over members."""
     influences = []
     for features, queries in zip(features_per_member, query_features_per_member, strict=True):
         ones = [np.ones(len(features))]
@@ -141,7 +141,7 @@ def label_suspicion(
     held_out_features_per_member: Sequence[np.ndarray] | None = None,
     n_iterations: int = 4,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return score, evidence and doubt of each row as hf_trak/scoring/label_errors.py defines them; rows are left out one by one."""
+    """Return score, evidence and doubt of each row as defined in hf_trak/scoring/label_errors.py, leaving out rows one by one."""
     n = len(features_per_member[0])
     support, from_held_out, leverage = np.zeros((n, n)), np.zeros(n), np.zeros(n)
     for number, member in enumerate(features_per_member):
@@ -177,5 +177,5 @@ def label_suspicion(
 
 
 def ranks_of(values: np.ndarray) -> np.ndarray:
-    """Return the share of values up to each, ties by their mean rank."""
+    """Return the rank of each value divided by their number. Equal values have their mean rank."""
     return np.array([(np.sum(values < v) + np.sum(values <= v) + 1) / 2 / len(values) for v in values])

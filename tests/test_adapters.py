@@ -150,7 +150,7 @@ def test_an_adapter_that_peft_cannot_load_is_refused_in_one_line(tmp_path):
     save_adapter(tmp_path / "a", AutoModelForSequenceClassification, tmp_path / "trained", None, config=config)
     source = changed(tmp_path / "a", tmp_path / "b", task_type="SEQ_CLS")  # for which peft expects a head of the adapter's own
     with pytest.raises(
-        ValueError, match=r"cannot be put onto BertForSequenceClassification of .*trained: .*classifier\.weight"
+        ValueError, match=r"cannot be loaded onto BertForSequenceClassification of .*trained: .*classifier\.weight"
     ):
         load_model(source)
 
@@ -187,7 +187,7 @@ def test_the_base_model_is_found_as_seen_from_the_adapter_or_missed_by_name(adap
     for gone, said in (("/nowhere/base", "There is no folder '/nowhere/base'"), ("me/none", "'me/none' is neither a folder")):
         source = changed(folder, tmp_path / gone.replace("/", "-"), base_model_name_or_path=gone)
         with pytest.raises(
-            FileNotFoundError, match=f"The base model of the adapter .* is not there: {said}.*Correct base_model_name"
+            FileNotFoundError, match=f"The base model of the adapter .* does not exist: {said}.*Correct base_model_name"
         ):
             load_model(source)
     with pytest.raises(ValueError, match="an adapter of a model in memory"):
@@ -207,7 +207,7 @@ def test_damaged_settings_are_named(adapter, text):
 
 
 def test_a_kind_of_adapter_that_peft_does_not_have_is_named(adapter, tmp_path):
-    with pytest.raises(ValueError, match=r"of peft_type 'NOPE', cannot be put onto .*this version of peft"):
+    with pytest.raises(ValueError, match=r"of peft_type 'NOPE', cannot be loaded onto .*this version of peft"):
         load_model(changed(adapter[0], tmp_path / "b", peft_type="NOPE"))
 
 
@@ -234,9 +234,7 @@ def test_several_adapters_in_one_folder_are_named(tmp_path, base):
     model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["query"], **options), adapter_name="first")
     model.add_adapter("second", peft.LoraConfig(r=3, target_modules=["value"], **options))
     model.save_pretrained(tmp_path / "two")
-    with pytest.raises(
-        FileNotFoundError, match=r"it holds 2 adapters in folders of their own, first, second\. Name one.*two/first"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"it contains 2 adapters in subfolders, first, second\. Name one.*two/first"):
         load_model(str(tmp_path / "two"))
     for name in ("first", "second"):
         model.set_adapter(name)

@@ -578,7 +578,7 @@ class NoHub(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.parametrize(("place", "told"), [("", "is no JSON, as"), ("/forbidden", "token")])
+@pytest.mark.parametrize(("place", "told"), [("", "not JSON, perhaps"), ("/forbidden", "token")])
 def test_an_answer_that_is_not_the_hubs_is_told(files, tmp_path, monkeypatch, place, told):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with ThreadingHTTPServer(("127.0.0.1", 0), NoHub) as server:

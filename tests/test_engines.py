@@ -349,7 +349,7 @@ def test_every_model_is_right_by_whichever_engine(kind: type[nn.Module], lengths
 @pytest.mark.parametrize("engine", ["auto", "layerwise"])
 def test_a_layer_whose_input_is_overwritten_has_no_gradient_rather_than_a_wrong_one(engine: str):
     model = make(OverwritesItsInput)
-    with pytest.raises((RuntimeError, ValueError), match=r"modified by an inplace operation|written to in place"):
+    with pytest.raises((RuntimeError, ValueError), match=r"modified by an inplace operation|modified in place"):
         Featurizer(model, identity(model, gradients=engine), task=make_task())(rows([5, 3, 4])[:])
 
 

@@ -67,12 +67,12 @@ def test_without_the_extension_it_says_how_to_install_it(tmp_path):
 
 @pytest.mark.parametrize(("proj_dim", "advice"), [(100, "try 512"), (1000, "try 512 or 1024"), (4097, "try 4096 or 4608")])
 def test_a_proj_dim_the_kernel_cannot_compute_is_refused(proj_dim, advice):
-    with pytest.raises(ValueError, match=f"multiples of 512 numbers, but proj_dim is {proj_dim}; {advice}"):
+    with pytest.raises(ValueError, match=f"multiple of 512, but it is {proj_dim}; {advice}"):
         make_projector("fast_jl", proj_dim=proj_dim, seed=0)
 
 
 def test_another_device_than_cuda_is_refused_before_anything_is_written(calls, tmp_path):
-    with pytest.raises(ValueError, match="runs on CUDA devices alone, but features are to be computed on cpu"):
+    with pytest.raises(ValueError, match="runs only on CUDA devices, but the device is cpu"):
         FastJL(proj_dim=PROJ_DIM, seed=0).tied_to(torch.device("cpu"))
     if torch.cuda.is_available():
         return
@@ -91,7 +91,7 @@ def test_a_gpu_that_is_too_old_is_refused(calls, monkeypatch):
 
 def test_a_parameter_larger_than_the_kernel_counts_is_refused_by_name(calls):
     grads = torch.zeros(1).expand(1, 1 << 29)
-    with pytest.raises(ValueError, match="shared.weight has 536,870,912 entries, and fast_jl counts to 536,870,912 at most"):
+    with pytest.raises(ValueError, match="shared.weight has 536,870,912 entries, but fast_jl supports at most 536,870,912"):
         FastJL(proj_dim=PROJ_DIM, seed=0).add(torch.zeros(1, PROJ_DIM), "shared.weight", grads)
 
 

@@ -793,7 +793,7 @@ def test_a_parameter_that_the_output_function_reads_itself_is_covered():
 
 MIXERS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "mean over the batch": (
-        r"row \d changes with the examples it shares a batch with",
+        r"row \d changes with the other examples of its batch",
         lambda: Layer(nn.Linear(6, 3), lambda layer, x: layer(x) - 0.5 * layer(x).mean(0)),
     ),
     "batch norm without statistics": (
@@ -801,7 +801,7 @@ MIXERS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
         lambda: nn.BatchNorm1d(5, track_running_stats=False),
     ),
     "a sequence in front": (
-        "loses the examples' axis: `linear` sees examples along another axis than the first",
+        "loses the examples' axis: `linear` has the examples along another axis than the first",
         lambda: Layer(nn.Linear(6, 3), lambda layer, x: layer(x.transpose(0, 1)).transpose(0, 1)),
     ),
 }

@@ -157,8 +157,8 @@ def test_the_command_line_makes_and_asks_the_same_index(pair, built, tmp_path, c
     assert command_line(["featurize", *model, *flags, "--shard_rows", "8"]) == 0
     said = capsys.readouterr().out
     assert "All of 2 members are points base + alpha (final - base) of a path, alpha = 0.3, 0.5" in said
-    assert "counted from 0: classifier.bias, classifier.weight." in said
-    assert "to the power 1; those of final" in said
+    assert "start from 0: classifier.bias, classifier.weight." in said
+    assert "to the power 1; for final" in said
     index = AttributionIndex.from_pretrained(tmp_path / "index")
     for member in range(2):
         for name, values in columns(index, member).items():
@@ -354,7 +354,7 @@ def test_a_base_that_was_trained_apart_is_told(pair, tmp_path, caplog):
     make_model("bert", seed=11).save_pretrained(tmp_path / "base")
     made = make_point(copy.deepcopy(pair[2]), PathPoint(str(tmp_path / "base"), 0.5))
     assert abs(made.report.cosine) < 0.1
-    assert "as two models have that were trained apart" in caplog.text
+    assert "which is typical of unrelated models" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -486,7 +486,7 @@ def test_a_featurizer_alone_asks_for_training_rows(pictures):
     assert pickle.dumps(featurizer) != before
     rows = pickle.loads(pickle.dumps(featurizer))(train[:4])["trak_features"]
     np.testing.assert_allclose(rows, columns(index, 0)["trak_features"][:4], rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="These running statistics are not of this point"):
+    with pytest.raises(ValueError, match="These running statistics do not belong to this point"):
         featurizer.use_statistics({})
 
 

@@ -387,7 +387,7 @@ def test_a_file_that_is_not_what_was_pushed_is_refused_by_name_and_not_kept(clie
     content[len(content) // 2] ^= 1  # of the same size
     client(upload, repo, {name: bytes(content)})
     for _ in range(2):
-        with pytest.raises(ValueError, match=f"{name} is not what was written.*It was dropped"):
+        with pytest.raises(ValueError, match=f"{name} is not what was written.*It was deleted"):
             client(load_and_score, repo, checkpoint)
     client(upload, repo, {name: (small.folder / name).read_bytes()})
     assert np.array_equal(client(load_and_score, repo, checkpoint), scores_of(small))
@@ -398,7 +398,7 @@ def test_a_member_that_lists_files_elsewhere_is_refused(client, repo, small, che
     info = json.loads((small.folder / "member_0" / "member.json").read_text())
     info["files"][0]["file"] = "../../../../../refs/main"
     client(upload, repo, {"member_0/member.json": json.dumps(info).encode()})
-    with pytest.raises(ValueError, match=r"member\.json lists '\.\./.*/refs/main', which does not lie in its folder"):
+    with pytest.raises(ValueError, match=r"member\.json lists '\.\./.*/refs/main', which is not in its folder"):
         client(load_and_score, repo, checkpoint)
 
 

@@ -40,7 +40,7 @@ def pushed(folder, repo, license="mit"):
     card = card.replace(f'"{folder.name}"', f'"{repo}"').replace("---\n", f"---\nlicense: {license}\n", 1)
     before, after = card.split("## Licence")
     after = (
-        f"\n\n`{license}`. Features derive from the training data, whose licence this is.\n\n## Source"
+        f"\n\n`{license}`. The features derive from the training data, and this is its licence.\n\n## Source"
         + after.split("## Source")[1]
     )
     return {**files, "README.md": f"{before}## Licence{after}".encode()}
@@ -193,7 +193,7 @@ def test_who_may_not_write_may_propose(client, hub, repo, large, small, checkpoi
     if hub is None:
         pytest.skip("the server is known by one token only")
     client(push, large.folder, repo)
-    with pytest.raises(PermissionError, match="does not let us write to .*your token does not allow it"):
+    with pytest.raises(PermissionError, match="denies write access to .*your token does not allow it"):
         client(with_token, OTHER_TOKEN, push, small.folder, repo)
     assert client(contents, repo) == pushed(large.folder, repo)
     client(with_token, OTHER_TOKEN, push_for_url, small.folder, repo, create_pr=True)
@@ -238,7 +238,7 @@ def test_nothing_meant_to_be_private_goes_to_a_public_repository(client, repo, s
 
 @pytest.mark.parametrize(("token", "why"), [("hf_not_one", "your token does not allow it"), (None, "no token is set")])
 def test_a_push_needs_a_token_that_allows_it(client, repo, small, token, why):
-    with pytest.raises(PermissionError, match=f"does not let us write to .*{repo}.*{why}.*hf auth login.*HF_TOKEN"):
+    with pytest.raises(PermissionError, match=f"denies write access to .*{repo}.*{why}.*hf auth login.*HF_TOKEN"):
         client(with_token, token, push, small.folder, repo)
 
 
@@ -254,7 +254,7 @@ def test_another_commit_meanwhile_is_kept_and_ours_follows(client, repo, large, 
 
 def test_a_push_does_not_undo_what_another_changed_meanwhile(client, repo, large, small):
     client(push, large.folder, repo)
-    with pytest.raises(ValueError, match=r"somebody else changed member_1/note\.txt in .* their commit was left as it is"):
+    with pytest.raises(ValueError, match=r"somebody else changed member_1/note\.txt in .* their commit was kept"):
         client(push_while_another_commits, small.folder, repo, {"member_1/note.txt": b"another's"})
     assert client(contents, repo) == {**pushed(large.folder, repo), "member_1/note.txt": b"another's"}
 

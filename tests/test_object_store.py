@@ -319,8 +319,8 @@ def test_a_store_that_knows_no_conditions_will_do(url):
         ("hf://datasets/me/x", "push_to_hub"),
         ("https://example.org/x", "Nothing can be written there"),
         ("sftp://host/x", "half written"),
-        ("s3://", "no URL of a place"),
-        ("simplecache::s3://bucket/x", "no URL of a place"),
+        ("s3://", "not a URL on an object store"),
+        ("simplecache::s3://bucket/x", "not a URL on an object store"),
         (Path("s3://bucket/x"), r"give it as a string, 's3://...'"),
     ],
 )
@@ -347,7 +347,7 @@ class NoCredentialsError(Exception):
 @pytest.mark.parametrize(
     ("method", "error", "kind", "told"),
     [
-        ("info", PermissionError("Access Denied"), PermissionError, "does not let us at .*Access Denied.*AWS_ACCESS_KEY_ID"),
+        ("info", PermissionError("Access Denied"), PermissionError, "denies access to .*Access Denied.*AWS_ACCESS_KEY_ID"),
         (
             "info",
             NoCredentialsError("Unable to locate credentials"),
@@ -400,7 +400,7 @@ def test_a_package_that_is_missing_is_named(monkeypatch, model):
 def test_a_local_disk_too_full_for_a_file_on_its_way_is_said(url, disk, monkeypatch):  # noqa: F811
     mount("-t", "tmpfs", "-o", "size=16k", "tmpfs", disk)
     monkeypatch.setattr("tempfile.tempdir", str(disk))
-    with pytest.raises(OSError, match="There is no room for a.bin in .*set TMPDIR to another disk"):
+    with pytest.raises(OSError, match="There is not enough disk space for a.bin in .*set TMPDIR to another disk"):
         ObjectPath(f"{url}/a.bin").put(lambda file: file.write_bytes(b"x" * 100_000))
     assert not ObjectPath(f"{url}/a.bin").exists()
     assert list(disk.iterdir()) == []

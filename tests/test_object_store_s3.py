@@ -128,7 +128,7 @@ ASK = "import sys; from hf_trak.cli.main import main; sys.exit(main(['card', 's3
     ("changed", "told"),
     [
         ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_MAX_ATTEMPTS": "1"}, "cannot be reached"),
-        ({"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}, "does not let us at"),
+        ({"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}, "denies access to"),
     ],
 )
 def test_missing_credentials_and_a_store_out_of_reach_are_one_line_that_says_what_to_do(store, tmp_path, changed, told):

@@ -215,5 +215,5 @@ def test_alpha_scales_what_an_adapter_adds():
 def test_adapters_that_a_factor_does_not_scale_are_refused():
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(models.bert(), peft.LoraConfig(target_modules=["query"], r=2, use_dora=True))
-    with pytest.raises(ValueError, match="LoRA adapters alone"):
+    with pytest.raises(ValueError, match="LoRA adapters only"):
         scale_adapter(model, 0.5)

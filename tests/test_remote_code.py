@@ -46,9 +46,7 @@ def own_code(tmp_path, monkeypatch):
 
 def test_code_of_a_checkpoint_runs_only_if_it_is_trusted(own_code, tmp_path):
     options = {"dataset": token_rows(12), "config": TrakConfig(proj_dim=16), "progress": False}
-    with pytest.raises(
-        ValueError, match="LouderBertFor.*It brings code of its own: if you trust that, pass trust_remote_code=True"
-    ):
+    with pytest.raises(ValueError, match="LouderBertFor.*It has its own code: if you trust it, pass trust_remote_code=True"):
         AttributionIndex.build(tmp_path / "index", models=own_code, **options)
     assert not list(tmp_path.rglob("*.ran"))
     AttributionIndex.build(tmp_path / "index", models=own_code, trust_remote_code=True, **options)
@@ -79,10 +77,7 @@ def test_commands_trust_code_only_when_told_to_and_an_index_does_not_remember_it
         str(tmp_path / "hits.jsonl"),
     ]
     assert main(made) == 1
-    assert (
-        "It brings code of its own: if you trust that, pass trust_remote_code=True (--trust_remote_code)"
-        in capsys.readouterr().err
-    )
+    assert "It has its own code: if you trust it, pass trust_remote_code=True (--trust_remote_code)" in capsys.readouterr().err
     assert main([*made, "--trust_remote_code"]) == 0
     assert not [path for path in index.rglob("*") if path.is_file() and b"trust_remote_code" in path.read_bytes()]
     assert main(asked) == 1

@@ -70,12 +70,10 @@ def test_a_kept_search_index_is_read_again_and_must_be_of_the_same_features(inde
         patch.setattr("hf_trak.scoring.search_index.write_vectors", lambda *_: pytest.fail("built again"))
         index.add_search_index(file=file, progress=False)
     assert ask(index, exact=False)[:] == expected
-    with pytest.raises(
-        ValueError, match=r"(?s)is another search index than this:\n  string_factory: 'Flat' there, 'IVF8,Flat' here"
-    ):
+    with pytest.raises(ValueError, match=r"(?s)is a different search index:\n  string_factory: 'Flat' there, 'IVF8,Flat' here"):
         index.add_search_index("IVF8,Flat", file=file, progress=False)
     other = store_index(tmp_path / "other", MEMBERS[:1], shard_rows=256)
-    with pytest.raises(ValueError, match="(?s)another search index.*members_sha256"):
+    with pytest.raises(ValueError, match="(?s)different search index.*members_sha256"):
         other.add_search_index(file=file, progress=False)
     file.with_name("search.faiss.json").unlink()
     with pytest.raises(FileNotFoundError, match="search.faiss.json is missing beside it"):
@@ -86,7 +84,7 @@ def test_what_a_search_index_cannot_answer_is_refused(index):
     with pytest.raises(ValueError, match=r"there is none: call `index.add_search_index\(\)` first"):
         ask(index, exact=False)
     index.add_search_index(progress=False)
-    with pytest.raises(ValueError, match="weighs by out_to_loss_power 0.5, but 1.0 is asked for"):
+    with pytest.raises(ValueError, match="built with out_to_loss_power 0.5, but 1.0 is requested"):
         ask(index, exact=False, out_to_loss_power=1.0)
     for option in ({"leverage": True}, {"soft_threshold": 3}):
         with pytest.raises(ValueError, match=f"`{next(iter(option))}` needs the scores of all rows"):

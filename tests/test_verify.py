@@ -166,7 +166,7 @@ def test_json_of_another_kind_is_refused_in_one_line_by_name(folder, name, conte
         ({"files": {}}, "'files' holds an object"),
         ({"files": []}, "its files have 0 rows, where 'n_rows' is 22"),
         ({"files": [3]}, "entry 0 of 'files' is no object"),
-        ({"files": [{"file": "../x", "bytes": 1, "sha256": "0" * 64}]}, "does not lie in its folder"),
+        ({"files": [{"file": "../x", "bytes": 1, "sha256": "0" * 64}]}, "is not in its folder"),
         ({"files": [{"file": "x", "bytes": "1", "sha256": "0" * 64}]}, "'bytes' holds a string"),
         ({"files": [{"file": "x", "bytes": 1, "sha256": "0"}]}, "SHA-256 of 'x' is none"),
     ],

@@ -1,4 +1,4 @@
-"""What every engine needs of a model and a batch: selected parameters, and sizes of batches."""
+"""Shared code of the gradient engines: selected parameters, evaluation mode and checks of a batch's outputs."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 OutputFunction = Callable[[Callable[..., Any], Mapping[str, Any]], tuple[Tensor, Tensor]]
-"""`(model, batch) -> (output, out_to_loss)`, each `(batch,)`. Row i may depend on example i alone. `out_to_loss` is not
-differentiated. `model` may be a stand-in that behaves like the model when called, or when a method is. A parameter that the function
-itself reads it must get by `model.get_parameter(name)`, which may have one copy per example: (batch, *shape)."""
+"""`(model, batch) -> (output, out_to_loss)`, each of shape `(batch,)`. Row i must depend on example i only. `out_to_loss` is not
+differentiated. `model` may be a stand-in; calling it or its methods gives the same as calling the model. If the function reads a
+parameter itself, it must call `model.get_parameter(name)`, which may return one copy per example: (batch, *shape)."""
 
 
 class BatchRefused(ValueError):
-    """An engine cannot tell the gradients of a batch's examples apart; another can.
+    """An engine cannot separate the gradients of a batch's examples; another engine can.
 
     Args:
-        module (`nn.Module`, *optional*): Whose parameters it is about, where they may be tried as tensors that the examples share.
+        module (`nn.Module`, *optional*): The module whose parameters caused the error, if they can be treated as tensors that the
+            examples share (`shared.py`).
     """
 
     def __init__(self, message: str, module: nn.Module | None = None) -> None:
@@ -32,7 +33,7 @@ class BatchRefused(ValueError):
 
 
 class BatchFeatures(NamedTuple):
-    """Features of one batch, rows in the batch's order."""
+    """Features of one batch. Rows have the order of the batch."""
 
     output: Float[Tensor, " batch"]
     out_to_loss: Float[Tensor, " batch"]
@@ -41,7 +42,7 @@ class BatchFeatures(NamedTuple):
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put `model` in eval mode with every parameter frozen and no activation in place; restore all of it afterwards."""
+    """Put `model` in eval mode, freeze every parameter and turn off in-place activations; restore everything afterwards."""
     training = {module: module.training for module in model.modules()}
     requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
     # An activation in place would overwrite the layer output whose gradient is wanted.
@@ -52,7 +53,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     if forces_gradients:
         model.disable_input_require_grads()  # type: ignore[operator]
     norms = [module for module in model.modules() if _is_batch_norm(module)]
-    # What `module.compile()` left: hooks that watch every layer would be compiled anew for each batch.
+    # Undo `module.compile()`: the hooks on every layer would be compiled again for each batch.
     compiled = {module: call for module in model.modules() if (call := module._compiled_call_impl) is not None}
     model.eval()
     forget_caches(model)
@@ -81,10 +82,10 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def forget_caches(model: nn.Module) -> None:
-    """Have modules drop what they keep from one pass in eval mode to the next, such as LeViT's and timm's attention biases.
+    """Clear tensors that modules cache between forward passes in eval mode, such as LeViT's and timm's attention biases.
 
-    What they keep is either a constant, whose parameter would get no gradient, or the graph of an earlier pass. They drop it when they are
-    put in training mode, by their own `train`.
+    A cached tensor is either a constant, so its parameter would get no gradient, or part of the graph of an earlier pass. The modules
+    clear it themselves in their own `train` method.
     """
     for module in model.modules():
         if not module.training and _keeps_caches(type(module)):
@@ -93,7 +94,8 @@ def forget_caches(model: nn.Module) -> None:
 
 
 def _keeps_caches(kind: type[nn.Module]) -> bool:
-    """Whether modules of a class have a `train` of their own. That of transformers' models keeps nothing, and would walk all modules."""
+    """Return whether a class overrides `train`. The override of transformers' models caches nothing and visits all modules, so it is
+    ignored."""
     return kind.train is not nn.Module.train and kind.train.__qualname__ != "PreTrainedModel.train"
 
 
@@ -103,7 +105,7 @@ def _is_batch_norm(module: nn.Module) -> bool:
 
 
 def _batch_norm(module: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d, inputs: Tensor) -> Tensor:
-    """Scale and shift single examples entry by entry: on CPUs, torch's own derivative is wrong where their gradient arrives permuted."""
+    """Scale and shift single examples by plain operations: on CPUs, torch's own derivative is wrong if the incoming gradient is permuted."""
     if len(inputs) > 1 or module.training:
         return type(module).forward(module, inputs)
     assert module.running_mean is not None
@@ -137,7 +139,7 @@ def check_outputs(output: Tensor, out_to_loss: Tensor, batch_size: int) -> None:
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype sketches are accumulated in: float64 for float64 gradients, else float32."""
+    """Return the dtype in which sketches are accumulated: float64 for float64 gradients, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -147,7 +149,7 @@ class ParameterSelection:
 
     parameters: dict[str, nn.Parameter]
     coverage: float
-    """Selected share of the parameters that are trainable or selected."""
+    """Number of selected entries, as a share of those that are trainable or selected."""
 
     @property
     def shapes(self) -> dict[str, list[int]]:
@@ -162,12 +164,12 @@ def select_parameters(model: nn.Module, patterns: Sequence[str] | None = None) -
     """Select the trainable parameters whose name matches any of `patterns`, or all of them.
 
     Args:
-        patterns (`Sequence[str]`, *optional*): Regular expressions, searched anywhere in a parameter's name. One that matches no
-            trainable parameter selects the frozen ones it matches, such as `base_layer` for the base model under an adapter.
+        patterns (`Sequence[str]`, *optional*): Regular expressions, searched anywhere in a parameter's name. A pattern that matches
+            no trainable parameter selects the frozen ones that it matches, such as `base_layer` for the base model under an adapter.
 
     Raises:
-        ValueError: If the model has no trainable parameter, a pattern is not a regular expression, or one matches nothing, or
-            parameters that are quantized.
+        ValueError: If the model has no trainable parameter, or if a pattern is not a regular expression, matches nothing or matches
+            quantized parameters.
     """
     named = dict(model.named_parameters())
     trainable = {name: parameter for name, parameter in named.items() if parameter.requires_grad}

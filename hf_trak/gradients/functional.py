@@ -1,4 +1,4 @@
-"""Per-example gradients by `torch.func`: the reference, and the fallback for models `layerwise` refuses."""
+"""Per-example gradients by `torch.func`: a reference for the other engines, on request (`gradients="functional"`)."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def functional_features(
     projector: Projector,
     chunk_size: int | None = None,
 ) -> BatchFeatures:
-    """Return features of `batch`, each row from its own forward and backward pass, vectorised by `vmap`.
+    """Return the features of `batch`. `vmap` vectorises a separate forward and backward pass per row.
 
-    Gradients of all selected parameters exist at once: (chunk_size, grad_dim) numbers.
+    The gradients of all selected parameters are in memory at once: (chunk_size, grad_dim) numbers.
 
     Args:
         parameters (`Mapping[str, nn.Parameter]`): From [`select_parameters`]; nothing else is differentiated.
-        chunk_size (`int`, *optional*): Examples differentiated at one time; by default the batch.
+        chunk_size (`int`, *optional*): Number of examples differentiated at the same time; by default, the whole batch.
 
     Raises:
         ValueError: If the model has quantized weights.
@@ -61,13 +61,13 @@ def _check_not_quantized(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point():
             raise ValueError(
-                f"{name} is of {parameter.dtype}, and `torch.func` cannot go through quantized layers. Use gradients='layerwise', "
+                f"{name} is of {parameter.dtype}, and `torch.func` does not support quantized layers. Use gradients='layerwise', "
                 "the default."
             )
 
 
 class _StandIn:
-    """Behaves like `model` with other values for some of its parameters: when called, when a method is, when a parameter is read."""
+    """A model with other values for some parameters, for calls of the model, calls of its methods and reads of parameters."""
 
     def __init__(self, model: nn.Module, selected: Mapping[str, Tensor]) -> None:
         self._model = model
@@ -89,7 +89,7 @@ class _StandIn:
 
 
 class _Method(nn.Module):
-    """A model whose forward pass is one of its other methods."""
+    """A module whose forward pass is another method of a model."""
 
     def __init__(self, model: nn.Module, name: str) -> None:
         super().__init__()

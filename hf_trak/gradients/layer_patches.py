@@ -1,8 +1,8 @@
 """Changes to layers while features are computed: seeded dropout, and faster products of frozen layers.
 
-A dropout member is a model of its own, the network that is left when some units are removed. So its mask is drawn once, from the
-seed, and not for every row or batch: a feature then depends on nothing but its row, and training rows and queries meet the same
-model, without which their gradients' inner products would mean little.
+A member with dropout is a separate model: the network without some of its units. So its mask is drawn once from the seed, not for
+every row or batch. The features of a row then depend on that row only, and training rows and queries use the same model. Otherwise
+the inner products of their gradients would mean little.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from hf_trak.gradients.rules import is_conv1d_of_transformers
 from hf_trak.hashing import random_bits, stream_key
 
 _CHANNELS = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-_AXIS = 1 << 20  # counters reserved along one axis: a unit's fate does not depend on how many others there are
+_AXIS = 1 << 20  # counters reserved along one axis: whether a unit is dropped does not depend on the number of units
 
 
 @contextmanager
 def dropout_mask(model: nn.Module, seed: int | None) -> Iterator[None]:
-    """Remove the units that `seed` drops, within the block; None removes none.
+    """Drop the units that `seed` selects, within the block; with None, drop nothing.
 
-    Only `nn.Dropout` and `nn.Dropout1d` to `3d` drop anything, each with its own probability; every other module computes as in
-    evaluation. Dropout that is no module, such as that inside fused attention, stays off. A module that is called several times
-    drops the same units every time.
+    Only `nn.Dropout` and `nn.Dropout1d` to `3d` drop units, each with its own probability. All other modules compute as in
+    evaluation mode. Dropout that is not a module, such as that inside fused attention, stays off. A module that is called several
+    times drops the same units each time.
 
     Raises:
         ValueError: If the model has no dropout.
@@ -51,7 +51,7 @@ def dropout_mask(model: nn.Module, seed: int | None) -> Iterator[None]:
 
 
 class _Mask:
-    """The hook that multiplies what an idle dropout module lets pass."""
+    """A hook that multiplies the output of a dropout module in eval mode by the mask."""
 
     def __init__(self, key: int, drop: float) -> None:
         self.key = key
@@ -66,10 +66,10 @@ class _Mask:
 
 
 def _units(module: nn.Module, output: Tensor) -> tuple[int, ...]:
-    """Return the shape of a mask: what is dropped together, for one example.
+    """Return the shape of a mask for one example.
 
-    A hidden state's units are its last axis, whatever the number of tokens: weights are shared between tokens, so a network without
-    some of its units lacks them at every token. Attention weights and pictures, of four axes and more, have one per entry.
+    A hidden state has one unit per entry of its last axis, for all tokens together: weights are shared between tokens, so a
+    network without a unit lacks it at every token. Tensors of four or more axes (attention weights, images) have one unit per entry.
     """
     if isinstance(module, _CHANNELS):
         return (output.shape[1], *[1] * (output.ndim - 2))
@@ -77,7 +77,7 @@ def _units(module: nn.Module, output: Tensor) -> tuple[int, ...]:
 
 
 def draw_mask(key: int, shape: tuple[int, ...], *, drop: float, device: torch.device) -> Float[Tensor, "..."]:
-    """Return 0 with probability `drop`, else 1 / (1 − drop), for each place of a mask of this shape."""
+    """Return a mask whose entries are 0 with probability `drop`, and 1 / (1 − drop) otherwise."""
     counter = torch.zeros(shape, dtype=torch.int64, device=device)
     for axis, length in enumerate(shape):
         place = torch.arange(length, device=device).reshape(-1, *[1] * (len(shape) - axis - 1))
@@ -88,7 +88,7 @@ def draw_mask(key: int, shape: tuple[int, ...], *, drop: float, device: torch.de
 
 @contextmanager
 def frozen_layers(model: nn.Module, *, unless: Callable[[], bool]) -> Iterator[None]:
-    """Compute the model's linear layers by `hf_trak.matmul` within the block, but for calls during which `unless` is true."""
+    """Compute the model's frozen linear layers by `hf_trak.matmul` within the block, except for calls during which `unless()` is true."""
     layers = [module for module in model.modules() if _is_linear(module) and "forward" not in module.__dict__]
     if not products.onednn_is_faster():
         layers = []
@@ -107,7 +107,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _forward(layer: nn.Module, unless: Callable[[], bool], *args: Tensor, **kwargs: Tensor) -> Tensor:
     weight, bias = layer.weight, layer.bias
-    # Some weights are computed from others, which are being differentiated.
+    # Some weights are computed from other parameters that are being differentiated.
     grows = any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in (weight, bias))
     if grows or unless() or torch.is_autocast_enabled("cpu"):
         return type(layer).forward(layer, *args, **kwargs)

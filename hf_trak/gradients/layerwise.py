@@ -1,7 +1,8 @@
 """Per-example gradients of a whole batch from one forward and one backward pass, one layer at a time.
 
-Every module that owns a selected parameter is watched: its input is kept, its output's gradient is caught on the way back, and
-the two give each example's gradient of that layer, sketched at once. Autograd itself computes gradients of activations only.
+Every module that owns a selected parameter has hooks. They keep its input in the forward pass and catch the gradient of its output in
+the backward pass. Together these give each example's gradient for that layer, which is sketched immediately. Autograd itself computes
+only gradients of activations.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from hf_trak.gradients.shared import SharedGradients, StandIns, plain
 from hf_trak.gradients.taps import Axis, Call, CallPlan, Taps
 from hf_trak.projectors import Projector
 
-_WAY_OUT = "Use gradients='loop', or 'auto', which takes it where it must, or leave these parameters out with `parameters`."
+_WAY_OUT = "Use gradients='loop', or 'auto', which uses it where necessary, or leave these parameters out with `parameters`."
 
 
 def layerwise_features(
@@ -56,17 +57,17 @@ def layerwise_features(
     projector: Projector,
     plan: CallPlan | None = None,
 ) -> BatchFeatures:
-    """Return features of `batch` from one batched forward and backward pass of the sum of outputs.
+    """Return the features of `batch` from one batched forward and backward pass of the sum of outputs.
 
-    Peak memory is that of the activations plus one layer's gradients, never (batch, grad_dim).
+    Peak memory is that of the activations plus the gradients of one layer, never (batch, grad_dim).
 
     Args:
-        parameters (`Mapping[str, nn.Parameter]`): From [`select_parameters`]; backward stops below the first of them.
-        plan ([`CallPlan`], *optional*): How the model calls its modules, from other batches; without it, the sizes of this one decide
-            which axes are those of examples.
+        parameters (`Mapping[str, nn.Parameter]`): From [`select_parameters`]. The backward pass ends at the first of them.
+        plan ([`CallPlan`], *optional*): How the model calls its modules, learned from other batches. Without it, sizes in this batch
+            decide which axes are those of examples.
 
     Raises:
-        BatchRefused: If a parameter's use loses the example axis in a way that cannot be undone; the message names it.
+        BatchRefused: If a parameter is used in a way that loses the axis of examples. The message names the parameter.
     """
     batch_size = next(len(value) for value in batch.values() if isinstance(value, Tensor))
     with evaluation_mode(model), torch.enable_grad(), _Watch(model, parameters, projector, batch_size, plan) as watch:
@@ -80,9 +81,9 @@ def layerwise_features(
 
 
 def watched_modules(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[nn.Module, dict[str, str]]:
-    """Return for each module that owns selected parameters its own names of them, with the model's.
+    """Return, for each module that owns selected parameters, a mapping from its own names of them to the model's names.
 
-    Tied weights have the same name in every module.
+    A tied weight has the same model name in every module.
     """
     names = {id(parameter): name for name, parameter in parameters.items()}
     return {
@@ -93,7 +94,7 @@ def watched_modules(model: nn.Module, parameters: Mapping[str, nn.Parameter]) ->
 
 
 class _Watch:
-    """Hooks on every module that owns a selected parameter, for the length of one forward and backward pass."""
+    """Hooks on every module that owns a selected parameter, for one forward and backward pass."""
 
     def __init__(
         self,
@@ -109,8 +110,8 @@ class _Watch:
         self.batch_size = batch_size
         self.accumulator: Tensor | None = None
         self.recomputing = False
-        self.expanded: dict[nn.Module, bool] = {}  # modules about to see ids that are expanded to one row per example
-        self.n_parts = 1  # rows of ids per example, such as the choices of a question, that the last embedding saw
+        self.expanded: dict[nn.Module, bool] = {}  # modules whose next ids are expanded to one row per example
+        self.n_parts = 1  # rows of ids per example in the last embedding, such as the choices of a question
         self.model = model
         self.parameters = parameters
         self.owned = watched_modules(model, parameters)
@@ -165,7 +166,7 @@ class _Watch:
 
     def __exit__(self, *exception: object) -> None:
         self.stack.close()
-        # Stand-ins know the watch by `unless`. Without this, a batch's tensors would wait for the garbage collector.
+        # Stand-ins refer to this object through `unless`. Without this, a batch's tensors would stay until garbage collection.
         self.standing = self.shared = None
 
     def finish(self, output: Tensor) -> Float[Tensor, "batch proj_dim"]:
@@ -180,7 +181,7 @@ class _Watch:
         return self.projector.finish(accumulator)
 
     def _hand_out(self, name: str) -> Tensor:
-        """Return a copy of a parameter per example, so that each one's gradient comes back by itself."""
+        """Return one copy of a parameter per example, so that each copy gets the gradient of its example."""
         parameter = type(self.model).get_parameter(self.model, name)
         chosen = next((own for own, selected in self.parameters.items() if selected is parameter), None)
         if chosen is None or not torch.is_grad_enabled():
@@ -200,7 +201,7 @@ class _Watch:
         self.accumulator = self.projector.start(self.batch_size, dtype=working_dtype(like.dtype), device=like.device)
 
     def _expand_shared_rows(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Give every example, or each of its parts, its own copy of ids fed once for the whole batch, such as position ids of shape (1, seq)."""
+        """Expand ids that are given once for the batch, such as position ids of shape (1, seq), to one row per example or part of it."""
         if self.recomputing or not args or (self.standing is not None and self.standing.has(module)):
             return None
         call = self.plan.call(module, self.numbers.get(module, -1) + 1) if self.plan is not None else None
@@ -218,7 +219,7 @@ class _Watch:
             inputs = plain(args[0] if args else next(iter(kwargs.values())))
             axis = _axis_of(call.inputs, 0) if call is not None else None
             if not self.expanded.pop(module, False):
-                # Ids of shape (seq,) or (query, key), the same for all examples, must not pass for rows that make an example.
+                # Ids of shape (seq,) or (query, key) are the same for all examples. Do not mistake them for rows of examples.
                 parts = not isinstance(module, nn.Embedding) or self.plan is not None
                 self._require_examples(module, inputs, axis, parts=parts)
                 if isinstance(module, nn.Embedding):
@@ -239,7 +240,7 @@ class _Watch:
         return hook
 
     def _catch_functional(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """For a module with no rule: differentiate a second run of that module alone, example by example."""
+        """For a module without a rule: run the module again by itself and differentiate it, example by example."""
         if self.recomputing or not torch.is_grad_enabled():
             return None
         call = self._next_call(module)
@@ -251,7 +252,7 @@ class _Watch:
         affine = self._catch_affine(module, leaves, structure, output, call)
         if affine is not None:
             return affine
-        # Autocast may have handed the module bfloat16; run again outside of it, it computes in its parameters' dtype.
+        # Autocast may have given the module bfloat16. The second run is outside autocast and uses the dtype of its parameters.
         dtype = next(iter(own.values())).dtype
         leaves = [_as_dtype(plain(leaf), dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         axes = {i: _axis_of(call.outputs, i) if call is not None else None for i in differentiable}
@@ -264,7 +265,7 @@ class _Watch:
             for i, axis in batched.items():
                 self._require_examples(module, leaves[i], axis, parts=True)
         check_unchanged = self._unchanged(module, leaves)
-        # (batch · parts, ...) -> (batch, parts, ...): an example's parts go through the module together.
+        # (batch · parts, ...) -> (batch, parts, ...): the parts of an example go through the module together.
         examples_of = [leaves[i] if axis == "examples" else self._by_example(leaves[i]) for i, axis in batched.items()]
 
         def run(parameters: dict[str, Tensor], examples: list[Tensor]) -> list[Tensor]:
@@ -310,7 +311,7 @@ class _Watch:
     def _catch_affine(
         self, module: nn.Module, leaves: list[Any], structure: TreeSpec, output: Any, call: Call | None
     ) -> Tensor | None:
-        """For a module that scales and shifts, whatever its class: see `affine.py`. None if it is no such module."""
+        """For a module of any class that is affine in its parameters (see `rules.py`). Return None for other modules."""
         own = own_parameters(module)
         if not isinstance(output, Tensor) or not may_be_affine(module, own, output):
             return None
@@ -349,23 +350,23 @@ class _Watch:
         return self._tap(output, catch)
 
     def _next_call(self, module: nn.Module) -> Call | None:
-        """Return what the plan has of this call of a module; None where there is no plan."""
+        """Return the plan's entry for this call of a module, or None if there is no plan."""
         number = self.numbers[module] = self.numbers.get(module, -1) + 1
         if self.plan is None:
             return None
         call = self.plan.call(module, number)
         if call is None:
             raise BatchRefused(
-                f"{self._describe(module)} is called in another way than in the batches that were checked, such as an expert that no "
-                f"token was sent to there. {_WAY_OUT}"
+                f"{self._describe(module)} is called differently than in the batches that were checked, for example an expert that received "
+                f"no token in them. {_WAY_OUT}"
             )
         return call
 
     def _require_examples(self, module: nn.Module, tensor: Tensor, axis: Axis | None, *, parts: bool = False) -> None:
-        """Refuse a tensor whose first axis is not the examples; with `parts`, several rows in succession may make an example.
+        """Refuse a tensor whose first axis is not that of the examples. With `parts`, an example may be several consecutive rows.
 
         Args:
-            axis (*optional*): What the plan says of that axis; without one, its size decides.
+            axis (*optional*): The plan's entry for that axis. Without it, the size decides.
         """
         rows = tensor.shape[0] if tensor.ndim else 0
         whole = rows == self.batch_size and axis != "shared"
@@ -381,14 +382,14 @@ class _Watch:
         )
 
     def _unchanged(self, module: nn.Module, inputs: list[Any]) -> Callable[[], None]:
-        """Return what raises an error if a module's inputs are written to in place from now on: they are needed again."""
+        """Return a function that raises an error if a module's inputs were modified in place since this call."""
         watched = [value for value in inputs if isinstance(value, Tensor) and not value.is_inference()]
         versions = [value._version for value in watched]
 
         def check() -> None:
             if [value._version for value in watched] != versions:
                 raise BatchRefused(
-                    f"An input of {self._describe(module)} is written to in place after the module has seen it, so its gradient would "
+                    f"An input of {self._describe(module)} is modified in place after the module has used it, so its gradient would "
                     f"be wrong. {_WAY_OUT}"
                 )
 
@@ -401,7 +402,7 @@ class _Watch:
         return f"{type(module).__name__} (parameters {', '.join(self.owned[module].values())})"
 
     def _add(self, module: nn.Module, contributions: dict[str, Contribution]) -> None:
-        """Sketch what a rule found, for the selected parameters alone."""
+        """Sketch the gradients that a rule returned, for the selected parameters only."""
         assert self.accumulator is not None
         for own, name in self.owned[module].items():
             match contributions[own]:
@@ -424,7 +425,7 @@ class _Watch:
 def _over_examples(
     function: Callable[[list[Tensor], list[Tensor]], dict[str, Tensor]], examples: list[Tensor], grads: list[Tensor]
 ) -> dict[str, Tensor]:
-    """Call a function example by example, for a module that looks at values, as `vmap` forbids."""
+    """Call a function example by example, for a module whose code depends on values, which `vmap` does not support."""
     rows = [function([x[row] for x in examples], [x[row] for x in grads]) for row in range(len(grads[0]))]
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 

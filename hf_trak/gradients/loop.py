@@ -1,4 +1,4 @@
-"""Per-example gradients one example at a time, by plain autograd: right for any model, at the price of batches of one."""
+"""Per-example gradients one example at a time, by plain autograd: correct for any model, but slow."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from hf_trak.gradients.batch import BatchFeatures, OutputFunction, check_outputs
 from hf_trak.gradients.rules import Rows, embedding, find_rule
 from hf_trak.projectors import Projector
 
-_FEW = 4  # a table's gradient is sketched by its rows where at most one row in this many has any
-_SAMPLE = 64  # rows of a table that are looked at first
+_FEW = 4  # sketch a table's gradient by rows if at most one row in this many is nonzero
+_SAMPLE = 64  # rows of a table that are tested first
 
 
 def loop_features(
@@ -27,13 +27,13 @@ def loop_features(
     parameters: Mapping[str, nn.Parameter],
     projector: Projector,
 ) -> BatchFeatures:
-    """Return the features of examples, each from its own forward and backward pass, sketched parameter by parameter.
+    """Return the features of examples, from one forward and backward pass per example, sketched parameter by parameter.
 
-    One example's gradients of all selected parameters exist at once.
+    The gradients of one example for all selected parameters are in memory at once.
 
     Args:
-        batch (`Mapping` or a sequence): A batch, which is cut into its rows, padding and all; or batches of one row each, which
-            are then what the model sees.
+        batch (`Mapping` or a sequence): A batch, which is cut into rows that keep their padding; or a sequence of batches of one
+            row, which the model sees unchanged.
         parameters (`Mapping[str, nn.Parameter]`): From [`select_parameters`]; nothing else is differentiated.
     """
     rows = rows_of(batch) if isinstance(batch, Mapping) else batch
@@ -58,7 +58,7 @@ def loop_features(
                     for lookup, grad in zip(found, grads[len(parameters) :], strict=True):
                         if grad is not None:
                             _add_lookup(projector, accumulator, lookup, grad)
-                    del grads, dense  # before the next row's are made
+                    del grads, dense  # free them before the next row's are computed
             outputs.append(output.detach())
             out_to_losses.append(out_to_loss.detach())
             features.append(projector.finish(accumulator))
@@ -67,10 +67,10 @@ def loop_features(
 
 @contextmanager
 def _refusals_named(model: nn.Module) -> Iterator[None]:
-    """Name a model whose own code refuses gradients in evaluation mode.
+    """Turn errors of models that support no gradients in evaluation mode into one that names the model.
 
     Raises:
-        ValueError: With what the model said.
+        ValueError: With the model's own message.
     """
     try:
         yield
@@ -81,7 +81,7 @@ def _refusals_named(model: nn.Module) -> Iterator[None]:
 
 
 def rows_of(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return a batch's rows as batches of one; what is no tensor belongs to each of them."""
+    """Return a batch's rows as batches of one row. Each gets all values that are not tensors."""
     n_rows = next(len(value) for value in batch.values() if isinstance(value, Tensor))
     return [
         {key: value[row : row + 1] if isinstance(value, Tensor) else value for key, value in batch.items()}
@@ -90,7 +90,7 @@ def rows_of(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 class _Lookup(NamedTuple):
-    """One call of an embedding: what it looked up, as a leaf whose gradient is asked for in place of the table's."""
+    """One call of an embedding. Its output is a leaf of the graph, whose gradient is computed instead of the table's."""
 
     module: nn.Embedding
     name: str
@@ -100,9 +100,9 @@ class _Lookup(NamedTuple):
 
 @contextmanager
 def _lookups(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[list[_Lookup]]:
-    """Collect the calls of the model's embeddings within the block: a table's gradient, nearly all zeros, is then never formed.
+    """Collect the calls of the model's embeddings within the block, so that the mostly zero gradient of a table is never formed.
 
-    A table that is used in another way too, such as one tied to a language model's head, has the gradient of that use as well.
+    If a table has another use, such as a tied output layer, the gradient of that use is added.
     """
     names = {id(parameter): name for name, parameter in parameters.items()}
     modules = list(model.modules())
@@ -132,7 +132,7 @@ def _look_up(module: nn.Embedding, name: str, found: list[_Lookup], input: Tenso
 
 
 def _add_lookup(projector: Projector, accumulator: Tensor, lookup: _Lookup, grad: Tensor) -> None:
-    """Sketch the gradient of one row's call of an embedding, whatever the shape of its ids."""
+    """Sketch the gradient of one row's call of an embedding. The ids may have any shape."""
     contribution = embedding(
         lookup.module, lookup.ids.reshape(1, -1), grad.to(accumulator.dtype).reshape(1, -1, grad.shape[-1])
     )
@@ -143,7 +143,7 @@ def _add_lookup(projector: Projector, accumulator: Tensor, lookup: _Lookup, grad
 
 
 def add_gradients(projector: Projector, accumulator: Tensor, grads: Mapping[str, Tensor]) -> None:
-    """Sketch one example's gradients, given whole by the names of their parameters."""
+    """Sketch the complete gradients of one example, given by parameter name."""
     for name, grad in grads.items():
         grad = grad.to(accumulator.dtype)
         rows = _touched_rows(grad)
@@ -154,7 +154,7 @@ def add_gradients(projector: Projector, accumulator: Tensor, grads: Mapping[str,
 
 
 def _touched_rows(grad: Tensor) -> Tensor | None:
-    """Return which rows of a table have a gradient, if few have; None for what is no table, and where many may."""
+    """Return the nonzero rows of a table's gradient if they are few; None if they may be many, or if it is not a matrix."""
     if grad.ndim != 2 or grad.shape[0] <= _SAMPLE * _FEW:
         return None
     sample = grad[:: grad.shape[0] // _SAMPLE]

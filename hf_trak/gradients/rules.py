@@ -1,13 +1,13 @@
 """Rules: the gradient of each kind of module, as a product of factors per example.
 
-A rule never sums over examples, and leaves a sum over tokens as factors where it can, so that a projector may sketch the
-gradient without its ever being formed.
+A rule never sums over examples. Where it can, it returns a sum over tokens as factors, so that a projector can sketch the gradient
+without forming it.
 
-RMSNorm has a class of its own in every family of transformers, under many names, with a weight that multiplies (Llama, Qwen, Mistral,
-T5) or is added to one first (Gemma), with a gate or without, over the hidden state or over each head. So have layer scales and norms
-without a bias. All of them compute `rest + Σ factor ⊙ parameter` along their last axes, whatever the rest and the factors are. A module is
-known by that, which is tried once on what it is given, and not by its name; the factors are what the module itself computes with a
-parameter of ones.
+Affine modules: every model family of transformers has its own RMSNorm class. The weight multiplies (Llama, Qwen, Mistral, T5), or one is
+added to it first (Gemma); there may be a gate; the norm may be over the hidden state or over each head. Layer scales and norms without a
+bias vary in the same way. All of them compute `rest + Σ factor ⊙ parameter` along their last axes. They are recognised by this
+property, which is tested once on the module's input, and not by their names. The factors are the module's own output for a parameter of
+ones.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 
 class Dense(NamedTuple):
-    """Gradients given whole, shaped as the parameter."""
+    """Complete gradients, with the shape of the parameter."""
 
     grads: Float[Tensor, "batch *shape"]
 
@@ -36,7 +36,7 @@ class Outer(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Gradients that are zero but for `values`, added at `rows`."""
+    """Gradients that are zero except for `values`, which are added at `rows`."""
 
     rows: Int64[Tensor, "batch tokens"]
     values: Float[Tensor, "batch tokens columns"]
@@ -68,7 +68,7 @@ def conv2d(module: nn.Conv2d, inputs: Tensor, grads: Tensor) -> dict[str, Contri
 
 
 def conv1d(module: nn.Conv1d, inputs: Tensor, grads: Tensor) -> dict[str, Contribution]:
-    padding = int(module.padding[0])  # a name was refused by `find_rule`
+    padding = int(module.padding[0])  # `find_rule` refuses padding given by name
     picture = inputs.unsqueeze(2)  # of height 1
     kernel, dilation, stride = (1, module.kernel_size[0]), (1, module.dilation[0]), (1, module.stride[0])
     return _convolution(module, F.unfold(picture, kernel, dilation, (0, padding), stride), grads)
@@ -80,7 +80,7 @@ def _convolution(module: nn.Conv1d | nn.Conv2d, patches: Tensor, grads: Tensor) 
     bias = Dense(grads.sum(1))
     if module.groups == 1:
         return {"weight": Outer(grads, patches), "bias": bias}
-    # An output channel sees its own group's inputs alone.
+    # An output channel depends only on the inputs of its own group.
     per_group = torch.einsum(
         "bpgo,bpgi->bgoi", grads.unflatten(2, (module.groups, -1)), patches.unflatten(2, (module.groups, -1))
     )
@@ -96,7 +96,7 @@ def embedding(module: nn.Embedding, inputs: Tensor, grads: Tensor) -> dict[str, 
 
 
 def scaled_embedding(module: nn.Embedding, inputs: Tensor, grads: Tensor) -> dict[str, Contribution]:
-    """BART's, which multiplies what it looks up."""
+    """BART's embedding, which multiplies the rows by a constant."""
     return embedding(module, inputs, grads * float(module.embed_scale))  # type: ignore[arg-type]
 
 
@@ -121,7 +121,7 @@ def group_norm(module: nn.GroupNorm, inputs: Tensor, grads: Tensor) -> dict[str,
 def batch_norm(
     module: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d, inputs: Tensor, grads: Tensor
 ) -> dict[str, Contribution]:
-    assert module.running_mean is not None  # `find_rule` saw to it
+    assert module.running_mean is not None  # `find_rule` made sure of this
     assert module.running_var is not None
     # In eval mode: its running statistics are constants.
     mean, variance = module.running_mean.to(inputs), module.running_var.to(inputs)
@@ -147,7 +147,7 @@ RULES: dict[type[nn.Module], Rule] = {
 }
 
 
-# Class -> parameters of its children that it uses without calling the child, or that only it can tell the examples of.
+# Class -> parameters of its children that it uses without calling the child, or for which only the class itself sees the axis of examples.
 _ATTENTION = ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
 _OF_CHILDREN = {
     "MultiheadAttention": _ATTENTION[2:],
@@ -158,16 +158,16 @@ _OF_CHILDREN = {
 _LOOK_AT_VALUES = (
     "Siglip2VisionEmbeddings",
     "Siglip2MultiheadAttentionPoolingHead",
-)  # image sizes, and whether a mask hides any
+)  # image sizes, and whether a mask hides anything
 
 
 def looks_at_values(module: nn.Module) -> bool:
-    """Return whether a module is known to be out of `vmap`'s reach, and to be right when run on one example after another."""
+    """Return whether a module is known not to work under `vmap`, but to be correct if it runs on one example after another."""
     return type(module).__name__ in _LOOK_AT_VALUES
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters a module uses itself, by its own names for them."""
+    """Return the parameters that a module uses itself, by its own names for them."""
     own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
     for name in _OF_CHILDREN.get(type(module).__name__, ()):
         place, _, leaf = name.rpartition(".")
@@ -177,7 +177,7 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def owners(model: nn.Module) -> dict[nn.Module, dict[str, nn.Parameter]]:
-    """Return for each module that uses parameters itself which those are; what a parent uses is not its child's."""
+    """Return the parameters of each module that uses some itself. A parameter that a parent uses does not count for its child."""
     found: dict[nn.Module, dict[str, nn.Parameter]] = {}
     taken: set[tuple[nn.Module, str]] = set()
     for module in model.modules():  # parents first
@@ -195,9 +195,9 @@ def is_conv1d_of_transformers(module: nn.Module) -> bool:
 
 
 def find_rule(module: nn.Module) -> Rule | None:
-    """Return the rule for a module, or None if it has none and must be differentiated functionally.
+    """Return the rule for a module, or None if it has none and must be differentiated by `vmap`.
 
-    A subclass has its parent's rule only if it computes as its parent does.
+    A subclass has the rule of its parent only if it has the parent's forward pass.
     """
     if is_conv1d_of_transformers(module):
         return conv1d_of_transformers
@@ -216,21 +216,21 @@ def find_rule(module: nn.Module) -> Rule | None:
 
 
 Run = Callable[[dict[str, Tensor]], Tensor]
-"""The module's output as a function of its own parameters, all else as it was given."""
+"""The module's output as a function of its own parameters, with the same inputs."""
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # many of these modules round to float32 inside
 _known: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def may_be_affine(module: nn.Module, own: Mapping[str, Tensor], output: Tensor) -> bool:
-    """Return whether a module's parameters all lie along the last axes of its only output, and are all it has."""
+    """Return whether `own` are all parameters of a module, and each has the shape of the last axes of its only output."""
     if len(own) != sum(1 for _ in module.parameters()):
         return False
     return all(0 < p.ndim < output.ndim and p.shape == output.shape[output.ndim - p.ndim :] for p in own.values())
 
 
 def is_affine(module: nn.Module, own: Mapping[str, Tensor], run: Run) -> bool:
-    """Return whether a module is affine in its parameters, tried once with other values for them."""
+    """Return whether a module is affine in its parameters. This is tested once, with other values for them."""
     if module not in _known:
         values = {name: _probe(parameter, shift) for shift, (name, parameter) in enumerate(own.items())}
         output = run(values)
@@ -243,7 +243,7 @@ def is_affine(module: nn.Module, own: Mapping[str, Tensor], run: Run) -> bool:
 
 
 def factors(own: Mapping[str, Tensor], run: Run) -> dict[str, Tensor]:
-    """Return what each parameter is multiplied by, shaped as the module's output."""
+    """Return the factor of each parameter, with the shape of the module's output."""
     rest, zeros = _rest(own, run), {name: torch.zeros_like(parameter) for name, parameter in own.items()}
     return {name: run(zeros | {name: torch.ones_like(parameter)}) - rest for name, parameter in own.items()}
 
@@ -253,6 +253,6 @@ def _rest(own: Mapping[str, Tensor], run: Run) -> Tensor:
 
 
 def _probe(parameter: Tensor, shift: int) -> Tensor:
-    """Values of both signs, small and large, that are not drawn: a run's random numbers stay what they were."""
+    """Return values of both signs, small and large. They are not random, so the state of the random generators does not change."""
     count = torch.arange(1, parameter.numel() + 1, device=parameter.device, dtype=parameter.dtype)
     return (3 * torch.sin(1.7 * count + shift)).reshape(parameter.shape)

@@ -1,12 +1,14 @@
-"""Tensors that the examples of a batch share, though they are made of parameters: tables of relative positions, and what is made of them.
+"""Gradients of parameters that enter the forward pass through tensors without an axis of examples, such as relative position biases.
 
-DeBERTa normalizes and projects its table of positions once for a batch, Swin and BEiT look up a bias for each pair of places, T5 and
-MPNet one for each pair of tokens. Stand-ins take the place of such parameters during the forward pass. What is computed of them and of
-constants is a stand-in too, with a graph that it has for itself. Where it first meets a tensor with an axis of examples, it is
-expanded along this axis, and its gradient is caught for each example there. Each example's gradient then goes back through the small
-graph by itself.
+DeBERTa normalizes and projects its table of positions once per batch. Swin and BEiT look up a bias for each pair of positions, T5 and
+MPNet for each pair of tokens. Here these results are called *shared*.
 
-Which operation is the first to meet the examples is learned as `calls.py` learns the calls of modules: from batches of several sizes.
+A stand-in (a tensor subclass) replaces such a parameter during the forward pass. Results that depend only on stand-ins and constants
+are stand-ins too, and have a graph of their own. The first operation that combines a stand-in with a tensor that has an axis of
+examples expands the stand-in along this axis. The gradient for each example is caught there, and then goes back through the small graph
+of the stand-ins.
+
+Batches of several sizes show which operation is the first to meet the examples; `taps.py` learns the calls of modules in the same way.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from hf_trak.gradients.taps import Axis, CallPlan, SharedPlan, Taps, axis_of_siz
 
 _MOST = 1 << 27  # entries of a parameter's gradients that are kept for all examples of a batch
 _LOST = "Parameters that the examples share are used in a way that loses the examples' axis"
-# Operations that give the same for an operand and for the operand repeated along a new or single first axis.
+# Operations whose result does not change if an operand is repeated along a new first axis, or along a first axis of size 1.
 _BROADCASTS = {
     *(
         "add",
@@ -45,7 +47,7 @@ _BROADCASTS = {
 
 
 class _Step(NamedTuple):
-    """An operation on stand-ins; `laid` says of its operands that are tensors whether they repeat something for each example."""
+    """An operation on stand-ins. `laid` says of each tensor operand whether it repeats a shared tensor for each example."""
 
     name: str
     meets_examples: bool
@@ -55,7 +57,7 @@ class _Step(NamedTuple):
 
 
 class StandIn(Tensor):
-    """A tensor that is made of parameters and constants alone."""
+    """A tensor that depends only on parameters and constants."""
 
     on_call: Callable[[Any, list[Any], Any], Any]
     token: int
@@ -72,7 +74,7 @@ class StandIn(Tensor):
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """Return a tensor's values, detached, whether it is a stand-in or not."""
+    """Return a tensor or stand-in as a plain, detached tensor."""
     with torch._C.DisableTorchFunctionSubclass():
         return tensor.detach().as_subclass(Tensor)
 
@@ -84,7 +86,7 @@ def _stand_in(tensor: Tensor, on_call: Callable[[Any, list[Any], Any], Any], tok
 
 
 class StandIns:
-    """Puts stand-ins in place of parameters: of some modules all the time, of others for the calls that see no examples."""
+    """Replaces parameters by stand-ins: for the modules in `always` all the time, for others during calls without an axis of examples."""
 
     def __init__(
         self,
@@ -128,7 +130,7 @@ class StandIns:
             self.put(module)
 
     def has(self, module: nn.Module) -> bool:
-        """Return whether a module computes with stand-ins at the moment."""
+        """Return whether a module has stand-ins at the moment."""
         return module in self._put
 
     def put(self, module: nn.Module) -> None:
@@ -161,7 +163,7 @@ class _Operation(NamedTuple):
 
 
 class _Recorder:
-    """Notes what happens to stand-ins, and to all that is computed of them."""
+    """Records the operations on stand-ins and on results that depend on them."""
 
     def __init__(self) -> None:
         self.operations: list[_Operation] = []
@@ -195,10 +197,10 @@ def watch_shared(
     always: frozenset[nn.Module],
     output_function: OutputFunction,
 ) -> SharedPlan:
-    """Run a model forward on batches of different sizes and one width, and return what happens to what the examples share.
+    """Run a model forward on batches of different sizes and one width, and return the operations on shared tensors.
 
     Raises:
-        BatchRefused: If it differs between the batches, or examples lie along another axis than the first.
+        BatchRefused: If the operations differ between the batches, or if the axis of examples is not the first axis.
     """
     if not always and not any(plan.sees_shared(module) for module in owned):
         return SharedPlan(always, ())
@@ -263,14 +265,14 @@ def _steps(records: Sequence[Sequence[_Operation]], batch_sizes: Sequence[int]) 
 
 
 def _first_axes(batch_sizes: Sequence[int], shapes: Sequence[Sequence[tuple[int, ...]]], name: str) -> list[Axis]:
-    """Return the first axis of each of some tensors, from their shapes in batches of different sizes."""
+    """Return the kind of the first axis of each tensor, from the shapes in batches of different sizes."""
     axes: list[Axis] = []
     for of_tensor in zip(*shapes, strict=True):
         if len({len(shape) for shape in of_tensor}) > 1:
             raise BatchRefused(f"{_LOST}: `{name}` sees tensors of {of_tensor}.")
         found = [axis_of_sizes(batch_sizes, sizes) for sizes in zip(*of_tensor, strict=True)]
         if any(len(set(sizes)) > 1 for sizes in list(zip(*of_tensor, strict=True))[1:]):
-            raise BatchRefused(f"{_LOST}: `{name}` sees examples along another axis than the first.")
+            raise BatchRefused(f"{_LOST}: `{name}` has the examples along another axis than the first.")
         if found and found[0] == "shared" and len({shape[0] for shape in of_tensor}) > 1:
             raise BatchRefused(f"{_LOST}: `{name}` sees tensors of {of_tensor}.")
         axes.append(cast(Axis, found[0]) if found else "shared")
@@ -278,7 +280,7 @@ def _first_axes(batch_sizes: Sequence[int], shapes: Sequence[Sequence[tuple[int,
 
 
 class SharedGradients:
-    """Catches the gradients of what the examples share, in one forward and backward pass of a batch."""
+    """Catches the gradients of shared tensors in one forward and backward pass of a batch."""
 
     def __init__(self, plan: SharedPlan, taps: Taps, batch_size: int) -> None:
         self.steps = plan.steps
@@ -291,7 +293,7 @@ class SharedGradients:
         at = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         step = self.steps[self.place] if self.place < len(self.steps) else None
         operands = tuple(isinstance(leaves[place], StandIn) for place in at)
-        # What needs a gradient depends on the examples.
+        # A tensor that requires a gradient and is not a stand-in depends on the examples.
         mixed = any(leaves[place].requires_grad and not stands for place, stands in zip(at, operands, strict=True))
         is_expected = step is not None and (func.__name__, operands) == (step.name, step.operands)
         is_expected = is_expected and step is not None and (step.meets_examples or not mixed)
@@ -318,7 +320,7 @@ class SharedGradients:
         return func(*args, **kwargs)
 
     def _run_each(self, func: Any, leaves: list[Any], structure: Any, at: list[int], step: _Step) -> Tensor:
-        """For an operation that takes a stand-in as a weight, such as a convolution: differentiate it again, example by example."""
+        """For an operation that uses a stand-in as a weight, such as a convolution: compute and differentiate it again, example by example."""
         standing = {place: leaves[place] for place, stands in zip(at, step.operands, strict=True) if stands}
         sliced = [place for place, slices in zip(at, step.sliced, strict=True) if slices]
         self._check_size(standing.values())
@@ -353,7 +355,7 @@ class SharedGradients:
     def _check_size(self, standing: Iterable[Tensor]) -> None:
         entries = max(tensor.numel() for tensor in standing) * self.batch_size
         if entries > _MOST:
-            raise BatchRefused(f"{_LOST} but for {entries:,} numbers, which would not fit in memory.")
+            raise BatchRefused(f"{_LOST}, unless {entries:,} numbers are kept, which would not fit in memory.")
 
     def _catch(self, standing: Tensor, laid: bool, found: Tensor) -> None:
         before = self._caught.get(id(standing))
@@ -361,7 +363,7 @@ class SharedGradients:
 
     def _next(self, is_expected: bool, func: Any) -> None:
         if not is_expected:
-            raise BatchRefused(f"{_LOST}, in another way than in the batches that were checked (by `{func.__name__}`).")
+            raise BatchRefused(f"{_LOST}, and differently than in the batches that were checked (by `{func.__name__}`).")
         self.place += 1
 
     def _tap(self, standing: Tensor, laid: bool, like: torch.Size) -> Tensor:
@@ -386,9 +388,9 @@ class SharedGradients:
         return self.taps.tap([values], catch)[0]
 
     def per_example(self, leaves: Mapping[str, Tensor], use: Callable[[int, dict[str, Tensor]], None]) -> None:
-        """Call `use` with the number of each example and its gradients, by the name of the parameter."""
+        """Call `use` for each example with its number and its gradients by parameter name."""
         if self.place != len(self.steps):
-            raise BatchRefused(f"{_LOST}, in another way than in the batches that were checked ({self.place} operations).")
+            raise BatchRefused(f"{_LOST}, and differently than in the batches that were checked ({self.place} operations).")
         if not self._caught:
             return
         caught = list(self._caught.values())

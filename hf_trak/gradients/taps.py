@@ -1,11 +1,12 @@
 """Taps: where the layerwise engine catches the inputs and output gradients of modules, and of calls to their weights.
 
-A tap is an identity function between a module and those that use its outputs. Hooks on the outputs themselves would do otherwise:
-a hook that refers to the tensor it is registered on keeps its whole graph alive, an output that is a view loses its hooks when it is
-written to in place, and an output that the module itself uses again is counted twice.
+A tap is an identity function between a module and the operations that use its outputs. Hooks on the outputs have three faults. A hook
+that refers to its tensor keeps the whole graph in memory. A view that is modified in place loses its hooks. An output that the module
+itself uses again is counted twice.
 
-A size says little by itself: a table of eight rows looks like four examples of two rows each. So the model runs on batches of
-several sizes, of the same width. What grows with all of them has an axis of examples, or of parts of examples in succession.
+The size of one tensor does not tell which axis is that of the examples: a table of eight rows looks like four examples of two rows
+each. So the model runs on batches of several sizes and one width. An axis that grows with all of them is that of the examples, or of
+consecutive parts of examples.
 """
 
 from __future__ import annotations
@@ -25,20 +26,20 @@ Catch = Callable[[list[Tensor]], None]
 
 
 class Taps:
-    """The taps of one batch. Nothing they hold outlives [`~Taps.close`], whatever else keeps the batch's graph alive."""
+    """The taps of one batch. [`~Taps.close`] frees everything that they hold, even if the batch's graph stays in memory."""
 
     def __init__(self) -> None:
         self._open: list[_Holder] = []
 
     def tap(self, outputs: Sequence[Tensor], catch: Catch) -> list[Tensor]:
-        """Return what is to be used in place of `outputs`, which begins a graph where none of them belongs to one.
+        """Return tensors to use in place of `outputs`. They are part of a graph even if the outputs are not.
 
         Args:
-            catch (`Callable`): Called once, with a gradient per output as soon as all of them are known; zeros for what is not used.
+            catch (`Callable`): Called once with the gradients of all outputs, when all are known. Unused outputs have zeros.
         """
         holder = _Holder(catch)
         self._open.append(holder)
-        # A leaf that requires a gradient makes autograd record the tap, even if no output depends on anything that does.
+        # With a leaf that requires a gradient, autograd records the tap even if no output requires one.
         leaf = torch.zeros((), requires_grad=True)
         return list(_Tap.apply(holder, leaf, *outputs))
 
@@ -57,7 +58,7 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, holder: _Holder, leaf: Tensor, *outputs: Tensor) -> tuple[Tensor, ...]:
         ctx.holder = holder  # type: ignore[attr-defined]
-        # No views, for autograd: they may be written to in place, and share memory all the same.
+        # For autograd these are not views, so they may be modified in place. They still share memory.
         return tuple(output.detach() for output in outputs)
 
     @staticmethod
@@ -72,15 +73,15 @@ Axis = Literal["examples", "parts", "shared"]
 
 
 class SharedPlan(NamedTuple):
-    """What happens to tensors that the examples share and that are made of parameters: see `shared.py`."""
+    """The operations on tensors that the examples share and that depend on parameters: see `shared.py`."""
 
     modules: frozenset[nn.Module]
-    """Those that have stand-ins for their parameters all the time."""
+    """Modules whose parameters are stand-ins all the time."""
     steps: tuple[Any, ...]
 
 
 class Call(NamedTuple):
-    """The first axis of each leaf of a call's arguments and of its output; None for what is no tensor."""
+    """The first axis of each value in a call's arguments and output; None for values that are not tensors."""
 
     inputs: tuple[Axis | None, ...]
     outputs: tuple[Axis | None, ...]
@@ -95,29 +96,29 @@ class CallPlan:
         self.shared = shared
 
     def with_shared(self, shared: SharedPlan) -> CallPlan:
-        """Return this plan with another of what the examples share."""
+        """Return a copy of this plan with another plan for shared tensors."""
         return CallPlan(self._calls, shared)
 
     def call(self, module: nn.Module, number: int) -> Call | None:
-        """Return what is known of a module's call; None for one that was not seen, and is not like all that were."""
+        """Return the record of a module's call. A call that was not seen has that of the others if these are all equal, else None."""
         calls = self._calls.get(module, ())
         if number < len(calls):
             return calls[number]
         return calls[0] if calls and all(call == calls[0] for call in calls) else None
 
     def is_shared(self, module: nn.Module, number: int) -> bool:
-        """Return whether a call of a module makes something that the examples of a batch share."""
+        """Return whether a call of a module returns a tensor that the examples of a batch share."""
         call = self.call(module, number)
         if call is None or (call.is_single and isinstance(module, nn.Embedding)):  # its ids are expanded instead
             return False
         return "shared" in call.outputs and not {"examples", "parts"} & set(call.outputs)
 
     def sees_shared(self, module: nn.Module) -> bool:
-        """Return whether any call of a module makes something that the examples of a batch share."""
+        """Return whether any call of a module returns a tensor that the examples of a batch share."""
         return any(self.is_shared(module, number) for number in range(len(self._calls.get(module, ()))))
 
     def is_called(self, module: nn.Module) -> bool:
-        """Return whether a module is called at all; the parameters of one that is not may be used all the same."""
+        """Return whether a module is called. The parameters of a module can be used even if it is never called."""
         return module in self._calls
 
 
@@ -125,7 +126,7 @@ def watch_calls(
     model: nn.Module, batches: Sequence[Mapping[str, Any]], modules: Sequence[nn.Module], output_function: OutputFunction
 ) -> CallPlan:
     """Run a model forward on batches of different sizes and one width, and return how it calls `modules`."""
-    seen: dict[nn.Module, list[list[tuple[int, _Sizes, _Sizes]]]] = {}  # per module and call, one entry a batch
+    seen: dict[nn.Module, list[list[tuple[int, _Sizes, _Sizes]]]] = {}  # per module and call, one entry per batch
 
     with ExitStack() as stack, evaluation_mode(model), torch.no_grad():
         numbers: dict[nn.Module, int] = {}
@@ -168,7 +169,7 @@ def _axes(batch_sizes: Sequence[int], sizes: Sequence[_Sizes]) -> tuple[Axis | N
 
 
 def axis_of_sizes(batch_sizes: Sequence[int], sizes: Sequence[int | None]) -> Axis | None:
-    """Return what an axis of these sizes is, in batches of these sizes; None for what is no tensor."""
+    """Return the kind of an axis from its sizes in batches of `batch_sizes` examples; None if it is not a tensor's."""
     if None in sizes:
         return None
     per_example = {size / batch_size for size, batch_size in zip(sizes, batch_sizes, strict=True) if size is not None}

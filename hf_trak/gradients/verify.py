@@ -1,7 +1,8 @@
-"""The check at the start of a run: that an engine's gradients are each example's own, whole and for every parameter.
+"""The check at the start of a run: compare an engine's gradients with those of a loop over single examples.
 
-The reference is the loop over examples, each alone and without padding. The engine must agree with it for the same examples together,
-in batches of two and of three, one example being longer than the others: parameter by parameter, each against its own norm.
+The reference is the loop over examples, each alone and without padding. The engine must agree with it for the same examples in batches
+of two and of three, where one example is longer than the others. The difference is measured for each parameter, relative to the
+norm of its gradient.
 """
 
 from __future__ import annotations
@@ -25,28 +26,28 @@ from hf_trak.gradients.taps import CallPlan, watch_calls
 from hf_trak.projectors import BlockCountSketch, Projector
 
 Collate = Callable[[Sequence[int]], Mapping[str, Any]]
-"""A batch of the examples with these numbers, in this order; one alone has no padding."""
+"""Return a batch of the examples with these numbers, in this order. A single example has no padding."""
 
 _PROJ_DIM = 1024  # of the sketches that are compared
 _SIZES = (2, 3, 5)  # none divides another
 
 
 class _Tolerance(NamedTuple):
-    own: float  # share of the parameter's gradient
-    whole: float  # share of the whole gradient: round-off of gradients that cancel
+    own: float  # relative to the parameter's gradient
+    whole: float  # relative to the whole gradient: round-off where terms cancel
 
 
 _TOLERANCE = {torch.float64: _Tolerance(1e-6, 1e-9), torch.float32: _Tolerance(1e-3, 1e-5)}
-_WAY_OUT = "Use gradients='loop', which computes one example at a time, or 'auto', which takes it where it must."
-_COARSE = _Tolerance(0.15, 2e-2)  # half precision, and weights in 8 bits, under which activations are rounded too
+_WAY_OUT = "Use gradients='loop', which computes one example at a time, or 'auto', which uses it where necessary."
+_COARSE = _Tolerance(0.15, 2e-2)  # half precision, and 8-bit weights, whose layers round activations too
 
 
 class CheckFailed(ValueError):
-    """An engine's gradients are not those of the loop."""
+    """An engine's gradients differ from those of the loop."""
 
 
 class TooFewExamples(ValueError):
-    """One example alone shows nothing of what a batch does to it."""
+    """There is only one example, so examples in a batch cannot be compared with examples alone."""
 
 
 def check_gradients(
@@ -62,19 +63,19 @@ def check_gradients(
 
     Args:
         collate (`Callable`): Makes a batch of some of the examples.
-        n_examples (`int`): How many different ones there are, at least two; of different lengths, if the data has any.
+        n_examples (`int`): Number of different examples, at least two. They have different lengths if the data has.
 
     Returns:
         How the model calls its modules, which `layerwise` needs for batches of other sizes.
 
     Raises:
-        CheckFailed: Naming the parameters, or the examples, that disagree.
-        TooFewExamples: If there is one.
+        CheckFailed: If gradients differ. The message names the parameters or the examples.
+        TooFewExamples: If there is only one example.
     """
     if n_examples < 2:
         raise TooFewExamples(
-            "The check at the start compares at least two different examples together and alone, and there is one. Use "
-            "gradients='loop' or 'auto', or give batches of two rows at least."
+            "The check at the start compares examples alone and in a batch, so it needs at least two, but there is only one. Use "
+            "gradients='loop' or 'auto', or give at least two rows."
         )
     batches = [[number % n_examples for number in range(size)] for size in _SIZES]
     sketch = _PerParameter(parameters)
@@ -88,8 +89,8 @@ def check_gradients(
             chosen_among.append(choices.sizes)
         if any(sizes != chosen_among[0] for sizes in chosen_among):
             raise CheckFailed(
-                f"{type(model).__name__} chooses among the tokens of an example by `topk`, as sparse attention does: where several count the "
-                f"same, padding decides which is taken, in some rows and not in others. {_WAY_OUT}"
+                f"{type(model).__name__} selects tokens of an example by `topk`, as sparse attention does. If several tokens have equal "
+                f"values, the selection depends on padding, which differs between batches. {_WAY_OUT}"
             )
 
         def compare(compute: Callable[..., BatchFeatures]) -> None:
@@ -116,7 +117,7 @@ def _plan(
     parameters: Mapping[str, nn.Parameter],
     compare: Callable[[CallPlan], None],
 ) -> CallPlan:
-    """Return a plan of the model's calls that passes; parameters of modules that no rule serves are tried as shared ones."""
+    """Return a plan of the model's calls that passes the check. Parameters of modules without a rule are tried as shared ones."""
     owned = watched_modules(model, parameters)
     plan = watch_calls(model, batches, list(owned), output_function)
     shared = frozenset(module for module in owned if module is not model and not plan.is_called(module))
@@ -146,7 +147,7 @@ def _plan(
 
 
 class _Choices(TorchFunctionMode):
-    """Collects among how many values `topk` chooses within the block: experts are as many in every example, tokens are not."""
+    """Records the number of values from which `topk` chooses. The number of experts is constant; that of tokens is not."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -214,7 +215,7 @@ def _explain(
     sketch: _PerParameter,
     batch_size: int,
 ) -> str:
-    """Say whether the engine misses something, or the model lets examples or padding change each other's gradients."""
+    """Explain whether the engine misses a part of a gradient, or whether other examples or padding change a gradient."""
     total = _total_gradients(model, batch, arguments["output_function"], arguments["parameters"], sketch)
     tolerance = _tolerance(model, arguments["parameters"])
     whole = torch.stack([values.norm() for values in total.values()]).norm()
@@ -233,7 +234,7 @@ def _explain(
     first = max(wrong, key=lambda disagreement: disagreement.share)
     what = "output" if first.name is None else f"gradient of {first.name}"
     return (
-        f"The gradient of row {first.place} changes with the examples it shares a batch with, or with its padding: its {what} by "
+        f"The gradient of row {first.place} changes with the other examples of its batch, or with its padding: its {what} by "
         f"{first.share:.1%}. {type(model).__name__} mixes the examples of a batch, or reads padding. {_WAY_OUT}"
     )
 
@@ -271,7 +272,7 @@ class _PerParameter(Projector):
     def start(self, batch_size: int, *, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "batch width"]:
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self._found = {name: self._sketch.start(batch_size, dtype=dtype, device=device) for name in self._names}
-        return torch.arange(batch_size, dtype=dtype, device=device).unsqueeze(1)  # which rows a part of it is
+        return torch.arange(batch_size, dtype=dtype, device=device).unsqueeze(1)  # row numbers, also in a slice
 
     def _rows(self, name: str, accumulator: Tensor) -> Tensor:
         first = int(accumulator[0, 0])
@@ -293,7 +294,7 @@ class _PerParameter(Projector):
 
 @contextmanager
 def _exact_products() -> Iterator[None]:
-    """Keep CUDA from rounding the factors of products within the block, which would hide what is looked for."""
+    """Turn off TF32 products on CUDA within the block, because their rounding would hide differences."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:

@@ -1,1 +1,1 @@
-"""To and from the Hub: copies, uploads, downloads, and the cards that visitors read."""
+"""Copies, uploads and downloads of indexes, and their dataset cards."""

@@ -1,4 +1,4 @@
-"""The dataset card of an index: its YAML makes `load_dataset(folder, "member_0")` work with no hf_trak installed."""
+"""The dataset card of an index. With its YAML, `load_dataset(folder, "member_0")` works without hf_trak."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 TEMPLATES = Path(__file__).parent / "templates"
 
-# What is written between these is written anew whenever the card is; the rest of a card is its owner's.
+# The part between these markers is replaced whenever the card is written. The rest belongs to the card's owner.
 BEGIN = "<!-- Written by hf_trak. What stands above or below this part is kept when it is written anew. -->"
 END = "<!-- End of what hf_trak writes. -->"
 
-# What was measured stays in the card of the same features.
+# Measurements stay in the card as long as the features are the same.
 _MEASURED = re.compile(r"(<!-- Measured of the features \w+\. -->\n)(.*?)(?=\n\n## )", re.DOTALL)
 _NOT_MEASURED = "Not measured"
 
@@ -55,11 +55,11 @@ def render_index_card(
 
     Args:
         members (`Sequence[Mapping]`): The members' `member.json`, in order.
-        name (`str`): What the load snippet names: the repository, or the folder's name.
-        choice (`DampingChoice`, *optional*): Of the damping, where the members' masks made it.
-        has_curve (`bool`): Whether its picture lies beside the card.
-        license (`Mapping`, *optional*): The YAML keys that state one: `license`, and `license_name` and `license_link` if need be.
-        results (`Sequence[Mapping]`): Rows of results files; those of how good scores are, are shown.
+        name (`str`): The repository, or the folder's name, for the code that loads the index.
+        choice (`DampingChoice`, *optional*): The choice of damping by the members' masks.
+        has_curve (`bool`): Whether the picture of its curve is beside the card.
+        license (`Mapping`, *optional*): The YAML keys of the licence: `license`, and if necessary `license_name` and `license_link`.
+        results (`Sequence[Mapping]`): Rows of results files. Those on the quality of scores are shown.
     """
     from huggingface_hub import DatasetCard
 
@@ -101,7 +101,7 @@ def render_index_card(
 
 
 def index_metadata(members: Sequence[Mapping[str, Any]], license: Mapping[str, Any]) -> DatasetCardData:
-    """Return the YAML of an index's card: its members as configurations, what it was made from, and its licence."""
+    """Return the YAML of an index's card: its members as configurations, the model and dataset, and the licence."""
     from huggingface_hub import DatasetCardData
 
     n_rows = members[0]["identity"]["n_rows"]
@@ -126,9 +126,9 @@ def index_metadata(members: Sequence[Mapping[str, Any]], license: Mapping[str, A
 
 
 def merge_card(card: str, existing: str) -> str:
-    """Return `card` with what is its owner's in `existing`: YAML keys, tags and configurations of their own, and their text.
+    """Return `card` with the owner's parts of `existing`: their YAML keys, tags, configurations and text.
 
-    A text that has no part of hf_trak's is kept as it is.
+    If the existing text has no part by hf_trak, the text does not change.
     """
     from huggingface_hub import DatasetCard, DatasetCardData
 
@@ -157,7 +157,7 @@ def merge_card(card: str, existing: str) -> str:
 
 
 def _with_results_of(text: str, old: str) -> str:
-    """Return a card's text with what was measured of the same features in an older one, where the new one has nothing to say."""
+    """Return a card's text with the measurements of an older card for the same features, if the new text has none."""
     found, before = _MEASURED.search(text), _MEASURED.search(old)
     if found is None or before is None or found[1] != before[1] or not found[2].startswith(_NOT_MEASURED):
         return text
@@ -165,7 +165,7 @@ def _with_results_of(text: str, old: str) -> str:
 
 
 def show_result(row: Mapping[str, Any]) -> dict[str, str]:
-    """Return a row of a results file as text."""
+    """Format a row of a results file as text."""
     interval = row.get("interval")
     return {
         **{key: markdown(str(row[key])) for key in ("case", "method", "metric")},
@@ -175,7 +175,7 @@ def show_result(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def show_number(value: float | None) -> str:
-    """Return a number with three digits, as all tables have it."""
+    """Format a number with three digits, as in all tables."""
     if value is None:
         return "not finite"
     if abs(value) < 1e-9:
@@ -184,7 +184,7 @@ def show_number(value: float | None) -> str:
 
 
 def show_bytes(n_bytes: int) -> str:
-    """Return a size with its unit."""
+    """Format a size with its unit."""
     for factor, unit in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
         if n_bytes >= factor:
             return f"{n_bytes / factor:.1f} {unit}"
@@ -192,7 +192,7 @@ def show_bytes(n_bytes: int) -> str:
 
 
 def render_model_section(members: str) -> str:
-    """Return what a model card says of attribution."""
+    """Return the section on attribution for a model card."""
     return (TEMPLATES / "model_section.md").read_text(encoding="utf-8").replace("{members}", members)
 
 
@@ -201,7 +201,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _describe_training_set(member: Mapping[str, Any]) -> str:
-    """Say which rows these are of what, as far as that is known."""
+    """Describe the training set and its rows, as far as they are known."""
     source, called, dataset = member.get("source", {}), member["training_set"], member["identity"]["dataset"]
     if "repository" in source:
         what = f"{_link(source['repository'], 'datasets/')} at commit {markdown_code(str(source['revision']))}"
@@ -223,7 +223,7 @@ def _link(repository: str, kind: str = "") -> str:
 
 
 def _quote(names: str | Sequence[str]) -> str:
-    """Return names as code, however many there are; of a long list, the first."""
+    """Return names as code; for a long list, only the first ones."""
     listed = [names] if isinstance(names, str) else list(names)
     return ", ".join(markdown_code(str(name)) for name in listed[:_LISTED_NAMES]) + (
         ", ..." if len(listed) > _LISTED_NAMES else ""
@@ -248,7 +248,7 @@ def member_row(number: int, member: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _describe_point(point: Mapping[str, Any], base: Mapping[str, Any]) -> str:
-    """Say which point of which path a member is of."""
+    """Describe the point of a path at which a member was computed."""
     if point.get("base") == ADAPTER:
         return f"its adapter times {point['alpha']:g}"
     where = "a base in a folder" if base["repository"] is None else _link(base["repository"])
@@ -259,7 +259,7 @@ def _describe_point(point: Mapping[str, Any], base: Mapping[str, Any]) -> str:
 
 
 def describe_paths(members: Sequence[Mapping[str, Any]], out_to_loss_power: float | None = None) -> list[str]:
-    """Say of an index of points of a path what they are, and what of the scores follows from that; nothing of other indexes.
+    """Describe the points of a path in an index, and their effect on scores; empty for other indexes.
 
     Args:
         out_to_loss_power (`float`, *optional*): The configuration's.
@@ -282,15 +282,15 @@ def describe_paths(members: Sequence[Mapping[str, Any]], out_to_loss_power: floa
     new = sorted({name for member in points for name in member["identity"]["point"]["from_zero"] if ".lora_" not in name})
     kept = sorted({name for member in points for name in member["identity"]["point"]["kept"]})
     if new:
-        lines.append(f"New in the final model, so counted from 0: {_shorten(new)}.")
+        lines.append(f"New in the final model, so they start from 0: {_shorten(new)}.")
     if kept:
-        lines.append(f"Not in the base, so at their final values: {_shorten(kept)}.")
+        lines.append(f"Not in the base, so they keep their final values: {_shorten(kept)}.")
     measured = max(member["identity"]["point"].get("statistics", {}).get("modules", 0) for member in points)
     if measured:
         lines.append(f"The running statistics of {measured} modules were measured at the point, on training rows.")
     if default_power(kind) < 1 and out_to_loss_power is None:
-        said = "1/2, as those of final checkpoints do" if many else "1; those of final checkpoints weigh by the power 1/2"
-        lines.append(f"By default scores weigh by 1 - p to the power {said} (out_to_loss_power).")
+        said = "1/2, as for final checkpoints" if many else "1; for final checkpoints it is 1/2"
+        lines.append(f"By default scores use 1 - p to the power {said} (out_to_loss_power).")
     return lines
 
 
@@ -299,7 +299,7 @@ def _shorten(names: Sequence[str]) -> str:
 
 
 def _count_members(members: Sequence[Mapping[str, Any]]) -> str:
-    """Say how many members there are, and of how many checkpoints and dropout masks where those are fewer."""
+    """Return the number of members, and the numbers of checkpoints and dropout masks if they are smaller."""
     checkpoints = {member.get("checkpoint_number", i) for i, member in enumerate(members)}
     dropouts = {member["identity"].get("dropout_seed") for member in members} - {None}
     text = str(len(members))
@@ -309,7 +309,7 @@ def _count_members(members: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw_damping_curve(choice: DampingChoice, folder: Path) -> bool:
-    """Draw the curve of a choice into `folder`; without matplotlib nothing is drawn, and the card's table has to do."""
+    """Draw the curve of a damping choice into `folder`. Without matplotlib nothing is drawn, and the card has only a table."""
     if importlib.util.find_spec("matplotlib") is None:
         return False
     from matplotlib.figure import Figure
@@ -320,7 +320,7 @@ def draw_damping_curve(choice: DampingChoice, folder: Path) -> bool:
     axes.axvline(choice.damping, color="gray", linestyle=":")
     axes.set_xlabel("damping (multiples of the mean eigenvalue)")
     axes.set_ylabel("rank correlation with held-out outputs")
-    # Without dates or versions, so that the same choice is the same file.
+    # Without dates or versions, so that equal choices give equal files.
     write_atomically(
         folder / CURVE_NAME,
         lambda temporary: figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None}),

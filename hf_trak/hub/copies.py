@@ -1,4 +1,4 @@
-"""Copies of an index, in another folder or on the Hub, each with a card that fits where it lies."""
+"""Copies of an index to another folder or to the Hub. The card of a copy is adapted to its location."""
 
 from __future__ import annotations
 
@@ -40,14 +40,15 @@ def copy_index(
     overwrite: bool,
     home: Path | None = None,
 ) -> None:
-    """Copy the index in `folder` to `target`: it appears there at once when the copy is whole.
+    """Copy the index in `folder` to `target`. The copy appears there when it is complete.
 
     Args:
-        overwrite (`bool`): Replace the index in `target`. Files there that no index wrote stay.
-        home (`Path`, *optional*): Where the index lies, if `folder` is a cache of it.
+        overwrite (`bool`): Replace the index in `target`. Files that hf_trak did not write stay.
+        home (`Path`, *optional*): The location of the index, if `folder` is a cache of it.
 
     Raises:
-        ValueError: If `target` lies in the index, is it or holds it; is not empty and `overwrite` is not set; or holds no index.
+        ValueError: If `target` is the index, is inside it or contains it; if it is not empty and `overwrite` is not set; or if it is not
+            empty and has no index.
     """
     for source in {folder, home or folder}:
         refuse_overlap(source, target)
@@ -85,14 +86,14 @@ def _copy(source: Path, copy: Path) -> None:
 
 
 def _own_card(folder: Path) -> str:
-    """Return the card in a folder; none if it is not there, or is a link, which leads to a file of somebody's."""
+    """Return the card in a folder; an empty text if there is none, or if it is a link to another file."""
     path = folder / CARD_NAME
     is_link = not isinstance(path, ObjectPath) and path.is_symlink() and not is_in_hub_cache(path)
     return path.read_text(encoding="utf-8") if path.is_file() and not is_link else ""
 
 
 def _moved(member: MemberReader, folder: Path, target: Path) -> dict[str, Any]:
-    """Return a member's `member.json` for another folder: paths of its checkpoint, base and processor are as seen from the index."""
+    """Return a member's `member.json` for another folder. Paths of its checkpoint, base and processor are relative to the index."""
     moved = dict(member.info)
     for key in ("checkpoint", "base", "processor"):
         if (known := moved.get(key)) is not None and known["path"] is not None:
@@ -101,7 +102,7 @@ def _moved(member: MemberReader, folder: Path, target: Path) -> dict[str, Any]:
 
 
 def _extras(folder: Path) -> list[str]:
-    """Return which of the files that an index may have it has."""
+    """Return the optional files that an index has."""
     return [name for name in (DAMPING_NAME, CURVE_NAME) if (folder / name).is_file()]
 
 
@@ -121,7 +122,7 @@ def push_index(
     """Upload the index in `folder` to a dataset repository, and return the URL; see [`AttributionIndex.push_to_hub`].
 
     Raises:
-        ValueError: If no licence is given, and none is known.
+        ValueError: If no licence is given or known.
     """
     known = {"license": license} if license else find_licence(folder, members, None)
     if not known and not repository_exists(repo_id, token=token):
@@ -137,7 +138,7 @@ def push_index(
             hashes[f"{member.folder.name}/{name}"] = record["sha256"]
 
     def card(existing: str | None) -> str:
-        """Return the card, given the repository's."""
+        """Return the card to upload, given that of the repository."""
         licence = {"license": license} if license else find_licence(folder, members, existing)
         if not licence:
             raise _no_licence(repo_id)
@@ -148,8 +149,8 @@ def push_index(
 
 def _no_licence(repo_id: str) -> ValueError:
     return ValueError(
-        f"The licence of these features is not known, and nothing was pushed to {repo_id}. They derive from the training data, so say what "
-        "holds for that: push_to_hub(..., license='cc-by-4.0') or --license, 'other' for one that is not in the Hub's list, 'unknown' "
+        f"The licence of these features is not known, and nothing was pushed to {repo_id}. They derive from the training data, so give "
+        "its licence: push_to_hub(..., license='cc-by-4.0') or --license, 'other' for one that is not in the Hub's list, 'unknown' "
         "if nobody knows."
     )
 
@@ -159,7 +160,7 @@ def _file_of(member: MemberReader, name: str) -> Path:
 
 
 def _refuse_links(folder: Path, members: Sequence[MemberReader]) -> None:
-    """Refuse to send an index of which a file is a link, before anything is sent."""
+    """Refuse to upload an index with files that are links, before anything is uploaded."""
     if (folder / CARD_NAME).is_symlink():
         _regular(folder / CARD_NAME)
     for name in (CONFIG_NAME, *_extras(folder)):
@@ -171,23 +172,23 @@ def _refuse_links(folder: Path, members: Sequence[MemberReader]) -> None:
 
 
 def _regular(path: Path) -> Path:
-    """Return a path of an index if it is a file, and neither it nor its folder is a link.
+    """Return a path of an index if neither it nor its folder is a link.
 
     Raises:
-        ValueError: If it leads elsewhere.
+        ValueError: If it is a link.
     """
     link = next((one for one in (path, path.parent) if one.is_symlink()), None)
-    is_member = member_number(path.parent) is not None  # the folder of the whole index may be a link
+    is_member = member_number(path.parent) is not None  # the index's own folder may be a link
     if link is None or (link == path.parent and not is_member) or is_in_hub_cache(path):
         return path
     raise ValueError(
-        f"{link} is a link to {os.path.realpath(link)}, and links are not followed when an index is sent: that file may not be meant to "
+        f"{link} is a link to {os.path.realpath(link)}, and links are not followed when an index is uploaded: that file may not be meant to "
         "be published. Put a copy of it in the link's place, or remove the link. Nothing was sent."
     )
 
 
 def is_in_hub_cache(path: Path) -> bool:
-    """Return whether a file is one of the Hub's cache, where each is a link to a blob of the same repository."""
+    """Return whether a file is in the Hub's cache, where each file is a link to a blob of the same repository."""
     for folder in path.parents:
         if folder.parent.name == "snapshots":
             blobs = folder.parent.parent / "blobs"
@@ -196,7 +197,7 @@ def is_in_hub_cache(path: Path) -> bool:
 
 
 def find_licence(folder: Path, members: Sequence[MemberReader], existing: str | None) -> dict[str, Any]:
-    """Return the licence stated in the card in `folder`, in the `existing` card of a repository, or for the training set, in that order."""
+    """Return the licence from the card in `folder`, from the `existing` card of a repository, or of the training set, in that order."""
     return licence_in(_own_card(folder)) or licence_in(existing or "") or licence_of_source(members[0].info.get("source", {}))
 
 
@@ -209,8 +210,8 @@ def card_for(
     existing: str | None = None,
     license: Mapping[str, Any] | None = None,
 ) -> str:
-    """Return the card for a copy called `name`. What somebody wrote of their own into the card in `folder`, or else into the
-    `existing` card of the copy, stays."""
+    """Return the card for a copy called `name`. The owner's own text stays: that of the card in `folder`, or else that of the
+    copy's `existing` card."""
     card = render_card(folder, config, members, name=name, license=license)
     if written := _own_card(folder):
         mine = render_card(folder, config, members, name=folder.name)
@@ -228,7 +229,7 @@ def render_card(
     license: Mapping[str, Any] | None = None,
     results: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """Return the card of the index in `folder`, calling it `name`."""
+    """Return the card of the index in `folder`, with the name `name`."""
     return render_index_card(
         config,
         [member.info for member in members],
@@ -241,10 +242,10 @@ def render_card(
 
 
 def write_card(folder: Path, card: str) -> None:
-    """Write the card of the index in `folder`; what its owner wrote into the one that is there stays."""
+    """Write the card of the index in `folder`. The owner's own text in an existing card stays."""
     path = folder / CARD_NAME
     if not isinstance(path, ObjectPath) and path.is_symlink():
-        return  # it leads to a file of its owner's
+        return  # it points to a file of the owner's
     existing = _own_card(folder)
     text = merge_card(card, existing) if existing else card
     if text != existing:

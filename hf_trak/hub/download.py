@@ -1,4 +1,4 @@
-"""Indexes on the Hub: what they are made of is fetched first, and their rows when a call reads them."""
+"""Indexes on the Hub: the configuration and descriptions of members are downloaded first, shards when a call reads them."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from hf_trak.hub.cards import CURVE_NAME
 from hf_trak.scoring.damping import DAMPING_NAME
 from hf_trak.storage.format import MEMBER_NAME
 
-# Gram matrices, banks, masks and shards are left for later; of a repository that is no index, next to nothing is fetched.
+# Gram matrices, banks, masks and shards are downloaded later. From a repository without an index, almost nothing is downloaded.
 _FIRST = [CARD_NAME, CONFIG_NAME, DAMPING_NAME, CURVE_NAME, f"member_*/{MEMBER_NAME}"]
 
 
 @dataclass(frozen=True)
 class HubIndex:
-    """One commit of a dataset repository that holds an index, and the folder in the cache that its files come to.
+    """One commit of a dataset repository with an index, and the folder in the cache for its files.
 
     Args:
-        sha (`str`): The commit. A push that happens meanwhile changes nothing here.
-        access (`dict`): `token`, `cache_dir`, `local_files_only` and `force_download`, as huggingface_hub takes them.
+        sha (`str`): The commit. Later pushes have no effect.
+        access (`dict`): `token`, `cache_dir`, `local_files_only` and `force_download`, as in huggingface_hub.
     """
 
     repo_id: str
@@ -33,10 +33,10 @@ class HubIndex:
 
     @classmethod
     def open(cls, repo_id: str, revision: str | None = None, **access: Any) -> HubIndex:
-        """Fetch what says what the index is: its configuration, and what each member is. Files already there are not fetched again.
+        """Download the configuration of the index and the description of each member. Cached files are not downloaded again.
 
         Raises:
-            FileNotFoundError: If `repo_id` is no dataset repository within reach, or holds no index.
+            FileNotFoundError: If the dataset repository does not exist, cannot be reached or has no index.
             ValueError: If a member is missing.
         """
         from huggingface_hub import snapshot_download
@@ -74,14 +74,14 @@ class HubIndex:
         return cls(repo_id, folder.name, folder, access)
 
     def fetcher(self, member: str) -> Callable[[str], None]:
-        """Return what brings a file of a member into its folder, by the file's name."""
+        """Return a function that downloads a file of a member, given the file's name."""
         return lambda name: self.fetch(f"{member}/{name}")
 
     def fetch(self, name: str) -> None:
-        """Bring a file into the folder, if it is not there.
+        """Download a file into the folder, unless it exists.
 
         Raises:
-            FileNotFoundError: If it cannot be fetched now.
+            FileNotFoundError: If it cannot be downloaded now.
             ValueError: If the repository lacks it.
         """
         from huggingface_hub import hf_hub_download
@@ -110,7 +110,7 @@ def _out_of_reach(repo_id: str, error: Exception) -> FileNotFoundError:
 
 
 def _reason(error: Exception) -> str:
-    """Say why something could not be fetched, and what to do about it."""
+    """Return the reason of a failed download, and advice."""
     from huggingface_hub import constants, get_token
 
     answers = [getattr(one, "response", None) for one in (error, error.__cause__)]
@@ -120,6 +120,6 @@ def _reason(error: Exception) -> str:
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set. Unset it to fetch what is missing."
     if isinstance(error, JSONDecodeError):
-        return f"{constants.ENDPOINT} answers with what is no JSON, as a login page of a network does. Open it in a browser, then run again."
+        return f"{constants.ENDPOINT} returned something that is not JSON, perhaps a network's login page. Open it in a browser, then run again."
     said = next(iter(str(error.__cause__ or error).strip().splitlines()), type(error).__name__)
     return f"{constants.ENDPOINT} cannot be reached ({said.rstrip('.')}). Check the network."

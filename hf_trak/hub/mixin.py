@@ -1,4 +1,4 @@
-"""`from_pretrained`, `save_pretrained` and `push_to_hub`: what an index shares with the models and datasets of the Hub."""
+"""`from_pretrained`, `save_pretrained` and `push_to_hub` of an index."""
 
 from __future__ import annotations
 
@@ -45,23 +45,23 @@ class HubMixin:
     ) -> _Index:
         """Load an index from a folder, a dataset repository of the Hub, or an object store such as `s3://bucket/my-index`.
 
-        Of a repository or a store, only what says what the index is comes at once. Gram matrices and shards are fetched when a call reads them,
-        from the same commit whatever happens to the repository meanwhile, and are used only if their hashes are those recorded.
+        From a repository or a store, only the configuration and the descriptions of members are downloaded at once. Gram matrices and shards
+        are downloaded when a call reads them, always from the same commit. They are used only if their hashes match the recorded ones.
 
         Args:
-            revision (`str`, *optional*): Of the repository: a branch, tag or commit.
-            models (*optional*): Checkpoints in place of the recorded ones. A recorded repository is loaded at the recorded commit.
-            base (`str` or `Path`, *optional*): Of an index of points of a path: the base, in place of the recorded one.
-            trust_remote_code (`bool`): Run code that recorded checkpoints bring along. Weights are loaded from safetensors in any case.
-            token (`str` or `bool`, *optional*): Of the Hub, for the index; by default, the one that is logged in. Recorded checkpoints are
-                loaded with the one that is logged in.
-            cache_dir (`str` or `Path`, *optional*): Where the files of the index are cached; by default, in the Hub's cache.
-            local_files_only (`bool`): Use what the cache holds, and do not connect for the index.
-            force_download (`bool`): Fetch files again that the cache holds.
+            revision (`str`, *optional*): Branch, tag or commit of the repository.
+            models (*optional*): Checkpoints to use instead of the recorded ones. A recorded repository is loaded at the recorded commit.
+            base (`str` or `Path`, *optional*): For an index of points of a path, the base to use instead of the recorded one.
+            trust_remote_code (`bool`): Run code from the repositories of recorded checkpoints. Weights are always loaded from safetensors.
+            token (`str` or `bool`, *optional*): Hub token for the index; by default, the token of the login. Recorded checkpoints are
+                loaded with the token of the login.
+            cache_dir (`str` or `Path`, *optional*): Folder in which the files of the index are cached; by default, the Hub's cache.
+            local_files_only (`bool`): Use only files in the cache, and send no requests for the index.
+            force_download (`bool`): Download files again that are in the cache.
 
         Raises:
-            FileNotFoundError: If there is no index there, or it cannot be fetched.
-            ValueError: If a file is missing, truncated, other than what was written, or of another format version; the message names it.
+            FileNotFoundError: If there is no index, or if it cannot be downloaded.
+            ValueError: If a file is missing, damaged or of another format version. The message names the file.
         """
         folder, repository = place(name_or_path), None
         if not isinstance(folder, ObjectPath) and not folder.exists():
@@ -95,18 +95,18 @@ class HubMixin:
         repo_id: str | None = None,
         **pushing: Any,
     ) -> None:
-        """Copy the index to another folder, or to an object store. The copy appears there when it is whole; killed before, the call
-        leaves what was there. Under a launcher, the first process copies.
+        """Copy the index to another folder, or to an object store. The copy appears there when it is complete. If the call is killed
+        before, the old content stays. Under a launcher, the first process copies.
 
         Args:
-            overwrite (`bool`): Replace an index that is in `folder`. Files there that no index wrote stay.
+            overwrite (`bool`): Replace an index in `folder`. Files that hf_trak did not write stay.
             push_to_hub (`bool`): Push the index to the Hub after it is copied.
-            repo_id (`str`, *optional*): Where to; by default, the name of `folder` under the account that is logged in.
-            pushing: Of [`~AttributionIndex.push_to_hub`].
+            repo_id (`str`, *optional*): The repository; by default, the name of `folder` under the account that is logged in.
+            pushing: Arguments of [`~AttributionIndex.push_to_hub`].
 
         Raises:
-            ValueError: If `folder` is this index, lies in it or holds it; is not empty and `overwrite` is not set; or is not empty and
-                holds no index.
+            ValueError: If `folder` is this index, is inside it or contains it; if it is not empty and `overwrite` is not set; or if it is
+                not empty and has no index.
         """
         if is_main_process():
             copy_index(
@@ -128,23 +128,23 @@ class HubMixin:
     ) -> str | None:
         """Upload the index to a dataset repository in one commit, and return the URL of the repository or of the pull request.
 
-        Only what the repository does not have is sent: after members were added, those; after a broken connection, what had not
-        arrived. Under a launcher, the first process pushes, and the others return None.
+        Only files that the repository does not have are uploaded: for example new members, or the rest after a broken connection. Under a
+        launcher, the first process pushes, and the others return None.
 
         Args:
-            private (`bool`, *optional*): For a repository that is new.
-            revision (`str`, *optional*): The branch, made if need be.
+            private (`bool`, *optional*): Whether a new repository is private.
+            revision (`str`, *optional*): The branch; it is created if necessary.
             create_pr (`bool`): Propose the commit as a pull request to main.
-            license (`str`, *optional*): As the Hub spells it, such as "cc-by-4.0"; "other" and "unknown" are known too. By default, the
-                one stated in the card here, in the repository's, or by the training set's own on the Hub.
-            commit_message (`str`, *optional*): By default, how many members and rows it is.
-            token (`str` or `bool`, *optional*): Of the Hub; by default, the one that is logged in.
+            license (`str`, *optional*): The Hub's identifier of the licence, such as "cc-by-4.0", "other" or "unknown". By default, the
+                licence in the local card, in the repository's card, or in the training set's card on the Hub.
+            commit_message (`str`, *optional*): By default, the numbers of members and rows.
+            token (`str` or `bool`, *optional*): Hub token; by default, the token of the login.
 
         Raises:
-            ConnectionError: If the connection breaks; nothing has changed then.
-            PermissionError: If the Hub does not let us write there.
-            ValueError: If no licence is known, the repository is public against `private`, a file is not what was written, or somebody
-                else has changed the same files meanwhile.
+            ConnectionError: If the connection breaks. Nothing has changed then.
+            PermissionError: If you may not write to the repository.
+            ValueError: If no licence is known, if the repository is public although `private` is set, if a file has changed since it was
+                written, or if another commit changed the same files in the meantime.
         """
         if not is_main_process():
             return None

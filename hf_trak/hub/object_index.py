@@ -1,4 +1,4 @@
-"""Indexes on object stores: what they are made of is fetched first, and their rows when a call reads them."""
+"""Indexes on object stores: the configuration and descriptions of members are downloaded first, shards when a call reads them."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _EXTRAS = (CARD_NAME, DAMPING_NAME, CURVE_NAME)
 
 @dataclass(frozen=True)
 class ObjectIndex:
-    """An index on an object store, and the local folder that its files come to.
+    """An index on an object store, and the local folder for its files.
 
-    The folder is named by what the index is of: another one under the same URL has another folder, and never another's files.
+    The name of the folder depends on the content of the index. If the URL later has another index, that index has another folder.
 
     Args:
-        home (`ObjectPath`): Where the index lies.
-        folder (`Path`): Below `HF_TRAK_CACHE`, by default `hf_trak` beside the caches of the Hub.
-        records (`Mapping`): By member and file name, what `member.json` says of the file.
+        home (`ObjectPath`): The location of the index.
+        folder (`Path`): A folder below `HF_TRAK_CACHE`, by default `hf_trak` beside the caches of the Hub.
+        records (`Mapping`): By member and file name, the record of the file in `member.json`.
     """
 
     home: ObjectPath
@@ -40,10 +40,10 @@ class ObjectIndex:
 
     @classmethod
     def open(cls, home: ObjectPath) -> ObjectIndex:
-        """Fetch what says what the index is: its configuration, and what each member is.
+        """Download the configuration of the index and the description of each member.
 
         Raises:
-            FileNotFoundError: If there is no index, or it is unfinished.
+            FileNotFoundError: If there is no index, or if it is unfinished.
         """
         finish_replacement(home)
         config = home.read_all([CONFIG_NAME]).get(CONFIG_NAME)
@@ -60,13 +60,13 @@ class ObjectIndex:
         infos = {name: read_member_info((index.folder / name).parent) for name in names}
         records = {f"{Path(name).parent}/{one['file']}": one for name, info in infos.items() for one in info["files"]}
         index._keep(extras := home.read_all(_EXTRAS))
-        for name in _EXTRAS:  # may come, change and go after the members are finished
+        for name in _EXTRAS:  # these files can appear, change and disappear after the members are finished
             if name not in extras:
                 (index.folder / name).unlink(missing_ok=True)
         return cls(home, index.folder, records)
 
     def publish(self) -> None:
-        """Bring the card and the choice of damping to the store as they are in the folder now."""
+        """Upload the card and the choice of damping from the folder to the store."""
         there = self.home.read_all(_EXTRAS)
         for name in _EXTRAS:
             path = self.folder / name
@@ -83,15 +83,15 @@ class ObjectIndex:
                 write_atomically(path, partial(_write_bytes, content))
 
     def fetcher(self, member: str) -> Callable[[str], None]:
-        """Return what brings a file of a member into its folder, by the file's name."""
+        """Return a function that downloads a file of a member, given the file's name."""
         return lambda name: self.fetch(f"{member}/{name}")
 
     def fetch(self, name: str) -> None:
-        """Bring a file into the folder, if it is not there.
+        """Download a file into the folder, unless it exists.
 
         Raises:
             ConnectionError: If the store cannot be reached.
-            ValueError: If the store lacks it, or has something else under its name.
+            ValueError: If the store lacks the file, or if its content differs from the record.
         """
         if (self.folder / name).exists():
             return

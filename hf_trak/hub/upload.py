@@ -1,4 +1,4 @@
-"""One commit that makes a dataset repository hold an index: what is there already is neither read nor sent again."""
+"""Uploading an index to a dataset repository in one commit. Files that the repository has are neither read nor uploaded again."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Upload:
 
     Args:
         revision (`str`, *optional*): The branch; main by default.
-        create_pr (`bool`): Propose the commit as a pull request, in place of making it.
-        token (`str` or `bool`, *optional*): Of the Hub; by default, the one that is logged in.
+        create_pr (`bool`): Propose the commit as a pull request instead of committing to the branch.
+        token (`str` or `bool`, *optional*): Hub token; by default, the token of the login.
     """
 
     repo_id: str
@@ -43,11 +43,11 @@ class Upload:
     def begin(
         cls, repo_id: str, *, private: bool | None, revision: str | None, create_pr: bool, token: str | bool | None = None
     ) -> Upload:
-        """Create the repository, and the branch, unless they exist.
+        """Create the repository and the branch, unless they exist.
 
         Raises:
-            PermissionError: If the Hub does not let us.
-            ValueError: If a pull request is asked for on another branch than main.
+            PermissionError: If the Hub denies access.
+            ValueError: If a pull request is requested for a branch other than main.
         """
         from huggingface_hub import HfApi
         from huggingface_hub.errors import RevisionNotFoundError
@@ -71,21 +71,21 @@ class Upload:
         card: Callable[[str | None], str],
         message: str,
     ) -> str:
-        """Make the commit, and return the URL of the repository or of the pull request.
+        """Commit, and return the URL of the repository or of the pull request.
 
-        Members and shards that an earlier index left in the repository are deleted in the same commit; other files stay. Where
-        somebody commits meanwhile, their commit is kept: this one follows it, or is given up if both change the same file.
+        Members and shards of an earlier index are deleted in the same commit; other files stay. If somebody else commits in the meantime,
+        this commit follows theirs, or fails if both change the same file.
 
         Args:
-            files (`Mapping`): By its name in the repository, what returns where a file lies; called only for what is sent.
-            hashes (`Mapping`): The SHA-256 of the large ones.
-            card (`Callable`): Given the repository's README.md, if it has one, returns what it shall be.
+            files (`Mapping`): By name in the repository, a function that returns the local path. It is called only for uploaded files.
+            hashes (`Mapping`): The SHA-256 of the large files.
+            card (`Callable`): Given the repository's README.md or None, return the new one.
 
         Raises:
-            ConnectionError: If the connection breaks; what has arrived by then is not sent again by the next call.
-            PermissionError: If the Hub does not let us.
-            ValueError: If the repository is public and shall be private, a file is not what was written, or somebody else has changed
-                the same files meanwhile.
+            ConnectionError: If the connection breaks. The next call does not upload again what has arrived.
+            PermissionError: If the Hub denies access.
+            ValueError: If the repository is public but `private` is set, if a file has changed since it was written, or if another
+                commit changed the same files in the meantime.
         """
         from huggingface_hub.errors import HfHubHTTPError
 
@@ -125,7 +125,7 @@ class Upload:
         return str(info.sha), {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
     def _card(self, head: str, found: Mapping[str, RepoFile], card: Callable[[str | None], str]) -> str | None:
-        """Return the card to be committed; None if it is there."""
+        """Return the card to commit; None if the repository has it already."""
         from huggingface_hub import hf_hub_download
 
         if CARD_NAME not in found:
@@ -143,7 +143,7 @@ class Upload:
             operations.append(CommitOperationAdd(path_in_repo=CARD_NAME, path_or_fileobj=card.encode()))
         if not operations:
             return self.url
-        # Not `upload_folder`, which may spread a folder over several commits: a reader could load half an index.
+        # Not `upload_folder`, which can split a folder into several commits, so that a reader could load half of an index.
         commit = HfApi(token=self.token).create_commit(
             self.repo_id,
             operations,
@@ -151,17 +151,17 @@ class Upload:
             repo_type="dataset",
             revision=self.revision,
             create_pr=self.create_pr,
-            parent_commit=head,  # what is stale was decided from this commit
+            parent_commit=head,  # stale files were determined from this commit
         )
         return commit.pr_url or self.url
 
     def _refuse_to_undo(self, names: list[str], before: Mapping[str, RepoFile], now: Mapping[str, RepoFile]) -> None:
-        """Refuse to change or delete what somebody else has changed since we looked."""
+        """Refuse to change or delete files that somebody else has changed since the list of files was read."""
         lost = [name for name in names if _id(before.get(name)) != _id(now.get(name))]
         if lost:
             raise ValueError(
                 f"While this was pushed, somebody else changed {', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''} in {self.repo_id}; "
-                "their commit was left as it is, and nothing of this one was made. Look at theirs, and push again if yours shall replace it."
+                "their commit was kept, and this one was not made. Check theirs, and push again if yours should replace it."
             )
 
 
@@ -174,12 +174,12 @@ def _is_of_an_index(name: str) -> bool:
 
 
 def _changes(files: Mapping[str, Callable[[], Path]], hashes: Mapping[str, str], found: Mapping[str, RepoFile]) -> list[str]:
-    """Return which files the repository does not have as they are."""
+    """Return the files that the repository lacks, or has with another content."""
     return [name for name in files if name not in found or not _is_same(found[name], files[name], hashes.get(name))]
 
 
 def _is_same(entry: RepoFile, file: Callable[[], Path], sha256: str | None) -> bool:
-    """Compare by the hashes that both sides have on record; only small files, which have none, are read."""
+    """Compare a file with the repository by recorded hashes. Only small files, which have no recorded hash, are read."""
     if entry.lfs is not None and sha256 is not None:
         return entry.lfs.sha256 == sha256
     path = file()
@@ -195,12 +195,12 @@ def _addition(name: str, path: Path, sha256: str | None) -> CommitOperationAdd:
     """Return the operation that adds a file.
 
     Raises:
-        ValueError: If the file is not what was written.
+        ValueError: If the file has changed since it was written.
     """
     from huggingface_hub import CommitOperationAdd
 
     addition = CommitOperationAdd(path_in_repo=name, path_or_fileobj=path)
-    # The client keeps this hash, so that no file is read for it twice.
+    # The client uses this hash, so no file is read twice.
     if sha256 is not None and addition.upload_info.sha256.hex() != sha256:
         raise ValueError(
             f"{path} has changed since it was written, and was not pushed. Restore it from a copy, or featurize again."
@@ -210,7 +210,7 @@ def _addition(name: str, path: Path, sha256: str | None) -> CommitOperationAdd:
 
 @contextmanager
 def _permission_needed(repo_id: str) -> Iterator[None]:
-    """Say what to do where the Hub asks who we are."""
+    """Add advice to errors of authentication in the block."""
     from huggingface_hub import get_token
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -221,16 +221,16 @@ def _permission_needed(repo_id: str) -> Iterator[None]:
             raise
         key = "your token does not allow it" if get_token() else "no token is set"
         raise PermissionError(
-            f"The Hub does not let us write to the dataset repository {repo_id!r}: {key}. Log in with `hf auth login`, or set HF_TOKEN to "
+            f"The Hub denies write access to the dataset repository {repo_id!r}: {key}. Log in with `hf auth login`, or set HF_TOKEN to "
             "a token with write access."
         ) from error
     except JSONDecodeError as error:
         raise ConnectionError(
-            f"The Hub's answer is no JSON, as of a login page of a network, and nothing was pushed to {repo_id!r}. Check the network."
+            f"The Hub's answer is not JSON, perhaps a network's login page, and nothing was pushed to {repo_id!r}. Check the network."
         ) from error
     except (ValueError, OSError):
         raise
-    except Exception as error:  # what is raised without a connection depends on the version of huggingface_hub
+    except Exception as error:  # the error without a connection depends on the version of huggingface_hub
         said = str(error.__cause__ or error) or type(error).__name__
         raise ConnectionError(
             f"The Hub cannot be reached ({said}), and nothing was pushed to {repo_id!r}. Check the network, and push again."
@@ -239,10 +239,10 @@ def _permission_needed(repo_id: str) -> Iterator[None]:
 
 @contextmanager
 def _connection_needed(repo_id: str) -> Iterator[None]:
-    """Say what to do where the connection breaks. What is raised then depends on the version of huggingface_hub."""
+    """Add advice to errors of a broken connection in the block. Their types depend on the version of huggingface_hub."""
     try:
         yield
-    except (ValueError, OSError):  # these say already what is wrong
+    except (ValueError, OSError):  # these errors already have advice
         raise
     except Exception as error:
         reason = str(error.__cause__ or error) or type(error).__name__
@@ -253,7 +253,7 @@ def _connection_needed(repo_id: str) -> Iterator[None]:
 
 
 def repository_exists(repo_id: str, *, token: str | bool | None = None) -> bool:
-    """Return whether a dataset repository is there for us to see."""
+    """Return whether a dataset repository exists and can be read."""
     from huggingface_hub import HfApi
 
     with _permission_needed(repo_id):
@@ -261,5 +261,5 @@ def repository_exists(repo_id: str, *, token: str | bool | None = None) -> bool:
 
 
 def is_main_process() -> bool:
-    """Return whether this process is the one that pushes, of those that a launcher started."""
+    """Return whether this process is the first of those that a launcher started, which is the one that pushes."""
     return os.environ.get("RANK", "0") == "0"

@@ -12,17 +12,17 @@ PROJECTORS: dict[str, type[Projector]] = {
     "dense_rademacher": DenseRademacher,
     "identity": Identity,
 }
-"""Those that run anywhere and mean the same everywhere."""
+"""Projectors that run on any device and give the same features on each."""
 
 OPTIONAL_PROJECTORS: dict[str, type[Projector]] = {"fast_jl": FastJL}
-"""Those that need an extension, and are tied to hardware."""
+"""Projectors that need an extension and whose features depend on the hardware."""
 
 
 def make_projector(name: str, *, proj_dim: int, seed: int, fold: int = 1) -> Projector:
-    """Return the projector called `name`; `fold` is for those that fold.
+    """Return the projector called `name`; `fold` applies to block_count_sketch only.
 
     Raises:
-        ValueError: If there is no such projector; the message lists those there are.
+        ValueError: If there is no such projector. The message lists the valid names.
         ImportError: If it needs an extension that is not installed.
     """
     kinds = PROJECTORS | OPTIONAL_PROJECTORS
@@ -36,7 +36,7 @@ def make_projectors(name: str, *, proj_dim: int, seeds: Sequence[int], fold: int
     """Return the projector called `name`, or one per seed in a stack.
 
     Raises:
-        ValueError: If there is no such projector, a seed occurs twice, or several seeds are asked of one that has none.
+        ValueError: If there is no such projector, a seed occurs twice, or several seeds are given for a projector without randomness.
     """
     if len(set(seeds)) != len(seeds):
         raise ValueError(f"Sketch seeds must differ, but are {', '.join(map(str, seeds))}: equal sketches add nothing.")

@@ -1,7 +1,7 @@
 """The interface of projectors, and several projectors applied to the same gradients.
 
-An entry of P depends on (seed, parameter name, position in the parameter) alone. Sketches are linear, so a gradient may arrive
-in pieces: one parameter after another, one use of a tied weight after another, one token after another.
+An entry of P depends only on (seed, parameter name, position in the parameter). Sketches are linear, so a gradient can be added in
+pieces: by parameter, by use of a tied weight, or by token.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return a parameter's shape seen as (rows, columns): the first axis against all others; a vector is one row."""
+    """Return a parameter's shape as (rows, columns). Rows are the first axis, columns are all others; a vector is one row."""
     if len(shape) < 2:
         return 1, math.prod(shape)
     return shape[0], math.prod(shape[1:])
@@ -42,7 +42,7 @@ class Projector(abc.ABC):
 
     @abc.abstractmethod
     def add(self, accumulator: Float[Tensor, "batch width"], name: str, grads: Float[Tensor, "batch *shape"]) -> None:
-        """Add the sketch of parameter `name`'s gradients, given whole, to `accumulator`."""
+        """Add the sketch of the complete gradients of parameter `name` to `accumulator`."""
 
     def add_outer(
         self,
@@ -51,7 +51,7 @@ class Projector(abc.ABC):
         left: Float[Tensor, "batch tokens rows"],
         right: Float[Tensor, "batch tokens columns"],
     ) -> None:
-        """Add the sketch of gradients given as a sum over tokens of outer products, `left` for rows and `right` for columns."""
+        """Add the sketch of gradients that are a sum over tokens of outer products of `left` (rows) and `right` (columns)."""
         self.add(accumulator, name, torch.bmm(left.transpose(1, 2), right))
 
     def add_rows(
@@ -62,7 +62,7 @@ class Projector(abc.ABC):
         rows: Int64[Tensor, "batch tokens"],
         values: Float[Tensor, "batch tokens columns"],
     ) -> None:
-        """Add the sketch of gradients that are zero but for `values`, added at `rows` of a parameter of this `shape`."""
+        """Add the sketch of gradients that are zero except for `values`, which are added at `rows` of a parameter of this `shape`."""
         grads = values.new_zeros(values.shape[0], *shape)
         grads.scatter_add_(1, rows.unsqueeze(-1).expand_as(values), values)
         self.add(accumulator, name, grads)
@@ -73,9 +73,9 @@ class Projector(abc.ABC):
 
 
 class StackedProjector(Projector):
-    """Projectors that share one wide accumulator, each in columns of its own.
+    """Several projectors that share one wide accumulator, each with its own columns.
 
-    Features are the projectors' features one after another, the same numbers that each makes alone.
+    The features are the features of the projectors, one after the other. They equal those of each projector alone.
 
     Args:
         projectors (`Sequence[Projector]`): At least one.
@@ -86,7 +86,7 @@ class StackedProjector(Projector):
             raise ValueError("A stack needs at least one projector, but there are none.")
         super().__init__(proj_dim=sum(projector.proj_dim for projector in projectors), seed=projectors[0].seed)
         self.projectors = list(projectors)
-        # The accumulator's width is each projector's own business.
+        # Each projector chooses the width of its accumulator.
         empty = [projector.start(0, dtype=torch.float32, device=torch.device("cpu")) for projector in projectors]
         self._widths = [accumulator.shape[1] for accumulator in empty]
 

@@ -1,24 +1,24 @@
 """The block count sketch: every gradient entry gets a sign and is added to one of proj_dim buckets.
 
-An axis is cut into blocks of `n_buckets` entries; every entry gets a sign, every block a rotation, and the blocks are added. That
-is an unbiased sketch of the axis at the price of reading it once, with contiguous additions and no gather.
+To fold an axis, it is cut into blocks of `n_buckets` entries. Each entry gets a sign and each block a rotation, and the blocks are
+added. This is an unbiased sketch of the axis. It reads the axis once, with contiguous additions and no gather.
 
-A parameter is a matrix. Where that saves an outer product worth saving, its longer side is first folded (`folding.py`). What is
-left is cut into tiles; in a tile, entry (o, i) of rows of `width` entries has
+A parameter is a matrix. If this makes a large outer product smaller, its longer side is first folded ([`Fold`]). The result is cut
+into tiles. In a tile whose rows have `width` entries, entry (o, i) has
 
     sign    σ(o) τ(i)                                            one hashed sign per row, one per column
     bucket  offset + ((o · width + i) mod ring)   mod proj_dim    rows laid end to end around a ring
 
-The ring is an odd number a little below proj_dim, drawn by hash among those that share no factor with `width`; the offset is
-hashed too. Signs that factor over rows and columns are applied to the *factors* of an outer product before it is formed, and laying
-rows end to end makes the buckets of a whole chunk of rows a few contiguous additions. Only the signs of small parameters are kept.
+The ring length is an odd number a little below proj_dim that shares no factor with `width`. A hash chooses the length and the offset.
+Signs that factor over rows and columns are applied to the *factors* of an outer product before it is formed. Because rows are laid end to
+end, a chunk of rows is added with a few contiguous additions. Only the signs of small parameters are stored.
 
-**Why it is as good as dense signs.** The error of ⟨φ(x), φ(y)⟩ is the sum of σσ'ττ' x y' over entries that share a bucket. A tile has
-at most `ring` rows, and the ring shares no factor with the width, so no two rows start at one place: two entries of a tile that
-share a bucket differ in both row and column. Then σ(o)σ(o')τ(i)τ(i') equals that of no other colliding pair: the opposite corners
-(o,i'), (o',i) could collide only if 2(i − i') ≡ 0 modulo the ring, which is odd and longer than a row. Tiles have signs of their
-own. So the variance is what independent signs give, (‖x‖²‖y‖² + ⟨x,y⟩²) times the chance of a collision, about 1/proj_dim. A plain
-block count sketch, whose ring knows nothing of rows, folds whole hot columns onto each other when proj_dim and the row length
+**Error.** The error of ⟨φ(x), φ(y)⟩ is the sum of σσ'ττ' x y' over pairs of entries that share a bucket. A tile has at most `ring` rows,
+and the ring shares no factor with the width, so no two rows start in the same bucket. So two entries of a tile that share a bucket
+differ in both row and column. The product σ(o)σ(o')τ(i)τ(i') then differs from that of every other colliding pair: the opposite corners
+(o,i'), (o',i) could collide only if 2(i − i') ≡ 0 modulo the ring length, which is odd and larger than a row. Each tile has its own
+signs. So the variance is that of independent signs, (‖x‖²‖y‖² + ⟨x,y⟩²) times the probability of a collision, about 1/proj_dim. A plain
+block count sketch, whose ring length does not depend on the width, adds entries of one column to each other if proj_dim and the row length
 share a factor.
 """
 
@@ -38,7 +38,7 @@ from hf_trak.hashing import random_integers, random_signs, stream_key
 from hf_trak.matmul import bmm, one_by_one
 from hf_trak.projectors.base import Projector, as_matrix
 
-_LAP = 1 << 15  # entries added by one operation: short rings are laid end to end until they are this long
+_LAP = 1 << 15  # entries added by one operation: a short ring is repeated in memory up to this length
 
 
 class Ring(NamedTuple):
@@ -49,15 +49,16 @@ class Ring(NamedTuple):
 
 
 def longest_side(proj_dim: int) -> int:
-    """Return the rows or columns that may lie on one ring: fewer than any ring is long.
+    """Return the largest number of rows or columns of a tile. It is smaller than every ring length.
 
-    From 149 on, the top sixteenth of the numbers up to proj_dim holds a prime, so it holds a ring; below, the top half does.
+    From proj_dim 149 on, the top sixteenth of the numbers up to proj_dim contains a prime, which is a valid ring length. Below 149,
+    the top half does.
     """
     return proj_dim - proj_dim // 16 - 1 if proj_dim >= 149 else max(1, proj_dim // 2)
 
 
 def draw_ring(key: int, width: int, *, proj_dim: int) -> Ring:
-    """Draw a ring whose length is odd, at most proj_dim, above [`longest_side`], and shares no factor with `width`."""
+    """Draw a ring. Its length is odd, at most proj_dim, above [`longest_side`], and shares no factor with `width`."""
     above = longest_side(proj_dim) if proj_dim > 2 else 0
     lengths = [length for length in range(above + 1, proj_dim + 1) if length % 2 and math.gcd(length, width) == 1]
     length = lengths[int(random_integers(key, 1, below=len(lengths)))]
@@ -70,12 +71,13 @@ class RingSum:
     def __init__(self, accumulator: Float[Tensor, "batch width"], ring: Ring, n_entries: int) -> None:
         self.ring = ring
         self.target = accumulator[:, ring.offset : ring.offset + ring.length]
-        n_rings = max(1, min(_LAP, n_entries // 4) // ring.length)  # a stream of few entries is not worth a longer ring
+        n_rings = max(1, min(_LAP, n_entries // 4) // ring.length)  # for few entries a longer ring costs more than it saves
         self.lap = self.target if n_rings == 1 else accumulator.new_zeros(accumulator.shape[0], n_rings * ring.length)
         self.place = 0
 
     def add(self, entries: Float[Tensor, "batch entries"], signs: Float[Tensor, " entries"] | None = None) -> None:
-        """Add entries from where the last ones ended, times `signs`."""
+        """Add entries after the last ones, times `signs`."""
+
         length = self.lap.shape[1]
         done = 0
         while done < entries.shape[1]:
@@ -89,13 +91,13 @@ class RingSum:
             self.place = (self.place + piece) % length
 
     def close(self) -> None:
-        """Bring what was added to the accumulator."""
+        """Add the buffered entries to the accumulator."""
         if self.lap is not self.target:
             self.target += self.lap.view(len(self.lap), -1, self.ring.length).sum(1)
 
 
 class TritonRingSum:
-    """The same in one kernel per call, on CUDA."""
+    """[`RingSum`] with one kernel per call, on CUDA."""
 
     def __init__(self, accumulator: Float[Tensor, "batch width"], ring: Ring, kernels: Any) -> None:
         self.ring = ring
@@ -109,11 +111,11 @@ class TritonRingSum:
         self.place = (self.place + entries.shape[1]) % self.ring.length
 
     def close(self) -> None:
-        """Nothing is left to bring."""
+        """Do nothing: this class has no buffer."""
 
 
 def kernels_for(device: torch.device) -> Any:
-    """Return the Triton kernels for a CUDA device where Triton is installed, else None."""
+    """Return the Triton kernels if the device is CUDA and Triton is installed, else None."""
     return _load_kernels() if device.type == "cuda" else None
 
 
@@ -127,7 +129,7 @@ def _load_kernels() -> Any:
 
 
 def ring_sum(accumulator: Float[Tensor, "batch width"], ring: Ring, n_entries: int) -> RingSum | TritonRingSum:
-    """Begin a stream of `n_entries` entries around `ring`."""
+    """Return a sum for a stream of `n_entries` entries around `ring`."""
     kernels = kernels_for(accumulator.device)
     return RingSum(accumulator, ring, n_entries) if kernels is None else TritonRingSum(accumulator, ring, kernels)
 
@@ -140,7 +142,7 @@ def add_rows_around(
     ring: Int64[Tensor, "batch tokens"],
     offset: Int64[Tensor, "batch tokens"],
 ) -> None:
-    """Add each token's row from place `first` on of a ring of its own, which begins at `offset` of the accumulator."""
+    """Add each token's row to its own ring, starting at position `first`; the ring begins at `offset` of the accumulator."""
     kernels = kernels_for(accumulator.device)
     if kernels is not None:
         kernels.add_rows(accumulator, values, first=first, ring=ring, offset=offset)
@@ -149,20 +151,20 @@ def add_rows_around(
     buckets = (torch.where(place < ring, place, place - ring) + offset.unsqueeze(-1)).flatten(1)
     if accumulator.device.type == "cpu":
         accumulator.scatter_add_(1, buckets, values.flatten(1))
-    else:  # on CUDA, `scatter_add_` adds in an order that changes from run to run; this sorts first
+    else:  # on CUDA, the order of additions in `scatter_add_` varies between runs; `index_put_` sorts first
         example = torch.arange(len(buckets), device=buckets.device).unsqueeze(1).expand_as(buckets)
         accumulator.index_put_((example, buckets), values.flatten(1), accumulate=True)
 
 
-# A weight of fewer entries than this costs nothing to speak of; folding it would only add noise.
+# A weight with fewer entries than this costs almost nothing; folding it would only add noise.
 _SMALL = 1 << 16
 
 
 def folded_shape(rows: int, columns: int, *, fold: int) -> tuple[int, int]:
     """Return the shape of a (rows, columns) weight whose longer side is folded.
 
-    It is folded at most `fold` times over, to no fewer entries than the shorter side has, and never so far that the weight
-    becomes small. So a square matrix stays as it is, a feed-forward layer's becomes square, and an embedding table of any size
+    At most `fold` entries share a bucket. The folded side is at least as long as the shorter side, and the folded weight has at least
+    `_SMALL` entries. So a square matrix does not change, the matrix of a feed-forward layer becomes square, and an embedding table
     keeps thousands of rows.
     """
     longer, shorter = max(rows, columns), min(rows, columns)
@@ -186,7 +188,7 @@ class Fold:
 
     @classmethod
     def draw(cls, seed: int, name: str, axis: str, *, length: int, n_buckets: int, device: torch.device, tile: int = 0) -> Fold:
-        """Draw the fold of one axis of parameter `name`; `tile` tells apart folds of the same axis."""
+        """Draw the fold of one axis of parameter `name`; `tile` distinguishes folds of the same axis."""
         n_blocks = math.ceil(length / n_buckets)
         rotations = [0]
         if n_blocks > 1:
@@ -216,19 +218,18 @@ class Fold:
         for block, rotation in enumerate(self.rotations):
             start = block * self.n_buckets
             stop = min(start + self.n_buckets, len(signs))
-            turn = min(start + self.n_buckets - rotation, stop)  # where the rotated block runs over the end
+            turn = min(start + self.n_buckets - rotation, stop)  # where the rotated block wraps around
             for first, end, to in ((start, turn, rotation), (turn, stop, 0)):
                 place, piece = result.narrow(dim, to, end - first), values.narrow(dim, first, end - first)
-                if block == 0:  # which fills the result
+                if block == 0:  # this fills the result
                     torch.mul(piece, signs[first:end], out=place)
                 else:
                     place.addcmul_(piece, signs[first:end])
         return result
 
 
-# Gradient entries materialised at one time by `add_outer`: well within the cache that cores share; a GPU is kept busy with more.
+# Gradient entries that `add_outer` forms at once: few enough for the cache that cores share, and enough to keep a GPU busy.
 _CHUNK, _CHUNK_ON_CUDA = 1 << 20, 1 << 26
-# Up to so many entries, what `add` costs on a CPU is the number of its operations: the signs are then kept.
 
 
 @dataclass(frozen=True)
@@ -239,12 +240,12 @@ class _Tile:
     columns: Fold
     ring: Ring
     signs: tuple[Float[Tensor, "rows 1"], Float[Tensor, " columns"] | None]
-    """What is left to sign once the axes are folded: an axis that was folded has its signs already. None is all ones."""
+    """The signs to apply after folding. A folded axis has its signs already; None means all ones."""
 
 
 @dataclass(frozen=True)
 class _TileColumn:
-    """The tiles that share a range of columns, from the first row to the last; all but the last have as many rows."""
+    """The tiles that share a range of columns, from the first row to the last. All but the last have the same number of rows."""
 
     columns: slice  # of the folded parameter
     rows: Fold
@@ -259,7 +260,7 @@ class _TileColumn:
     def fold_columns(
         self, values: Float[Tensor, "batch tokens columns"], tile: Int64[Tensor, "batch tokens"]
     ) -> Float[Tensor, "batch tokens width"]:
-        """Sign and fold the columns of single rows, each of which lies in a tile of its own."""
+        """Apply signs to the columns of single rows and fold them. Each row belongs to the tile given in `tile`."""
         if len(self.tiles) == 1:
             folded = self.tiles[0].columns(values)
         elif not self.tiles[0].columns.is_folded:
@@ -270,7 +271,7 @@ class _TileColumn:
 
 
 def _add_around(accumulator: Float[Tensor, "batch width"], entries: Float[Tensor, "batch entries"], ring: Ring) -> None:
-    """Add a few laps of entries around a ring, from its beginning on."""
+    """Add entries around a ring, starting at its first bucket; they may go around several times."""
     target = accumulator[:, ring.offset : ring.offset + ring.length]
     whole = entries.shape[1] // ring.length * ring.length
     if whole:
@@ -285,10 +286,10 @@ def _add_signed(
     signs: Float[Tensor, "rows _"],
     ring: Ring,
 ) -> None:
-    """Add the rows of a tile around its ring, times signs of one entry each or one a row."""
+    """Add the rows of a tile around its ring, times signs per entry or per row."""
     batch, n_rows, n_columns = entries.shape
     n_entries = n_rows * n_columns
-    if entries.device.type == "cpu" and n_entries <= _SMALL:  # a few large operations in place of one or two a row
+    if entries.device.type == "cpu" and n_entries <= _SMALL:  # a few large operations instead of one or two per row
         n_laps = math.ceil(n_entries / ring.length)
         laps = entries.new_empty(batch, n_laps * ring.length)
         torch.mul(entries, signs, out=laps.narrow(1, 0, n_entries).view(batch, n_rows, n_columns))
@@ -301,17 +302,17 @@ def _add_signed(
 
 
 def _spans(length: int, most: int) -> list[slice]:
-    """Cut `length` into as few ranges of like size as hold `most` entries each at most."""
+    """Cut `length` into the smallest number of ranges of similar size with at most `most` entries each."""
     size = math.ceil(length / math.ceil(length / most))
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 class BlockCountSketch(Projector):
-    """One signed bucket per gradient entry, laid out for contiguous memory. The default projector.
+    """The default projector: one signed bucket per gradient entry, in an order that allows contiguous additions.
 
     Args:
-        fold (`int`): Rows or columns of a weight's longer side that may share a bucket before its outer product is formed; 1
-            folds nothing.
+        fold (`int`): Number of rows or columns of a weight's longer side that may share a bucket before the outer product is
+            formed; 1 turns folding off.
     """
 
     def __init__(self, *, proj_dim: int, seed: int, fold: int = 1) -> None:
@@ -350,7 +351,7 @@ class BlockCountSketch(Projector):
         return result
 
     def start(self, batch_size: int, *, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "batch width"]:
-        # Twice as long as the features: a ring at any offset is then one slice, and `finish` folds the second half onto the first.
+        # Twice as long as the features, so a ring at any offset is one slice; `finish` adds the second half to the first.
         return torch.zeros(batch_size, 2 * self.proj_dim, dtype=dtype, device=device)
 
     def finish(self, accumulator: Float[Tensor, "batch width"]) -> Float[Tensor, "batch proj_dim"]:
@@ -363,7 +364,7 @@ class BlockCountSketch(Projector):
             ring, signs = small
             _add_around(accumulator, matrices.flatten(1) * signs, ring)
             return
-        folded: dict[int, Tensor] = {}  # by the first row of tiles side by side, which fold their columns alike
+        folded: dict[int, Tensor] = {}  # by first row: tiles with the same rows fold their columns in the same way
         for column in self._layout(name, shape, grads.device):
             whole = column.rows(matrices, dim=-2) if column.rows.is_folded else matrices
             for tile in column.tiles:
@@ -380,7 +381,7 @@ class BlockCountSketch(Projector):
     def _draw_small(
         self, name: str, shape: tuple[int, int], dtype: torch.dtype
     ) -> tuple[Ring, Float[Tensor, " entries"]] | None:
-        """Return the ring and the sign of each entry of a parameter that lies in one tile; None for one that does not."""
+        """Return the ring and the sign of each entry of a parameter with a single tile and no fold; None for other parameters."""
         columns = self._layout(name, shape, torch.device("cpu"))
         if len(columns) > 1 or len(columns[0].tiles) > 1 or columns[0].rows.is_folded or columns[0].tiles[0].columns.is_folded:
             return None

@@ -1,6 +1,6 @@
-"""Triton kernels for CUDA: additions around a ring, each bucket owned by one program, so that every run gives the same bits.
+"""Triton kernels for CUDA: additions around a ring. Each bucket belongs to one program, so every run gives the same bits.
 
-Imported only where a CUDA device and Triton are at hand. Plain tensor operations in `block_count_sketch.py` mean the same.
+Imported only if a CUDA device and Triton are available. Plain tensor operations in `count_sketch.py` compute the same.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def add_stream(
     start: int,
     signs: Float[Tensor, " entries"] | None = None,
 ) -> None:
-    """Add entries one after the other around the ring, from bucket `start` on; `target` may be a slice of a wider tensor."""
+    """Add consecutive entries around the ring, starting at bucket `start`; `target` may be a slice of a wider tensor."""
     entries = entries.contiguous()
     batch_size, ring = target.shape
     _add_stream[(batch_size, triton.cdiv(ring, _BLOCK))](
@@ -85,7 +85,7 @@ def add_rows(
     ring: Int64[Tensor, "batch tokens"],
     offset: Int64[Tensor, "batch tokens"],
 ) -> None:
-    """Add each token's row from place `first` on of a ring of its own, which begins at `offset` of the accumulator."""
+    """Add each token's row to its own ring, starting at position `first`; the ring begins at `offset` of the accumulator."""
     batch_size, n_tokens, width = values.shape
     length = accumulator.shape[1]
     _add_rows[(batch_size, triton.cdiv(length, _BLOCK))](

@@ -1,4 +1,4 @@
-"""Projections for reference: a dense matrix of random signs, and none at all."""
+"""Reference projections: a dense matrix of random signs, and the identity."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class DenseRademacher(Projector):
     Its variance is $(\|x\|^2\|y\|^2 + \langle x,y\rangle^2 - 2\sum_i x_i^2 y_i^2)/\text{proj\_dim}$.
 
     Args:
-        block_size (`int`): Parameters whose signs exist at one time. It does not change the numbers beyond round-off.
+        block_size (`int`): Number of parameter entries whose signs are in memory at once. It changes results only by round-off.
     """
 
     def __init__(self, *, proj_dim: int, seed: int, block_size: int = 4096) -> None:
@@ -61,7 +61,7 @@ class DenseRademacher(Projector):
 
 
 class Identity(Projector):
-    """Lay parameters side by side in the order in which they are declared; `proj_dim` must be their total size.
+    """Concatenate the gradients of all parameters in the order in which they are declared; `proj_dim` must be their total size.
 
     Args:
         sizes (`dict[str, int]`): Entries of each parameter, in order. Without it, [`Identity.lay_out`] must be called first.

@@ -1,7 +1,7 @@
-"""fast_jl: the reference implementation's CUDA kernel for dense random signs. Optional, and tied to the model of the GPU.
+"""fast_jl: the reference implementation's CUDA kernel for dense random signs. Optional.
 
-The kernel cuts a gradient into as many tiles as the GPU has multiprocessors and seeds each tile's signs by its number, so that
-features from two models of GPU have nothing to do with each other. An index says which model it was made on.
+The kernel cuts a gradient into as many tiles as the GPU has multiprocessors, and seeds the signs of each tile by its number. So features
+from two GPU models cannot be compared. An index records the GPU model.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from hf_trak.hashing import stream_key
 from hf_trak.projectors.base import Projector
 
 _COLUMNS = 512  # the kernel computes this many numbers at a time
-_BATCHES = (8, 16, 32)  # rows it can take at a time
-_CAPABILITY = (7, 0)  # the first with the half-precision matrix units it uses
-_ENTRIES = 1 << 28  # gradient entries that exist at one time: 1 GiB in float32
+_BATCHES = (8, 16, 32)  # batch sizes that the kernel accepts
+_CAPABILITY = (7, 0)  # the first with the half-precision matrix units that the kernel uses
+_ENTRIES = 1 << 28  # gradient entries in memory at once: 1 GiB in float32
 _ADDRESSES = 1 << 32  # entries the kernel can count
 
 
@@ -38,18 +38,18 @@ class FastJL(Projector):
         if proj_dim % _COLUMNS:
             below = proj_dim // _COLUMNS * _COLUMNS
             near = f"{below} or {below + _COLUMNS}" if below else f"{_COLUMNS}"
-            raise ValueError(f"fast_jl computes multiples of {_COLUMNS} numbers, but proj_dim is {proj_dim}; try {near}.")
+            raise ValueError(f"fast_jl needs a proj_dim that is a multiple of {_COLUMNS}, but it is {proj_dim}; try {near}.")
         load_fast_jl()
 
     def tied_to(self, device: torch.device) -> str:
-        """Return the model of GPU whose features alone may be compared with those made on `device`.
+        """Return the GPU model of `device`. Features can only be compared with those of the same model.
 
         Raises:
-            ValueError: If it is not a CUDA device, or too old a one.
+            ValueError: If `device` is not a CUDA device, or is too old.
         """
         if device.type != "cuda":
             raise ValueError(
-                f"fast_jl runs on CUDA devices alone, but features are to be computed on {device}. Use a machine with a GPU, or "
+                f"fast_jl runs only on CUDA devices, but the device is {device}. Use a machine with a GPU, or "
                 "projector='block_count_sketch', which runs anywhere."
             )
         name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
@@ -87,19 +87,19 @@ class FastJL(Projector):
             super().add_rows(accumulator[group], name, shape, rows[group], values[group])
 
     def _groups(self, name: str, n_rows: int, n_entries: int) -> list[slice]:
-        """Cut a batch into what the kernel takes at a time, and memory holds as whole gradients."""
+        """Cut a batch into groups that the kernel accepts and whose complete gradients fit in memory."""
         if _BATCHES[0] * n_entries >= _ADDRESSES:
             raise ValueError(
-                f"{name} has {n_entries:,} entries, and fast_jl counts to {_ADDRESSES // _BATCHES[0]:,} at most. Leave it out with "
+                f"{name} has {n_entries:,} entries, but fast_jl supports at most {_ADDRESSES // _BATCHES[0]:,}. Leave it out with "
                 "`parameters`, or use projector='block_count_sketch'."
             )
         size = max((size for size in _BATCHES if size * n_entries <= _ENTRIES), default=_BATCHES[0])
         return [slice(start, start + size) for start in range(0, n_rows, size)]
 
     def _project(self, name: str, grads: Float[Tensor, "rows entries"]) -> Float[Tensor, "rows proj_dim"]:
-        # Differs from the reference: the kernel rounds entries to float16, where those below 6e-8 vanish and those above 65,504
-        # overflow; rows are brought to at most 1 by a power of two first. Parameters are sketched one by one, each from its own
-        # seed, not one after another in one long vector.
+        # Differs from the reference: the kernel rounds entries to float16, in which those below 6e-8 vanish and those above 65,504
+        # overflow; rows are first scaled to at most 1 by a power of two. Each parameter is sketched separately with its own
+        # seed, not as a part of one long vector.
         largest = grads.float().abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         scale = torch.exp2(largest.log2().ceil())
         size = next(size for size in _BATCHES if size >= len(grads))
@@ -115,7 +115,7 @@ def load_fast_jl() -> ModuleType:
     """Import the extension.
 
     Raises:
-        ImportError: If it is not installed; the message says how to.
+        ImportError: If it is not installed. The message says how to install it.
     """
     try:
         import fast_jl

@@ -1,1 +1,1 @@
-"""Features to scores: λ, solved queries, and a stream of training rows against them."""
+"""From features to scores: damping, solved queries, and their products with the training rows."""

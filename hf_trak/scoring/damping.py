@@ -1,13 +1,14 @@
 r"""`damping="auto"`: the λ whose scores best rank the outputs of models trained on recorded subsets, with no extra training.
 
-Members that were trained on random subsets of the data are a small linear datamodeling score of their own. Checkpoints are split in
-halves. The features of one half score the training rows; summed over the rows that a checkpoint of the other half was trained on,
+Members that were trained on random subsets of the data allow a small linear datamodeling score without further training. The
+checkpoints are split in halves. The features of one half give scores τ_λ. For a checkpoint c of the other half, the sum over the rows
+that it was trained on,
 
     g(c, j) = Σ_{i in mask_c} τ_λ(z_i, z_j)
 
-predicts its output f(z_j; θ_c) on a row j that it was not trained on, which is to it what a query is. The λ whose predictions rank
-these outputs best, over both halves and several splits, is taken: the fewer checkpoints, the more it has to be better by than a λ
-that is usually good. Only the training rows' stored features, outputs and masks are read.
+predicts its output f(z_j; θ_c) on a row j that it was not trained on, which takes the place of a query. The best λ is the one whose
+predictions rank these outputs best, over both halves and several splits. With few checkpoints, λ has to be much better than the usual
+values to be chosen. Only stored features, outputs and masks of the training rows are read.
 """
 
 from __future__ import annotations
@@ -31,27 +32,27 @@ from hf_trak.storage.format import DAMPING_NAME
 from hf_trak.storage.reader import MemberReader
 
 GRID = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
-FEWEST_CHECKPOINTS = 4  # halves of one checkpoint rank nothing
+FEWEST_CHECKPOINTS = 4  # a half with one checkpoint has nothing to rank
 _TARGETS = 2048
 
-# A handful of checkpoints ranks by chance: with five, the best of the curve once was 30 where .3 to 3 were twice as good. So the curve
-# is taken together with what is known beforehand, that λ lies within a factor of ten or so of _USUAL.
+# The curve of few checkpoints is noisy: with five, the best λ of the curve once was 30, although .3 to 3 had twice the LDS. So a term is
+# subtracted from the curve that grows with the distance of λ from _USUAL. A good λ is usually within a factor of ten of it.
 _USUAL = 3**0.5  # between the defaults of one checkpoint and of many
-_STRENGTH = 0.4  # what one checkpoint's curve would have to be higher by at ten times, or a tenth of, the usual λ
+_STRENGTH = 0.4  # the term for one checkpoint at ten times, or a tenth of, the usual λ
 _SPLITS = 4
 
 
 @dataclass(frozen=True)
 class DampingChoice:
-    """A λ, and the curve it was taken from.
+    """The chosen λ, and the curve from which it was chosen.
 
     Args:
-        damping (`float`): The one of `grid` that was taken.
-        grid (`tuple[float, ...]`): Each λ tried, as multiples of the Gram matrix's mean nonzero eigenvalue.
-        curve (`tuple[float, ...]`): For each, the mean Spearman correlation of predicted and actual outputs.
-        n_checkpoints (`int`): Checkpoints with a mask of their own.
-        n_targets (`int`): Training rows whose outputs were ranked.
-        members_sha256 (`str`): Of the members' files; a choice is another index's if it differs.
+        damping (`float`): The chosen λ of `grid`.
+        grid (`tuple[float, ...]`): The values of λ that were tried, as multiples of the Gram matrix's mean nonzero eigenvalue.
+        curve (`tuple[float, ...]`): For each λ, the mean Spearman correlation of predicted and actual outputs.
+        n_checkpoints (`int`): Number of checkpoints, each with its own mask.
+        n_targets (`int`): Number of training rows whose outputs were ranked.
+        members_sha256 (`str`): Hash of the members' files. If it differs, the choice belongs to another index.
     """
 
     damping: float
@@ -67,7 +68,7 @@ class DampingChoice:
 
     @classmethod
     def load(cls, folder: Path, members: Sequence[MemberReader]) -> DampingChoice | None:
-        """Return the choice recorded for these members; None if there is none, or it is another ensemble's."""
+        """Return the choice recorded for these members; None if there is none, or if it belongs to other members."""
         if not (folder / DAMPING_NAME).is_file():
             return None
         try:
@@ -87,14 +88,14 @@ def hash_members(members: Sequence[MemberReader]) -> str:
 
 
 class Fold(NamedTuple):
-    """One half of the checkpoints scores, the other is ranked."""
+    """One half of the checkpoints gives scores; the outputs of the other half are ranked."""
 
     scoring: list[int]
     ranked: list[int]
 
 
 def split_in_halves(n_checkpoints: int, *, n_splits: int = _SPLITS) -> list[Fold]:
-    """Return both folds of each of some splits in halves, the same for the same number of checkpoints."""
+    """Return both folds of each of `n_splits` random splits in halves. They depend only on the number of checkpoints."""
     folds = []
     for split in range(n_splits):
         order = random_bits(stream_key("damping split", split), torch.arange(n_checkpoints)).argsort().tolist()
@@ -110,15 +111,15 @@ def choose_damping(
     grid: Sequence[float] = GRID,
     out_to_loss_power: float = 1.0,
 ) -> DampingChoice | None:
-    """Choose λ by the members' own masks; None where they cannot tell: fewer than four checkpoints have one, or no λ ranks
-    their outputs better than chance.
+    """Choose λ by the members' own masks. Return None if fewer than four checkpoints have a mask, or if no λ ranks their outputs better
+    than chance.
 
-    Each Gram matrix is factored once per λ: up to a dozen λ, that is cheaper than its eigenvalues.
+    Each Gram matrix is factored once per λ. For up to about twelve values, this is cheaper than an eigendecomposition.
 
     Args:
-        checkpoints (`Sequence[int]`): Of each member, the number of its checkpoint, or of the model whose path it is a point of: members
-            that share one are never on both sides.
-        out_to_loss_power (`float`): As in the scores that the choice is for.
+        checkpoints (`Sequence[int]`): For each member, the number of its checkpoint; for points of a path, that of the model. Members
+            with the same number are always in the same half.
+        out_to_loss_power (`float`): As in the scores for which λ is chosen.
     """
     by_checkpoint = [
         [m for m, c in zip(members, checkpoints, strict=True) if c == number] for number in sorted(set(checkpoints))
@@ -147,7 +148,7 @@ def choose_damping(
 
 
 def take(curve: Sequence[float], grid: Sequence[float], *, n_checkpoints: int) -> float:
-    """Return the λ whose correlation, less what its distance from the usual λ weighs, is highest."""
+    """Return the λ with the highest correlation minus the term for its distance from the usual λ."""
     weighed = [
         value - _STRENGTH / n_checkpoints * math.log10(damping / _USUAL) ** 2
         for value, damping in zip(curve, grid, strict=True)
@@ -172,7 +173,7 @@ def _weights(
     fold: Fold,
     out_to_loss_power: float,
 ) -> Float64[Tensor, "n_ranked n_train"]:
-    """Return what each training row's influence counts for in each ranked checkpoint: its mean Q if it was trained on, else 0."""
+    """Return the weight of each training row's influence for each ranked checkpoint: its mean Q if it was trained on, else 0."""
     return mask[fold.ranked] * weigh(out_to_loss[fold.scoring].mean(0), out_to_loss_power)
 
 
@@ -182,7 +183,8 @@ def _predictions(
     targets: Int64[Tensor, " n_targets"],
     grid: Sequence[float],
 ) -> Float64[Tensor, "n_grid n_ranked n_targets"]:
-    """Return Σ_i weights_i φ_iᵀ (K + λμ̄)⁻¹ φ_j for every λ: sums over training rows come first, so no score is ever formed."""
+    """Return Σ_i weights_i φ_iᵀ (K + λμ̄)⁻¹ φ_j for every λ, K being the Gram matrix. The sum over training rows comes first, so no
+    matrix of scores is formed."""
     gram = member.gram()
     sums = torch.zeros(len(weights), gram.shape[0], dtype=torch.float64)
     queries = []
@@ -200,7 +202,7 @@ def _curve(
     outputs: Float64[Tensor, "n_checkpoints n_targets"],
     mask: Bool[Tensor, "n_checkpoints n_targets"],
 ) -> Float64[Tensor, " n_grid"] | None:
-    """Return each λ's mean rank correlation over folds and targets, weighted by the outputs ranked less one."""
+    """Return each λ's mean rank correlation over folds and targets, weighted by the number of ranked outputs minus one."""
     total, weight = torch.zeros(predictions[0].shape[0], dtype=torch.float64), 0.0
     for predicted, fold in zip(predictions, folds, strict=True):
         valid = ~mask[fold.ranked]
@@ -216,7 +218,7 @@ def spearman(
     second: Float[Tensor, "n_values n_columns"],
     valid: Bool[Tensor, "n_values n_columns"],
 ) -> Float64[Tensor, " n_columns"]:
-    """Return each column's rank correlation over its valid entries; 0 where either side does not vary."""
+    """Return each column's rank correlation over its valid entries; 0 if the values of either matrix are constant."""
     ranks = [_ranks(values, valid) for values in (first, second)]
     count = valid.sum(0).clamp_min(1)
     centred = [torch.where(valid, values - values.sum(0) / count, 0.0) for values in ranks]

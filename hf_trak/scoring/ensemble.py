@@ -1,4 +1,4 @@
-"""Members of an index as one: their Gram matrices, the queries solved under each, and the stream of scores."""
+"""Scores of an ensemble: the members' Gram matrices, the queries solved under each, and the scores of one row group after another."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ COMBINATIONS = ("scaled", "means")
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    r"""What may be changed about scores after features are stored.
+    r"""Options of scores that can be changed after features are stored.
 
     Args:
         damping (`float`): $\lambda$, as a multiple of the Gram matrix's mean nonzero eigenvalue.
-        residual_weighting (`bool`): Weigh each row of the Gram matrix by $R = p(1 - p)$, as the one-step Newton approximation of
+        residual_weighting (`bool`): Weight each row of the Gram matrix by $R = p(1 - p)$, as the one-step Newton approximation of
             logistic regression does ([Pregibon, 1981](https://doi.org/10.1214/aos/1176345513)). The TRAK paper derives it and
             drops it.
-        leverage (`bool`): Divide by $1 - h_i$, with $h_i$ the training row's leverage: what is left out cannot be relied upon to
-            stay put. From the same approximation; the TRAK paper drops it too.
+        leverage (`bool`): Divide by $1 - h_i$, with $h_i$ the training row's leverage, as the same approximation does. The TRAK
+            paper drops it too.
         reference_rescale (`bool`): Divide each inverse Gram matrix by its mean absolute entry, only to reproduce MadryLab/trak's numbers.
-        out_to_loss_power (`float`): What Q is raised to; the paper has 1. See [`default_power`].
-        combination (`str`): How several members become one. "scaled", the default: each member's influence is scaled, query by query,
-            to one size over the training set, and weighed by the member's own Q before the mean is taken. "means": the mean influence
-            times the mean Q, as in the paper.
-        soft_threshold (`int`, *optional*): Scores per query to stay nonzero: all move towards 0 until no more are left. The paper's
-            last step, which picks the number by cross-validation.
+        out_to_loss_power (`float`): The exponent of Q; the paper has 1. See [`default_power`].
+        combination (`str`): How members are combined. "scaled", the default: for each query, each member's influences are scaled to
+            the same root mean square over the training set and multiplied by the member's own Q, and then averaged. "means": the mean
+            influence times the mean Q, as in the paper.
+        soft_threshold (`int`, *optional*): Number of scores per query that stay nonzero: all scores are moved towards 0 by the same
+            amount. This is the paper's last step, which chooses the number by cross-validation.
     """
 
     damping: float
@@ -51,7 +51,7 @@ class ScoreOptions:
 
 
 class ScoreShortcuts(TypedDict, total=False):
-    """Fields of [`ScoreOptions`] as keyword arguments; damping may be "auto", and None is the index's own."""
+    """Fields of [`ScoreOptions`] as keyword arguments. Damping may be "auto"; None means the value of the index."""
 
     damping: float | str | None
     residual_weighting: bool
@@ -63,16 +63,16 @@ class ScoreShortcuts(TypedDict, total=False):
 
 
 def default_power(out_to_loss_kind: str, *, points: bool = False) -> float:
-    """Return the default power of Q: 1/2 where it is 1 − p of a final checkpoint, or a mean of such, and 1 elsewhere.
+    """Return the default power of Q: 1/2 if Q is 1 − p (or a mean of them) of a final checkpoint, and 1 otherwise.
 
     Args:
-        out_to_loss_kind (`str`): As a [`Task`] states it and a member records it; the task's name has no part in it.
-        points (`bool`): Every member is a point of a path before its end. Where only some are, the power is that of final checkpoints.
+        out_to_loss_kind (`str`): As a [`Task`] defines it and a member records it. The name of the task does not matter.
+        points (`bool`): Whether every member is a point of a path before its end. If only some are, the power is that of final checkpoints.
 
-    A model believes what it was trained on: the 1 − p that it has of a training example is smaller than without that example, and
-    the more so the better the example was learned. The root counters that. A point on the way to it has not learned the example as well.
+    A model is overconfident about its training examples: 1 − p of an example is smaller than for a model trained without the
+    example. The square root compensates for this. A point before the end of the path has not learned the example as well.
     """
-    # Differs from the paper, which has Q itself: docs/evidence/decisions.md has the LDS of both.
+    # Differs from the paper, which uses Q itself: docs/evidence/decisions.md has the LDS of both.
     return 0.5 if out_to_loss_kind in ("one_minus_p", "mean_one_minus_p") and not points else 1.0
 
 
@@ -83,16 +83,16 @@ def default_power_of(members: Sequence[MemberReader]) -> float:
 
 
 class SolvedQueries(NamedTuple):
-    """Queries under one member, ready to meet its training rows."""
+    """Solved queries of one member, ready for products with its training rows."""
 
     preconditioned: Float32[Tensor, "n_query proj_dim"]
     leverage: Float64[Tensor, " n_train"] | None
     influence_rms: Float64[Tensor, " n_query"] | None = None
-    """Root of the mean square of each query's influences over the training set, before Q; of `combination="scaled"` alone."""
+    """Root mean square of each query's influences over the training set, before Q; only for `combination="scaled"`."""
 
 
 def check_residuals(member: MemberReader) -> None:
-    """Refuse residual weighting where `trak_out_to_loss` is not 1 − p of one class label.
+    """Refuse residual weighting if `trak_out_to_loss` is not 1 − p of one class label.
 
     Raises:
         ValueError: Naming the task.
@@ -106,7 +106,7 @@ def check_residuals(member: MemberReader) -> None:
 
 
 def member_gram(member: MemberReader, *, residual_weighting: bool) -> Float64[Tensor, "proj_dim proj_dim"]:
-    """Return the Gram matrix that was stored, or the residual-weighted one, which takes a pass over the features."""
+    """Return the stored Gram matrix, or the residual-weighted one, which is computed from all features."""
     gram = member.gram()
     if not residual_weighting:
         return gram
@@ -117,7 +117,7 @@ def member_gram(member: MemberReader, *, residual_weighting: bool) -> Float64[Te
 
 
 def solve_queries(member: MemberReader, queries: Float[Tensor, "n_query proj_dim"], options: ScoreOptions) -> SolvedQueries:
-    """Precondition queries under one member; with leverage, a pass over its features finds that of each row.
+    """Precondition queries under one member. With leverage, all features are read to compute the leverage of each row.
 
     Raises:
         ValueError: If the damped Gram matrix is singular, or a row's leverage is 1.
@@ -139,7 +139,7 @@ def solve_queries(member: MemberReader, queries: Float[Tensor, "n_query proj_dim
     leverage = torch.cat([_leverage(shard, cholesky, options.residual_weighting) for shard in member_blocks(member)])
     if (alone := int((leverage > 1 - 1e-9).sum())) > 0:
         raise ValueError(
-            f"{alone} training rows have a leverage of 1, so 1 / (1 - h) has no bounds: nothing else speaks for their directions. "
+            f"{alone} training rows have a leverage of 1, so 1 / (1 - h) is infinite: no other row has a gradient in their directions. "
             "Use a positive damping."
         )
     return SolvedQueries(preconditioned, leverage, rms)
@@ -148,7 +148,7 @@ def solve_queries(member: MemberReader, queries: Float[Tensor, "n_query proj_dim
 def _factor(
     member: MemberReader, gram: Float64[Tensor, "proj_dim proj_dim"], options: ScoreOptions
 ) -> Float64[Tensor, "proj_dim proj_dim"]:
-    """Return the factor of a member's damped Gram matrix; that of a member in memory is kept, until another is asked for."""
+    """Return the factor of a member's damped Gram matrix. A member in memory keeps its last factor."""
     key, kept = (options.damping, options.residual_weighting), member.in_memory
     if kept is not None and key in kept.factors:
         return kept.factors[key]
@@ -161,16 +161,17 @@ def _factor(
 def influence_rms(
     preconditioned: Float[Tensor, "n_query proj_dim"], gram: Float64[Tensor, "proj_dim proj_dim"], *, n_rows: int
 ) -> Float64[Tensor, " n_query"]:
-    r"""Return $\sqrt{v^\top K v / n}$ of each preconditioned query $v$: the Gram matrix knows it without a pass over the features."""
+    r"""Return $\sqrt{v^\top K v / n}$ of each preconditioned query $v$, where $K$ is the Gram matrix. No features are read."""
     squares = [((some := part.double()) @ gram * some).sum(1) for part in preconditioned.split(SOLVED_AT_ONCE)]
     return (torch.cat(squares).clamp_min(0) / n_rows).sqrt()
 
 
 def bring_to_one_scale(solved: Sequence[SolvedQueries], *, like: int | None = None) -> list[SolvedQueries]:
-    """Scale every member's queries so that their influences have the members' mean size; those of one member stay as they are.
+    """Scale every member's queries so that the root mean square of their influences is the mean over members. A single member's queries do
+    not change.
 
     Args:
-        like (`int`, *optional*): Scale all as this query, of which they are parts.
+        like (`int`, *optional*): Scale all queries by the factor of this one. The others are parts of it.
     """
     sizes = [one.influence_rms for one in solved]
     if any(size is None for size in sizes):
@@ -192,7 +193,7 @@ def solve_all(
     *,
     like: int | None = None,
 ) -> list[SolvedQueries]:
-    """Precondition the queries of every member; `features` is emptied, since it may be large.
+    """Precondition the queries of every member. `features` is emptied, because it may be large.
 
     Args:
         like (`int`, *optional*): See [`bring_to_one_scale`].
@@ -204,8 +205,8 @@ def solve_all(
 
 
 def self_influence(members: Sequence[MemberReader], *, damping: float) -> Float64[Tensor, " n_train"]:
-    r"""Return $\phi^\top(K + \lambda\bar\mu I)^{-1}\phi \cdot |Q|$ of every training row, both factors means over members."""
-    # Differs from the usual definition, which has no Q: far more wrong labels come first with it (docs/evidence/decisions.md).
+    r"""Return $\phi^\top(K + \lambda\bar\mu I)^{-1}\phi \cdot |Q|$ of every training row; both factors are means over members."""
+    # Differs from the usual definition, which has no Q: far more wrong labels come first with Q (docs/evidence/decisions.md).
     n_rows = members[0].n_rows
     alone, out_to_loss = torch.zeros(2, n_rows, dtype=torch.float64)
     for member in members:
@@ -233,9 +234,9 @@ def stream_scores(
     """Yield the scores of one row group after another.
 
     Args:
-        out_to_loss_power, combination: Of the [`ScoreOptions`] that `solved` was solved with.
-        shards (`range`, *optional*): Only these.
-        read_ahead (`bool`): Read the next row group while this one is scored, which takes its memory once more.
+        out_to_loss_power, combination: From the [`ScoreOptions`] of `solved`.
+        shards (`range`, *optional*): Only these shards.
+        read_ahead (`bool`): Read the next row group while this one is scored. This needs memory for a second row group.
     """
     preconditioned = [queries.preconditioned for queries in solved]
     rows = aligned_blocks(members, shards)

@@ -1,4 +1,4 @@
-"""How much memory scoring takes, and whether that is more than one was given."""
+"""The memory that scoring needs, compared with the limit that was given."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def parse_memory(value: int | str | None) -> int | None:
 
 @dataclass(frozen=True)
 class ScoringMemory:
-    """What scoring takes beside what the process had before it: a sum of parts, each in bytes.
+    """The memory that scoring needs beyond what the process already uses: a sum of parts in bytes.
 
     Args:
-        block_rows, block_bytes (`int`): Of a row group: rows, and bytes in its file.
-        top_k (`int`): Scores kept of each query and side; 0 where the matrix is wanted.
-        leverage (`bool`): Whether each row's leverage is found and kept.
+        block_rows, block_bytes (`int`): Rows of a row group, and its bytes in the file.
+        top_k (`int`): Number of scores kept per query, for proponents and for opponents; 0 for the whole matrix.
+        leverage (`bool`): Whether the leverage of each row is computed and kept.
     """
 
     block_rows: int
@@ -62,33 +62,33 @@ class ScoringMemory:
 
     @property
     def solving(self) -> int:
-        """The Gram matrix, damped and factored, and 1,024 queries solved, in float64; the inverse is never formed."""
+        """The Gram matrix, its damped copy and factor, and 1,024 solved queries, in float64. The inverse is never formed."""
         return 8 * self.proj_dim * (3 * self.proj_dim + 3 * min(self.n_query, 1024))
 
     @property
     def queries(self) -> int:
-        """Features of all queries under every member, one member's three times while it is solved, in float32."""
+        """Features of all queries under every member in float32, three times for the member that is being solved."""
         return 4 * self.n_query * self.proj_dim * (self.n_members + 2)
 
     @property
     def block(self) -> int:
-        """A row group of every member as float32, and one as the file has it, read and decoded."""
+        """A row group of every member as float32, and one row group as read from the file, encoded and decoded."""
         rows = 4 * self.block_rows * self.proj_dim * (self.n_members + 4 * self.leverage)
         return rows + 2 * self.block_bytes + 8 * self.n_rows * self.n_members * self.leverage
 
     @property
     def scores(self) -> int:
-        """A block of scores, that of one member or its transpose beside it, and what sorting the candidates of 256 queries takes."""
+        """A block of scores, a second block for one member or the transpose, and the memory to sort the candidates of 256 queries."""
         return self.block_rows * (8 * self.n_query + 64 * min(self.n_query, 256))
 
     @property
     def hits(self) -> int:
-        """Of each query, as many scores and their rows as are kept and as wait, for proponents and opponents."""
+        """Per query, the scores and rows that are kept and as many that wait to be sorted, for proponents and opponents."""
         return 80 * self.n_query * self.top_k
 
     @property
     def least(self) -> int:
-        """The least that works."""
+        """The smallest amount that works."""
         return self.queries + max(self.solving, self.streaming)
 
     @property
@@ -96,17 +96,17 @@ class ScoringMemory:
         return self.block + self.scores + self.hits
 
     def fit(self, given: int | None) -> int:
-        """Return how many bytes may be used: those given, or the default and at least the least.
+        """Return the number of bytes that may be used: `given`, or the default if it is enough, else the smallest amount that works.
 
         Raises:
-            ValueError: If fewer were given than the least that works.
+            ValueError: If `given` is below the smallest amount that works.
         """
         if given is None:
             return max(DEFAULT_MEMORY, self.least)
         if given < self.least:
             raise ValueError(
                 f"max_memory is {show(given)}, but scoring takes at least {show(self.least)}: {show(self.queries)} for the features of "
-                f"{self.n_query:,} queries; then {show(self.solving)} to solve at proj_dim {self.proj_dim:,}, or, while rows stream by, "
+                f"{self.n_query:,} queries; then {show(self.solving)} to solve at proj_dim {self.proj_dim:,}, or, while rows are scored, "
                 f"{show(self.block)} for {self.block_rows:,} of them, {show(self.scores)} for their scores and {show(self.hits)} for the "
                 f"best {self.top_k:,}. Give more, or ask fewer queries at a time."
             )
@@ -114,7 +114,7 @@ class ScoringMemory:
 
 
 def show(amount: int) -> str:
-    """Return bytes as one reads them, rounded up."""
+    """Format a number of bytes for messages, rounded up."""
     for unit in ("GB", "MB"):
         if amount >= _UNITS[unit.lower()]:
             return f"{-(-amount * 10 // _UNITS[unit.lower()]) / 10:.1f} {unit}"

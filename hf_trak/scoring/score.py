@@ -1,14 +1,15 @@
-r"""Scores from features: a stream of blocks of training rows against a few preconditioned queries.
+r"""Scores from features: products of blocks of training rows with preconditioned queries.
 
     τ(z_i, z) = [1/M Σ_m φ_m(z_i)ᵀ (K_m + λ μ̄_m I)⁻¹ φ_m(z)] · [1/M Σ_m Q_m,ii]
 
-A product of two means over members, as in the paper (Park et al., 2023) and MadryLab/trak. A positive score marks a proponent:
-training on z_i raises the query's output. Q may be taken to a power below 1. By default, members are combined otherwise:
+This is a product of two means over members, as in the paper (Park et al., 2023) and MadryLab/trak; K_m is the Gram matrix of member m. A
+positive score marks a proponent: training on z_i raises the query's output. Q may have a power below 1. By default, members are combined
+by another formula:
 
     τ(z_i, z) = 1/M Σ_m Q_m,ii · r̄(z) / r_m(z) · φ_m(z_i)ᵀ (K_m + λ μ̄_m I)⁻¹ φ_m(z)
 
-with r_m(z) the root mean square over the training set of what follows it, and r̄(z) its mean over members. So members count alike whatever
-the size of their influences, and a member that has a small 1 − p of an example adds little to the example's score.
+Here r_m(z) is the root mean square over the training set of φ_m(z_i)ᵀ (K_m + λ μ̄_m I)⁻¹ φ_m(z), and r̄(z) is its mean over members. So
+members have equal weight whatever the size of their influences. A member with a small 1 − p of an example adds little to its score.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ SOLVED_AT_ONCE = 1024  # queries in float64
 
 
 class MemberBlock(NamedTuple):
-    """Some training rows of one member."""
+    """A block of training rows of one member."""
 
     features: Float[Tensor, "rows proj_dim"]
     out_to_loss: Float[Tensor, " rows"]
     leverage: Float64[Tensor, " rows"] | None = None
-    """Where given, influence is divided by 1 − leverage."""
+    """If given, influences are divided by 1 − leverage."""
 
 
 def residual_weights(out_to_loss: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
@@ -58,8 +59,8 @@ def precondition(
         n_rows (`int`): Rows in that sum.
         damping (`float`): $\lambda$, as a multiple of the Gram matrix's mean nonzero eigenvalue. The paper uses 0.
         reference_rescale (`bool`): Divide the inverse by its mean absolute entry, only to reproduce MadryLab/trak's numbers.
-        dtype (`torch.dtype`): Of the result; the solve is in float64.
-        cholesky (`torch.Tensor`, *optional*): The factor of the damped Gram matrix, where it is at hand.
+        dtype (`torch.dtype`): Dtype of the result; the solve is in float64.
+        cholesky (`torch.Tensor`, *optional*): The factor of the damped Gram matrix, if it is already known.
 
     Raises:
         ValueError: If the damped Gram matrix is singular.
@@ -74,7 +75,7 @@ def precondition(
 
 
 def weigh(out_to_loss: Float64[Tensor, "*rows"], power: float) -> Float64[Tensor, "*rows"]:
-    """Return `out_to_loss` to a power, its sign kept."""
+    """Return |`out_to_loss`| to a power, with the sign of `out_to_loss`."""
     return out_to_loss if power == 1 else out_to_loss.sign() * out_to_loss.abs() ** power
 
 
@@ -88,10 +89,10 @@ def score_blocks(
     """Yield the scores of each block of training rows, in the dtype of `preconditioned`.
 
     Args:
-        blocks (`Iterator`): For each block of rows, those rows of every member.
-        preconditioned (`Sequence`): The queries of every member, from [`precondition`]. Float32 is enough after a solve in float64:
-            features are stored in no more (docs/evidence/decisions.md).
-        out_to_loss_power (`float`): What `out_to_loss` is raised to. The paper has 1.
+        blocks (`Iterator`): Blocks of rows; each item has the rows of every member.
+        preconditioned (`Sequence`): The queries of every member, from [`precondition`]. Float32 is enough after a float64 solve,
+            because features are stored in float32 at most (docs/evidence/decisions.md).
+        out_to_loss_power (`float`): The exponent of `out_to_loss`. The paper has 1.
         combination (`str`): "means", the mean influence over members times the mean `out_to_loss`, as in the paper; or "scaled", the
             mean over members of each one's influence times its own `out_to_loss`.
     """
@@ -100,7 +101,7 @@ def score_blocks(
 
 
 def member_weights(members: Sequence[MemberBlock], power: float, combination: str) -> list[Float64[Tensor, " rows"]]:
-    """Return what each member's influence on some rows is multiplied by before it is summed over members."""
+    """Return the factor of each member's influence on each row, in the sum over members."""
     each = torch.stack([block.out_to_loss.double() for block in members])
     if combination == "means":
         return [weigh(each.mean(0), power) / len(members)] * len(members)

@@ -1,4 +1,4 @@
-"""Scores of solved queries over an index's rows, as a matrix or as each query's extremes."""
+"""Scores of solved queries over an index's rows, as a matrix or as the top k of each query."""
 
 from __future__ import annotations
 
@@ -37,27 +37,28 @@ _IN_MEMORY_BYTES = 1 << 30  # larger matrices are memory-mapped
 
 
 def allocate(shape: tuple[int, int], *, at_most: int = _IN_MEMORY_BYTES) -> np.ndarray:
-    """Return a float32 matrix to be filled; above 1 GiB, or above `at_most` bytes, one that is mapped to a temporary file, which
-    vanishes with the array.
+    """Return an empty float32 matrix. Above 1 GiB, or above `at_most` bytes, it is mapped to a temporary file, which is deleted with
+    the array.
 
     Raises:
-        OSError: If the disk of temporary files has no room.
+        OSError: If the disk of temporary files is full.
     """
     n_bytes = 4 * shape[0] * shape[1]
     if n_bytes <= min(at_most, _IN_MEMORY_BYTES):
         return np.empty(shape, dtype=np.float32)
     with tempfile.TemporaryFile() as file:
-        reserve(file.fileno(), n_bytes, Path(tempfile.gettempdir()) / "scores")  # a map of a full disk ends the process
+        # Writing to a memory map of a full disk would kill the process.
+        reserve(file.fileno(), n_bytes, Path(tempfile.gettempdir()) / "scores")
         return np.memmap(file, dtype=np.float32, mode="r+", shape=shape)
 
 
 def npy_bytes(shape: tuple[int, int]) -> int:
-    """Return how large a `.npy` file of a float32 matrix is at most."""
+    """Return the maximum size of a `.npy` file of a float32 matrix."""
     return 4 * shape[0] * shape[1] + 4096
 
 
 def map_npy(file: Path, shape: tuple[int, int]) -> np.ndarray:
-    """Make an existing file the `.npy` file of a float32 matrix, and map it; the room it has stays reserved."""
+    """Turn an existing file into the `.npy` file of a float32 matrix, and map it. Its reserved space is kept."""
     with open(file, "r+b") as opened:
         np.lib.format.write_array_header_1_0(opened, {"descr": "<f4", "fortran_order": False, "shape": shape})
         opened.truncate(opened.tell() + 4 * shape[0] * shape[1])
@@ -65,24 +66,24 @@ def map_npy(file: Path, shape: tuple[int, int]) -> np.ndarray:
 
 
 def check_keep(keep: int | None) -> None:
-    """Refuse a number of scores per query that would leave none."""
+    """Check that at least one score per query is kept."""
     if keep is not None and keep < 1:
         raise ValueError(f"`soft_threshold` is the number of scores per query to keep, at least 1, but is {keep}.")
 
 
 def soft_threshold_in_place(scores: np.ndarray, keep: int, *, at_most: int = _IN_MEMORY_BYTES) -> None:
-    """Soft-threshold some queries at a time, so that a memory-mapped matrix is never whole in memory."""
+    """Soft-threshold a few queries at a time, so a memory-mapped matrix is never completely in memory."""
     at_once = max(1, min(at_most, _IN_MEMORY_BYTES) // (16 * max(1, len(scores))))  # scores, sizes, signs and the result
     for start in range(0, scores.shape[1], at_once):
         columns = torch.from_numpy(np.array(scores[:, start : start + at_once]))
         scores[:, start : start + at_once] = soft_threshold(columns, keep).numpy()
 
 
-_RECORD_SECONDS = 20.0  # how much of a file of scores a process that is stopped loses at most
+_RECORD_SECONDS = 20.0  # the most work that a stopped process loses
 
 
 def check_top_k(top_k: int) -> int:
-    """Return `top_k`, or refuse it."""
+    """Return `top_k` if it is valid."""
     if top_k < 1:
         raise ValueError(f"`top_k` must be at least 1, but is {top_k}.")
     return top_k
@@ -90,16 +91,16 @@ def check_top_k(top_k: int) -> int:
 
 @dataclass(frozen=True)
 class Scorer:
-    """Scores queries under some members, within a given memory.
+    """Scores queries under some members, with a limit on memory.
 
     Args:
-        n_query (`int`): Columns of the scores.
-        top_k (`int`): Scores kept of each query; 0 for all of them.
-        max_memory (`int` or `str`, *optional*): Bytes, or with a unit; see [`AttributionIndex.score`].
-        nearest (`int`): Of so many solved queries, a row's one score is its largest; 0 where each query has scores of its own.
+        n_query (`int`): Number of columns of the scores.
+        top_k (`int`): Number of scores kept per query; 0 for all of them.
+        max_memory (`int` or `str`, *optional*): Bytes, or a string with a unit; see [`AttributionIndex.score`].
+        nearest (`int`): If above 0, a row has one score: the largest over this number of solved queries. 0 for a score per query.
 
     Raises:
-        ValueError: If less memory is given than the least that works, before anything is computed.
+        ValueError: If `max_memory` is too small. Nothing is computed then.
     """
 
     members: Sequence[MemberReader]
@@ -122,7 +123,7 @@ class Scorer:
 
     @property
     def _kept(self) -> int:
-        """As many as the threshold, too, has to see."""
+        """The number of scores to keep per query; the soft threshold needs one more than it keeps."""
         return min(self.n_rows, max(self.top_k, (self.options.soft_threshold or 0) + 1)) if self.top_k else 0
 
     @property
@@ -146,13 +147,13 @@ class Scorer:
     def matrix(
         self, solve: Callable[[], Sequence[SolvedQueries]], path: str | Path | None = None
     ) -> Float32[np.ndarray, "n_train n_query"]:
-        """Return all scores; with `path`, several processes fill it together.
+        """Return all scores. With `path`, several processes fill the file together.
 
         Args:
-            solve (`Callable`): Returns the queries; called when there is room for the scores.
+            solve (`Callable`): Returns the solved queries. It is called after space for the scores is reserved.
 
         Raises:
-            OSError: If there is no room, or `path` may not be written.
+            OSError: If there is not enough space, or `path` cannot be written.
         """
         shape, free = (self.n_rows, self.n_query), self._given - self._memory.queries - self._memory.streaming
         everything = range(len(self.members[0].shard_paths))
@@ -181,7 +182,7 @@ class Scorer:
         return np.load(target, mmap_mode="r+")
 
     def _resume(self, target: Path, solve: Callable[[], Sequence[SolvedQueries]], free: int) -> None:
-        """Fill a file, from where an earlier process was stopped that scored the same queries."""
+        """Fill a file. If an earlier process for the same queries was stopped, continue its work."""
         shape, n_shards = (self.n_rows, self.n_query), len(self.members[0].shard_paths)
         with resumable_file(target, n_bytes=npy_bytes(shape)) as progress:
             solved = solve()
@@ -199,12 +200,12 @@ class Scorer:
             self._fill(scores, solved, range(done, n_shards), record)
             if self.options.soft_threshold is not None:
                 if progress.done:
-                    progress.record(0)  # it is done in place: a process that is stopped meanwhile begins again
+                    progress.record(0)  # thresholding is in place, so a process that is stopped during it starts again
                 soft_threshold_in_place(scores, self.options.soft_threshold, at_most=free)
                 scores.flush()
 
     def _identity(self, solved: Sequence[SolvedQueries]) -> str:
-        """Return a hash of everything that decides the scores before they are thresholded."""
+        """Return a hash of everything that determines the scores before the soft threshold."""
         queries = hashlib.sha256()
         for one in solved:
             queries.update(one.preconditioned.contiguous().numpy().tobytes())
@@ -212,7 +213,7 @@ class Scorer:
 
     @contextmanager
     def _file(self, target: Path, shape: tuple[int, int]) -> Iterator[Path]:
-        """Give the file that becomes `target` when it is whole: the same to all processes, made by the first."""
+        """Yield the file that becomes `target` when it is complete. The first process creates it; all processes get the same file."""
         rank, size = rank_and_size()
         unfinished = None
         if size > 1:
@@ -232,7 +233,7 @@ class Scorer:
         shards: range,
         on_shard: Callable[[int], None] = lambda done: None,
     ) -> None:
-        """Fill the rows of some shards; `on_shard` is called with how many shards are full."""
+        """Fill the rows of some shards. `on_shard` is called with the number of filled shards."""
         shard_rows = self.members[0].identity["shard_rows"]
         row = shards.start * shard_rows
         for block in self._blocks(solved, shards):
@@ -244,7 +245,7 @@ class Scorer:
             scores.flush()
 
     def best(self, solved: Sequence[SolvedQueries]) -> tuple[TopK, TopK]:
-        """Return each query's `top_k` proponents and opponents; several processes rank a part of the rows each, and all return all."""
+        """Return each query's `top_k` proponents and opponents. Each of several processes ranks a part of the rows; all return the whole result."""
         shards = share_of(len(self.members[0].shard_paths))
         first_row = shards.start * self.members[0].identity["shard_rows"]
         blocks = self._blocks(solved, shards)
@@ -281,10 +282,10 @@ def _nothing(n_query: int) -> tuple[TopK, TopK]:
 
 
 def _merge_ranks(mine: TopK, k: int, *, largest: bool) -> TopK:
-    """Return the first `k` of what all processes kept: rows are shared out in order, so that ties keep the training set's."""
+    """Return the first `k` over all processes. Processes have consecutive rows, so ties keep the order of the training set."""
     if rank_and_size()[1] == 1:
         return mine
-    missing = (0, k - mine.rows.shape[1])  # so that all have one shape; there are `k` real ones among all processes
+    missing = (0, k - mine.rows.shape[1])  # so that all have the same shape; all processes together have at least `k` real ones
     pad = torch.nn.functional.pad
     rows = gather(pad(mine.rows, missing, value=-1))
     scores = gather(pad(mine.scores, missing, value=-torch.inf if largest else torch.inf))

@@ -1,9 +1,10 @@
-"""Approximate search: the features of all members in one FAISS index, built through Datasets, which ranks by the scores themselves.
+"""Approximate search: one FAISS index of the features of all members, built through Datasets. Its inner products are the scores:
 
     τ(z_i, z) = ⟨ [q_i1 φ_1(z_i), ..., q_iM φ_M(z_i)] / M,  [(K_1 + λ)⁻¹φ_1(z), ..., (K_M + λ)⁻¹φ_M(z)] ⟩
 
-with q_im the Q of member m, or the mean of all members' Q, to its power. So a training row is one vector of M · proj_dim numbers that the queries do not
-change, damping included, and the maximum inner product with a solved query is the highest score; with its negative, the lowest.
+where q_im is the Q of member m, or the mean of all members' Q, to its power, and K_m is the Gram matrix of member m. So a training row is
+one vector of M · proj_dim numbers that depends neither on the query nor on the damping. The largest inner product with a solved query is
+the highest score, and the largest with the negative query is the lowest score.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ class SearchIndex:
     """A FAISS index over a training set's weighted features.
 
     Args:
-        index (`datasets.search.FaissIndex`): From `Dataset.add_faiss_index`; its `faiss_index` is FAISS's own, to set what it is
-            searched with, such as `nprobe`.
-        identity (`dict`): What decides its vectors.
+        index (`datasets.search.FaissIndex`): From `Dataset.add_faiss_index`. Its `faiss_index` is the FAISS object, whose search
+            parameters, such as `nprobe`, can be set.
+        identity (`dict`): Everything that determines the vectors.
     """
 
     def __init__(self, index: FaissIndex, identity: dict[str, Any]) -> None:
@@ -61,7 +62,7 @@ class SearchIndex:
         seed: int = 0,
         progress: bool = True,
     ) -> SearchIndex:
-        """Build one; see [`AttributionIndex.add_search_index`]."""
+        """Build a search index; see [`AttributionIndex.add_search_index`]."""
         faiss = import_faiss()
         identity = describe(
             members, string_factory=string_factory, out_to_loss_power=out_to_loss_power, combination=combination
@@ -77,14 +78,14 @@ class SearchIndex:
         with tempfile.TemporaryDirectory(prefix="hf_trak-search-") as folder:
             vectors = write_vectors(members, Path(folder) / "vectors.arrow", out_to_loss_power, combination, progress)
             if not custom.is_trained:
-                # Not the first rows, as `train_size` would have it: data sets come sorted.
+                # Not the first rows, which `train_size` would use, because datasets can be sorted.
                 chosen = np.sort(np.random.default_rng(seed).permutation(n_rows)[:train_rows])
                 _train(custom, vectors.with_format("numpy", dtype=np.float32)[chosen][_COLUMN], string_factory)
             vectors.add_faiss_index(_COLUMN, custom_index=custom)
             return cls(vectors.get_index(_COLUMN), identity)
 
     def save(self, file: str | Path) -> None:
-        """Write the FAISS index to a file, and what it is of to one beside it."""
+        """Write the FAISS index to a file, and its identity to a second file beside it."""
         write_atomically(Path(file), lambda temporary: self.index.save(str(temporary)))
         write_json(_description(Path(file)), self.identity)
 
@@ -93,8 +94,8 @@ class SearchIndex:
         """Read what [`~SearchIndex.save`] wrote.
 
         Raises:
-            FileNotFoundError: If there is none.
-            ValueError: If it is of other features, or another kind; the message lists the differences.
+            FileNotFoundError: If there is no search index.
+            ValueError: If it was built from other features or is of another kind. The message lists the differences.
         """
         path = Path(file)
         if not path.exists() or not _description(path).exists():
@@ -104,7 +105,7 @@ class SearchIndex:
             )
         if lines := list_differences(read_json(_description(path)), expected):
             raise ValueError(
-                f"{path} is another search index than this:\n"
+                f"{path} is a different search index:\n"
                 + "\n".join(f"  {line}" for line in lines)
                 + "\nChoose another file, or delete it and build it again."
             )
@@ -114,20 +115,20 @@ class SearchIndex:
         return cls(FaissIndex.load(str(path)), expected)
 
     def check(self, options: ScoreOptions) -> None:
-        """Refuse what the vectors were not made for.
+        """Refuse options that the vectors do not support.
 
         Raises:
-            ValueError: Naming it.
+            ValueError: Naming the option.
         """
         power = self.identity["out_to_loss_power"]
         if options.out_to_loss_power != power:
             raise ValueError(
-                f"The search index weighs by out_to_loss_power {power}, but {options.out_to_loss_power} is asked for. Add one with that "
+                f"The search index was built with out_to_loss_power {power}, but {options.out_to_loss_power} is requested. Add one with that "
                 "power, or leave out exact=False."
             )
         if options.combination != self.identity["combination"]:
             raise ValueError(
-                f"The search index combines members by {self.identity['combination']!r}, but {options.combination!r} is asked for. Add one "
+                f"The search index was built with combination {self.identity['combination']!r}, but {options.combination!r} is requested. Add one "
                 "with that, or leave out exact=False."
             )
         for name, value in (("leverage", options.leverage), ("soft_threshold", options.soft_threshold)):
@@ -135,7 +136,7 @@ class SearchIndex:
                 raise ValueError(f"`{name}` needs the scores of all rows: leave it out, or leave out exact=False.")
 
     def best(self, solved: Sequence[SolvedQueries], top_k: int) -> tuple[TopK, TopK]:
-        """Return each query's proponents and opponents as the FAISS index ranks them; a row of −1 stands for none found."""
+        """Return each query's proponents and opponents as the FAISS index ranks them. Row −1 means that none was found."""
         queries = torch.cat([one.preconditioned for one in solved], dim=1).numpy()
         return self._search(queries, top_k), self._search(-queries, top_k, sign=-1)
 
@@ -148,7 +149,7 @@ class SearchIndex:
 def describe(
     members: Sequence[MemberReader], *, string_factory: str, out_to_loss_power: float, combination: str
 ) -> dict[str, Any]:
-    """Return what decides a search index."""
+    """Return the identity of a search index: everything that determines its vectors and kind."""
     return {
         "members_sha256": hash_json([member.info["files"] for member in members]),
         "n_rows": members[0].n_rows,
@@ -159,7 +160,7 @@ def describe(
 
 
 def write_vectors(members: Sequence[MemberReader], path: Path, power: float, combination: str, progress: bool) -> Dataset:
-    """Write the vectors to an Arrow file, and return them as a Dataset that is mapped to it."""
+    """Write the vectors to an Arrow file, and return a Dataset that is memory-mapped to it."""
     from datasets import Dataset
     from datasets.arrow_writer import ArrowWriter
 
@@ -172,7 +173,7 @@ def write_vectors(members: Sequence[MemberReader], path: Path, power: float, com
 
 
 def weighted_blocks(members: Sequence[MemberReader], power: float, combination: str) -> Iterator[Float[Tensor, "rows width"]]:
-    """Yield the rows' vectors, a row group at a time."""
+    """Yield the vectors of the rows, one row group at a time."""
     for blocks in aligned_blocks(members):
         weights = member_weights([MemberBlock(block.features, block.out_to_loss) for block in blocks], power, combination)
         yield torch.cat(
@@ -184,7 +185,7 @@ def import_faiss() -> Any:
     """Return the faiss module.
 
     Raises:
-        ImportError: With what to install.
+        ImportError: If it is not installed. The message says what to install.
     """
     try:
         import faiss

@@ -1,4 +1,4 @@
-"""From scores to chosen rows: means over groups of a target, shares of a budget, and rows that do not repeat each other."""
+"""From scores to chosen rows: means over groups of a target, shares of a budget, and diverse rows."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import Tensor
 def group_means(
     rows: Float[Tensor, "n_target dim"], codes: Int64[np.ndarray, " n_target"], n_groups: int
 ) -> Float64[Tensor, "n_groups dim"]:
-    """Return the mean of each group's rows: scores are linear in the target's rows, so the score of the mean is the mean of the scores."""
+    """Return the mean of each group's rows. Scores are linear in the target's rows, so the score of the mean is the mean of the scores."""
     places = torch.from_numpy(codes)
     total = torch.zeros(n_groups, rows.shape[1], dtype=torch.float64).index_add_(0, places, rows.double())
     return total / torch.bincount(places, minlength=n_groups).double().unsqueeze(1)
 
 
 def shares(sizes: Sequence[int], budget: int) -> list[int]:
-    """Divide a budget evenly over groups of the given sizes. What a small group cannot take goes to the others; the last rows go to the
-    groups that come first.
+    """Divide a budget evenly over groups of the given sizes. If a group is smaller than its share, the others get the rest. A remainder
+    goes to the first groups.
 
     Raises:
         ValueError: If the groups have fewer rows than the budget.
@@ -40,7 +40,7 @@ def shares(sizes: Sequence[int], budget: int) -> list[int]:
 def first_rows(
     scores: Float[np.ndarray, " n_train"], codes: Int64[np.ndarray, " n_train"], counts: Sequence[int]
 ) -> Int64[np.ndarray, " n_chosen"]:
-    """Return the best rows of each group, as many as `counts` says, the best of all first; equal scores keep the rows' order."""
+    """Return the best `counts` rows of each group, sorted by score over all groups. Equal scores keep the order of the rows."""
     order = np.argsort(-scores, kind="stable")
     groups = codes[order]
     chosen = np.zeros(len(order), dtype=bool)
@@ -57,20 +57,20 @@ def spread_out(
     *,
     diversity: float,
 ) -> Int64[np.ndarray, " n_chosen"]:
-    r"""Choose rows one after another, each the one with the largest
+    r"""Choose rows one after another. Each is the row with the largest
 
     $$(1 - d)\,\frac{s_i}{\max_j |s_j|} - d \max_{j\ \text{chosen}} \cos(\phi_i, \phi_j)$$
 
-    among the rows of groups that are not full. Equal values keep the rows' order. Source: Carbonell and Goldstein (1998), [The use of
-    MMR](https://doi.org/10.1145/290941.291025), with the features of training rows in place of texts.
+    among the rows of groups that are not full. Equal values keep the order of the rows. Source: Carbonell and Goldstein (1998), [The use of
+    MMR](https://doi.org/10.1145/290941.291025), with features of training rows instead of texts.
 
     Args:
-        directions (`np.ndarray`): Whose inner products are the cosines.
-        counts (`Sequence[int]`): Rows to choose of each group.
+        directions (`np.ndarray`): Normalised features; their inner products are the cosines.
+        counts (`Sequence[int]`): Number of rows to choose from each group.
         diversity (`float`): $d$, 0 to 1.
 
     Returns:
-        `np.ndarray`: Places in `scores`, in the order in which they were chosen.
+        `np.ndarray`: Positions in `scores`, in the order in which they were chosen.
     """
     size = np.abs(scores).max(initial=0.0)
     value = (1 - diversity) * scores.astype(np.float64) / (size or 1.0)

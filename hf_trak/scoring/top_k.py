@@ -1,4 +1,4 @@
-"""Each query's largest and smallest scores, found block by block; and soft thresholds."""
+"""The largest and smallest scores of each query, found block by block, and soft thresholds."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 
 def soft_threshold(scores: Float[Tensor, "n_train n_query"], keep: int) -> Float[Tensor, "n_train n_query"]:
-    r"""Move every score towards 0 by its query's threshold, at which `keep` of them stay nonzero.
+    r"""Move every score of a query towards 0 by the same threshold, so that `keep` of them stay nonzero.
 
     $S(\tau; t) = \text{sign}(\tau)\max(|\tau| - t, 0)$ with $t$ the `keep + 1`-th largest $|\tau|$ of the query. Source: Park et al.
-    (2023), [TRAK](https://huggingface.co/papers/2303.14186), step 5, which picks the number by cross-validation.
+    (2023), [TRAK](https://huggingface.co/papers/2303.14186), step 5, which chooses the number by cross-validation.
     """
     if keep >= len(scores):
         return scores
@@ -27,13 +27,13 @@ def _shrink(scores: Float[Tensor, "..."], threshold: Float[Tensor, "..."]) -> Fl
 
 
 def soft_threshold_top_k(best: tuple[TopK, TopK], keep: int, k: int) -> tuple[TopK, TopK]:
-    """Return what [`top_k`] of [`soft_threshold`]ed scores would: the first `k` of `best`, moved towards 0.
+    """Return the same as [`top_k`] of scores after [`soft_threshold`]: the first `k` of `best`, moved towards 0.
 
     Args:
         best (`tuple`): Proponents and opponents, at least `keep + 1` of each, or all training rows.
     """
     proponents, opponents = best
-    # No row is counted twice where the two overlap.
+    # Proponents and opponents may overlap. Count no row twice.
     sizes = torch.cat([proponents.scores.clamp_min(0), -opponents.scores.clamp_max(0)], 1)
     largest = sizes.topk(min(keep + 1, sizes.shape[1]), dim=1).values
     threshold = largest[:, keep:].sum(1, keepdim=True) if proponents.rows.shape[1] > keep else torch.zeros(len(sizes), 1)
@@ -41,11 +41,11 @@ def soft_threshold_top_k(best: tuple[TopK, TopK], keep: int, k: int) -> tuple[To
     return shrunk[0], shrunk[1]
 
 
-RANKED_AT_ONCE = 256  # queries whose candidates are sorted together, which bounds the memory that takes
+RANKED_AT_ONCE = 256  # queries whose candidates are sorted together; limits the memory of sorting
 
 
 class TopK(NamedTuple):
-    """The extreme scores of each query, the most extreme first; ties keep the training set's order."""
+    """The extreme scores of each query, the most extreme first. Ties keep the order of the training set."""
 
     rows: Int64[Tensor, "n_query top_k"]
     scores: Float[Tensor, "n_query top_k"]
@@ -88,21 +88,21 @@ def _stack(parts: Sequence[TopK]) -> TopK:
 
 
 class _Extremes:
-    """The `k` most extreme scores of some queries among those seen.
+    """The `k` most extreme scores of some queries, among the blocks added so far.
 
-    A score that is not beyond the `k`-th of its query is dropped at once: it comes later in the training set, so it loses ties too.
-    The others wait until there are as many as are kept, and are sorted in together.
+    A score that is not beyond the `k`-th of its query is dropped immediately; it comes later in the training set, so it also loses ties.
+    Other scores wait in a buffer of size `k`. When it is full, they are sorted and merged.
     """
 
     def __init__(self, scores: Float[Tensor, "n_query rows"], k: int, *, largest: bool) -> None:
         self.k = k
         self.largest = largest
-        self.waiting: list[tuple[Tensor, Tensor, Tensor]] = []  # queries, rows and scores; the first are those kept
+        self.waiting: list[tuple[Tensor, Tensor, Tensor]] = []  # queries, rows and scores; the first ones are kept
         self.n_waiting = 0
         self.last = scores.new_full((len(scores), 1), -math.inf if largest else math.inf)  # the k-th of each query
 
     def add(self, scores: Float[Tensor, "n_query rows"], first_row: int) -> None:
-        """See one more block."""
+        """Add a block of scores."""
         query, row = torch.where(scores > self.last if self.largest else scores < self.last)
         self.waiting.append((query, first_row + row, scores[query, row]))
         self.n_waiting += len(query)
@@ -110,7 +110,7 @@ class _Extremes:
             self._sort_in()
 
     def _sort_in(self) -> None:
-        """Keep the first `k` of each query: sorted by query, then by score, then as they came, which is by row."""
+        """Keep the first `k` of each query, sorted by query, then by score, then by row (the order in which they were added)."""
         query, row, score = (torch.cat(parts) for parts in zip(*self.waiting, strict=True))
         order = score.sort(stable=True, descending=self.largest).indices
         order = order[query[order].sort(stable=True).indices]
@@ -122,13 +122,13 @@ class _Extremes:
             self.last = score[order].view(-1, self.k)[:, -1:].contiguous()
 
     def result(self) -> TopK:
-        """Return what was kept."""
+        """Return the extreme scores."""
         self._sort_in()
         _, rows, scores = self.waiting[0]
         return TopK(rows.view(len(self.last), -1), scores.view(len(self.last), -1))
 
 
 def merge_top_k(parts: Sequence[TopK], k: int, *, largest: bool) -> TopK:
-    """Return the first `k` of several parts of the training set, each ranked by itself, in its order."""
+    """Return the first `k` over several parts of the training set, which are ranked separately and given in order."""
     scores, order = torch.cat([part.scores for part in parts], 1).sort(dim=1, descending=largest, stable=True)
     return TopK(torch.cat([part.rows for part in parts], 1).gather(1, order[:, :k]), scores[:, :k])

@@ -1,1 +1,1 @@
-"""Where checkpoints and training sets come from, and how to tell two of them apart."""
+"""Checkpoints and training sets: loading them, recording their origin, and comparing them."""

@@ -1,4 +1,4 @@
-"""PEFT adapters as checkpoints: the adapter's weights on its base model, with the adapter's parameters alone trainable."""
+"""PEFT adapters as checkpoints: the adapter on its base model, with only the adapter's parameters trainable."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _YOURSELF = "Load the model yourself and pass it as `model`"
 
 
 def read_adapter_config(source: str, revision: str | None = None) -> dict[str, Any]:
-    """Return what an adapter says of itself.
+    """Return the configuration of an adapter.
 
     Raises:
-        ValueError: If its file is damaged.
+        ValueError: If the file is damaged.
     """
     from transformers.utils import cached_file
 
@@ -48,9 +48,9 @@ def read_adapter_config(source: str, revision: str | None = None) -> dict[str, A
 
 
 def base_of(source: str, revision: str | None = None) -> tuple[str | None, str | None]:
-    """Return the base model of an adapter and its revision; None for one that was added to a model in memory.
+    """Return the base model of an adapter and its revision; None for an adapter of a model in memory.
 
-    A relative path is looked for here, and then as seen from the adapter's folder.
+    A relative path is relative to the working directory, or else to the adapter's folder.
     """
     values = read_adapter_config(source, revision)
     base = values.get("base_model_name_or_path") or None
@@ -62,22 +62,23 @@ def base_of(source: str, revision: str | None = None) -> tuple[str | None, str |
 def load_adapter(
     source: str, listing: Listing, revision: str | None = None, *, trust_remote_code: bool = False
 ) -> tuple[Any, dict[str, int]]:
-    """Load an adapter onto the base model that it names, and return it with the rows that the base model has of what is replaced.
+    """Load an adapter onto the base model that it names. Return the model, and for each replaced parameter the number of rows that come
+    from the base model.
 
-    The class and the number of labels come from the `config.json` in the adapter's folder, as snapshots of an `AttributionTrainer`
-    have it. PEFT, TRL and the Trainer write none: then they come from the adapter's task type and its saved head, or from the base
-    model's own configuration.
+    The class and the number of labels come from the `config.json` in the adapter's folder, which snapshots of an `AttributionTrainer`
+    have. PEFT, TRL and the Trainer write no such file. Then they come from the adapter's task type and its saved head, or from the base
+    model's configuration.
 
     Raises:
         ImportError: If peft is not installed.
-        FileNotFoundError: If the base model is not there.
-        ValueError: If the class or the number of labels cannot be known, or weights do not fit.
+        FileNotFoundError: If the base model does not exist.
+        ValueError: If the class or the number of labels is unknown, or weights do not fit.
     """
     try:
         from peft import PeftConfig, PeftModel
     except ImportError as error:
         raise ImportError(f"{source} is a PEFT adapter; install peft to load it.") from error
-    # peft would go on to a pickle.
+    # peft would load a pickle instead.
     if _WEIGHTS not in listing.files:
         raise ValueError(f"{source} holds no {_WEIGHTS}: weights are loaded from safetensors only. Save the adapter again.")
     values = read_adapter_config(source, revision)
@@ -91,7 +92,7 @@ def load_adapter(
         base_listing = look_up(base, base_revision)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"The base model of the adapter {source} is not there: {error} Correct base_model_name_or_path in its {_CONFIG}."
+            f"The base model of the adapter {source} does not exist: {error} Correct base_model_name_or_path in its {_CONFIG}."
         ) from error
     base_revision = base_listing.commit or base_revision
     kind, options = _class_of(
@@ -104,13 +105,13 @@ def load_adapter(
     base_rows = {**_resize(model, shapes), **dict.fromkeys([*info["missing_keys"], *_replaced(info, own)], 0)}
     try:
         config = PeftConfig.from_pretrained(source, revision=revision)
-        # PEFT trains no prompt that was loaded; `_train_prompt` makes it a parameter again.
+        # PEFT does not make loaded prompts trainable; `_train_prompt` does.
         trainable = not config.is_prompt_learning
         loaded = PeftModel.from_pretrained(model, source, revision=revision, is_trainable=trainable, config=config)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300].rstrip(".")
         raise ValueError(
-            f"The adapter {source}, of peft_type {values['peft_type']!r}, cannot be put onto {type(model).__name__} of {base}: {reason} "
+            f"The adapter {source}, of peft_type {values['peft_type']!r}, cannot be loaded onto {type(model).__name__} of {base}: {reason} "
             f"({type(error).__name__}). Check that {_WEIGHTS} and {_CONFIG} are complete, the base model in base_model_name_or_path, and that "
             "this version of peft has that type."
         ) from error
@@ -121,9 +122,9 @@ def load_adapter(
 
 
 def _train_prompt(model: Any, source: str, values: dict[str, Any]) -> None:
-    """Make a loaded prompt and the heads that were trained with it the trainable parameters.
+    """Make a loaded prompt and the heads that were trained with it trainable.
 
-    A prompt's file holds its virtual tokens, as PEFT writes it, and not the network that made them during training.
+    PEFT saves the virtual tokens of a prompt, and not the network that computed them during training.
 
     Raises:
         ValueError: If the model would not use the prompt.
@@ -131,7 +132,7 @@ def _train_prompt(model: Any, source: str, values: dict[str, Any]) -> None:
     kind = str(values["peft_type"])
     if type(model).__name__ in ("PeftModel", "PeftMixedModel"):
         raise ValueError(
-            f"{source} is a prompt or prefix ({kind}) without a task_type, which PEFT loads and does not use. Set task_type in its {_CONFIG} (one "
+            f"{source} is a prompt or prefix ({kind}) without a task_type, which PEFT loads but does not use. Set task_type in its {_CONFIG} (one "
             f"of {', '.join(_HEADS)})."
         )
     prompt = model.prompt_encoder[model.active_adapter]
@@ -147,7 +148,7 @@ def _train_prompt(model: Any, source: str, values: dict[str, Any]) -> None:
 
 
 def _shapes(source: str, revision: str | None) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of an adapter's weights, by their names in the base model where they have one.
+    """Return the shapes of an adapter's weights, by their names in the base model if they have one.
 
     Raises:
         ValueError: If the file is damaged.
@@ -165,7 +166,7 @@ def _shapes(source: str, revision: str | None) -> dict[str, tuple[int, ...]]:
 
 
 def _own_name(name: str) -> str:
-    """Return what the base model calls a weight; prompts, which it does not have, keep their names."""
+    """Return the base model's name of a weight. Prompts are not part of the base model and keep their names."""
     return re.sub(r"^base_model\.(model\.)?", "", name)
 
 
@@ -184,7 +185,7 @@ def _class_of(
     *,
     trust_remote_code: bool,
 ) -> tuple[type, dict[str, Any]]:
-    """Return the class of the base model, and options of its `from_pretrained`."""
+    """Return the class of the base model, and arguments for its `from_pretrained`."""
     import transformers
 
     def configuration(place: str, commit: str | None) -> Any:
@@ -221,7 +222,7 @@ def _class_of(
 
 
 def _n_labels(source: str, shapes: dict[str, tuple[int, ...]], base: str, config: Any, labelled: str) -> int:
-    """Return how many labels an adapter's head has: that of its own, else the base model's.
+    """Return the number of labels of the adapter's own head, else of the base model's head.
 
     Raises:
         ValueError: If neither has a head.
@@ -233,7 +234,7 @@ def _n_labels(source: str, shapes: dict[str, tuple[int, ...]], base: str, config
         and "lora_" not in name
         and name.split(".")[0] in ("score", "classifier", "classification_head")
     }
-    # Of a head of several layers, the last one has the labels.
+    # If a head has several layers, the last one has the labels.
     outermost = [size for name, size in heads.items() if not name.endswith("dense.weight")]
     if outermost:
         return outermost[-1]
@@ -247,7 +248,8 @@ def _n_labels(source: str, shapes: dict[str, tuple[int, ...]], base: str, config
 
 
 def _resize(model: Any, shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
-    """Give the base model as many tokens as the adapter's own embedding has, and return how many rows of what changed were its own."""
+    """Resize the base model to the number of tokens of the adapter's own embedding. Return the original number of rows of each resized
+    parameter."""
     rows = [
         shape[0]
         for name, shape in shapes.items()
@@ -261,10 +263,10 @@ def _resize(model: Any, shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
 
 
 def _check_adapter(model: Any, source: str, own: set[str]) -> None:
-    """Check that every weight of the adapter's was in its file.
+    """Check that every weight of the adapter was in its file.
 
     Raises:
-        ValueError: Naming those that were not, or that have no place.
+        ValueError: Naming missing weights, or weights that do not belong to the model.
     """
     from peft import get_peft_model_state_dict
 

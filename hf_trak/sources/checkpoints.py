@@ -1,4 +1,4 @@
-"""Checkpoints: the model that a folder or repository holds, with every weight where it belongs, and the configuration that decides its outputs."""
+"""Checkpoints: loading the model of a folder or repository with all its weights, and describing the configuration that determines its outputs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-# Where a model came from, what wrote it, what training or generation left in it, and what the dtype and names of its weights say.
+# Fields that do not change a model's outputs: its origin, the software that wrote it, settings of training and generation, the dtype.
 _IGNORED = frozenset(
     {
         "architectures",
@@ -29,8 +29,8 @@ _IGNORED = frozenset(
         "output_attentions",
         "output_hidden_states",
         "peft_version",
-        "problem_type",  # the first loss that a model computes writes it; the task says the same
-        "quantization_config",  # an object of many optional fields; the quantized weights are hashed
+        "problem_type",  # set by the first loss that a model computes; the task records the same
+        "quantization_config",  # an object with many optional fields; the quantized weights are hashed
         "return_dict",
         "revision",
         "task_specific_params",
@@ -44,7 +44,7 @@ _IGNORED = frozenset(
 
 
 def describe_model_config(model: Any) -> dict[str, Any]:
-    """Return what a model's configuration, and its adapters', say of its outputs, JSON-able; nothing for one without a configuration."""
+    """Return the fields of a model's configuration, and of its adapters', that determine its outputs, JSON-able; empty without one."""
     found = _described(getattr(model, "config", None))
     adapters = getattr(model, "peft_config", None)
     if isinstance(adapters, Mapping):
@@ -79,9 +79,9 @@ _REGISTERED: dict[str, type] = {}
 
 
 def register_model_class(kind: type) -> None:
-    """Let checkpoints of a class of your own be loaded by its name, in processes that import the module which calls this.
+    """Register a custom class, so that its checkpoints can be loaded by name. Call this in every process that loads them.
 
-    Its configuration is one of transformers, or registered with `transformers.AutoConfig`.
+    The configuration must be one of transformers, or registered with `transformers.AutoConfig`.
 
     Raises:
         ValueError: If transformers, or another module, has a class of this name.
@@ -93,22 +93,22 @@ def register_model_class(kind: type) -> None:
 
 
 def find_model_class(name: str) -> Any:
-    """Return the class that a checkpoint means by this name: transformers', or one that was registered; None if there is none."""
+    """Return the class of this name in transformers or among the registered ones; None if there is none."""
     import transformers
 
     return getattr(transformers, name, None) or _REGISTERED.get(name)
 
 
 def load_model(source: str, revision: str | None = None, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Load the class a checkpoint names in its `architectures`, from safetensors; an adapter on its base model.
+    """Load the class that a checkpoint names in its `architectures` from safetensors. An adapter is loaded on its base model.
 
     Args:
-        trust_remote_code (`bool`): Run code that the checkpoint brings along, if the class is defined there.
+        trust_remote_code (`bool`): Run code from the checkpoint's folder or repository, if the class is defined there.
 
     Raises:
         FileNotFoundError: If there is no checkpoint at `source`.
-        ValueError: If it names no class of transformers and none of [`register_model_class`], or its weights are not those of that class;
-            the message names the weights.
+        ValueError: If it names no class of transformers and none of [`register_model_class`], or if its weights do not fit that class. The
+            message names the weights.
     """
     return load_model_and_base_rows(source, revision, trust_remote_code=trust_remote_code)[0]
 
@@ -117,11 +117,11 @@ def load_model(source: str, revision: str | None = None, *, trust_remote_code: b
 def load_model_and_base_rows(
     source: str, revision: str | None = None, *, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, dict[str, int]]:
-    """Load a checkpoint as [`load_model`] does, and return it with what of an adapter's base model is not its own.
+    """Load a checkpoint as [`load_model`] does. For adapters, also return which rows of replaced parameters come from the base model.
 
     Returns:
-        The model, and for an adapter the names of parameters of the base model whose rows, from these on, are not the base model's, because
-        the adapter replaces them; 0 where the base model lacks the parameter. Empty for other checkpoints.
+        The model, and a dict. For an adapter, it maps names of replaced parameters to the number of leading rows that come from the base
+        model; 0 if the base model lacks the parameter. It is empty for other checkpoints.
     """
     listing = look_up(source, revision)
     revision = listing.commit or revision
@@ -132,7 +132,7 @@ def load_model_and_base_rows(
 
 
 def check_is_checkpoint(source: str, revision: str | None = None) -> None:
-    """Check that a folder or repository is there and holds a checkpoint or an adapter, without loading it.
+    """Check that a folder or repository exists and contains a checkpoint or an adapter, without loading it.
 
     Raises:
         FileNotFoundError: If it does not.
@@ -148,9 +148,9 @@ def _check_holds_config(source: str, listing: Listing) -> None:
         adapters = (
             sorted(path.parent.name for path in Path(source).glob("*/adapter_config.json")) if Path(source).is_dir() else []
         )
-        if adapters:  # PEFT saves several adapters of a model in folders of their names
+        if adapters:  # PEFT saves several adapters of a model in subfolders with their names
             raise FileNotFoundError(
-                f"{source} is no checkpoint itself: it holds {len(adapters)} adapter{'s' * (len(adapters) > 1)} in folders of their own, "
+                f"{source} is not a checkpoint: it contains {len(adapters)} adapter{'s' * (len(adapters) > 1)} in subfolders, "
                 f"{', '.join(adapters[:8])}. Name one of them: {Path(source) / adapters[0]}."
             )
         raise FileNotFoundError(
@@ -171,11 +171,7 @@ def _load(source: str, listing: Listing, revision: str | None, *, trust_remote_c
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
         return load_weights(get_class_from_dynamic_module(own, source, revision=revision), source, listing, revision)
-    brought = (
-        ""
-        if own is None
-        else " It brings code of its own: if you trust that, pass trust_remote_code=True (--trust_remote_code)."
-    )
+    brought = "" if own is None else " It has its own code: if you trust it, pass trust_remote_code=True (--trust_remote_code)."
     raise ValueError(
         f"{source} names {', '.join(map(str, names)) or 'no class'} as its architecture, which transformers does not have.{brought} Load "
         "the model yourself and pass it as `model`, or import the module that hands its class to `register_model_class`."
@@ -187,17 +183,17 @@ def _configuration(source: str, listing: Listing, revision: str | None, *, trust
 
     Raises:
         FileNotFoundError: If it has none.
-        ValueError: If it cannot be read, or is code that is not trusted.
+        ValueError: If it cannot be read, or if it needs remote code that is not trusted.
     """
     import transformers
 
     _check_holds_config(source, listing)
     try:
         config: Any = transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a damaged file raises what its content happens to break
+    except Exception as error:  # a damaged file can raise any error
         if "trust_remote_code" in str(error):
             raise ValueError(
-                f"The configuration of {source} is code of its own: if you trust that, pass trust_remote_code=True (--trust_remote_code)."
+                f"The configuration of {source} needs code from its repository: if you trust it, pass trust_remote_code=True (--trust_remote_code)."
             ) from error
         reason = " ".join(str(error).split())[:300].rstrip(".")
         raise ValueError(f"config.json of {source} cannot be read: {reason} ({type(error).__name__}). Restore it.") from error

@@ -1,4 +1,4 @@
-"""Bases: which checkpoint the line to a final one begins at, loaded by the final model's names, and the points between the two."""
+"""Bases: the checkpoint at which the line to a final checkpoint begins, and the points between the two."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ _SHOWN = 5
 def find_base(
     model: nn.Module | str | Path, base: str | Path, *, revision: str | None = None, base_revision: str | None = None
 ) -> PathPoint:
-    """Return where the line to a final checkpoint begins, as a point with the default `alpha`; nothing is loaded.
+    """Return the base of a final checkpoint, as a point with the default `alpha`. No weights are loaded.
 
     Args:
         model (`nn.Module`, `str` or `Path`): The final checkpoint.
         base (`str` or `Path`): A folder or repository; "adapter"; or "auto": the base model under an adapter, else the `base_model` that
             the checkpoint's model card names.
-        revision, base_revision (`str`, *optional*): Of the repositories of the final checkpoint and of the base.
+        revision, base_revision (`str`, *optional*): Revisions of the repositories of the final checkpoint and of the base.
 
     Raises:
-        FileNotFoundError: If the base is not there.
-        ValueError: If it cannot be the base of this checkpoint, or "auto" finds none.
+        FileNotFoundError: If the base does not exist.
+        ValueError: If it cannot be the base of this checkpoint, or if "auto" finds none.
     """
     if not isinstance(base, (str, Path)):
         raise ValueError(f"`base` must be a folder, a repository, 'adapter' or 'auto', but is a {type(base).__name__}.")
@@ -62,7 +62,9 @@ def find_base(
             f"{called} is an adapter, whose base is the model under it. Give base='adapter' (--base adapter) in place of {str(base)!r}."
         )
     if base == ADAPTER:
-        raise ValueError(f"base='adapter' is for LoRA adapters, and {called} is none. Give the checkpoint it was trained from.")
+        raise ValueError(
+            f"base='adapter' is for LoRA adapters, but {called} is not one. Give the checkpoint it was trained from."
+        )
     if base == AUTO:
         if listing is None:
             raise ValueError(
@@ -73,7 +75,7 @@ def find_base(
     base = str(base)
     try:
         there = look_up(base, base_revision)
-        if hasattr(model, "save_pretrained") or listing is not None:  # a plain module has no configuration
+        if hasattr(model, "save_pretrained") or listing is not None:  # plain modules have no configuration
             check_is_checkpoint(base, base_revision)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"The base cannot be used: {error}") from error
@@ -110,11 +112,11 @@ def _named_by_card(source: str, listing: Listing, revision: str | None) -> str:
 
 @dataclass(frozen=True)
 class MadePoint:
-    """What tells a point from others, and what is told of it besides.
+    """The identity of a point, and a report on it.
 
     Args:
-        identity (`dict`): JSON-able: `alpha`, the hash of the base's weights, and what did not start from them.
-        report (`PointReport`): How it was made.
+        identity (`dict`): JSON-able: `alpha`, the hash of the base's weights, and the parameters that did not start from the base.
+        report (`PointReport`): How the point was computed.
     """
 
     identity: dict[str, Any]
@@ -127,11 +129,11 @@ def make_point(
     """Move a final model to a point of its path, in place.
 
     Args:
-        base_rows (`Mapping[str, int]`, *optional*): As [`load_model_and_base_rows`] gives it.
+        base_rows (`Mapping[str, int]`, *optional*): From [`load_model_and_base_rows`].
 
     Raises:
-        FileNotFoundError: If the base is not there.
-        ValueError: If the base is not one of this model.
+        FileNotFoundError: If the base does not exist.
+        ValueError: If the base does not fit this model.
     """
     if point.base == ADAPTER:
         originals = {
@@ -149,7 +151,7 @@ def make_point(
     report = move_to_point(model, tensors, point.alpha)
     if report.cosine < LEAST_COSINE:
         logger.warning(
-            "The weights of %s have a cosine of %.2f with those of the base %s, as two models have that were trained apart. Is it the checkpoint that "
+            "The weights of %s have a cosine of %.2f with those of the base %s, which is typical of unrelated models. Is it the checkpoint that "
             "training began from? Points between unrelated models mean nothing.",
             type(model).__name__,
             report.cosine,
@@ -164,14 +166,14 @@ def _own_name(name: str) -> str:
 
 @uncollected()
 def load_base(model: PreTrainedModel | nn.Module, base: str, revision: str | None = None) -> dict[str, Tensor]:
-    """Return the weights of a base by the final model's names for them, without those that it lacks.
+    """Return the weights of a base by the final model's names, without weights that the base lacks.
 
-    It is loaded as a model of the final one's class and configuration, which may lack its head, norms and embeddings, and may have another
+    The base is loaded with the class and configuration of the final model. It may lack the head, norms and embeddings, and may have another
     vocabulary.
 
     Raises:
-        FileNotFoundError: If the base is not there.
-        ValueError: If it is of another architecture or size.
+        FileNotFoundError: If the base does not exist.
+        ValueError: If it has another architecture or size.
     """
     try:
         listing = look_up(base, revision)
@@ -187,7 +189,7 @@ def load_base(model: PreTrainedModel | nn.Module, base: str, revision: str | Non
 
 
 def _load_as(model: Any, base: str, listing: Listing, revision: str | None) -> tuple[Any, dict[str, Any]]:
-    """Load a base into the final model's class, by its own number of tokens and through what its names have more or less."""
+    """Load a base into the final model's class, with its own number of tokens, and adapt prefixes of its names."""
     config = copy.deepcopy(model.config)
     config.dtype = None  # the base's own
     options: dict[str, Any] = {"config": config}
@@ -207,7 +209,7 @@ def _load_as(model: Any, base: str, listing: Listing, revision: str | None) -> t
 
 
 def _tokens_there(model: Any, info: dict[str, Any]) -> int | None:
-    """Return how many tokens a base has where that is another number than the final model's; None if it is the same or not known."""
+    """Return the number of tokens of a base if it differs from the final model's; None if it is equal or unknown."""
     try:
         weight = model.get_input_embeddings().weight
     except (NotImplementedError, AttributeError):  # models of images, and others without tokens
@@ -220,10 +222,10 @@ def _tokens_there(model: Any, info: dict[str, Any]) -> int | None:
 
 
 def _check_fit(model: Any, info: dict[str, Any], base: str, revision: str | None) -> set[str]:
-    """Check that a base differs from the final model in its head alone, and return what it lacks.
+    """Check that a base differs from the final model only in allowed parts, and return the names that it lacks.
 
     Raises:
-        ValueError: Naming what else differs.
+        ValueError: Naming the other differences.
     """
     kind = type(model).__name__
     mismatched = {name: (tuple(there), tuple(here)) for name, there, here in info["mismatched_keys"]}
@@ -255,7 +257,7 @@ _GIVE = "Give the checkpoint that the final model was trained from."
 
 
 def _is_of_head(model: Any, name: str) -> bool:
-    """Whether a weight lies outside the body that classes of one architecture share; where a class has no such part, in its last module."""
+    """Return whether a weight is outside the body that classes of one architecture share. Without such a body, the head is the last module."""
     prefix = getattr(model, "base_model_prefix", "")
     if prefix and hasattr(model, prefix):
         return not name.startswith(f"{prefix}.")
@@ -264,7 +266,7 @@ def _is_of_head(model: Any, name: str) -> bool:
 
 
 def _may_lack(model: Any, name: str) -> bool:
-    """Whether a base may be without a weight: of a head, a pooler, a norm or an embedding."""
+    """Return whether a base may lack a weight: that of a head, a pooler, a norm or an embedding."""
     if _is_of_head(model, name) or ".pooler." in f".{name}":
         return True
     try:
@@ -275,7 +277,7 @@ def _may_lack(model: Any, name: str) -> bool:
 
 
 def _is_one_more(model: Any, name: str) -> bool:
-    """Whether a weight that only the base has is of one more layer, or one more weight of a module that both have."""
+    """Return whether a weight that only the base has belongs to an additional layer, or to a module that both have."""
     for root in (model, getattr(model, "base_model", model)):
         parts = name.split(".")
         depth = next((i for i in range(len(parts)) if not _has(root, parts[: i + 1])), None)
@@ -306,7 +308,7 @@ def _is_tied(base: str, revision: str | None) -> bool:
 
 
 def _load_plain(model: nn.Module, base: str, listing: Listing, revision: str | None) -> dict[str, Tensor]:
-    """Return the weights in a folder by the names of a module that is no model of transformers; tied ones under each of their names."""
+    """Return the weights in a folder by the names of a plain module. Tied weights appear under each of their names."""
     weights = read_weights(base, listing, revision)
     other = copy.deepcopy(model).cpu()
     state = other.state_dict()

@@ -1,10 +1,10 @@
 r"""Points on the straight line from a base checkpoint to a final one, made in memory: $\theta = \theta_0 + \alpha(\theta_1 - \theta_0)$.
 
-A parameter that the base lacks, such as a new head, starts from its initial value where that is known and from 0 otherwise. A
-normalisation layer or an embedding that the base lacks keeps its final value, because neither does anything sensible near 0.
+A parameter that the base lacks, such as a new head, starts from its initial value if that is known, and from 0 otherwise. A
+normalisation layer or an embedding that the base lacks keeps its final value, because it does not work near 0.
 
-The running statistics of BatchNorm are measured at the point, on training rows: those on the line between the two ends' are not its
-activations' (docs/concepts/halfway.md has the difference it makes).
+The running statistics of BatchNorm are measured at the point, on training rows. Interpolated statistics are not those of the activations
+(docs/evidence/decisions.md has measurements).
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from hf_trak.hashing import random_bits, stream_key
 
 logger = logging.getLogger(__name__)
 
-_LEAST_SHARED = 0.5  # of the parameters outside embeddings; a base that shares fewer is another model's
-LEAST_COSINE = 0.1  # between base and final matrices; models that were trained apart have less
-# Starts of LoRA matrices that leave the base model as it is; the others take their product out of its weights.
+_LEAST_SHARED = 0.5  # share of the parameters outside embeddings; a base that shares fewer belongs to another model
+LEAST_COSINE = 0.1  # between base and final matrices; independently trained models have less
+# Initialisations of LoRA that do not change the base model; the others subtract their product from its weights.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva")
-STATISTICS_ROWS, STATISTICS_BATCH = 512, 64  # training rows that running statistics are measured on, in all and at a time
+STATISTICS_ROWS, STATISTICS_BATCH = 512, 64  # training rows on which running statistics are measured, in total and per batch
 _OTHER_KINDS = (".lora_magnitude_vector", ".ia3_", ".prompt_encoder", ".vera_", ".hada_", ".lokr_")
 
 
 @dataclass(frozen=True)
 class PointReport:
-    """What was done to make a point: names of parameters by where their line starts.
+    """How a point was computed: names of parameters by the start of their line.
 
     Args:
         from_base (`tuple[str, ...]`): From the base's value.
         from_initial (`tuple[str, ...]`): From a given initial value.
-        from_zero (`tuple[str, ...]`): From 0, as new heads are.
+        from_zero (`tuple[str, ...]`): From 0, such as new heads.
         kept (`tuple[str, ...]`): At the final value.
-        measured (`tuple[str, ...]`): Modules whose running statistics training moved, so that they are to be measured at the point.
-        rows (`dict[str, int]`): Of parameters with another number of rows than the base's: how many rows, from the first on, start
-            from the base. The others keep their final values.
+        measured (`tuple[str, ...]`): Modules whose running statistics changed in training, so they have to be measured at the point.
+        rows (`dict[str, int]`): For parameters with another number of rows than the base's, the number of leading rows that start
+            from the base. The other rows keep their final values.
         distance (`float`): $\\|\theta_1 - \theta_0\\| / \\|\theta_0\\|$ over the parameters that start from the base.
-        cosine (`float`): Between the base's and the final matrices. It is near 0 for models that were trained apart.
+        cosine (`float`): Between the base's and the final matrices. It is near 0 for independently trained models.
     """
 
     from_base: tuple[str, ...] = field(default_factory=tuple)
@@ -60,11 +60,11 @@ class PointReport:
     cosine: float = 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what an index records: counts, and the names of all that does not start from the base."""
+        """Return the record for an index: counts, and the names of all parameters that do not start from the base."""
         return {**self.identity(), "distance": round(self.distance, 6), "cosine": round(self.cosine, 6)}
 
     def identity(self) -> dict[str, Any]:
-        """Return the part of [`~PointReport.to_dict`] that is the same on every machine."""
+        """Return the part of [`~PointReport.to_dict`] that does not depend on the machine."""
         return {
             "from_base": len(self.from_base),
             "from_initial": list(self.from_initial),
@@ -84,17 +84,17 @@ def move_to_point(
     r"""Replace a final model's weights by those of the point `alpha` of the line from `base`, in place.
 
     Args:
-        model (`nn.Module`): Has the final weights.
-        base (`Mapping[str, Tensor]`): The base's weights and buffers by the model's names for them. Names may be missing. What has a row
-            per token of the vocabulary may have another number of rows: rows that both have are moved, the others kept.
+        model (`nn.Module`): The model with the final weights.
+        base (`Mapping[str, Tensor]`): The base's weights and buffers by the model's names. Names may be missing. Parameters with a row
+            per token of the vocabulary may have another number of rows: rows that both have are moved, and the others do not change.
         alpha (`float`): 0 is the base, 1 the final model.
         initial (`Mapping[str, Tensor]`, *optional*): Initial values of parameters that the base lacks.
 
     Running statistics that differ between the two ends are interpolated until they are measured; see [`measure_statistics`].
 
     Raises:
-        ValueError: If `alpha` is out of range, the base shares too few parameters with the model, it equals the final model, rows of its
-            vocabulary are of other tokens, or weights are quantized.
+        ValueError: If `alpha` is out of range, if the base shares too few parameters with the model, equals it or has another
+            vocabulary, or if weights are quantized.
     """
     _check_alpha(alpha)
     check_unquantized(model)
@@ -155,7 +155,9 @@ def move_to_point(
         for name, buffer in model.named_buffers():
             found = base.get(name)
             if found is not None and name.rpartition(".")[0] in own and not _is_same(found, buffer):
-                logger.warning("%s is no BatchNorm of PyTorch's, so it is interpolated and not measured at the point.", name)
+                logger.warning(
+                    "%s is not a BatchNorm of PyTorch, so its statistics are interpolated and not measured at the point.", name
+                )
             if found is not None and found.shape == buffer.shape and buffer.is_floating_point():
                 buffer.copy_(_lerp(found, buffer, alpha))
     names = {kind: tuple(found) for kind, found in start.items()} | {"measured": tuple(measured)}
@@ -163,7 +165,7 @@ def move_to_point(
 
 
 def check_unquantized(model: nn.Module) -> None:
-    """Check that there are points between weights.
+    """Check that no weights are quantized, because quantized weights cannot be interpolated.
 
     Raises:
         ValueError: If some are quantized.
@@ -171,19 +173,19 @@ def check_unquantized(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point():
             raise ValueError(
-                f"{name} is of {parameter.dtype}, and there are no points between quantized weights. Load the model unquantized, or leave "
+                f"{name} is of {parameter.dtype}, and quantized weights cannot be interpolated. Load the model unquantized, or leave "
                 "`base` out."
             )
 
 
 class _Sums:
-    """How far the parameters that start from the base have moved, summed in float64."""
+    """Distance and cosine between base and final parameters, summed in float64."""
 
     def __init__(self) -> None:
         self.moved = self.length = self.inner = self.base_length = self.final_length = 0.0
 
     def add(self, base: Tensor, final: Tensor) -> float:
-        """Add a parameter, and return the cosine between its two values."""
+        """Add a parameter, and return the cosine between its base and final values."""
         start, end = base.detach().to(final.device).double(), final.detach().double()
         length = start.square().sum().item()
         self.moved += (end - start).square().sum().item()
@@ -206,15 +208,15 @@ class _Sums:
 def scale_adapter(model: nn.Module, alpha: float, *, base_rows: Mapping[str, int] | None = None) -> PointReport:
     """Move a PEFT LoRA adapter towards its base model in place: the update B A of every layer is multiplied by `alpha`.
 
-    Modules that were trained whole beside the adapter (`modules_to_save`) start from the copy of the original that PEFT keeps. Of the base
-    model under the adapter, running statistics stay: an adapter is saved without them.
+    Modules that were trained completely beside the adapter (`modules_to_save`) start from the copy of the original that PEFT keeps. Running
+    statistics of the base model do not change, because an adapter is saved without them.
 
     Args:
-        base_rows (`Mapping[str, int]`, *optional*): Parameters of the base model, by its own names, of which the original is not the base's
-            beyond these leading rows; 0 for those that the base lacks, such as a new head, which then counts from 0.
+        base_rows (`Mapping[str, int]`, *optional*): For parameters of the base model, by its own names: the number of leading rows that
+            come from the base; 0 for those that the base lacks, such as a new head, which starts from 0.
 
     Raises:
-        ValueError: If `alpha` is out of range, or the adapter is of a kind that a factor does not scale.
+        ValueError: If `alpha` is out of range, or if this kind of adapter cannot be scaled by a factor.
     """
     _check_alpha(alpha)
     base_rows = base_rows or {}
@@ -259,8 +261,8 @@ def scale_adapter(model: nn.Module, alpha: float, *, base_rows: Mapping[str, int
 
 
 def running_norms(model: nn.Module) -> dict[str, _NormBase]:
-    """Return the modules that normalise by running statistics outside training, by name: BatchNorm of every kind, and InstanceNorm that
-    tracks them."""
+    """Return the modules that use running statistics in eval mode, by name: BatchNorm of every kind, and InstanceNorm with
+    running statistics."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -273,9 +275,9 @@ def _statistics_of(name: str, module: nn.Module) -> dict[str, Tensor]:
 
 
 def statistics_rows(n_rows: int) -> list[list[int]]:
-    """Return the rows of a training set that running statistics are measured on, in batches: a fixed draw, the same on every machine.
+    """Return the training rows on which running statistics are measured, in batches: a fixed random draw, equal on every machine.
 
-    A draw, since evenly spaced rows of a sorted or alternating training set would be of few classes.
+    The draw is random because evenly spaced rows of a sorted or alternating training set can have few classes.
     """
     order = random_bits(stream_key(0, "statistics"), torch.arange(n_rows)).argsort()[:STATISTICS_ROWS]
     return [part.tolist() for part in order.tensor_split(-(-len(order) // STATISTICS_BATCH))]  # no batch of one row
@@ -285,13 +287,13 @@ def statistics_rows(n_rows: int) -> list[list[int]]:
 def measure_statistics(
     model: nn.Module, names: Sequence[str], batches: Iterable[Any], forward: Callable[[Any], Any]
 ) -> dict[str, Tensor]:
-    """Replace running statistics by those of some batches at the model's weights, in place, and return them by name.
+    """Replace running statistics by those of some batches with the model's weights, in place, and return them by name.
 
-    A mean over batches of each batch's mean and unbiased variance, as `momentum=None` has it, while these modules normalise by the batch's own
-    and the rest of the model is as it is, dropout off. Processes do not exchange any.
+    The result is the mean over batches of each batch's mean and unbiased variance, as with `momentum=None`. Meanwhile these modules normalise
+    by their batch, and dropout is off. Processes do not exchange statistics.
 
     Args:
-        names (`Sequence[str]`): Of the modules.
+        names (`Sequence[str]`): Names of the modules.
         forward (`Callable`): Runs the model on a batch.
 
     Raises:
@@ -322,17 +324,17 @@ def measure_statistics(
 
 
 def set_statistics(model: nn.Module, names: Sequence[str], statistics: Mapping[str, Tensor]) -> None:
-    """Give a point the running statistics that [`measure_statistics`] returned.
+    """Set the running statistics of a point to those that [`measure_statistics`] returned.
 
     Raises:
-        ValueError: If they are of other modules.
+        ValueError: If they belong to other modules.
     """
     places = {key: value for name in names for key, value in _statistics_of(name, model.get_submodule(name)).items()}
     shapes, given = ({key: tuple(value.shape) for key, value in some.items()} for some in (places, statistics))
     if shapes != given:
         other = sorted(set(shapes.items()) ^ set(given.items()))[0][0]
         raise ValueError(
-            f"These running statistics are not of this point: {other} is {given.get(other, 'missing')} among them and "
+            f"These running statistics do not belong to this point: {other} is {given.get(other, 'missing')} among them and "
             f"{shapes.get(other, 'missing')} in the model. Use those that were measured for it."
         )
     for key, place in places.items():
@@ -341,7 +343,7 @@ def set_statistics(model: nn.Module, names: Sequence[str], statistics: Mapping[s
 
 @dataclass
 class _Sum:
-    """Of a module's statistics over its calls, in float64."""
+    """Sum of a module's statistics over its calls, in float64."""
 
     mean: Any = 0.0
     variance: Any = 0.0
@@ -350,10 +352,10 @@ class _Sum:
 
 @contextmanager
 def _normalising_by_batch(norms: Sequence[Any]) -> Iterator[dict[nn.Module, _Sum]]:
-    """Have modules normalise by the statistics of their inputs, and sum these, whatever else their `forward` does.
+    """Let modules normalise by the statistics of their inputs, and sum these statistics.
 
-    BatchNorm is given its batch's as running statistics, and not put into training mode, where SyncBatchNorm would wait for other processes.
-    InstanceNorm, which has statistics per example, is put there.
+    BatchNorm stays in eval mode and gets the statistics of its batch as running statistics, because in training mode SyncBatchNorm would wait
+    for other processes. InstanceNorm has statistics per example and is put into training mode.
     """
     sums: dict[nn.Module, _Sum] = {}
     with ExitStack() as stack:
@@ -365,7 +367,7 @@ def _normalising_by_batch(norms: Sequence[Any]) -> Iterator[dict[nn.Module, _Sum
 
 
 def _before(sums: dict[nn.Module, _Sum], norm: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Take the statistics of what a module is about to normalise."""
+    """Compute the statistics of a module's input before its forward pass."""
     inputs = args[0] if args else next(iter(kwargs.values()))
     by_batch = isinstance(norm, _BatchNorm)
     batch = (inputs if by_batch or inputs.ndim > norm._get_no_batch_dim() else inputs.unsqueeze(0)).double()
@@ -373,7 +375,7 @@ def _before(sums: dict[nn.Module, _Sum], norm: Any, args: tuple[Any, ...], kwarg
     if (count := math.prod(batch.shape[place] for place in places)) < 2:
         raise ValueError(
             f"The running statistics of {type(norm).__name__} are measured on training rows at the point of the path, and a batch of them has "
-            f"one value per channel, of which there is no variance: its shape is {tuple(inputs.shape)}. Give more training rows, or no `base`."
+            f"one value per channel, which has no variance: its shape is {tuple(inputs.shape)}. Give more training rows, or no `base`."
         )
     variance, mean = torch.var_mean(batch, dim=places)
     if by_batch:
@@ -390,17 +392,17 @@ def _is_same(found: Tensor | None, value: Tensor) -> bool:
 
 
 def check_scalable(model: nn.Module) -> list[str]:
-    """Return the names of an adapter's parameters that a factor moves towards the base model.
+    """Return the names of an adapter's parameters that are scaled to move it towards the base model.
 
     Raises:
-        ValueError: Naming what is in the way.
+        ValueError: If the adapter cannot be scaled; the message says why.
     """
     named = dict(model.named_parameters())
     scaled = [name for name in named if ".lora_B." in name or ".lora_embedding_B" in name]
     others = [name for name in named if any(part in name for part in _OTHER_KINDS)]
     if not scaled or others:
         what = f"{others[0]}" if others else "no LoRA matrices"
-        raise ValueError(f"A path from the base model is known for LoRA adapters alone, but this adapter has {what}.")
+        raise ValueError(f"Points of a path are supported for LoRA adapters only, but this adapter has {what}.")
     whole = [
         name
         for name, parameter in named.items()
@@ -408,8 +410,8 @@ def check_scalable(model: nn.Module) -> list[str]:
     ]
     if whole:
         raise ValueError(
-            f"A path from the base model is known for LoRA matrices and modules_to_save, but this adapter also trains {whole[0]} in the "
-            "base model itself, whose earlier value is not known."
+            f"Points of a path are supported for LoRA matrices and modules_to_save only, but this adapter also trains {whole[0]} in the "
+            "base model itself, whose initial value is unknown."
         )
     for config in getattr(model, "peft_config", {}).values():
         kind = getattr(config, "init_lora_weights", True)
@@ -427,11 +429,11 @@ def _check_alpha(alpha: float) -> None:
 
 
 def _tokens(model: nn.Module, base: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Return how many rows the input embedding has in the final model and in the base; zeros where that is not known."""
+    """Return the number of rows of the input embedding in the final model and in the base; zeros if unknown."""
     get = getattr(model, "get_input_embeddings", None)
     try:
         embedding = get() if callable(get) else None
-    except NotImplementedError:  # models of images, and others without tokens
+    except NotImplementedError:  # image models, and others without tokens
         embedding = None
     weight = getattr(embedding, "weight", None)
     name = next((name for name, parameter in model.named_parameters() if parameter is weight), None)
@@ -441,7 +443,7 @@ def _tokens(model: nn.Module, base: Mapping[str, Tensor]) -> tuple[int, int]:
 
 
 def _shared_rows(final: Tensor, base: Tensor, tokens: tuple[int, int]) -> int:
-    """Return how many leading rows of two parameters lie on one line: all, or those of the smaller vocabulary; 0 if none do."""
+    """Return the number of leading rows that two parameters share: all, or those of the smaller vocabulary; 0 if shapes do not fit."""
     if final.ndim == 0 or final.ndim != base.ndim or final.shape[1:] != base.shape[1:]:
         return 0
     return min(len(final), len(base)) if len(final) == len(base) or (len(final), len(base)) == tokens else 0

@@ -1,4 +1,4 @@
-"""Tokenizers and image processors: loaded from files, never made up, and described by what they do."""
+"""Tokenizers and image processors: loading them from files, and describing what they do."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
 
 
 _TEXT = "Naïve QUEENS paid 1,024.50 dollars, didn't they? 東京 🙂 https://example.org/a_b"
-# Of an image processor's settings, those that change with the library and not with the pixels.
+# Settings of an image processor that depend on the library version and do not change the pixels.
 _IGNORED = ("_processor_class", "processor_class", "transformers_version", "image_processor_type", "feature_extractor_type")
 
 
 def describe_processing(
     processing_class: Any, *, tokenizer: bool = True, pixels: bool = True, padded: bool = False, chats: bool = False
 ) -> dict[str, Any]:
-    """Return what decides how rows become a model's inputs, JSON-able; nothing for what is no tokenizer or processor.
+    """Return a JSON-able description of how rows become model inputs; empty if there is no tokenizer or processor.
 
-    A tokenizer is told by a hash of its content (vocabulary, merges, normalization, template, added tokens) and by its special tokens;
-    `vocabulary` and `tokens`, what it makes of a fixed text, say the same roughly, for versions of a library that write the content
-    differently. Its limit of length is not part of it, since only the one in force matters. An image processor or
-    feature extractor is told by its settings, and by the pixels that it makes of a fixed image, to two digits, which backends agree in.
+    A tokenizer is described by a hash of its content (vocabulary, merges, normalization, template, added tokens) and by its special tokens.
+    Library versions can write the same content differently, so `vocabulary` and `tokens` (the tokens of a fixed text) describe it roughly.
+    Its maximum length is left out, because only the length that is used matters. An image processor or feature extractor is described by
+    its settings, and by the pixels of a fixed image to two digits, on which backends agree.
 
     Args:
-        tokenizer, pixels (`bool`): Whether texts pass through a tokenizer, and images or sound through a processor.
+        tokenizer, pixels (`bool`): Whether texts pass through a tokenizer, and images or audio through a processor.
         padded (`bool`): Whether the model reads padding, so that the pad token matters.
         chats (`bool`): Whether rows pass through the chat template.
     """
@@ -56,7 +56,7 @@ def describe_processing(
 
 
 def _is_processor(part: Any) -> bool:
-    """Return whether it is made of others, which are told one by one."""
+    """Return whether a processor consists of several parts, which are described separately."""
     from transformers import ProcessorMixin
 
     return isinstance(part, ProcessorMixin)
@@ -78,7 +78,7 @@ def _describe_tokenizer(tokenizer: Any, *, padded: bool, chats: bool) -> dict[st
 
 
 def hash_tokenizer(tokenizer: Any) -> str:
-    """Return a hash of what a tokenizer is made of, but for the padding and truncation that its last call left in it."""
+    """Return a hash of a tokenizer's content, without the padding and truncation settings of its last call."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # written in Python
         content = {
@@ -88,7 +88,7 @@ def hash_tokenizer(tokenizer: Any) -> str:
         }
         return hash_json(content)
     content = backend.to_str()
-    # The padding and truncation come first; parsing a large vocabulary to leave them out would take a second.
+    # Padding and truncation come first in the text. Parsing a large vocabulary only to remove them would take a second.
     start = content.find('"added_tokens"')
     return hashlib.sha256(content[max(0, start) :].encode()).hexdigest()
 
@@ -99,12 +99,12 @@ def _vocabulary_files(tokenizer: Any) -> dict[str, str]:
 
 
 def _describe_pixels(image_processor: Any) -> dict[str, Any]:
-    """Return the shape of the pixels, and their mean and deviation to two digits."""
+    """Return the shape of the pixels of a fixed image, and their mean and standard deviation to two digits."""
     across, down = np.meshgrid(np.linspace(0, 255, 48), np.linspace(0, 255, 40))
     image = np.stack([across, down, 255 - across], axis=-1).astype(np.uint8)
     try:
         pixels = np.asarray(image_processor(image, return_tensors="np")["pixel_values"])
-    except (ValueError, KeyError, RuntimeError, TypeError):  # not of coloured images
+    except (ValueError, KeyError, RuntimeError, TypeError):  # not for colour images
         return {}
     return {
         "pixels": list(pixels.shape[1:]),
@@ -114,7 +114,7 @@ def _describe_pixels(image_processor: Any) -> dict[str, Any]:
 
 
 def hash_processing_class(processing_class: Any) -> str | None:
-    """Return a hash of the files a tokenizer or image processor saves; None for none."""
+    """Return a hash of the files that a tokenizer or image processor saves; None if there is none."""
     if processing_class is None:
         return None
     with tempfile.TemporaryDirectory() as folder:
@@ -129,8 +129,8 @@ _TOKENIZER = re.compile(
     r"|special_tokens_map\.json|added_tokens\.json"
 )
 _PIXELS = re.compile(r"(pre)?processor_config\.json")
-_SMALLEST_SHARE = 0.1  # of the model's vocabulary; a tokenizer of less is another model's, or a placeholder
-_CODE_POINTS = 0x10FFFF  # of Unicode: ids of characters, which a model hashes
+_SMALLEST_SHARE = 0.1  # share of the model's vocabulary; a smaller tokenizer belongs to another model, or is a placeholder
+_CODE_POINTS = 0x10FFFF  # Unicode code points as ids, which the model hashes
 WAY_OUT = (
     "Pass the fine-tuned model's own: --processor FOLDER_OR_REPO, or `processing_class=` in Python, which takes a folder, a repository "
     "or the loaded object"
@@ -140,12 +140,12 @@ WAY_OUT = (
 def load_processing_class(source: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer, image processor or both of a checkpoint; None if it has no files of either.
 
-    transformers makes up an empty tokenizer where the files of one are missing, for most model types. Here, files decide. An
-    adapter without such files has those of its base model.
+    For most model types, transformers creates an empty tokenizer if its files are missing. This function requires the files. An
+    adapter without such files uses those of its base model.
 
     Raises:
         FileNotFoundError: If there is no such folder or repository.
-        ValueError: If files are missing or damaged, or it is code of its own that is not trusted.
+        ValueError: If files are missing or damaged, or if they need remote code that is not trusted.
     """
     listing = look_up(source, revision)
     if not _has(listing, _TOKENIZER) and not _has(listing, _PIXELS):
@@ -162,11 +162,11 @@ def find_processing_class(given: Any, source: str | None, revision: str | None, 
     """Return the tokenizer or image processor to use: the given one, loaded if it is a name, else that of the checkpoint, if any.
 
     Args:
-        given (*optional*): An object, or the folder or repository of one.
+        given (*optional*): A tokenizer or processor, or its folder or repository.
         source (`str`, *optional*): The checkpoint; None for a model in memory.
 
     Raises:
-        ValueError: If a folder or repository is given that holds none.
+        ValueError: If the given folder or repository has no tokenizer or processor.
     """
     if is_name(given):
         found = load_processing_class(str(given), trust_remote_code=trust_remote_code)
@@ -188,14 +188,14 @@ def _way_out() -> str:
 
 
 def is_name(processing_class: Any) -> bool:
-    """Whether a tokenizer or processor is given by its folder or repository."""
+    """Return whether a tokenizer or processor is given by its folder or repository."""
     from os import PathLike
 
     return isinstance(processing_class, (str, PathLike))
 
 
 def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer that a processing class is or holds; None if it has none."""
+    """Return the tokenizer that a processing class is or contains; None if there is none."""
     from transformers import PreTrainedTokenizerBase
 
     for part in (processing_class, getattr(processing_class, "tokenizer", None)):
@@ -205,12 +205,12 @@ def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase | None:
 
 
 def describe_absence(source: str | None, given: Any, reason: str) -> str:
-    """Return the message for raw rows that nothing can read.
+    """Return the error message for raw rows without a tokenizer or processor.
 
     Args:
         source (`str`, *optional*): The checkpoint; None for a model in memory.
-        given (*optional*): What was given as `processing_class`.
-        reason (`str`): What the task asked for.
+        given (*optional*): The `processing_class` that was given.
+        reason (`str`): What the task needs.
     """
     reason = f"{reason.split(':')[0].rstrip('.')}."
     if given is not None:
@@ -219,13 +219,13 @@ def describe_absence(source: str | None, given: Any, reason: str) -> str:
     if source is None:
         return f"{reason} {WAY_OUT}; rows that are tokenized (input_ids) or pixels (pixel_values) need none."
     return (
-        f"{source} holds no tokenizer or image processor that reads these rows, and none is made up. {reason} {WAY_OUT}; rows that are "
+        f"{source} holds no tokenizer or image processor that reads these rows, and hf_trak does not make one up. {reason} {WAY_OUT}; rows that are "
         "tokenized (input_ids) or pixels (pixel_values) need none."
     )
 
 
 def check_vocabulary(processing_class: Any, model: PreTrainedModel) -> None:
-    """Check that a tokenizer's ids suit a model's embedding.
+    """Check that a tokenizer's ids fit a model's embedding.
 
     Raises:
         ValueError: If ids exceed the embedding's rows, or the vocabulary is a small part of the model's.
@@ -235,7 +235,7 @@ def check_vocabulary(processing_class: Any, model: PreTrainedModel) -> None:
         return
     name = f"The tokenizer {tokenizer.name_or_path!r}" if tokenizer.name_or_path else "The tokenizer"
     ids = tokenizer.get_vocab()
-    # The token of padding may be new: batches are padded with the model's own.
+    # The pad token may be new: batches are padded with the model's own.
     highest = max((number for number in ids.values() if number != tokenizer.pad_token_id), default=-1)
     if highest >= n_rows:
         raise ValueError(
@@ -250,7 +250,7 @@ def check_vocabulary(processing_class: Any, model: PreTrainedModel) -> None:
 
 
 def _embedding_rows(model: Any) -> int | None:
-    """Return the rows of a model's token embedding; None where ids are not rows of one matrix."""
+    """Return the number of rows of a model's token embedding; None if ids are not rows of one matrix."""
     import torch
 
     model = model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
@@ -269,7 +269,7 @@ def _has(listing: Listing, names: re.Pattern[str]) -> bool:
 
 
 def _load(source: str, listing: Listing, *, revision: str | None, trust_remote_code: bool) -> Any:
-    """Load what the files are of: both, or the one that is there."""
+    """Load the tokenizer, the image processor or both, depending on the files."""
     from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor, AutoTokenizer
 
     _check_settings(source, listing, revision)
@@ -279,7 +279,7 @@ def _load(source: str, listing: Listing, *, revision: str | None, trust_remote_c
         if reads_text and reads_pixels
         else [AutoTokenizer]
         if reads_text
-        else [AutoImageProcessor, AutoFeatureExtractor, AutoProcessor]  # the last would make up a tokenizer beside sound
+        else [AutoImageProcessor, AutoFeatureExtractor, AutoProcessor]  # for audio, AutoProcessor creates an empty tokenizer
     )
     reason = ""
     for kind in kinds:
@@ -287,10 +287,10 @@ def _load(source: str, listing: Listing, *, revision: str | None, trust_remote_c
             return kind.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
         except (MemoryError, ImportError):
             raise
-        except Exception as error:  # tokenizers raises bare Exceptions for damaged files, transformers what json.load gives
+        except Exception as error:  # tokenizers raises plain Exceptions for damaged files, transformers the errors of json.load
             if not trust_remote_code and "trust_remote_code" in str(error):
                 raise ValueError(
-                    f"The tokenizer or image processor of {source} is code of its own: if you trust that, pass trust_remote_code=True "
+                    f"The tokenizer or image processor of {source} needs code from its repository: if you trust it, pass trust_remote_code=True "
                     f"(--trust_remote_code). Or {_way_out()}."
                 ) from error
             reason, cause = reason or _first_line(error), error
@@ -302,7 +302,7 @@ def _load(source: str, listing: Listing, *, revision: str | None, trust_remote_c
 
 
 def _check_settings(source: str, listing: Listing, revision: str | None) -> None:
-    """Refuse settings of an image processor that say nothing: transformers would fill in those of the model's type."""
+    """Refuse an image processor's file without settings, because transformers would use the defaults of the model type."""
     from transformers.utils import cached_file
 
     for name in sorted({"preprocessor_config.json", "processor_config.json"} & listing.files):
@@ -326,13 +326,13 @@ def _first_line(error: BaseException) -> str:
 
 
 def _check_files(source: str, listing: Listing, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that the vocabulary of a tokenizer was loaded from files: its settings alone make an empty one.
+    """Check that the vocabulary of a tokenizer was loaded from files. Its settings alone give an empty tokenizer.
 
     Raises:
         ValueError: Naming the files that are missing.
     """
     expected = {key: name for key, name in type(tokenizer).vocab_files_names.items() if isinstance(name, str)}
-    if "tokenizer.json" in listing.files or not expected:  # such as byte-level tokenizers, which need no file
+    if "tokenizer.json" in listing.files or not expected:  # for example byte-level tokenizers, which need no file
         return
     missing = [expected[key] for key in ("vocab_file", "merges_file") if key in expected and expected[key] not in listing.files]
     if not missing and set(expected.values()) & listing.files:
@@ -345,24 +345,24 @@ def _check_files(source: str, listing: Listing, tokenizer: PreTrainedTokenizerBa
 
 
 def _check_content(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Refuse a tokenizer that knows no words.
+    """Refuse an empty tokenizer.
 
     Raises:
-        ValueError: If its vocabulary holds special tokens alone.
+        ValueError: If its vocabulary has only special tokens.
     """
-    if not type(tokenizer).vocab_files_names and not tokenizer.is_fast:  # bytes or code points, which are no list
+    if not type(tokenizer).vocab_files_names and not tokenizer.is_fast:  # bytes or code points, without a list of tokens
         return
     tokens: Iterable[str] = tokenizer.get_vocab()
     words = set(tokens) - set(tokenizer.all_special_tokens) - {str(token) for token in tokenizer.added_tokens_decoder.values()}
     if len(words - {"▁", ""}) == 0:
         raise ValueError(
-            f"{name} is empty: its {len(list(tokens)):,} tokens are special ones, so that every text would read alike. transformers makes up "
-            f"such a tokenizer where a checkpoint has none. {WAY_OUT}."
+            f"{name} is empty: its {len(list(tokens)):,} tokens are special ones, so all texts would look the same. transformers creates "
+            f"such a tokenizer if a checkpoint has none. {WAY_OUT}."
         )
 
 
 def _of_base_model(source: str, listing: Listing, *, trust_remote_code: bool) -> Any:
-    """Return what an adapter's base model has; None for another checkpoint."""
+    """Return the tokenizer or processor of an adapter's base model; None for other checkpoints."""
     if "adapter_config.json" not in listing.files:
         return None
     from hf_trak.sources.adapters import base_of

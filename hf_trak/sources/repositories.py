@@ -1,4 +1,4 @@
-"""Repositories: whether they can be reached, at which commit, which files they hold, and where a training set comes from."""
+"""Repositories: reachability, commits, lists of files, and the origin of a training set."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 
 def pinned_revision(source: str | None, revision: str | None = None) -> str | None:
-    """Return the commit of a model repository that `revision` stands for now; `revision` itself for a folder.
+    """Return the commit of a model repository to which `revision` points now; `revision` itself for a folder.
 
-    Everything of a checkpoint is then loaded at this one commit, which an index records.
+    All files of a checkpoint are then loaded from this commit, and an index records it.
 
     Args:
         source (`str`, *optional*): A folder or model repository; None for a model in memory.
 
     Raises:
-        FileNotFoundError: If the repository does not exist, or is out of reach and not in the local cache.
+        FileNotFoundError: If the repository does not exist, or if it cannot be reached and is not in the local cache.
     """
     if source is None or Path(source).is_dir():
         return revision
@@ -33,18 +33,18 @@ def pinned_revision(source: str | None, revision: str | None = None) -> str | No
 
 logger = logging.getLogger(__name__)
 
-_TIMEOUT = 10.0  # seconds that one request to the Hub may take
+_TIMEOUT = 10.0  # timeout of one request to the Hub, in seconds
 _CONFIGS = ("config.json", "adapter_config.json")
 
 
 @dataclass(frozen=True)
 class Listing:
-    """What a folder or a commit of a repository holds.
+    """The files of a folder, or of a commit of a repository.
 
     Args:
-        commit (`str`, *optional*): Of a repository; None for a folder.
+        commit (`str`, *optional*): The commit of a repository; None for a folder.
         files (`frozenset[str]`): Names relative to the root.
-        cached (`bool`): The Hub cannot be reached, and these are the files in the local cache.
+        cached (`bool`): Whether the Hub cannot be reached, so that these are the files in the local cache.
     """
 
     commit: str | None
@@ -53,13 +53,13 @@ class Listing:
 
 
 def look_up(source: str, revision: str | None = None) -> Listing:
-    """Return the files of a local folder or a model repository, with one request to the Hub at most.
+    """Return the files of a local folder or a model repository, with at most one request to the Hub.
 
-    Without a connection, the local cache of the Hub answers. A request is not repeated, so that the absence of a network is
-    reported within seconds.
+    Without a connection, the local cache of the Hub is used. Requests are not repeated, so a missing network is reported within
+    seconds.
 
     Raises:
-        FileNotFoundError: If there is no such folder or repository, or it is out of reach; the message says which, and what to do.
+        FileNotFoundError: If there is no such folder or repository, or if it cannot be reached. The message says which, and what to do.
     """
     if not source:
         raise FileNotFoundError("The name of a checkpoint is empty: give a folder or a repository.")
@@ -100,11 +100,11 @@ def _look_up(source: str, revision: str | None) -> Listing:
     return Listing(info.sha, frozenset(one.rfilename for one in info.siblings or []))
 
 
-_look_up_commit = lru_cache(maxsize=64)(_look_up)  # what a commit holds does not change
+_look_up_commit = lru_cache(maxsize=64)(_look_up)  # the files of a commit do not change
 
 
 def _reason(error: Exception) -> str:
-    """Return why the Hub did not answer, and what to do, without a full stop."""
+    """Return the reason of a failed request to the Hub and advice, without a full stop."""
     from huggingface_hub import constants, get_token
 
     status = getattr(getattr(error, "response", None), "status_code", None)
@@ -117,7 +117,7 @@ def _reason(error: Exception) -> str:
 
 
 def _cached(source: str, revision: str | None, reason: str, error: Exception | None) -> Listing:
-    """Return what the local cache holds of a repository."""
+    """Return the files of a repository in the local cache."""
     from huggingface_hub import try_to_load_from_cache
 
     for name in _CONFIGS:
@@ -132,7 +132,7 @@ def _cached(source: str, revision: str | None, reason: str, error: Exception | N
 
 
 def look_up_dataset(name: str, revision: str | None = None) -> Listing | None:
-    """Return what a dataset repository holds, with one request; None without a connection, when only a cache can have it.
+    """Return the files of a dataset repository, with one request. Return None without a connection; only a cache can have them then.
 
     Raises:
         FileNotFoundError: If there is no such repository or revision, or it is private or gated.
@@ -161,7 +161,7 @@ def look_up_dataset(name: str, revision: str | None = None) -> Listing | None:
 
 @contextmanager
 def reached(listing: Listing) -> Iterator[None]:
-    """Load files of a repository meanwhile; of one that is only in the cache, without a request per file that would time out."""
+    """Load files of a repository in the block. If it is only in the cache, send no requests, which would time out for each file."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
@@ -176,17 +176,17 @@ _LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
 def describe_source(dataset: Dataset) -> dict[str, Any]:
-    """Return what is known of where a dataset comes from, as `{"source": {...}}`; nothing where nothing is."""
+    """Return the known origin of a dataset as `{"source": {...}}`; an empty dict if it is unknown."""
     place = _repository(Path(file["filename"]) for file in dataset.cache_files)
     known = {**place, **({"license": dataset.info.license} if dataset.info.license else {})}
     return {"source": known} if known else {}
 
 
 def _repository(files: Iterable[Path]) -> dict[str, str]:
-    """Return the repository and commit that the cached files of a dataset were made from.
+    """Return the repository and commit from which the cached files of a dataset were created.
 
-    A Dataset does not say, but `load_dataset` keeps its files under .../<namespace>___<name>/<config>/<version>/<commit>/, with a name
-    of its own spelling, and what it downloaded under datasets--<namespace>--<name>/snapshots/<commit>.
+    A Dataset does not record them. But `load_dataset` stores its files under .../<namespace>___<name>/<config>/<version>/<commit>/, with a
+    changed spelling of the name, and downloads under datasets--<namespace>--<name>/snapshots/<commit>.
     """
     from huggingface_hub import constants
 
@@ -200,7 +200,7 @@ def _repository(files: Iterable[Path]) -> dict[str, str]:
 
 
 def licence_of_source(source: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the licence that a dataset's own card names, as keys for another card; nothing where there is none.
+    """Return the licence in a dataset's own card, as keys for another card; an empty dict if there is none.
 
     Args:
         source (`Mapping`): From [`describe_source`], without its outer key.
@@ -214,13 +214,13 @@ def licence_of_source(source: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     try:
         card = hf_hub_download(source["repository"], "README.md", repo_type="dataset", revision=source["revision"])
-    except (HfHubHTTPError, LocalEntryNotFoundError):  # no card, gone, or out of reach: the caller asks for one
+    except (HfHubHTTPError, LocalEntryNotFoundError):  # no card, deleted or unreachable: the caller asks for a licence
         return {}
     return licence_in(Path(card).read_text(encoding="utf-8"))
 
 
 def licence_in(card: str) -> dict[str, Any]:
-    """Return the licence that a card's YAML names, with its name and link if it is one of its own; nothing where there is none."""
+    """Return the licence in a card's YAML, with name and link for a custom licence; an empty dict if there is none."""
     from huggingface_hub import DatasetCard
 
     if not card.startswith("---"):

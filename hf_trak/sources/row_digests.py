@@ -1,4 +1,4 @@
-"""Content of training rows: the columns that are read, those that are kept, and a digest of each row."""
+"""The content of training rows: the columns that are read or kept, and a digest of each row."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ if TYPE_CHECKING:
 
 
 def names_read(columns: Mapping[str, Any]) -> list[str]:
-    """Return the names in what [`Task.columns_read`] says, each once."""
+    """Return the column names in the result of [`Task.columns_read`], each once."""
     return list(dict.fromkeys(name for value in columns.values() for name in ([value] if isinstance(value, str) else value)))
 
 
 def in_order(columns: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what [`Task.columns_read`] says, so that the order of a dataset's columns does not matter where it means nothing."""
+    """Return the result of [`Task.columns_read`] in a normal order, so that the order of a dataset's columns does not matter."""
     return {key: sorted(value) if key == "tokens" else value for key, value in columns.items()}
 
 
 def describe_columns(columns: Mapping[str, Any]) -> str:
-    """Return the columns that are read and as what, in a line."""
+    """Return one line with the columns that are read and their use."""
     return "; ".join(f"{key} {value if isinstance(value, str) else ', '.join(value)}" for key, value in columns.items())
 
 
 def columns_to_digest(dataset: Dataset, columns: Mapping[str, Any]) -> list[str]:
-    """Return the columns that rows are told apart by: those read, or all where that is not known.
+    """Return the columns for the digests of rows: those that are read, or all if that is unknown.
 
-    A transform may read any column, and so may the collator of a custom task.
+    It is unknown for a dataset with a transform and for custom tasks, because a transform and a collator can read any column.
     """
     read = names_read(columns)
     if has_transform(dataset) or not read or not set(read) <= set(dataset.column_names):
@@ -46,7 +46,7 @@ def columns_to_digest(dataset: Dataset, columns: Mapping[str, Any]) -> list[str]
 
 
 def label_names(features: Features, columns: Mapping[str, Any]) -> list[str] | None:
-    """Return the names of the classes of the label column that is read; None where it has none."""
+    """Return the class names of the label column that is read; None if it has none."""
     label = columns.get("label")
     kind = features.get(label) if isinstance(label, str) else None
     kind = getattr(kind, "feature", kind)  # a list of labels, one for each token
@@ -55,7 +55,7 @@ def label_names(features: Features, columns: Mapping[str, Any]) -> list[str] | N
 
 
 def file_columns(features: Features, columns: Mapping[str, Any]) -> list[str]:
-    """Return the columns read as images that hold the names of files."""
+    """Return the columns that are read as images and contain file names."""
     images = columns.get("image", [])
     named = [images] if isinstance(images, str) else images
     return [name for name in named if getattr(features.get(name), "dtype", None) in ("string", "large_string")]
@@ -69,7 +69,7 @@ def check_kept(dataset: Dataset, columns: Sequence[str]) -> tuple[str, ...]:
     """Return the columns to be kept.
 
     Raises:
-        ValueError: If the dataset lacks one, one is named twice, or has a name that the index uses.
+        ValueError: If the dataset lacks a column, or if a column is named twice or has a name that the index uses.
     """
     missing = [column for column in columns if column not in dataset.column_names]
     if missing:
@@ -92,7 +92,7 @@ def check_kept(dataset: Dataset, columns: Sequence[str]) -> tuple[str, ...]:
 
 
 def _check_readable(dataset: Dataset, column: str) -> None:
-    """Refuse a type of which pyarrow cannot read some rows of a file, such as `string_view`, before anything is computed."""
+    """Refuse types of which pyarrow cannot read single rows from a file, such as `string_view`, before anything is computed."""
     kind = dataset.features.arrow_schema.field(column).type
     try:
         pa.nulls(1, kind).take(pa.array([0]))
@@ -104,9 +104,9 @@ def _check_readable(dataset: Dataset, column: str) -> None:
 
 
 def take_kept(dataset: Dataset, columns: Sequence[str], rows: range) -> pa.Table:
-    """Return some rows of the kept columns, typed as in the dataset; files of images and sound are taken in.
+    """Return some rows of the kept columns, with the dataset's types. The content of image and audio files is included.
 
-    The schema's metadata describes the features, as `datasets` writes it, so that `load_dataset` finds them again.
+    The schema's metadata describes the features as `datasets` does, so `load_dataset` restores them.
     """
     from datasets import Features
     from datasets.table import embed_table_storage, table_cast
@@ -119,7 +119,7 @@ def take_kept(dataset: Dataset, columns: Sequence[str], rows: range) -> pa.Table
 
 _BYTES = 16
 _AT_ONCE = 1000
-_LIMIT = 2.0**63  # whole floats below it are numbers of int64
+_LIMIT = 2.0**63  # integral floats below it fit into int64
 _MEDIA = ("bytes", "path")  # how datasets stores images, audio and other files
 
 
@@ -128,13 +128,13 @@ def digest_rows(
 ) -> UInt8[np.ndarray, "n_rows 16"]:
     """Return a digest of each row's content in some columns.
 
-    It is canonical: integers and floats of the same value are equal, whatever their width; so are strings and lists of any Arrow type, and
-    an image by the content of its file, decoded or not, in the table or beside it. A field of a struct that is null is a field that is
-    not there. The dataset's format and transform have no part in it.
+    The digest depends only on content. Integers and floats of the same value are equal for every width, and so are strings and lists of
+    every Arrow type. An image is digested by the content of its file, whether it is decoded or not, inside the table or outside. A null
+    field of a struct counts as missing. The dataset's format and transform do not matter.
 
     Args:
-        columns (`Sequence[str]`): Their order does not matter.
-        file_columns (`Sequence[str]`): Those whose strings name files; the content of a file that exists is digested.
+        columns (`Sequence[str]`): The columns; their order does not matter.
+        file_columns (`Sequence[str]`): Columns whose strings are file names. If a file exists, its content is digested.
     """
     names = sorted(columns)
     head = json.dumps(names).encode()
@@ -148,12 +148,12 @@ def digest_rows(
 
 
 def hash_digests(digests: UInt8[np.ndarray, "n_rows 16"]) -> str:
-    """Return the SHA-256 of rows in their order, by their digests."""
+    """Return the SHA-256 of the digests of rows, in order."""
     return hashlib.sha256(np.ascontiguousarray(digests).data).hexdigest()
 
 
 def spell_digests(digests: UInt8[np.ndarray, "n_rows 16"]) -> list[str]:
-    """Return digests as they are stored, in hexadecimal."""
+    """Return digests in hexadecimal, as they are stored."""
     whole, width = np.ascontiguousarray(digests).tobytes().hex(), 2 * _BYTES
     return [whole[start : start + width] for start in range(0, len(whole), width)]
 
@@ -168,7 +168,7 @@ def _whole(column: pa.ChunkedArray) -> pa.Array:
 
 
 def _encode(array: pa.Array, *, files: bool = False) -> list[bytes]:
-    """Return the canonical bytes of each value, none of which is the beginning of another's."""
+    """Return the canonical bytes of each value. No value's bytes are a prefix of another's."""
     if isinstance(array, pa.ExtensionArray):
         array = array.storage
     kind = array.type
@@ -214,13 +214,13 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 def _numbers(array: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """Return eight bytes for each number, and whether they are those of an int64; nulls are 0."""
+    """Return eight bytes for each number, and whether they are an int64. Nulls are 0."""
     kind = array.type
     if pa.types.is_floating(kind):
         values = pc.fill_null(array.cast(pa.float64()), 0.0).to_numpy(zero_copy_only=False)
         with np.errstate(invalid="ignore"):
             whole = (np.floor(values) == values) & (np.abs(values) < _LIMIT)
-        values = np.where(np.isnan(values), np.nan, values)  # of the many bit patterns, one
+        values = np.where(np.isnan(values), np.nan, values)  # one of the many bit patterns of NaN
         return np.where(whole, np.where(whole, values, 0).astype(np.int64).view(np.float64), values).view(np.int64), whole
     if pa.types.is_uint64(kind):
         large = pc.fill_null(array, 0).to_numpy(zero_copy_only=False)
@@ -244,7 +244,7 @@ def _encode_strings(array: pa.Array) -> list[bytes]:
 
 
 def _encode_binary(array: pa.Array) -> list[bytes]:
-    # A view into Arrow's buffer: images are not copied to be hashed.
+    # A view into Arrow's buffer, so images are not copied.
     return [b"b" + _hash(value.as_buffer()) if value.is_valid else b"n" for value in array]
 
 
@@ -261,7 +261,7 @@ def _encode_media(array: pa.Array) -> list[bytes]:
 
 
 def _encode_file(path: str) -> bytes:
-    """Encode the content of a file as bytes in a table are; one that is not on this machine by its name."""
+    """Encode the content of a file like bytes in a table. A file that does not exist here is encoded by its name."""
     if "://" in path or not os.path.isfile(path):
         return _sized(b"p", path.encode("utf-8", "surrogatepass"))
     with open(path, "rb") as file:
@@ -287,7 +287,7 @@ def _encode_lists(array: pa.Array) -> list[bytes]:
 
 
 def _encode_number_lists(items: pa.Array, starts: np.ndarray, stops: np.ndarray) -> Iterator[bytes]:
-    """Yield the bytes of lists without a loop over their numbers; where some are not whole, a bit for each says so."""
+    """Yield the bytes of lists without a loop over their numbers. If some numbers are not integral, one bit per number marks them."""
     values, whole = _numbers(items)
     packed = memoryview(np.ascontiguousarray(values, dtype="<i8").tobytes())
     broken = np.concatenate([[0], np.cumsum(~whole)])

@@ -1,4 +1,4 @@
-"""What functions that a user gives do, told by their code; and what a dataset's transform does, told by what it makes of rows, too."""
+"""Fingerprints of a user's functions by their code, and of a dataset's transform by its code and its results."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _PROJECTIONS = 4
 
 
 def has_transform(dataset: Dataset) -> bool:
-    """Return whether rows pass through a function when they are read (`with_transform`, `set_transform`)."""
+    """Return whether a dataset applies a function to rows on access (`with_transform`, `set_transform`)."""
     return dataset.format["type"] == "custom"
 
 
 def describe_transform(dataset: Dataset) -> dict[str, str] | None:
-    """Return what tells a dataset's transform from another; None where there is none.
+    """Return a fingerprint of a dataset's transform; None if there is none.
 
-    `rows` are what it makes of the first, the middle and the last row, floats to three digits of a few projections, so that another
-    machine's round-off does not count. `code` is a hash of its code and of that of functions it calls.
+    `rows` describes the result for the first, the middle and the last row. Floats are reduced to a few projections with three digits, so
+    the round-off of another machine does not matter. `code` is a hash of its code and of that of the functions it calls.
     """
     if not has_transform(dataset):
         return None
@@ -43,13 +43,13 @@ def describe_transform(dataset: Dataset) -> dict[str, str] | None:
 
 
 def hash_callable(*functions: Any) -> str:
-    """Return a hash of functions' code, and the minor version of Python, whose bytecode it is."""
+    """Return a hash of the bytecode of functions, with the minor version of Python."""
     python = ".".join(platform.python_version_tuple()[:2])
     return f"{hash_json([describe_callable(function) for function in functions])[:32]} (Python {python})"
 
 
 def describe_callable(function: Any, *, depth: int = 3) -> Any:
-    """Return, JSON-able, the code of a function, and the plain values, tokenizers and functions that it closes over or calls."""
+    """Return a JSON-able description of a function's code, and of plain values, tokenizers and functions that it uses."""
     if isinstance(function, functools.partial):
         given = [*function.args, *(function.keywords[key] for key in sorted(function.keywords))]
         return {
@@ -59,7 +59,7 @@ def describe_callable(function: Any, *, depth: int = 3) -> Any:
         }
     function = getattr(function, "__func__", function)
     code = getattr(function, "__code__", None)
-    if code is None:  # an object that can be called
+    if code is None:  # a callable object
         code = getattr(vars(type(function)).get("__call__"), "__code__", None)
         values = dict(getattr(function, "__dict__", {}))
     else:
@@ -83,13 +83,13 @@ def _is_empty(cell: Any) -> bool:
 
 
 def _describe_code(code: CodeType) -> Any:
-    """Return a function's bytecode, names and constants: not its file or lines."""
+    """Return a function's bytecode, names and constants, without its file and line numbers."""
     constants = [_describe_code(value) if isinstance(value, CodeType) else _spell(value) for value in code.co_consts]
     return [code.co_code.hex(), list(code.co_names), list(code.co_varnames), constants]
 
 
 def _spell(value: Any) -> str:
-    """Return a constant as text; the elements of a set, whose order differs from process to process, are sorted."""
+    """Return a constant as text. The elements of a set are sorted, because their order differs between processes."""
     if isinstance(value, (set, frozenset)):
         return f"{{{', '.join(sorted(map(_spell, value)))}}}"
     if isinstance(value, tuple):
@@ -98,7 +98,7 @@ def _spell(value: Any) -> str:
 
 
 def _plain(value: Any, depth: int) -> Any:
-    """Return what JSON holds of a value, and a hash of tensors and arrays; None where that is nothing, and only its effect can tell."""
+    """Return a JSON-able description of a value, with hashes of tensors and arrays; None if it cannot be described."""
     if isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (torch.Tensor, np.ndarray)):
@@ -127,10 +127,10 @@ def _hash_array(value: torch.Tensor | np.ndarray) -> str | None:
 
 
 def _canonical(value: Any) -> Any:
-    """Return, JSON-able, what tells a value of a row from another."""
+    """Return a JSON-able fingerprint of a value in a row."""
     if isinstance(value, Mapping):
         return {str(key): _canonical(value[key]) for key in sorted(value, key=str)}
-    if hasattr(value, "convert") and hasattr(value, "tobytes"):  # a picture of Pillow's
+    if hasattr(value, "convert") and hasattr(value, "tobytes"):  # a Pillow image
         return [value.mode, list(value.size), hashlib.sha256(value.tobytes()).hexdigest()]
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()

@@ -1,4 +1,4 @@
-"""The weights of a checkpoint, compared by name and shape with those of the class they are loaded into."""
+"""Loading the weights of a checkpoint, and comparing their names and shapes with those of the model class."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-_ENOUGH = 0.9  # of the names that are missing
-_SAMPLE = 200  # names that the change is looked for in
+_ENOUGH = 0.9  # share of the missing names
+_SAMPLE = 200  # number of names that are tried
 
 
 def common_change(missing: Set[str], unexpected: Set[str]) -> tuple[str, str, int] | None:
-    """Return the part of names to take out, what to put in its place, and of how many names it makes those that are missing.
+    """Find one change of names that turns names in the file into missing names. Return the part to remove, its replacement and the count.
 
     Args:
         missing (`set[str]`): Names of the model that the file lacks.
         unexpected (`set[str]`): Names in the file that the model lacks.
 
     Returns:
-        None if no change of one part turns nine tenths of the names that are missing into names that are there.
+        None if no single change explains nine tenths of the missing names.
     """
     ends: dict[str, list[str]] = {}
-    for name in missing:  # by their last parts, which a wrapper leaves alone
+    for name in missing:  # by their last parts, which a wrapper does not change
         ends.setdefault(_end(name), []).append(name)
     changes: Counter[tuple[str, str]] = Counter()
     for there in sorted(unexpected)[:_SAMPLE]:
@@ -42,14 +42,14 @@ def common_change(missing: Set[str], unexpected: Set[str]) -> tuple[str, str, in
         changes.update(change for change in found if change != ("", ""))
     if not changes:
         return None
-    # The commonest; of several, the one that takes out least.
+    # The most frequent change; if several are equal, the one that removes least.
     (removed, put), _ = min(changes.items(), key=lambda item: (-item[1], len(item[0][0]) + len(item[0][1]), item[0]))
     made = {_apply(name, removed, put) for name in unexpected} & missing
     return (removed, put, len(made)) if len(made) >= max(1, _ENOUGH * len(missing)) else None
 
 
 def as_pattern(removed: str, put: str, names: Iterable[str]) -> dict[str, str]:
-    """Return a change of names that [`common_change`] found as the regular expression and its replacement of transformers' `key_mapping`."""
+    """Return a change of names from [`common_change`] as a regular expression and replacement, for transformers' `key_mapping`."""
     begins = any(name.startswith(removed) for name in names)
     return {f"{'^' if begins else '(?<=[.])'}{re.escape(removed)}": put}
 
@@ -59,7 +59,7 @@ def _end(name: str) -> str:
 
 
 def _change(there: str, here: str) -> tuple[str, str]:
-    """Return what stands between the common beginning and the common end of two names, in whole parts."""
+    """Return the parts of two names between their common prefix and their common suffix."""
     a, b = there.split("."), here.split(".")
     start = 0
     while start < min(len(a), len(b)) and a[start] == b[start]:
@@ -95,12 +95,12 @@ def load_weights(kind: type, source: str, listing: Listing, revision: str | None
     """Load a class of models from safetensors, and refuse weights that do not fit.
 
     Args:
-        kind (`type`): The class, with `from_pretrained`.
-        options: Of `from_pretrained`.
+        kind (`type`): A class with `from_pretrained`.
+        options: Arguments for `from_pretrained`.
 
     Raises:
-        FileNotFoundError: If a file of weights is missing, or they are pickled.
-        ValueError: If a file is damaged, or weights are missing, left over or of another shape.
+        FileNotFoundError: If a file of weights is missing, or if the weights are pickled.
+        ValueError: If a file is damaged, or if weights are missing, unexpected or of another shape.
     """
     model, info = load_with_report(kind, source, listing, revision, **options)
     if (
@@ -108,7 +108,7 @@ def load_weights(kind: type, source: str, listing: Listing, revision: str | None
         and all(name.startswith("pooler.") for name in info["missing_keys"])
         and _can_do_without_pooler(kind)
     ):
-        # Encoders of sentences are saved without the pooler, which nothing of theirs uses. Without it, nothing random can be used.
+        # Sentence encoders are saved without the pooler, which they do not use. Load them without it, so that no random weights are used.
         model, info = load_with_report(kind, source, listing, revision, add_pooling_layer=False, **options)
     check_weights(model, info, source)
     return model
@@ -121,13 +121,13 @@ def _can_do_without_pooler(kind: type) -> bool:
 def load_with_report(
     kind: type, source: str, listing: Listing, revision: str | None, **options: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Load a class of models from safetensors, and return it with what transformers reports of its weights."""
+    """Load a model from safetensors, and return it with transformers' report on its weights."""
     from safetensors import SafetensorError
 
     check_files(source, listing, revision)
     try:
         with _without_table():
-            # Weights of another shape are refused later, with both shapes.
+            # Weights with another shape are refused later, with a message that has both shapes.
             return kind.from_pretrained(  # type: ignore[attr-defined]
                 source,
                 revision=revision,
@@ -146,7 +146,7 @@ def load_with_report(
 
 @contextmanager
 def _without_table() -> Iterator[None]:
-    """Leave out transformers' table of weights that do not fit: what it says is refused, or told in one line."""
+    """Suppress transformers' table of weights that do not fit. hf_trak raises an error or logs one line instead."""
 
     def keeps(record: logging.LogRecord) -> bool:
         return "LOAD REPORT" not in record.getMessage()
@@ -160,11 +160,11 @@ def _without_table() -> Iterator[None]:
 
 
 def check_files(source: str, listing: Listing, revision: str | None = None) -> None:
-    """Check that all files of weights are there, and that each is a safetensors file.
+    """Check that all files of weights exist and are safetensors files.
 
     Raises:
-        FileNotFoundError: Naming the file.
-        ValueError: If the map of weights is damaged, or leads to another kind of file.
+        FileNotFoundError: Naming the missing file.
+        ValueError: If the map of weights is damaged, or names another kind of file.
     """
     if _WEIGHTS in listing.files:
         return
@@ -204,7 +204,7 @@ def _mapped_files(source: str, revision: str | None) -> set[str]:
 
 
 def read_weights(source: str, listing: Listing, revision: str | None = None) -> dict[str, Tensor]:
-    """Return all tensors of a checkpoint's files, by the names they have there.
+    """Return all tensors in a checkpoint's files, by their names in the files.
 
     Raises:
         ValueError: If a file is damaged.
@@ -239,15 +239,15 @@ def _damaged(source: str, listing: Listing) -> str:
 
 
 def check_weights(model: PreTrainedModel, info: dict[str, Any], source: str, *, elsewhere: Collection[str] = ()) -> None:
-    """Check that the weights of a checkpoint were those of the model.
+    """Check that the weights of a checkpoint fit the model.
 
     Args:
-        info (`dict`): As `from_pretrained(output_loading_info=True)` gives it. It leaves out tied weights, and what the class itself
-            declares as ignorable.
+        info (`dict`): From `from_pretrained(output_loading_info=True)`. It omits tied weights, and weights that the class declares as
+            ignorable.
         elsewhere (`Collection[str]`): Weights that come from another file, such as an adapter's.
 
     Raises:
-        ValueError: Naming weights that are missing, left over or of another shape.
+        ValueError: Naming weights that are missing, unexpected or of another shape.
     """
     missing = sorted(set(info["missing_keys"]) - set(elsewhere))
     mismatched = sorted(
@@ -270,7 +270,7 @@ def check_weights(model: PreTrainedModel, info: dict[str, Any], source: str, *, 
     if lost := [name for name in unexpected if not _belongs_to_another_head(model, name)]:
         raise ValueError(
             f"{source} holds weights that {kind} with this config.json does not have ({len(lost)}): {_list(lost)}. The model that was "
-            "trained computes with them, this one would not. Use the class and the configuration it was trained with."
+            "trained uses them, and this one would not. Use the class and the configuration it was trained with."
         )
     if unexpected:
         logger.warning(
@@ -279,7 +279,7 @@ def check_weights(model: PreTrainedModel, info: dict[str, Any], source: str, *, 
 
 
 def check_dtype(model: PreTrainedModel, compute_dtype: str) -> None:
-    """Check that a model can compute in a dtype: autocast to bfloat16 mixes with weights in float16, which have no common products.
+    """Check that a model can compute in a dtype. Autocast to bfloat16 does not work with float16 weights.
 
     Raises:
         ValueError: If the model's weights are float16.
@@ -313,7 +313,7 @@ def _describe_missing(model: PreTrainedModel, missing: list[str], unexpected: li
 
 
 def _renamed(missing: Iterable[str], unexpected: Collection[str]) -> str | None:
-    """Return how the names of a file differ from those of the model, and how to mend them; None if they are others."""
+    """Return how the names in a file differ from the model's and how to fix them; None if there is no common change."""
 
     if (change := common_change(set(missing), set(unexpected))) is None:
         return None
@@ -338,13 +338,13 @@ def _renamed(missing: Iterable[str], unexpected: Collection[str]) -> str | None:
 
 
 def _belongs_to_another_head(model: PreTrainedModel, name: str) -> bool:
-    """Whether a weight is of a head that other classes of the same model type have on the same body.
+    """Return whether a weight belongs to a head of another class of the same model type.
 
-    A model that was pretrained with several heads is commonly loaded with one of them.
+    A model that was pretrained with several heads is often loaded with one of them.
     """
     parts = name.split(".")
     depth = next(i for i in range(len(parts)) if not _has(model, parts[: i + 1]))
-    if depth == len(parts) - 1 or parts[depth].isdigit():  # a parameter of a module that is there, or one more layer
+    if depth == len(parts) - 1 or parts[depth].isdigit():  # a parameter of an existing module, or an additional layer
         return False
     return name in _weights_of_relatives(model)
 
@@ -358,7 +358,7 @@ def _has(model: Any, parts: list[str]) -> bool:
 
 
 def _weights_of_relatives(model: PreTrainedModel) -> set[str]:
-    """Return the names of the weights of transformers' other classes with this configuration."""
+    """Return the weight names of transformers' other classes for this configuration."""
     import importlib
 
     import torch
@@ -380,7 +380,7 @@ def _weights_of_relatives(model: PreTrainedModel) -> set[str]:
                 TypeError,
                 AttributeError,
                 NotImplementedError,
-            ):  # a class that this configuration does not serve
+            ):  # this class does not accept the configuration
                 continue
     return names
 

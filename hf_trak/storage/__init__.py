@@ -1,1 +1,1 @@
-"""Members on disk: Parquet shards and a Gram matrix, written whole or not at all, read back block by block."""
+"""Members on disk: Parquet shards and a Gram matrix. Files are written atomically and read block by block."""

@@ -1,4 +1,4 @@
-"""The trak_* columns of some rows: from tensors to Arrow, and from a Parquet shard back to tensors."""
+"""The trak_* columns: from tensors to Arrow tables, and from Parquet shards back to tensors."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def encode_columns(
     *,
     dtype: str,
 ) -> dict[str, np.ndarray]:
-    """Return the trak_* columns of some rows, given on the CPU.
+    """Return the trak_* columns of rows whose tensors are on the CPU.
 
-    In float16, a row is divided by `trak_scale`, the power of two above its largest entry, so that no row under- or overflows
-    whatever its size; float32 rows have no such column.
+    In float16, each row is divided by `trak_scale`, the power of two above its largest entry, so that no row under- or overflows. In
+    float32 there is no such column.
     """
     # Differs from the reference: MadryLab/trak stores float16 unscaled, and rows of gradients below about 0.1 become zero.
     columns = {"trak_features": features.float().numpy()}
@@ -56,7 +56,7 @@ def encode_columns(
 
 
 def to_table(columns: Mapping[str, np.ndarray], origin: Origin | None = None) -> pa.Table:
-    """Return an Arrow table; a matrix becomes a column of lists of fixed length. The `origin` of a shard goes into its metadata."""
+    """Return an Arrow table. A matrix becomes a column of fixed-size lists. The `origin` of a shard is stored in the metadata."""
     arrays = {}
     for name, values in columns.items():
         flat = pa.array(np.ascontiguousarray(values).reshape(-1))
@@ -65,17 +65,17 @@ def to_table(columns: Mapping[str, np.ndarray], origin: Origin | None = None) ->
 
 
 def join_columns(table: pa.Table, others: pa.Table) -> pa.Table:
-    """Return a table with the columns of another after its own, and the metadata of both."""
+    """Return a table with the columns of both tables and the metadata of both."""
     for field, column in zip(others.schema, others.columns, strict=True):
         table = table.append_column(field, column)
     return table.replace_schema_metadata({**(table.schema.metadata or {}), **(others.schema.metadata or {})} or None)
 
 
 def check_example_ids(path: Path, example_id: Int64[Tensor, " rows"], first_row: int) -> None:
-    """Refuse rows that are not those of their place in the training set.
+    """Check that rows have the numbers of their position in the training set.
 
     Raises:
-        ValueError: Naming the first.
+        ValueError: Naming the first wrong row.
     """
     wrong = (example_id != torch.arange(first_row, first_row + len(example_id))).nonzero()
     if len(wrong):
@@ -89,10 +89,10 @@ def check_example_ids(path: Path, example_id: Int64[Tensor, " rows"], first_row:
 
 
 def check_place(path: Path, origin: Origin) -> None:
-    """Refuse a shard that belongs elsewhere, or of which a row does, without reading its features.
+    """Check that a shard and its rows belong where they are, without reading features.
 
     Raises:
-        ValueError: Saying what it is.
+        ValueError: Saying where the shard belongs.
     """
     try:
         table = pq.read_table(path, columns=["example_id"])
@@ -104,7 +104,7 @@ def check_place(path: Path, origin: Origin) -> None:
 
 
 def check_shard(path: Path, origin: Origin, *, n_rows: int) -> None:
-    """Check everything that a shard says of itself: its place, the checksum of every page, its row numbers, and that numbers are finite.
+    """Check a shard completely: its origin, the checksum of every page, its row numbers, and that all numbers are finite.
 
     Raises:
         ValueError, KeyError, OSError, pa.ArrowException: Saying what is wrong.
@@ -129,7 +129,7 @@ def read_shard(path: Path, origin: Origin | None = None) -> Shard:
     """Read one Parquet shard, checking the checksum of every page.
 
     Args:
-        origin ([`Origin`], *optional*): Where the shard belongs; a file that says something else is refused.
+        origin ([`Origin`], *optional*): Where the shard belongs. A file with another origin is refused.
 
     Raises:
         ValueError: If the file is damaged, or belongs elsewhere.
@@ -138,7 +138,7 @@ def read_shard(path: Path, origin: Origin | None = None) -> Shard:
         if origin is not None:
             refuse_other_origin(path, read_origin(pq.read_schema(path).metadata), origin)
         stored = pq.read_schema(path).names
-        # Not the columns that were kept of the training set, which may be images.
+        # Skip kept columns of the training set, which may be images.
         names = [name for name in _READ if name in stored]
         table = pq.read_table(path, columns=names, page_checksum_verification=True)
         length = table.schema.field("trak_features").type.list_size

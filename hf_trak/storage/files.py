@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, at once on disk, with advice where a disk refuses."""
+"""Atomic writes of files, flushed to disk, with errors that say what to do."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hf_trak.hashing import hash_json
 from hf_trak.messages import DamagedFile
 from hf_trak.storage.object_store import ObjectPath
 
-TEMPORARY = ".tmp"  # ends the names of files that are not whole
+TEMPORARY = ".tmp"  # suffix of incomplete files
 
 _SEAL = "sha256"
 _LARGEST_JSON = 64 << 20
@@ -75,12 +75,12 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def write_json_once(path: Path, value: dict[str, Any]) -> bool:
-    """Write a JSON file as [`write_once`] does, and return whether it was written here."""
+    """Write a JSON file as [`write_once`] does, and return whether this call wrote it."""
     return write_once(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n"))
 
 
 def write_sealed(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON file atomically, with a hash of its content, which [`read_sealed`] checks."""
+    """Write a JSON file atomically, with a hash of its content that [`read_sealed`] checks."""
     write_json(path, {**value, _SEAL: hash_json(value)})
 
 
@@ -97,7 +97,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 
 def read_jsons(folder: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Read the JSON files in a folder that are there, of these names.
+    """Read those of the named JSON files that exist in a folder.
 
     Raises:
         ValueError: If one is damaged.
@@ -109,29 +109,29 @@ def read_jsons(folder: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
-    """Return the bytes of each file in a folder; of none if it is not there."""
+    """Return the size of each file in a folder; an empty dict if there is no folder."""
     if isinstance(folder, ObjectPath):
         return folder.sizes()
     sizes = {}
     with suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
-            with suppress(FileNotFoundError):  # a link that leads nowhere, or a file that another process removes now
+            with suppress(FileNotFoundError):  # a dangling link, or a file that another process is removing
                 sizes[entry.name] = entry.stat().st_size
     return sizes
 
 
 def file_size(path: Path) -> int | None:
-    """Return the bytes of a file; None if there is none."""
+    """Return the size of a file in bytes; None if there is no file."""
     if isinstance(path, ObjectPath):
         return path.size()
     return path.stat().st_size if path.exists() else None
 
 
 def refuse_url(path: Path) -> None:
-    """Refuse a URL where a local file or folder is written: `Path` would make a folder of that name of it.
+    """Refuse a URL as the name of a local file or folder. `Path` would create a folder with the URL as its name.
 
     Raises:
-        ValueError: If it is one.
+        ValueError: If `path` is a URL.
     """
     if path.parts and _SCHEME.fullmatch(path.parts[0]):
         url = f"{path.parts[0]}//{'/'.join(path.parts[1:])}"
@@ -141,11 +141,11 @@ def refuse_url(path: Path) -> None:
 
 
 def write_folder(path: Path) -> None:
-    """Make a folder and those above it, unless it is there; an object store has none.
+    """Create a folder and its parents if they do not exist. Object stores have no folders.
 
     Raises:
-        OSError: With advice, as [`write_atomically`] has it.
-        ValueError: If it is a URL, which `Path` would make a folder of that name of.
+        OSError: With advice, as in [`write_atomically`].
+        ValueError: If `path` is a URL; see [`refuse_url`].
     """
     if isinstance(path, ObjectPath):
         return
@@ -160,11 +160,11 @@ def write_folder(path: Path) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Have `write` fill a temporary file beside `path`, flush it to disk, and give it its name; or put it there in one go.
+    """Let `write` fill a temporary file beside `path`, flush it to disk and rename it. On an object store, upload it.
 
     Raises:
-        OSError: With advice, if the disk is full, the folder read-only or gone; the temporary file is removed and nothing else is
-            touched.
+        OSError: With advice, if the disk is full, or if the folder is read-only or missing. The temporary file is removed and nothing
+            else changes.
     """
     if isinstance(path, ObjectPath):
         path.put(write)
@@ -173,10 +173,10 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def write_once(path: Path, write: Callable[[Path], Any]) -> bool:
-    """Write a file as [`write_atomically`] does, unless there is one; of several processes at once, one succeeds.
+    """Write a file as [`write_atomically`] does, unless it exists. If several processes call this at once, one succeeds.
 
     Returns:
-        `bool`: Whether it was written here.
+        `bool`: Whether this call wrote the file.
     """
     if isinstance(path, ObjectPath):
         return path.put_once(write)
@@ -207,28 +207,28 @@ def _write(path: Path, write: Callable[[Path], Any], name: Callable[[Path, Path]
             raise
         raise OSError(error.errno, advice) from error
     finally:
-        with suppress(OSError):  # what is wrong has been said above
+        with suppress(OSError):  # the error above says what is wrong
             temporary.unlink(missing_ok=True)
 
 
 def temporary_name(path: Path) -> Path:
-    """Return the name that this process gives to a file until it is whole."""
+    """Return the temporary name of a file that this process is writing."""
     return path.with_name(f".{path.name}.{_host()}.{os.getpid()}{TEMPORARY}")
 
 
 def name_of_temporary(name: str) -> str | None:
-    """Return the name that a temporary file of [`write_atomically`] would have had when whole; None for any other file."""
+    """Return the final name of a temporary file of [`write_atomically`]; None for any other file."""
     found = _TEMPORARY_NAME.fullmatch(name)
     return None if found is None else found["name"]
 
 
 def _host() -> str:
-    """Return this machine's name, part of those of temporary files: processes of several machines may share a folder."""
+    """Return the name of this machine. Temporary file names contain it, because several machines may share a folder."""
     return socket.gethostname().replace(".", "-")
 
 
 def _link(temporary: Path, path: Path) -> None:
-    """Give a file its name, unless the name is taken."""
+    """Give a temporary file its final name, unless a file of that name exists."""
     try:
         os.link(temporary, path)
     except FileExistsError:
@@ -236,7 +236,7 @@ def _link(temporary: Path, path: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV):
             raise
-        # A file system without hard links: between these two lines another process may write the same.
+        # A file system without hard links: another process may write the same file between these two lines.
         if path.exists():
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
         os.replace(temporary, path)
@@ -266,9 +266,9 @@ _ADVICE = {
 
 
 def advise(error: OSError, path: Path) -> str | None:
-    """Return what to tell of an error of the disk while `path` was written; None for an error of something else."""
+    """Return the message for a disk error that occurred while `path` was written; None for other errors."""
     if error.errno == errno.ENOENT and path.parent.is_dir():
-        return None  # it is something else that is not there
+        return None  # something else is missing
     for codes, text in _ADVICE.items():
         if error.errno in codes:
             return text.format(path=path, folder=path.parent, reason=os.strerror(error.errno))
@@ -276,7 +276,7 @@ def advise(error: OSError, path: Path) -> str | None:
 
 
 def ended_temporaries(path: Path) -> list[Path]:
-    """Return the temporary files of one file that processes of this machine left which are not there now, or this one did."""
+    """Return the temporary files of one file that belong to this process or to processes of this machine that have ended."""
     found = []
     for temporary in path.parent.glob(f".*{TEMPORARY}"):
         parts = _TEMPORARY_NAME.fullmatch(temporary.name)
@@ -291,25 +291,25 @@ def remove_leftovers(folder: Path, is_ours: Callable[[str], bool], *, shared: bo
     """Remove the temporary files of processes that were killed while writing.
 
     Args:
-        is_ours (`Callable`): Given the name that the whole file would have had, whether such a file is written here. Other temporary
-            files are left alone.
-        shared (`bool`): Other processes may be writing here: what may be theirs is left alone.
-        keep (`Sequence[Path]`): Temporary files that are left alone.
+        is_ours (`Callable`): Given the final name of a file, return whether hf_trak writes such a file here. Other temporary files are
+            kept.
+        shared (`bool`): Whether other processes may be writing here. Files that may be theirs are kept.
+        keep (`Sequence[Path]`): Temporary files to keep.
     """
     if isinstance(folder, ObjectPath):
-        return  # what is not whole has no name there
+        return  # object stores have no incomplete files
     for temporary in folder.glob(f".*{TEMPORARY}"):
         found = _TEMPORARY_NAME.fullmatch(temporary.name)
         if found is None or not is_ours(found["name"]) or not temporary.is_file() or temporary in keep:
             continue
         is_written = is_running(int(found["process"])) if found["host"] == _host() else shared
         if not is_written:
-            with suppress(OSError):  # it does no harm on a disk that may only be read
+            with suppress(OSError):  # harmless on a read-only disk
                 temporary.unlink(missing_ok=True)
 
 
 def remove_file(path: Path) -> None:
-    """Remove a file, if it is there; of a link, the link alone.
+    """Remove a file if it exists. For a link, remove only the link.
 
     Raises:
         OSError: With advice, if it cannot be removed.
@@ -326,7 +326,7 @@ def remove_file(path: Path) -> None:
 
 
 def is_running(process: int) -> bool:
-    """Return whether a process of this machine, not this one, is there."""
+    """Return whether another process with this number is running on this machine."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -1,12 +1,12 @@
-"""The format of an index on disk: names of files and folders, `member.json`, and what a shard says of itself.
+"""The format of an index on disk: names of files and folders, `member.json`, and the metadata of shards.
 
 member_0/train-00000-of-00004.parquet     example_id and the trak_* columns
 member_0/gram.safetensors
-member_0/bank.safetensors                 only for contrastive tasks: what their examples are held against; written first
+member_0/bank.safetensors                 only for contrastive tasks: the pairs used as negatives; written first
 member_0/statistics.safetensors           only for points of a path with BatchNorm: its running statistics there; written first
-member_0/mask.safetensors                 only where the checkpoint was trained on some of the rows: which
-member_0/member.json                      what these rows are; written last: a folder without it is unfinished
-member_0/.progress/                       while unfinished: what is being computed, and which shards are whole
+member_0/mask.safetensors                 only if the checkpoint was trained on a subset: which rows
+member_0/member.json                      describes the member; written last, so a folder without it is unfinished
+member_0/.progress/                       only while unfinished: the member's identity, and which shards are complete
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ BANK_NAME = "bank.safetensors"
 STATISTICS_NAME = "statistics.safetensors"
 WRITTEN_FIRST = (STATISTICS_NAME, BANK_NAME)  # every row of the member depends on them
 PROGRESS = ".progress"
-ENGINE_NAME = "engine.json"  # in `.progress`: which engine makes the gradients, of all processes and calls
-IDENTITY_NAME = "identity.json"  # in `.progress`: what the member will be of
-DESCRIPTION_NAME = "description.json"  # in `.progress`: what a job of an array tells of the member
-PARTS_NAME = ".parts.json"  # in the index, while an array of jobs makes it
+ENGINE_NAME = "engine.json"  # in `.progress`: the gradient engine, the same for all processes and calls
+IDENTITY_NAME = "identity.json"  # in `.progress`: the identity of the member
+DESCRIPTION_NAME = "description.json"  # in `.progress`: a job's description of the member
+PARTS_NAME = ".parts.json"  # in the index, while an array of jobs builds it
 DAMPING_NAME = "damping.json"
 CURVE_NAME = "damping.png"
 
@@ -42,13 +42,13 @@ _MEMBER = re.compile(r"member_(0|[1-9]\d*)")
 
 
 def member_folders(folder: Path) -> list[Path]:
-    """Return member_0, member_1, ... as far as they go."""
+    """Return the folders member_0, member_1, ... up to the first missing number."""
     numbers = member_numbers(folder)
     return [folder / f"member_{number}" for number, found in enumerate(numbers) if number == found]
 
 
 def member_numbers(folder: Path) -> list[int]:
-    """Return the numbers of the folders that hold files of a member, in order."""
+    """Return the sorted numbers of the folders that contain files of a member."""
     numbers = sorted(number for name in file_sizes(folder) if (number := member_number(folder / name)) is not None)
     return [number for number in numbers if _holds_member(folder / f"member_{number}")]
 
@@ -64,12 +64,12 @@ def member_number(folder: Path) -> int | None:
 
 
 def is_shard_name(name: str) -> bool:
-    """Return whether a file of this name may be a shard."""
+    """Return whether a name is that of a shard."""
     return _SHARD.fullmatch(name) is not None
 
 
 def is_member_name(name: str) -> bool:
-    """Return whether a member's folder may hold a file of this name; one in `.progress` is `.progress/NAME`."""
+    """Return whether a member's folder may contain a file of this name. Files in `.progress` are given as `.progress/NAME`."""
     inside = name.removeprefix(f"{PROGRESS}/")
     if inside != name:
         return _PROGRESS_FILE.fullmatch(inside) is not None
@@ -77,8 +77,8 @@ def is_member_name(name: str) -> bool:
 
 
 def is_index_name(name: str) -> bool:
-    """Return whether an index may have written a file of this name, given as seen from the index's folder. The card, which its owner
-    writes into, is not among them."""
+    """Return whether an index may have written a file of this name, relative to the index's folder. The card does not count, because its
+    owner can edit it."""
     folder, separator, inside = name.partition("/")
     if separator:
         return _MEMBER.fullmatch(folder) is not None and is_member_name(inside)
@@ -89,14 +89,14 @@ _KEY = b"hf_trak"
 
 
 class Origin(NamedTuple):
-    """What a shard says of itself in the key-value metadata of its Parquet footer.
+    """Where a shard belongs, stored in the key-value metadata of its Parquet footer.
 
     Args:
-        identity_sha256 (`str`): Of everything that decides the member's rows. It differs between members, and between indexes.
-        member (`int`, *optional*): The member's number, where its folder's name has one.
+        identity_sha256 (`str`): Hash of everything that determines the member's rows. It differs between members and indexes.
+        member (`int`, *optional*): The member's number, if its folder's name has one.
         shard (`int`): The shard's number.
-        n_shards (`int`): Of how many.
-        first_row (`int`): The row of the training set that the shard begins with.
+        n_shards (`int`): The member's number of shards.
+        first_row (`int`): The number of the shard's first row in the training set.
     """
 
     identity_sha256: str
@@ -118,7 +118,7 @@ def write_origin(origin: Origin) -> dict[bytes, bytes]:
 
 
 def read_origin(metadata: Mapping[bytes, bytes] | None) -> Origin | None:
-    """Return what a file says of itself; None if it says nothing."""
+    """Return the origin in a file's metadata; None if there is none."""
     try:
         return Origin(**json.loads((metadata or {})[_KEY]))
     except (KeyError, TypeError, ValueError, RecursionError):
@@ -126,10 +126,10 @@ def read_origin(metadata: Mapping[bytes, bytes] | None) -> Origin | None:
 
 
 def refuse_other_origin(path: Path, found: Origin | None, expected: Origin) -> None:
-    """Refuse a shard that belongs elsewhere.
+    """Refuse a shard with another origin than expected.
 
     Raises:
-        ValueError: Saying what it is, and where it belongs.
+        ValueError: Naming the origin that was found and the one that was expected.
     """
     if found == expected:
         return
@@ -152,10 +152,10 @@ def refuse_other_origin(path: Path, found: Origin | None, expected: Origin) -> N
 
 
 def read_member_info(folder: Path) -> dict[str, Any]:
-    """Return what a finished member says of itself.
+    """Return the content of a finished member's `member.json`.
 
     Raises:
-        ValueError: If `member.json` is damaged, or lists what no member of an index has; the message names the field.
+        ValueError: If `member.json` is damaged, or lists files that no member has. The message names the field.
     """
     path = folder / MEMBER_NAME
     info = read_json(path)
@@ -174,21 +174,21 @@ def read_member_info(folder: Path) -> dict[str, Any]:
             raise _damaged(path, f"entry {number} of 'files' is no object")
         name = field_of(path, entry, "file", str)
         if Path(name).name != name:
-            raise ValueError(f"{path} lists {name!r}, which does not lie in its folder: it is no member of hf_trak's.")
+            raise ValueError(f"{path} lists {name!r}, which is not in its folder, so this is not a member of an index.")
         if field_of(path, entry, "bytes", int) < 0 or not re.fullmatch("[0-9a-f]{64}", field_of(path, entry, "sha256", str)):
             raise _damaged(path, f"the size or SHA-256 of {name!r} is none")
         rows += field_of(path, entry, "rows", int) if "rows" in entry else 0
     if "statistics" in identity.get("point", {}) and STATISTICS_NAME not in {entry["file"] for entry in info["files"]}:
-        raise _damaged(path, f"it lists no {STATISTICS_NAME}, which its point is made with")
+        raise _damaged(path, f"it lists no {STATISTICS_NAME}, which its point needs")
     if rows != n_rows:
         raise _damaged(path, f"its files have {rows:,} rows, where 'n_rows' is {n_rows:,}")
     return info
 
 
 def differences_from(identity: Mapping[str, Any], config: TrakConfig) -> list[str]:
-    """Return one line per value in which what a member records of itself differs from the configuration of its index.
+    """Compare the values that a member records with the configuration of its index. Return one line per difference.
 
-    Damping, `out_to_loss_power` and `combination` are no part of it: they are chosen after the fact, and a member does not know them.
+    Damping, `out_to_loss_power` and `combination` are not compared. They can change after featurizing, so a member does not record them.
     """
     dataset = identity.get("dataset") or {}
     pairs: list[tuple[str, Any, Any]] = [("config", identity.get("config"), config.identity())]
@@ -202,7 +202,7 @@ def differences_from(identity: Mapping[str, Any], config: TrakConfig) -> list[st
 
 
 def _check_point(path: Path, info: dict[str, Any], point: dict[str, Any]) -> None:
-    """Check that a member which is a point of a path says which, and where its base is."""
+    """Check that a member that is a point of a path records its alpha and the location of its base."""
     alpha = point.get("alpha")
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha < 1:
         raise _damaged(path, f"'alpha' is {alpha!r}, where a number of at least 0 and below 1 is expected")
@@ -212,11 +212,11 @@ def _check_point(path: Path, info: dict[str, Any], point: dict[str, Any]) -> Non
     _check_source(path, "base", base)
     base = {"path": None, "repository": None, **base}
     if point.get("base") is None and base["path"] is None and base["repository"] is None:
-        raise _damaged(path, "it does not say where the base of the path is")
+        raise _damaged(path, "it does not record the location of the path's base")
 
 
 def _check_source(path: Path, name: str, source: dict[str, Any]) -> None:
-    """Check that what says where weights lie are texts, or nothing."""
+    """Check that the fields for the location of weights are strings or None."""
     if wrong := [part for part in ("path", "repository", "revision") if not isinstance(source.get(part), (str, type(None)))]:
         raise _damaged(path, f"{wrong[0]!r} of {name!r} is {source[wrong[0]]!r}, where text or nothing is expected")
 

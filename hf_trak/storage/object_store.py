@@ -1,7 +1,7 @@
-"""Object stores (S3 and the like, through fsspec): paths that read, list and put whole objects, as far as an index needs it.
+"""Object stores (such as S3, through fsspec): paths with the operations that an index needs.
 
-What such a store offers is an object that is whole or absent, under its name from the start: no renaming, no appending, no folders. A
-file is therefore made on the local disk and put under its name in one go, and a folder is what names have in common.
+An object store has complete objects with fixed names. There is no renaming, no appending and no folders. So a file is written on the
+local disk and then uploaded. A folder is a common prefix of names.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# To a type checker these are paths: whoever only joins, lists, reads and asks for names need not know which kind there is.
+# For type checkers, an ObjectPath is a Path: code that only joins, lists and reads works with both.
 if TYPE_CHECKING:
     _Base = Path
 else:
@@ -37,12 +37,12 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 @dataclass(frozen=True)
 class ObjectPath(_Base):
-    """An object, or the objects whose names begin alike, on a store that fsspec reaches.
+    """An object, or a common prefix of several objects, on a store that fsspec supports.
 
-    Credentials and endpoints are those of fsspec and of the store's own client: environment variables and configuration files.
+    Credentials and endpoints come from the configuration of fsspec and of the store's own client: environment variables and files.
 
     Args:
-        url (`str`): Such as `s3://bucket/my-index`.
+        url (`str`): A URL such as `s3://bucket/my-index`.
     """
 
     url: str
@@ -88,21 +88,21 @@ class ObjectPath(_Base):
                 if not missing_ok:
                     raise
 
-    # What pathlib has no words for
+    # Methods that pathlib does not have
 
     def sizes(self) -> dict[str, int]:
-        """Return the names below this one, each with its object's bytes; 0 for what holds others."""
+        """Return the names directly below this one with the size of each object; 0 for a prefix of others."""
         with self._store() as (store, key):
             try:
                 found = store.ls(key, detail=True)
             except FileNotFoundError:
                 return {}
-            # Some tools keep an empty object under a folder's own name.
+            # Some tools store an empty object with the name of the folder.
             names = {entry["name"].rstrip("/"): entry["size"] or 0 for entry in found}
             return {name.rsplit("/", 1)[-1]: size for name, size in sorted(names.items()) if not name.endswith(key.strip("/"))}
 
     def size(self) -> int | None:
-        """Return the object's bytes; None if there is none."""
+        """Return the size of the object in bytes; None if there is no object."""
         with self._store() as (store, key):
             try:
                 found = store.info(key)
@@ -111,7 +111,7 @@ class ObjectPath(_Base):
             return found["size"] if found["type"] == "file" else None
 
     def read_all(self, names: Sequence[str]) -> dict[str, bytes]:
-        """Return the content of small objects below this one, many at a time where the store allows it; absent ones are left out."""
+        """Return the content of small objects below this one. They are fetched in parallel if the store supports it; missing ones are left out."""
         with self._store() as (store, key):
             keys = {f"{key}/{name}": name for name in names}
             found = store.cat(list(keys), on_error="return") if keys else {}
@@ -121,17 +121,17 @@ class ObjectPath(_Base):
             return {keys[key]: content for key, content in found.items() if isinstance(content, bytes)}
 
     def put(self, write: Callable[[Path], Any]) -> None:
-        """Have `write` fill a file on the local disk, and put it under this name, in place of what is there."""
+        """Let `write` fill a file on the local disk and upload it. An existing object is replaced."""
         with _local_file(self.name) as file:
             write(file)
             with self._store(writing=True) as (store, key):
                 store.put_file(str(file), key)
 
     def put_once(self, write: Callable[[Path], Any]) -> bool:
-        """Put a small file as [`~ObjectPath.put`] does, unless there is one, and return whether it was put.
+        """Upload a small file as [`~ObjectPath.put`] does, unless the object exists. Return whether it was uploaded.
 
-        Of several processes at once one succeeds where the store has conditional writes, as S3, MinIO, R2, GCS and Azure do by now; on
-        one that ignores the condition, the last.
+        If several processes call this at once, one succeeds, provided that the store has conditional writes (S3, MinIO, R2, GCS and
+        Azure do). On a store that ignores the condition, the last write wins.
         """
         if self.exists():
             return False
@@ -146,7 +146,7 @@ class ObjectPath(_Base):
             except OSError as error:
                 if error.errno != errno.ENOSYS:
                     raise
-                store.pipe_file(key, content)  # a store that knows of no conditions, and says so
+                store.pipe_file(key, content)  # a store that rejects conditional writes
         return True
 
     def get(self, file: Path) -> None:
@@ -155,7 +155,7 @@ class ObjectPath(_Base):
             store.get_file(key, str(file))
 
     def move_to(self, target: Path) -> None:
-        """Give the object another name in the same store, in place of what is there; killed meanwhile, it may have both."""
+        """Rename the object in the same store, and replace an existing one. If the process is killed, both names may exist."""
         with self._store(writing=True) as (store, key):
             try:
                 store.cp_file(key, store._strip_protocol(str(target)))
@@ -174,18 +174,18 @@ class ObjectPath(_Base):
 
     @contextmanager
     def _store(self, *, writing: bool = False) -> Iterator[tuple[Any, str]]:
-        """Give the file system and the name in it; errors of the store come out with advice.
+        """Yield the file system and the name in it. Errors of the store are raised with advice.
 
         Raises:
-            ImportError: If the package that speaks to the store is missing.
-            PermissionError: If the store does not let us.
+            ImportError: If the package for this store is missing.
+            PermissionError: If the store denies access.
             ConnectionError: If it cannot be reached.
-            FileNotFoundError: If there is no such object, or, on writing, no such bucket.
+            FileNotFoundError: If there is no such object, or no such bucket when writing.
         """
         from fsspec.core import url_to_fs
 
         try:
-            # Listings are not remembered: other processes write, too.
+            # Listings are not cached, because other processes write too.
             opened = url_to_fs(self.url, use_listings_cache=False)
         except (ImportError, ValueError) as error:
             raise ImportError(_what_to_install(self.url, error)) from error
@@ -202,16 +202,16 @@ class ObjectPath(_Base):
                 f"{self.url} was not written: {_reason(error)} Make the bucket first, or check its name."
             ) from error
         except Exception as error:
-            if isinstance(error, OSError) and error.errno in (errno.ENOSYS, *_NO_ROOM):  # whoever asked has an answer
+            if isinstance(error, OSError) and error.errno in (errno.ENOSYS, *_NO_ROOM):  # the caller handles a missing object
                 raise
             raise _advise(self.url, error) from error
 
 
 def place(folder: str | Path) -> Path:
-    """Return where an index lies: a local path, or an [`ObjectPath`] for the URL of an object store.
+    """Return the location of an index: a local path, or an [`ObjectPath`] for the URL of an object store.
 
     Raises:
-        ValueError: If the URL is of something that keeps no whole objects, or was given as a `Path`.
+        ValueError: If the URL's file system cannot write atomically, or if the URL was given as a `Path`.
     """
     if isinstance(folder, ObjectPath):
         return folder
@@ -228,18 +228,18 @@ def place(folder: str | Path) -> Path:
         if protocol in protocols:
             raise ValueError(f"An index cannot be kept at {folder}. {why}")
     if not re.fullmatch(r"[a-z][a-z0-9+.-]*", protocol) or not rest.strip("/"):
-        raise ValueError(f"{folder!r} is no URL of a place on an object store, such as s3://bucket/my-index.")
+        raise ValueError(f"{folder!r} is not a URL on an object store, such as s3://bucket/my-index.")
     return ObjectPath(folder.rstrip("/"))
 
 
 def seen_from(folder: Path, path: Path) -> str:
-    """Return where a local path lies as seen from an index; from an object store, that is where it lies on this machine."""
+    """Return a local path relative to an index; for an index on an object store, the absolute path on this machine."""
     return os.path.abspath(path) if isinstance(folder, ObjectPath) else os.path.relpath(path, folder)
 
 
 @contextmanager
 def local_copy(path: Path) -> Iterator[Path]:
-    """Give a local file with the content of `path`: that itself, or a copy that is gone afterwards."""
+    """Yield a local file with the content of `path`: the file itself, or a temporary copy."""
     if not isinstance(path, ObjectPath):
         yield path
         return
@@ -250,10 +250,10 @@ def local_copy(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _local_file(name: str) -> Iterator[Path]:
-    """Give the name of a temporary file to be filled.
+    """Yield the name of an empty temporary file.
 
     Raises:
-        OSError: With advice, if the local disk has no room for it.
+        OSError: With advice, if the local disk is full.
     """
     with tempfile.TemporaryDirectory(prefix="hf_trak-", ignore_cleanup_errors=True) as folder:
         try:
@@ -263,17 +263,17 @@ def _local_file(name: str) -> Iterator[Path]:
                 raise
             raise OSError(
                 error.errno,
-                f"There is no room for {name} in {folder}, where it lies on its way to or from the store: {os.strerror(error.errno)}. "
+                f"There is not enough disk space for {name} in {folder}, which holds it during the transfer: {os.strerror(error.errno)}. "
                 "Free some space or set TMPDIR to another disk, and run again.",
             ) from error
 
 
 def _advise(url: str, error: Exception) -> OSError:
-    """Return the error to raise in place of one of a store's client, whose types are each client's own."""
+    """Return the error to raise instead of one from a store's client. Each client has its own error types."""
     kind = f"{type(error).__name__} {type(error.__cause__).__name__}"
     if isinstance(error, PermissionError) or re.search("Credential|Token|Auth|Forbidden|AccessDenied", kind):
         return PermissionError(
-            f"The store does not let us at {url}: {_reason(error)} Set credentials that may, as the store's own tools take them (for S3: "
+            f"The store denies access to {url}: {_reason(error)} Set credentials with access, as for the store's own tools (for S3: "
             "`aws configure`, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY). What was finished is kept; run again."
         )
     return ConnectionError(

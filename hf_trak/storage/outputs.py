@@ -1,4 +1,4 @@
-"""Files of results: room for them is reserved before work begins, and they appear under their names when they are whole."""
+"""Result files: disk space is reserved before work begins, and a file gets its name when it is complete."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
 
 @contextmanager
 def output_file(path: Path, *, n_bytes: int, unfinished: Path | None = None) -> Iterator[Path]:
-    """Give the name of a file with room for `n_bytes`, which becomes `path` when the block ends; after an error it is removed.
+    """Yield a file with reserved space for `n_bytes`. It becomes `path` when the block ends, and is removed after an error.
 
-    Files that killed processes left of the same result are removed.
+    Incomplete files that killed processes left for the same result are removed.
 
     Args:
-        unfinished (`Path`, *optional*): The name to give; by default one of this process alone.
+        unfinished (`Path`, *optional*): The name of the incomplete file; by default, a name with this process's number.
 
     Raises:
-        OSError: Naming `path`, if it may not be written or there is no room; before the block, so that nothing is computed for it.
+        OSError: Naming `path`, if it cannot be written or there is not enough space. It is raised before the block runs.
     """
     refuse_target(path)
     write_folder(path.parent)
@@ -48,11 +48,11 @@ def output_file(path: Path, *, n_bytes: int, unfinished: Path | None = None) -> 
 
 
 class Progress:
-    """How much of an unfinished file is done, in a journal next to it, so that a later process goes on.
+    """The progress of an unfinished file, in a journal beside it, so that a later process can continue.
 
     Args:
         file (`Path`): The unfinished file.
-        journal (`Path`): One line says what the file is of, and each further one how much is done of it.
+        journal (`Path`): The first line identifies the result. Each further line is the amount done.
     """
 
     def __init__(self, file: Path, journal: Path) -> None:
@@ -61,10 +61,10 @@ class Progress:
         self.done = 0
 
     def begin(self, identity: str) -> int:
-        """Return how much is done; 0 if the file is of something else than `identity`, which is recorded then."""
+        """Return the amount done. If the journal has another identity, record `identity` and return 0."""
         lines = []
         with suppress(OSError, UnicodeDecodeError):
-            lines = self._journal.read_text(encoding="ascii").split("\n")[:-1]  # the last line may be cut short
+            lines = self._journal.read_text(encoding="ascii").split("\n")[:-1]  # the last line may be incomplete
         if lines[:1] == [identity] and all(line.isdecimal() for line in lines[1:]):
             self.done = int(lines[-1]) if len(lines) > 1 else 0
         else:
@@ -72,7 +72,7 @@ class Progress:
         return self.done
 
     def record(self, done: int) -> None:
-        """Record how much is done; it must be on disk."""
+        """Record the amount done. The data must be on disk already."""
         self.done = done
         with open(self._journal, "a", encoding="ascii") as journal:
             journal.write(f"{done}\n")
@@ -80,13 +80,13 @@ class Progress:
 
 @contextmanager
 def resumable_file(path: Path, *, n_bytes: int) -> Iterator[Progress]:
-    """Give an unfinished file with room for `n_bytes`, which becomes `path` when the block ends.
+    """Yield an unfinished file with reserved space for `n_bytes`. It becomes `path` when the block ends.
 
-    After an error it is kept if something of it is done, and the next call for the same `path`, of any process, goes on with it. One
-    that is of something else is removed.
+    After an error the file is kept if a part is done. The next call for the same `path`, in any process, continues it. A file of
+    another result is removed.
 
     Raises:
-        OSError: As [`output_file`].
+        OSError: As in [`output_file`].
     """
     refuse_target(path)
     write_folder(path.parent)
@@ -116,7 +116,7 @@ def resumable_file(path: Path, *, n_bytes: int) -> Iterator[Progress]:
 
 
 def _take_over(path: Path, noted: Path, progress: Progress) -> None:
-    """Give this process's names to an unfinished file, and its journal, of a process that has ended."""
+    """Take over an unfinished file and its journal from a process that has ended, by renaming them."""
     files = {left.name: left for left in ended_temporaries(path)}
     for journal in ended_temporaries(noted):
         file = files.get(journal.name.replace(f".{noted.name}.", f".{path.name}.", 1))
@@ -127,10 +127,10 @@ def _take_over(path: Path, noted: Path, progress: Progress) -> None:
 
 
 def reserve(file: int, n_bytes: int, path: str | Path) -> None:
-    """Reserve room for an open file, where the file system can.
+    """Reserve disk space for an open file, if the file system supports it.
 
     Raises:
-        OSError: If there is none.
+        OSError: If there is not enough space.
     """
     if not hasattr(os, "posix_fallocate") or n_bytes < 1:
         return
@@ -151,7 +151,7 @@ def reserve(file: int, n_bytes: int, path: str | Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Name a file, and what to do, in errors of the disk."""
+    """Add the file's name and advice to disk errors in the block."""
     try:
         yield
     except OSError as error:

@@ -1,7 +1,7 @@
-"""One pass of gradients that makes several members: its columns and files, and the float64 sums of their Gram matrices.
+"""One pass of gradients that computes several members: its columns and files, and the float64 sums of their Gram matrices.
 
-Where the stretches lie depends on the number of shards alone, so that however many processes add them up, the bytes are the same.
-Up to 64 shards are one stretch: their Gram matrix is the plain sum in shard order.
+A stretch is a range of consecutive shards that are summed together. Stretches depend only on the number of shards, so the bytes do not
+depend on the number of processes. Up to 64 shards are one stretch, whose Gram matrix is the sum in the order of the shards.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from hf_trak.storage.files import write_atomically
 from hf_trak.storage.object_store import local_copy
 from hf_trak.storage.writer import MemberWriter
 
-_SHARDS = 64  # of a stretch at least
-_STRETCHES = 64  # at most: each that is kept takes proj_dim² · 8 bytes until the member is finished
+_SHARDS = 64  # minimum length of a stretch
+_STRETCHES = 64  # maximum number: each stored sum takes proj_dim² · 8 bytes until the member is finished
 
 
 def stretches(n_shards: int) -> list[range]:
-    """Return which shards are summed together."""
+    """Return the ranges of shards that are summed together."""
     size = max(_SHARDS, math.ceil(n_shards / _STRETCHES))
     return [range(first, min(first + size, n_shards)) for first in range(0, n_shards, size)]
 
 
 def gram_of(writer: MemberWriter, *, proj_dim: int) -> Float64[Tensor, "proj_dim proj_dim"]:
-    """Return the Gram matrix of a member whose shards are all written; stretches that were kept are read, not summed again."""
+    """Return the Gram matrix of a member whose shards are all written. Stored sums of stretches are read, not computed again."""
     gram = torch.zeros(proj_dim, proj_dim, dtype=torch.float64)
     for stretch in stretches(writer.n_shards):
         path = _path(writer, stretch)
@@ -42,7 +42,7 @@ def gram_of(writer: MemberWriter, *, proj_dim: int) -> Float64[Tensor, "proj_dim
 
 
 def keep_stretch(writer: MemberWriter, stretch: range, *, proj_dim: int) -> None:
-    """Sum one stretch of shards and keep the result beside the records of an unfinished member, unless it is there."""
+    """Sum one stretch of shards and store the result in `.progress` of an unfinished member, unless it exists."""
     path = _path(writer, stretch)
     if not path.exists():
         gram = _sum(writer, stretch, proj_dim)
@@ -73,7 +73,7 @@ def encode_pass(
     seeds: Sequence[int],
     dtype: str,
 ) -> dict[str, np.ndarray]:
-    """Return the trak_* columns of every sketch; with several, a column's name ends in the sketch's seed."""
+    """Return the trak_* columns of every sketch. With several sketches, the names of columns end in the sketch's seed."""
     columns: dict[str, np.ndarray] = {}
     for seed, part in zip(seeds, features.chunk(len(seeds), dim=1), strict=True):
         for name, values in encode_columns(part, output, out_to_loss, dtype=dtype).items():
@@ -82,7 +82,7 @@ def encode_pass(
 
 
 def columns_of(columns: Mapping[str, np.ndarray], seed: int, seeds: Sequence[int]) -> dict[str, np.ndarray]:
-    """Return the columns of one sketch among those of [`encode_pass`], under their plain names."""
+    """Return the columns of one sketch from those of [`encode_pass`], with their plain names."""
     if len(seeds) == 1:
         return dict(columns)
     ending = _name("", seed, seeds)
@@ -94,13 +94,13 @@ def _name(name: str, seed: int, seeds: Sequence[int]) -> str:
 
 
 class PassWriter:
-    """Writes one pass's shards, each member's to its own folder; to the loop over shards it is one [`MemberWriter`].
+    """Writes the shards of one pass to the folders of several members, with the interface of a [`MemberWriter`].
 
-    A shard is missing if any member lacks it, and only those that lack it are written: a member that was finished, or got further
-    before the process was killed, is not touched.
+    A shard is missing if any member lacks it. It is written only for the members that lack it, so members that are finished or further
+    along do not change.
 
     Args:
-        writers (`Sequence[MemberWriter]`): Of the members, over the same grid of rows.
+        writers (`Sequence[MemberWriter]`): The writers of the members, with the same shards.
         seeds (`Sequence[int]`): Their sketch seeds.
     """
 
@@ -120,7 +120,7 @@ class PassWriter:
         return sorted({shard for writer in self.writers for shard in writer.missing()})
 
     def write(self, shard: int, columns: Mapping[str, np.ndarray]) -> None:
-        """Write a shard of every member that lacks it."""
+        """Write a shard for every member that lacks it."""
         for writer, seed in zip(self.writers, self.seeds, strict=True):
             if writer.lacks(shard):
                 writer.write(shard, columns_of(columns, seed, self.seeds))

@@ -1,4 +1,4 @@
-"""A finished member, read: its rows, whole or a row group at a time, and its Gram matrix."""
+"""Reading a finished member: its shards or row groups, and its Gram matrix."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _MEND = "Restore it from a copy, or run the command that made the index again: o
 
 @dataclass(eq=False)
 class InMemory:
-    """A member's row groups, shard by shard, its Gram matrix, and the last factor of it, by what decides it."""
+    """A member in memory: its row groups by shard, its Gram matrix, and the last factor with its parameters."""
 
     blocks: list[list[Shard]]
     gram: Float64[Tensor, "proj_dim proj_dim"]
@@ -50,14 +50,14 @@ class MemberReader:
 
     Args:
         folder (`Path`): The member's folder.
-        fetch (*optional*): Called with the name of a file before its first use, to bring it into `folder`. By default, all files are
-            there already.
+        fetch (*optional*): Called with the name of a file before its first use, to download it into `folder`. By default, all files
+            must exist.
 
-    Files are hashed before they are used: those that are fetched and shards on their first use, the others here.
+    Files are hashed before use: shards and downloaded files on their first use, the others in the constructor.
 
     Raises:
         FileNotFoundError: If the folder is not a finished member.
-        ValueError: If a file is missing, or is not what was written; of shards that are there, a wrong length is found here.
+        ValueError: If a file is missing or has changed since it was written. For existing shards, only the size is checked here.
     """
 
     def __init__(self, folder: Path, fetch: Callable[[str], Any] | None = None) -> None:
@@ -91,10 +91,10 @@ class MemberReader:
             raise ValueError(self._what_it_is(path, f"{state}, where {expected:,} bytes were written"))
 
     def path(self, name: str) -> Path:
-        """Return where a file lies: one that is elsewhere is fetched, and all are used only if they are what was written.
+        """Return the path of a file. The file is downloaded if necessary, and checked against its recorded hash.
 
         Raises:
-            ValueError: If it is something else; a fetched file is dropped then.
+            ValueError: If the hash differs. A downloaded file is then deleted.
         """
         path = self.folder / name
         if name in self._verified:
@@ -104,20 +104,20 @@ class MemberReader:
         if not is_as_written(path, self.records[name]):
             if self._fetch is None:
                 raise ValueError(self._what_it_is(path, _CHANGED))
-            for damaged in (path.resolve(), path):  # in a cache, a link and what it leads to
+            for damaged in (path.resolve(), path):  # in a cache, a link and its target
                 damaged.unlink(missing_ok=True)
             raise ValueError(
-                f"{path} is not what was written: its SHA-256 differs from the one in {MEMBER_NAME}. It was dropped, so that the next "
-                "call fetches it anew. If it comes the same again, it is damaged where it comes from: ask for it to be pushed again."
+                f"{path} is not what was written: its SHA-256 differs from the one in {MEMBER_NAME}. It was deleted, and the next "
+                "call downloads it again. If the error remains, the file is damaged at its source: ask for it to be pushed again."
             )
         self._verified.add(name)
         return path
 
     def hash_shards(self, most_bytes: int) -> int:
-        """Hash shards that are here, in order, as far as they have at most so many bytes, and return how many of these are left.
+        """Hash local shards in order, up to a total of `most_bytes`, and return the number of bytes left of it.
 
         Raises:
-            ValueError: If one is not what was written.
+            ValueError: If a hash differs.
         """
         for name, record in self.records.items():
             if self._fetch is None and "rows" in record and record["bytes"] <= most_bytes:
@@ -126,20 +126,20 @@ class MemberReader:
         return most_bytes
 
     def _what_it_is(self, path: Path, problem: str) -> str:
-        """Say of a file that is not what was written what it is, as far as it tells; otherwise, what the problem is."""
+        """Return a message for a changed file: where it belongs, if its metadata says so; otherwise, the problem."""
         names = [name for name, record in self.records.items() if "rows" in record]
         if path.name in names:
             try:
                 found = read_origin(pq.read_schema(path).metadata)
                 refuse_other_origin(path, found, self.origin(names.index(path.name)))
             except (pa.ArrowException, OSError):
-                pass  # it is damaged, which the hash says
+                pass  # it is damaged; the message about the hash says so
             except ValueError as error:
                 return str(error)
         return f"{path} {problem}. {_MEND}"
 
     def origin(self, shard: int) -> Origin:
-        """Return where a shard belongs, as the shard itself says."""
+        """Return the origin that a shard must have."""
         return origin_of(self.folder, self.identity, shard, n_shards=len(self.shard_paths))
 
     @property
@@ -152,26 +152,26 @@ class MemberReader:
             yield read_shard(path, self.origin(number))
 
     def gram(self) -> Float64[Tensor, "proj_dim proj_dim"]:
-        """Return ΦᵀΦ, which is not to be changed."""
+        """Return ΦᵀΦ. Do not modify it."""
         return self._read_tensor(GRAM_NAME) if self.in_memory is None else self.in_memory.gram
 
     def keep_in_memory(self) -> None:
-        """Read features and Gram matrix once, and keep them."""
+        """Read features and Gram matrix once, and keep them in memory."""
         if self.in_memory is None:
             paths = self.shard_paths
             blocks = [list(read_blocks(path, self.origin(number))) for number, path in enumerate(paths)]
             self.in_memory = InMemory(blocks, self.gram())
 
     def mask(self) -> Bool[Tensor, " rows"] | None:
-        """Return which rows the checkpoint was trained on; None if that is not recorded."""
+        """Return the mask of rows that the checkpoint was trained on; None if it is not recorded."""
         return self._read_tensor(MASK_NAME) if MASK_NAME in self.records else None
 
     def tensors(self, file: str) -> dict[str, Tensor] | None:
-        """Return what every row depends on, by name: the bank that examples were held against, or running statistics; None for members
-        that have none.
+        """Return stored tensors on which every row depends: the bank of a contrastive task, or running statistics. None if the member
+        has no such file.
 
         Raises:
-            ValueError: If it is not what was written.
+            ValueError: If the file has changed since it was written.
         """
         return load_file(self.path(file)) if file in self.records else None
 
@@ -183,10 +183,10 @@ class MemberReader:
             raise ValueError(f"{path} is damaged: {error}. {_MEND}") from error
 
     def verify(self) -> None:
-        """Hash every file, whatever is remembered of it.
+        """Hash every file, without the cache of hashes.
 
         Raises:
-            ValueError: Naming the first file whose content is not what was written.
+            ValueError: Naming the first file that has changed since it was written.
         """
         for name, record in self.records.items():
             if hash_file(self.path(name)) != record["sha256"]:
@@ -194,7 +194,7 @@ class MemberReader:
 
 
 class _ShardPaths(Sequence[Path]):
-    """A member's shards in order, each fetched when it is asked for."""
+    """The paths of a member's shards in order. A shard is downloaded on access."""
 
     def __init__(self, member: MemberReader) -> None:
         self._member = member
@@ -217,16 +217,16 @@ _COLUMNS = ("example_id", "trak_features", "trak_scale", "trak_out_to_loss", "tr
 
 
 class BlockSize(NamedTuple):
-    """The first row group of a member, which the others are no larger than."""
+    """The size of a member's first row group. The others are no larger."""
 
     rows: int
     proj_dim: int
     bytes: int
-    """On disk, and as Arrow holds it."""
+    """Bytes on disk, and in Arrow's memory."""
 
 
 def block_size(member: MemberReader) -> BlockSize:
-    """Return how large a member's blocks are."""
+    """Return the size of a member's row groups."""
     with pq.ParquetFile(member.shard_paths[0]) as file:
         group = file.metadata.row_group(0)
         length = file.schema_arrow.field("trak_features").type.list_size
@@ -234,7 +234,7 @@ def block_size(member: MemberReader) -> BlockSize:
 
 
 def member_blocks(member: MemberReader, shards: range | None = None) -> Iterator[Shard]:
-    """Yield the row groups of some shards, or of all, in order, one in memory at a time; features are float32."""
+    """Yield the row groups of all shards, or of `shards`, in order, one in memory at a time. Features are float32."""
     for number in range(len(member.shard_paths)) if shards is None else shards:
         if member.in_memory is not None:
             yield from member.in_memory.blocks[number]
@@ -243,15 +243,15 @@ def member_blocks(member: MemberReader, shards: range | None = None) -> Iterator
 
 
 def aligned_blocks(members: Sequence[MemberReader], shards: range | None = None) -> Iterator[tuple[Shard, ...]]:
-    """Yield the same rows of every member; members of one index are cut alike."""
+    """Yield the same rows of every member. All members of an index have the same row groups."""
     return zip(*(member_blocks(member, shards) for member in members), strict=True)
 
 
 def read_blocks(path: Path, origin: Origin | None = None) -> Iterator[Shard]:
-    """Yield the row groups of one Parquet shard, checking the checksum of every page, and that each row is that of its place.
+    """Yield the row groups of one Parquet shard. The checksum of every page and the number of every row are checked.
 
     Args:
-        origin ([`Origin`], *optional*): Where the shard belongs; a file that says something else is refused.
+        origin ([`Origin`], *optional*): Where the shard belongs. A file with another origin is refused.
 
     Raises:
         ValueError: If the file is damaged, or belongs elsewhere.

@@ -1,8 +1,8 @@
-"""What an index wrote, and nothing else: which files of a folder are an index's, and how another index takes their place.
+"""Replacing an index: which files in a folder belong to the index, and how a new index takes their place.
 
-A new index is made whole in `.replacement`, in the folder of the one that it replaces. Its `replaces.json`, written last, lists the old
-files that go. From then on the exchange may be stopped at any moment: the next process that opens the folder ends it. Until then the
-old index is untouched. Files that no index wrote are neither moved nor removed.
+A new index is written completely in `.replacement`, a folder inside that of the old index. Its `replaces.json`, written last, lists the
+old files to remove. Until then the old index does not change. After that, the exchange can be interrupted at any time, and the next process
+that opens the folder completes it. Files that hf_trak did not write are neither moved nor removed.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _PLAN = "replaces.json"
 
 
 def staging_folder(folder: Path) -> Path:
-    """Return where a new index lies until it is whole, of the index in `folder`."""
+    """Return the folder in which a new index is written until it is complete."""
     return folder / STAGING
 
 
 def holds_index(folder: Path) -> bool:
-    """Return whether a folder holds the configuration of an index, of whatever format version."""
+    """Return whether a folder contains the configuration of an index of any format version."""
     path = folder / CONFIG_NAME
     if not path.is_file():
         return False
@@ -52,18 +52,18 @@ def holds_index(folder: Path) -> bool:
 
 
 def foreign_names(folder: Path) -> list[str]:
-    """Return what lies in a folder but for temporary files of an index and what is left of a replacement."""
+    """Return the names in a folder, without temporary files of an index and leftovers of a replacement."""
     return sorted(name for name in file_sizes(folder) if name != STAGING and not is_index_name(name_of_temporary(name) or ""))
 
 
-# What an index wrote
+# Files that an index wrote
 
 
 def written_files(folder: Path, members: Callable[[int], bool] = lambda number: True) -> list[str]:
-    """Return the names of the files that the index in `folder` wrote, but for its card, which its owner writes into.
+    """Return the names of the files of the index in `folder`, without its card, because its owner can edit it.
 
     Args:
-        members (`Callable`): Given a member's number, whether its files are meant; by default, those of all.
+        members (`Callable`): Given a member's number, return whether to include its files; by default, all are included.
     """
     there = file_sizes(folder)
     names = [name for name in there if is_index_name(name) or is_index_name(name_of_temporary(name) or "")]
@@ -75,7 +75,7 @@ def written_files(folder: Path, members: Callable[[int], bool] = lambda number: 
 
 
 def _member_files(folder: Path) -> list[str]:
-    """Return the names of a member's files: those it lists, and, of an unfinished one, those under the names it would list."""
+    """Return the names of a member's files: those it lists, or for an unfinished member, those with names that it would list."""
     there = set(file_sizes(folder))
     unfinished = {name for name in file_sizes(folder / PROGRESS) if is_member_file(f"{PROGRESS}/{name}")}
     listed = _listed(folder) if MEMBER_NAME in there else set()
@@ -91,19 +91,19 @@ def _member_files(folder: Path) -> list[str]:
 
 
 def is_member_file(name: str) -> bool:
-    """Return whether a member's folder may hold a file of this name, whole or temporary; one in `.progress` is `.progress/NAME`."""
+    """Return whether a member's folder may contain a file of this name, complete or temporary. Files in `.progress` are `.progress/NAME`."""
     folder, separator, inside = name.rpartition("/")
     return is_member_name(f"{folder}{separator}{name_of_temporary(inside) or inside}")
 
 
 def refuse_target(path: Path, read: Mapping[str, str | Sequence[str] | None] | None = None) -> None:
-    """Refuse a name for a file of results that would replace what is no earlier result: a URL, a file of an index, or what is read.
+    """Refuse a result file that is a URL, a file of an index, or one of the inputs.
 
     Args:
-        read (`Mapping`, *optional*): Files, folders and repositories that the results are made from, by what they are called.
+        read (`Mapping`, *optional*): The inputs (files, folders and repositories) by the names to use in messages.
 
     Raises:
-        ValueError: Saying what it is.
+        ValueError: Saying what the file is.
     """
     refuse_url(path)
     target = path.resolve()
@@ -119,7 +119,7 @@ def refuse_target(path: Path, read: Mapping[str, str | Sequence[str] | None] | N
 
 
 def _listed(folder: Path) -> set[str]:
-    """Return the files that a finished member lists; none if its list is damaged."""
+    """Return the files that a finished member lists; an empty set if its list is damaged."""
     try:
         values: Any = read_json(folder / MEMBER_NAME)
         return {str(entry["file"]) for entry in values["files"]}
@@ -128,7 +128,7 @@ def _listed(folder: Path) -> set[str]:
 
 
 def _is_our_shard(path: Path) -> bool:
-    """Return whether a Parquet file says that a member's writer made it."""
+    """Return whether the metadata of a Parquet file is that of a shard."""
     try:
         with local_copy(path) as file:
             return read_origin(pq.read_schema(file).metadata) is not None
@@ -137,7 +137,7 @@ def _is_our_shard(path: Path) -> bool:
 
 
 def remove_files(folder: Path, names: Iterable[str]) -> None:
-    """Remove files of an index, by names as seen from `folder`, and the folders below it that are empty then.
+    """Remove files of an index, given relative to `folder`, and then empty folders below it.
 
     Raises:
         OSError: With advice, if a file cannot be removed.
@@ -152,11 +152,11 @@ def remove_files(folder: Path, names: Iterable[str]) -> None:
                 (folder / name).rmdir()
 
 
-# A new index in the place of an old one
+# Replacing an old index by a new one
 
 
 def begin_replacement(folder: Path, config: dict[str, Any]) -> Path:
-    """Return where a new index of the configuration `config` is made until it is whole; one that was begun is gone on with."""
+    """Return the folder for a new index with the configuration `config`. An unfinished one is continued."""
     refuse_linked_folders(folder, [])
     staging = staging_folder(folder)
     path = staging / CONFIG_NAME
@@ -168,7 +168,7 @@ def begin_replacement(folder: Path, config: dict[str, Any]) -> Path:
 
 
 def drop_replacement(folder: Path) -> None:
-    """Remove what is left of a new index that never became whole."""
+    """Remove a new index that was never completed."""
     staging = staging_folder(folder)
     if not isinstance(staging, ObjectPath) and (not staging.is_dir() or staging.is_symlink()):
         return
@@ -181,7 +181,7 @@ def drop_replacement(folder: Path) -> None:
 
 
 def _staged_files(staging: Path) -> list[str]:
-    """Return the names of the files of an index in `.replacement`, whole or not."""
+    """Return the names of the files of an index in `.replacement`, complete or not."""
     there = file_sizes(staging)
     names = [name for name in there if _is_staged(name) or _is_staged(name_of_temporary(name) or "")]
     for name in there:
@@ -197,11 +197,11 @@ def _is_staged(name: str) -> bool:
 
 
 def commit_replacement(folder: Path, old: Sequence[str]) -> None:
-    """Put the index that is whole in `.replacement` in the place of an old one, whose files are `old`.
+    """Replace an old index, whose files are `old`, by the complete one in `.replacement`.
 
     Raises:
-        ValueError: If a file that no index wrote has the name of a new one; nothing is changed then.
-        OSError: With advice, if a file cannot be moved. The next process that opens the folder goes on.
+        ValueError: If a file that hf_trak did not write has the name of a new file. Nothing changes then.
+        OSError: With advice, if a file cannot be moved. The next process that opens the folder continues.
     """
     staging = staging_folder(folder)
     new = [name for name in _staged_files(staging) if name_of_temporary(name.rsplit("/", 1)[-1]) is None]
@@ -211,7 +211,7 @@ def commit_replacement(folder: Path, old: Sequence[str]) -> None:
 
 
 def refuse_foreign(folder: Path, new: Sequence[str], old: Sequence[str]) -> None:
-    """Refuse names that files have which no index wrote, and files in folders that are links.
+    """Refuse to replace files that hf_trak did not write, and files in folders that are links.
 
     Raises:
         ValueError: Naming them.
@@ -228,10 +228,10 @@ def refuse_foreign(folder: Path, new: Sequence[str], old: Sequence[str]) -> None
 
 
 def refuse_linked_folders(folder: Path, names: Iterable[str]) -> None:
-    """Refuse to replace files in a folder that is a symbolic link: they may be another index's.
+    """Refuse to replace files in a folder that is a symbolic link, because they may belong to another index.
 
     Args:
-        names (`Iterable[str]`): Files as seen from `folder`.
+        names (`Iterable[str]`): Files relative to `folder`.
 
     Raises:
         ValueError: Naming the link.
@@ -249,11 +249,11 @@ def _is_link(path: Path) -> bool:
 
 
 def finish_replacement(folder: Path) -> None:
-    """End an exchange that was stopped after the new index was whole, if there is one.
+    """Complete an exchange that was interrupted after the new index was complete, if there is one.
 
     Raises:
         OSError: With advice, if a file cannot be moved or removed.
-        ValueError: If the list of files that go is damaged; none is removed then.
+        ValueError: If the list of files to remove is damaged. Nothing is removed then.
     """
     staging = staging_folder(folder)
     if not (staging / _PLAN).is_file() or _is_link(staging):
@@ -270,7 +270,7 @@ def finish_replacement(folder: Path) -> None:
 
 
 def _may_go(name: str) -> bool:
-    """Return whether a file of this name may be removed: one of an index, or a temporary one of it."""
+    """Return whether a file of this name may be removed: a file of an index, or a temporary file of one."""
     folder, separator, inside = name.rpartition("/")
     return is_index_name(name) or is_index_name(f"{folder}{separator}{name_of_temporary(inside) or ''}")
 
@@ -283,7 +283,7 @@ def _move(source: Path, target: Path) -> None:
     try:
         os.replace(source, target)
     except FileNotFoundError:
-        if not target.is_file():  # unless another process ends the same exchange
+        if not target.is_file():  # unless another process completes the same exchange
             raise
     except OSError as error:
         raise OSError(
@@ -294,7 +294,7 @@ def _move(source: Path, target: Path) -> None:
 
 
 def refuse_overlap(source: Path, target: Path) -> None:
-    """Refuse a target that is the source, lies in it, or holds it.
+    """Refuse a target that is the source, is inside it, or contains it.
 
     Raises:
         ValueError: Naming both.
@@ -307,7 +307,7 @@ def refuse_overlap(source: Path, target: Path) -> None:
         return
     relation = "is the index itself" if here == there else "lies in the index" if len(there) > len(here) else "holds the index"
     raise ValueError(
-        f"{target} {relation} that is to be copied, {source}. Choose a folder that neither holds the index nor lies in it; nothing was "
+        f"{target} {relation} that is to be copied, {source}. Choose a folder that neither contains the index nor is inside it; nothing was "
         "changed."
     )
 
@@ -317,13 +317,13 @@ def _parts(path: Path) -> list[str]:
         return list(path.resolve().parts)
     protocol, _, rest = path.url.partition("://")
     same = {"s3a": "s3", "gcs": "gs", "abfs": "az", "abfss": "az"}
-    # Buckets have no case; of two keys that differ in case alone, some stores make one.
+    # Bucket names ignore case, and some stores do not distinguish keys that differ only in case.
     parts = [part for part in rest.casefold().split("/") if part not in ("", ".")]
     return [same.get(protocol.casefold(), protocol.casefold()), *parts]
 
 
 def _is_same_on_disk(source: Path, target: Path) -> bool:
-    """Return whether one of two local folders is, or holds, the other under another name: a mount, or a disk that has no case."""
+    """Return whether one of two local folders is or contains the other under another name (a mount, or a case-insensitive disk)."""
     if isinstance(source, ObjectPath) or isinstance(target, ObjectPath):
         return False
     here, there = _inodes(source), _inodes(target)
@@ -331,6 +331,6 @@ def _is_same_on_disk(source: Path, target: Path) -> bool:
 
 
 def _inodes(path: Path) -> list[tuple[int, int]]:
-    """Return what identifies a folder and those above it, as far as they exist, the deepest first."""
+    """Return the device and inode of a folder and its parents, as far as they exist, the deepest first."""
     whole = path.resolve()
     return [(one.stat().st_dev, one.stat().st_ino) for one in (whole, *whole.parents) if one.exists()]

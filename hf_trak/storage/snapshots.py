@@ -1,4 +1,4 @@
-"""Folders of a model's files, each with a list of what was written into it, so that nothing else in it is ever removed."""
+"""Snapshots: folders with a model's files and a list of them, so that only listed files are ever removed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from hf_trak.storage.files import TEMPORARY, is_running, read_json, remove_file, temporary_name, write_folder, write_json
 
 LIST_NAME = ".snapshot.json"
-# What a Trainer writes into the checkpoints of a run, which have no such list.
+# Files that a Trainer writes into the checkpoints of a run, which have no such list.
 _TRAINED = re.compile(
     r"(.*_)?config\.json|(adapter_)?model.*\.safetensors(\.index\.json)?|(optimizer|scheduler|scaler|training_args)\.(pt|bin)"
     r"|rng_state.*\.pth|trainer_state\.json|tokenizer.*|vocab.*|merges\.txt|special_tokens_map\.json|added_tokens\.json|spiece\.model"
@@ -27,11 +27,11 @@ def is_snapshot(folder: Path) -> bool:
 
 
 def write_snapshot(folder: Path, save: Callable[[Path], Any]) -> None:
-    """Have `save` fill a folder that appears under its name when it is whole, in place of an earlier snapshot. What somebody else put
-    into the earlier one is moved into the new one.
+    """Let `save` fill a temporary folder, and rename it to `folder` when it is complete. It replaces an earlier snapshot, whose other
+    files are moved to the new one.
 
     Raises:
-        ValueError: If `folder` holds something else than a snapshot; nothing is changed.
+        ValueError: If `folder` exists and is not a snapshot. Nothing changes then.
     """
     write_folder(folder.parent)
     _remove_leftovers(folder)
@@ -51,7 +51,7 @@ def write_snapshot(folder: Path, save: Callable[[Path], Any]) -> None:
 
 
 def refuse_other(folder: Path) -> None:
-    """Refuse a folder that is there and is no snapshot.
+    """Refuse a folder that exists and is not a snapshot.
 
     Raises:
         ValueError: Naming it.
@@ -64,7 +64,7 @@ def refuse_other(folder: Path) -> None:
 
 
 def remove_snapshot(folder: Path) -> None:
-    """Remove the files of a snapshot, and its folder if it is empty then."""
+    """Remove the files of a snapshot, and then its folder if it is empty."""
     if folder.is_symlink() or not is_snapshot(folder):
         return
     names = read_json(folder / LIST_NAME).get("files")
@@ -76,7 +76,7 @@ def remove_snapshot(folder: Path) -> None:
 
 
 def remove_trained(folder: Path) -> None:
-    """Remove what a Trainer writes into a folder of its own: checkpoints and records. Other files stay."""
+    """Remove the checkpoints and records that a Trainer wrote into its output folder. Other files stay."""
     if folder.is_symlink() or not folder.is_dir():
         return
     for path in sorted(folder.rglob("*")):
@@ -98,7 +98,7 @@ def _remove_empty(folder: Path) -> None:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what processes left that were killed while writing a snapshot; one that was taken away for a new one comes back."""
+    """Remove leftovers of processes that were killed while writing a snapshot. A snapshot that was moved aside is moved back."""
     name = re.compile(rf"\.{re.escape(folder.name)}(?P<old>\.old)?\.[^.]+\.(?P<process>\d+){re.escape(TEMPORARY)}")
     for leftover in sorted(folder.parent.glob(f".{folder.name}.*{TEMPORARY}")):
         found = name.fullmatch(leftover.name)
@@ -113,7 +113,7 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _empty(old: Path, folder: Path) -> None:
-    """Remove an earlier snapshot; what else was in its folder moves to the new one."""
+    """Remove an earlier snapshot, and move other files of its folder to the new one."""
     if not old.exists():
         return
     remove_snapshot(old)

@@ -1,7 +1,7 @@
-"""Every file of an index, compared by hash with what was written, and hashed once as long as it does not change.
+"""Verification of an index by the hashes of its files. A file is hashed once, as long as it does not change.
 
-What is remembered lies in a cache, never in the index: an index on a read-only disk is verified like any other. A file counts as
-unchanged if its size, its inode and its times of modification and of change are those it had when it was hashed.
+Known hashes are in a cache outside the index, so an index on a read-only disk can be verified too. A file counts as unchanged if its size,
+inode, modification time and change time are those at the time of hashing.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from hf_trak.storage.format import (
 from hf_trak.storage.replacing import STAGING, is_member_file
 
 _CACHE = "HF_TRAK_CACHE"
-_SETTLED_NS = 2_000_000_000  # a file may change again within one tick of its file system's clock
+_SETTLED_NS = 2_000_000_000  # a file can change twice within one tick of its file system's clock
 
-_known: dict[Path, dict[str, str]] = {}  # by cache file: by name, the state of a file and its hash
+_known: dict[Path, dict[str, str]] = {}  # cache file -> name -> state of the file, and its hash
 
 
 def cache_folder() -> Path:
-    """Return where hf_trak caches: `HF_TRAK_CACHE`, by default `hf_trak` in the folder of the Hub's caches."""
+    """Return the cache folder: `HF_TRAK_CACHE`, or by default `hf_trak` in the folder of the Hub's caches."""
     if _CACHE in os.environ:
         return Path(os.environ[_CACHE])
     from huggingface_hub import constants
@@ -55,8 +55,8 @@ def cache_folder() -> Path:
 
 
 def is_as_written(path: Path, record: Mapping[str, Any]) -> bool:
-    """Return whether a local file has the size and the SHA-256 of its `record`; one that was hashed before and has not changed since
-    is not hashed again."""
+    """Return whether a local file has the size and SHA-256 in `record`. A file that was hashed before and has not changed is not hashed
+    again."""
     try:
         state = path.stat()
     except OSError:
@@ -83,7 +83,7 @@ def _cache_file(folder: Path) -> Path:
 def _read(cache: Path) -> dict[str, str]:
     if cache not in _known:
         lines = []
-        with suppress(OSError):  # there is none yet
+        with suppress(OSError):  # no cache yet
             lines = cache.read_text(encoding="utf-8", errors="replace").splitlines()
         parts = [line.partition("\t") for line in lines]
         _known[cache] = {name: known for name, separator, known in parts if separator}
@@ -91,7 +91,7 @@ def _read(cache: Path) -> dict[str, str]:
 
 
 def _remember(cache: Path, name: str, known: str) -> None:
-    """Add a line, which is one write: processes that verify the same index at a time do not disturb each other."""
+    """Append a line in a single write, so that several processes can verify the same index at once."""
     _read(cache)[name] = known
     if "\n" in name or "\t" in name:
         return
@@ -104,20 +104,20 @@ def _remember(cache: Path, name: str, known: str) -> None:
 AGAIN = "Run the command that made the index again: only files that are missing or damaged are made again."
 _COPY = "restore it from a copy, or run the command that made the index again."
 RESTORE = (
-    "Restore it from a copy, or run the command that made the index again: it goes by the files of rows that are whole. If it refuses, "
+    "Restore it from a copy, or run the command that made the index again: it uses the complete shards. If it refuses, "
     "delete {folder} first: it makes that member again."
 )
 
 
 class Finding(NamedTuple):
-    """What was found of one file.
+    """The result for one file.
 
     Args:
-        file (`str`): As seen from the index's folder.
-        state (`str`): "whole", "missing", "damaged", or "left" of what a killed process left, which does no harm.
-        problem (`str`): What is wrong with it; empty if nothing is.
+        file (`str`): Path relative to the index's folder.
+        state (`str`): "whole", "missing", "damaged", or "left" for a harmless leftover of a killed process.
+        problem (`str`): What is wrong with the file; empty if nothing is.
         mend (`str`): What to do about it.
-        bytes (`int`): Its length.
+        bytes (`int`): Size of the file.
     """
 
     file: str
@@ -132,11 +132,11 @@ class Finding(NamedTuple):
 
 
 def verify_index(folder: Path, fetch: Callable[[str], Any] | None = None, mend: str = AGAIN) -> Iterator[Finding]:
-    """Yield what is found of each file of the index in `folder`; every file is hashed, whatever is remembered of it.
+    """Yield a finding for each file of the index in `folder`. Every file is hashed; the cache of hashes is not used.
 
     Args:
-        fetch (`Callable`, *optional*): Brings a file, by its name as seen from the index, to `folder`, which is a cache.
-        mend (`str`): What to do about files of rows.
+        fetch (`Callable`, *optional*): Downloads a file, given its path relative to the index, to `folder`, which is a cache.
+        mend (`str`): What to do about damaged shards.
 
     Raises:
         FileNotFoundError: If there is no index.
@@ -168,10 +168,10 @@ def _read_config(folder: Path) -> tuple[TrakConfig | None, Finding]:
 
 
 def _told_by_all_members(folder: Path, numbers: Sequence[int], config: TrakConfig) -> list[str]:
-    """Return in what the configuration differs from every member alike, so that the fault is its own."""
+    """Return the differences of the configuration from the members, if all members have the same; the configuration is then wrong."""
     differing = []
     for number in numbers:
-        with suppress(ValueError, FileNotFoundError):  # which is told of that member
+        with suppress(ValueError, FileNotFoundError):  # reported for that member
             differing.append(differences_from(read_member_info(folder / f"member_{number}")["identity"], config))
     return differing[0] if differing and all(lines == differing[0] for lines in differing) else []
 
@@ -185,7 +185,7 @@ def _verify_sealed(folder: Path, name: str, mend: str) -> Finding:
 
 
 def _reason(error: Exception) -> str:
-    """Return what is wrong with a file, without the file's name and the way out where the error has them apart."""
+    """Return the problem from an error message, without the file's name and the advice if the error stores them separately."""
     return error.reason if isinstance(error, DamagedFile) else str(error)
 
 
@@ -206,7 +206,7 @@ def _verify_member(
         return
     lines = [] if config is None else differences_from(info["identity"], config)
     if lines:
-        yield Finding(name, "damaged", f"it is of another index than {CONFIG_NAME} says: {'; '.join(lines)}", restore)
+        yield Finding(name, "damaged", f"it belongs to another index than {CONFIG_NAME}: {'; '.join(lines)}", restore)
     else:
         yield Finding(name, "whole", bytes=(member / MEMBER_NAME).stat().st_size)
     shards = [entry["file"] for entry in info["files"] if "rows" in entry]
@@ -242,14 +242,14 @@ def _verify_file(
 
 
 def _problem_inside(path: Path, entry: dict[str, Any], origin: Origin | None) -> str:
-    """Return what is wrong with the content of a file."""
+    """Return the problem with the content of a file; empty if there is none."""
     try:
         if origin is not None:
             check_shard(path, origin, n_rows=entry["rows"])
         elif path.name == GRAM_NAME:
             gram = load_file(path)["gram"]
             if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or not torch.isfinite(gram).all():
-                return f"it is no square matrix of finite numbers, but of shape {tuple(gram.shape)}"
+                return f"it is not a square matrix of finite numbers; its shape is {tuple(gram.shape)}"
     except (ValueError, KeyError, OSError, pa.ArrowException, SafetensorError) as error:
         return _reason(error)
     return ""
@@ -272,4 +272,4 @@ def _leftovers(folder: Path, numbers: list[int]) -> Iterator[Finding]:
     if (folder / STAGING).is_dir():
         names.append(STAGING)
     for name in names:
-        yield Finding(name, "left", "no part of the index: a process that was killed left it", "It does no harm.")
+        yield Finding(name, "left", "not part of the index; a killed process left it", "It does no harm.")

@@ -1,4 +1,4 @@
-"""Writing one member's rows: shard by shard, by one process or several, each shard recorded when it is whole."""
+"""Writing a member: shard by shard, by one process or several. Each shard is recorded when it is complete."""
 
 from __future__ import annotations
 
@@ -65,17 +65,17 @@ _ROW_GROUP_BYTES = 12 << 20
 
 
 class MemberWriter:
-    """Writes the shards of one member; finds on opening which are already whole.
+    """Writes the shards of one member. The constructor finds the shards that are already complete.
 
     Args:
         folder (`Path`): The member's folder.
-        identity (`dict`): Everything that decides the rows; a folder begun with another identity is refused.
-        shard_rows (`int`): Rows per shard. The grid does not depend on who computes a shard, or when.
-        shared (`bool`): Other processes may be writing to the folder, or beginning it, at this moment.
-        beside (`Callable`, *optional*): Given a range of rows, returns what else is stored of them; its schema's metadata is kept.
+        identity (`dict`): Everything that determines the rows. A folder that was begun with another identity is refused.
+        shard_rows (`int`): Rows per shard. Shards do not depend on which process computes them, or when.
+        shared (`bool`): Whether other processes may be writing to the folder, or creating it, at the same time.
+        beside (`Callable`, *optional*): Given a range of rows, return a table of further columns to store. Its schema's metadata is kept.
 
     Raises:
-        ValueError: If the folder holds, or was begun as, something else; the message lists the differences.
+        ValueError: If the folder contains something else, or was begun with another identity. The message lists the differences.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class MemberWriter:
         if found is not None and found != self.identity:
             raise self._other_features(found)
         if self.is_finished and not shared:
-            with suppress(OSError):  # killed just after `member.json` was written; it does no harm
+            with suppress(OSError):  # the process was killed just after it wrote `member.json`; harmless
                 forget_progress(self.folder)
             self._reopen_if_damaged()
         if not self.is_finished:
@@ -128,12 +128,12 @@ class MemberWriter:
         """Return the writer of a member of the index in `folder`.
 
         Args:
-            config (`dict`): Of the index, as its file has it.
-            overwrite (`bool`): Write another member than the one that is there; it lies apart until
-                [`replace_members`] puts it in its place.
+            config (`dict`): Configuration of the index, as in its file.
+            overwrite (`bool`): Replace an existing member. The new one is written to a separate folder until
+                [`replace_members`] moves it.
 
         Raises:
-            ValueError: As [`MemberWriter`].
+            ValueError: As in [`MemberWriter`].
         """
         options: dict[str, Any] = {
             "identity": identity,
@@ -163,10 +163,10 @@ class MemberWriter:
 
     @classmethod
     def begun(cls, folder: Path) -> MemberWriter:
-        """Return the writer of a folder that others began.
+        """Return the writer of a folder that another process created.
 
         Raises:
-            FileNotFoundError: If nobody did.
+            FileNotFoundError: If no process did.
         """
         path = folder / PROGRESS / IDENTITY_NAME
         if not path.exists():
@@ -197,7 +197,7 @@ class MemberWriter:
 
     def _found_identity(self) -> dict[str, Any] | None:
         found = recorded_identity(self.folder)
-        # Killed before its identity was written, a member's folder holds an empty `.progress` and temporary files at most.
+        # If the process was killed before it wrote the identity, the folder has only an empty `.progress` and temporary files.
         if found is None and any(
             name != PROGRESS and not is_member_name(name_of_temporary(name) or "") for name in file_sizes(self.folder)
         ):
@@ -205,12 +205,12 @@ class MemberWriter:
         return found
 
     def _recover_list(self) -> None:
-        """Make a member whose `member.json` is damaged or lost an unfinished one that has the shards which are whole: each says which
-        identity it is of, and has a checksum per page. Without such a shard, nothing is changed."""
+        """Turn a member whose `member.json` is damaged or lost into an unfinished one with the shards that are complete. Each shard records
+        its identity and a checksum per page. Without such a shard, nothing changes."""
         there = {} if isinstance(self.folder, ObjectPath) else file_sizes(self.folder)
         begun = MEMBER_NAME not in there and (self.progress / IDENTITY_NAME).exists()
         if begun or any(name in there for name in WRITTEN_FIRST):
-            return  # it is unfinished anyway; or nothing tells whether what rows depend on is whole
+            return  # it is unfinished anyway; or nothing shows whether the files on which rows depend are complete
         if MEMBER_NAME in there:
             with suppress(ValueError):
                 read_member_info(self.folder)
@@ -234,7 +234,7 @@ class MemberWriter:
         return True
 
     def _reopen_if_damaged(self) -> None:
-        """Make a finished member whose files are damaged or missing an unfinished one, which lacks these alone."""
+        """Turn a finished member with damaged or missing files into an unfinished one that lacks only these files."""
         info = read_member_info(self.folder)
         damaged = self._damaged(info["files"])
         if not damaged:
@@ -245,13 +245,13 @@ class MemberWriter:
         for entry in info["files"]:
             if "rows" in entry and entry["file"] in names and entry["file"] not in damaged:
                 write_json(self._record(names.index(entry["file"])), entry)
-        # Other damaged files are replaced once the new ones are whole; these are read before they are written.
+        # Other damaged files are replaced when the new ones are complete. These are removed now, because they are read before they are written.
         if lost := [name for name in WRITTEN_FIRST if name in damaged]:
             remove_files(self.folder, lost)
         (self.folder / MEMBER_NAME).unlink()
 
     def _damaged(self, files: Sequence[Mapping[str, Any]]) -> set[str]:
-        """Return the files of a finished member that are not what was written, or belong elsewhere."""
+        """Return the files of a finished member that have changed since they were written, or belong elsewhere."""
         if isinstance(self.folder, ObjectPath):
             sizes = file_sizes(self.folder)
             return {entry["file"] for entry in files if sizes.get(entry["file"]) != entry["bytes"]}
@@ -277,7 +277,7 @@ class MemberWriter:
         return self.folder / f"train-{shard:05d}-of-{self.n_shards:05d}.parquet"
 
     def missing(self) -> list[int]:
-        """Return the shards that are not whole yet."""
+        """Return the shards that are not complete yet."""
         if self.is_finished:
             return []
         sizes, records = file_sizes(self.folder), self._records()
@@ -289,18 +289,18 @@ class MemberWriter:
         return self.progress / f"{shard:05d}.json"
 
     def lacks(self, shard: int) -> bool:
-        """Return whether a shard is not whole yet."""
+        """Return whether a shard is not complete yet."""
         record, size = self._record(shard), file_size(self.path(shard))
         is_whole = size is not None and record.exists() and _check_record(record, read_json(record))["bytes"] == size
         return not (is_whole or self.is_finished)
 
     def _records(self) -> dict[str, dict[str, Any]]:
-        """Return what was recorded of the shards that are whole, in their order."""
+        """Return the records of the complete shards, in order."""
         found = read_jsons(self.progress, [self._record(shard).name for shard in range(self.n_shards)])
         return {name: _check_record(self.progress / name, record) for name, record in found.items()}
 
     def write(self, shard: int, columns: Mapping[str, np.ndarray]) -> None:
-        """Write one whole shard, then record it."""
+        """Write one complete shard, then record it."""
         table = to_table({"example_id": np.asarray(self.rows(shard), dtype=np.int64), **columns}, self._origin(shard))
         if self._beside is not None:
             table = join_columns(table, self._beside(self.rows(shard)))
@@ -308,7 +308,7 @@ class MemberWriter:
         path, record = self.path(shard), {"file": self.path(shard).name, "rows": table.num_rows}
 
         def write(temporary: Path) -> None:
-            # Gradients do not compress; a checksum per page lets a reader find a flipped bit.
+            # Gradients do not compress. With a checksum per page, a reader finds a flipped bit.
             options: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_page_checksum": True}
             pq.write_table(table, temporary, row_group_size=group_rows, **options)
             record.update(bytes=temporary.stat().st_size, sha256=hash_file(temporary))
@@ -320,7 +320,7 @@ class MemberWriter:
         return origin_of(self.folder, self.identity, shard, n_shards=self.n_shards)
 
     def read(self, shard: int) -> Shard:
-        """Read a shard of an unfinished member; one that is damaged or belongs elsewhere is made again by the next run."""
+        """Read a shard of an unfinished member. If it is damaged or belongs elsewhere, the next run computes it again."""
         with self._local(shard) as file:
             try:
                 return read_shard(file, self._origin(shard))
@@ -330,7 +330,7 @@ class MemberWriter:
 
     @contextmanager
     def _local(self, shard: int) -> Iterator[Path]:
-        """Give a shard's file, or a copy of one that lies elsewhere: checked, since it has been on its way."""
+        """Yield a shard's file, or a checked local copy if it is on an object store."""
         path = self.path(shard)
         with local_copy(path) as file:
             if file != path:
@@ -338,10 +338,10 @@ class MemberWriter:
             yield file
 
     def verify(self, shard: int) -> None:
-        """Hash a shard that was recorded as whole.
+        """Hash a shard that was recorded as complete.
 
         Raises:
-            ValueError: If it is not what was written.
+            ValueError: If it has changed since it was written.
         """
         with local_copy(self.path(shard)) as file:
             self._check(shard, file)
@@ -353,12 +353,12 @@ class MemberWriter:
             )
 
     def write_tensors(self, file: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write what every row depends on, a bank or running statistics, before the first shard, unless another process has."""
+        """Write tensors on which every row depends (a bank or running statistics) before the first shard, unless they exist."""
         whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         write_once(self.folder / file, lambda temporary: temporary.write_bytes(save(whole)))
 
     def tensors(self, file: str) -> dict[str, Tensor] | None:
-        """Return what [`~MemberWriter.write_tensors`] wrote, if it did."""
+        """Return the tensors that [`~MemberWriter.write_tensors`] wrote, or None."""
         path = self.folder / file
         if not path.exists():
             return None
@@ -366,26 +366,26 @@ class MemberWriter:
             return load_file(local)
 
     def write_engine(self, engine: dict[str, Any]) -> None:
-        """Write which engine makes the gradients, before the first shard, unless another process has."""
+        """Record the gradient engine before the first shard, unless another process has."""
         write_json_once(self.progress / ENGINE_NAME, engine)
 
     def engine(self) -> dict[str, Any] | None:
-        """Return what [`~MemberWriter.write_engine`] wrote, if it did."""
+        """Return the record of [`~MemberWriter.write_engine`], or None."""
         path = self.progress / ENGINE_NAME
         return read_json(path) if path.exists() else None
 
     def describe(self, description: dict[str, Any], mask: Bool[Tensor, " rows"] | None = None) -> None:
-        """Keep what [`~MemberWriter.finish`] is to be given, for a process that does not know it; the first write wins."""
+        """Store the arguments of [`~MemberWriter.finish`], for a process that does not know them. The first write wins."""
         if mask is not None:
             self._write_tensor(MASK_NAME, mask)
         write_json_once(self.progress / DESCRIPTION_NAME, description)
 
     def described(self) -> dict[str, Any]:
-        """Return what [`~MemberWriter.describe`] kept."""
+        """Return the description that [`~MemberWriter.describe`] stored."""
         return read_json(self.progress / DESCRIPTION_NAME)
 
     def mask(self) -> Bool[Tensor, " rows"] | None:
-        """Return the mask that [`~MemberWriter.describe`] kept, if there was one."""
+        """Return the mask that [`~MemberWriter.describe`] stored, or None."""
         path = self.folder / MASK_NAME
         if not path.exists():
             return None
@@ -398,7 +398,7 @@ class MemberWriter:
         description: dict[str, Any],
         mask: Bool[Tensor, " rows"] | None = None,
     ) -> None:
-        """Write the Gram matrix, the rows the checkpoint was trained on if not all, and, last, `member.json`."""
+        """Write the Gram matrix, the mask if the checkpoint was trained on a subset, and, last, `member.json`."""
         records = self._records()
         if len(records) < self.n_shards:
             raise FileNotFoundError(
@@ -421,7 +421,7 @@ class MemberWriter:
         record: dict[str, Any] = {}
 
         def write(temporary: Path) -> None:
-            # Not `save_file`, whose own temporary file would outlive a killed process under a name that nobody knows.
+            # Not `save_file`: if the process is killed, its own temporary file would stay under an unknown name.
             temporary.write_bytes(save({_key(name): tensor.contiguous()}))
             record.update(_describe_file(name, temporary))
 
@@ -430,7 +430,7 @@ class MemberWriter:
 
 
 def forget_progress(folder: Path) -> None:
-    """Remove the records of a member that is finished."""
+    """Remove `.progress` of a finished member."""
     names = [f"{PROGRESS}/{name}" for name in file_sizes(folder / PROGRESS)]
     remove_files(folder, [name for name in names if is_member_file(name)])
     if not isinstance(folder, ObjectPath):
@@ -439,7 +439,7 @@ def forget_progress(folder: Path) -> None:
 
 
 def replace_members(folder: Path, n_members: int) -> None:
-    """Put the members that [`MemberWriter.of_index`] wrote apart in the place of those that they replace, all at once."""
+    """Replace members by those that [`MemberWriter.of_index`] wrote to a separate folder, all at once."""
     staging = staging_folder(folder)
     if not holds_index(staging):
         return
@@ -452,7 +452,7 @@ def replace_members(folder: Path, n_members: int) -> None:
 
 
 def recorded_identity(folder: Path) -> dict[str, Any] | None:
-    """Return what the member in a folder is of, finished or not; None if there is none."""
+    """Return the identity of the member in a folder, finished or not; None if there is no member."""
     if (folder / MEMBER_NAME).exists():
         return field_of(folder / MEMBER_NAME, read_json(folder / MEMBER_NAME), "identity", dict)
     path = folder / PROGRESS / IDENTITY_NAME
