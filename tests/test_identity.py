@@ -254,7 +254,7 @@ def test_other_libraries_are_refused_while_unfinished_and_told_of_after(model, t
 def test_queries_that_lack_a_column_are_refused_before_a_model_is_loaded(model, tmp_path, monkeypatch):
     index = build(tmp_path / "index", model, text_rows())
     assert index.config.columns_read == {"text": ["text"], "label": "label"}
-    monkeypatch.setattr("hf_trak.featurizing.featurizer.load_model_and_base_rows", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("hf_trak.featurizing.checkpoint_model.load_model_and_base_rows", lambda *_, **__: pytest.fail("loaded"))
     queries = text_rows(4, seed=1)
     fresh = AttributionIndex.from_pretrained(index.folder)
     with pytest.raises(
