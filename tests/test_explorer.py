@@ -16,12 +16,15 @@ from transformers import ViTImageProcessor
 
 from hf_trak import AttributionIndex, TrakConfig
 from hf_trak.cli.main import main
+from hf_trak.explorer.about import about_html
 from hf_trak.explorer.app import serve
+from hf_trak.explorer.labels import LabelDesk
 from hf_trak.explorer.views import Explorer, error_html
 
 HOSTILE = "<img src=x onerror=alert(1)> ${alert(2)} {{3*3}} a b\u202e"
 NAMES = ["<b>low</b>", "high & dry", "'other'"]
 CONFIG = TrakConfig(proj_dim=32)
+LDS = {"metric": "lds", "method": HOSTILE, "value": 0.25, "interval": [0.2, 0.3]}
 
 
 def text_rows(n_rows, seed=0):
@@ -47,6 +50,11 @@ def text_index(tmp_path_factory):
 def explorer(text_index):
     index = AttributionIndex(text_index.folder)
     return Explorer(index, validation=text_rows(6, seed=1))
+
+
+@pytest.fixture(scope="module")
+def labels(explorer):
+    return LabelDesk(explorer)
 
 
 def found(answer):
@@ -93,13 +101,13 @@ def test_what_is_kept_in_memory_is_read_once_and_answers_the_same(text_index, mo
         np.testing.assert_array_equal(before, after)
 
 
-def test_hostile_texts_and_names_are_escaped(explorer):
+def test_hostile_texts_and_names_are_escaped(explorer, labels):
     pages = [
         explorer.ask_row("training", 0).html(),
         explorer.ask_texts([HOSTILE], target=NAMES[0]).html(),
-        *(explorer.suspect_html(place, {}) for place in range(24)),
-        explorer.suspect_html(0, {explorer.suspects()[0].example.row: NAMES[0]}),
-        explorer.about_html(),
+        *(labels.suspect_html(place, {}) for place in range(24)),
+        labels.suspect_html(0, {labels.suspects()[0].example.row: NAMES[0]}),
+        about_html(explorer, [LDS]),
         error_html(ValueError(HOSTILE)),
     ]
     assert sum("&lt;img src=x" in page for page in pages) > 5
@@ -109,28 +117,28 @@ def test_hostile_texts_and_names_are_escaped(explorer):
         assert "\u202e" not in page
 
 
-def test_labels_are_exported_as_they_were_decided(explorer, tmp_path):
+def test_labels_are_exported_as_they_were_decided(labels, tmp_path):
     train = text_rows(24)
-    kept, fixed, dropped = (suspect.example.row for suspect in explorer.suspects()[:3])
+    kept, fixed, dropped = (suspect.example.row for suspect in labels.suspects()[:3])
     new = next(name for name in NAMES if name != NAMES[train[fixed]["label"]])
-    decisions = explorer.decide({}, kept, NAMES[train[kept]["label"]])
-    decisions = explorer.decide(explorer.decide(decisions, fixed, new), dropped, None)
-    folder = explorer.export(decisions, tmp_path / "out")
+    decisions = labels.decide({}, kept, NAMES[train[kept]["label"]])
+    decisions = labels.decide(labels.decide(decisions, fixed, new), dropped, None)
+    folder = labels.export(decisions, tmp_path / "out")
     wanted = train.to_list()
     wanted[fixed]["label"] = NAMES.index(new)
     del wanted[dropped]
     saved = load_from_disk(str(folder))
     assert saved.to_list() == wanted
     assert saved.features == train.features
-    assert {row["row"]: row["decision"] for row in explorer.decisions_rows(decisions)} == {
+    assert {row["row"]: row["decision"] for row in labels.decisions_rows(decisions)} == {
         kept: "keep", fixed: "fix", dropped: "drop",
     }  # fmt: skip
-    assert explorer.export(decisions, tmp_path / "out").name == "fixed_2"
+    assert labels.export(decisions, tmp_path / "out").name == "fixed_2"
     assert sorted(os.listdir(tmp_path / "out")) == ["fixed_1", "fixed_2"]
     with pytest.raises(ValueError, match="none of the labels"):
-        explorer.decide({}, kept, "made up")
+        labels.decide({}, kept, "made up")
     with pytest.raises(ValueError, match="Nothing was decided"):
-        explorer.export({}, tmp_path / "none")
+        labels.export({}, tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 
@@ -158,9 +166,10 @@ def test_pictures_are_shown_from_the_training_set_and_asked_about(tmp_path):
     asked = explorer.ask_image(pictures[3], top_k=2)
     assert found(asked) == found(explorer.ask_row("training", 3, top_k=2))
     assert asked.html().count('src="data:image/png;base64,') == 5
-    row = explorer.suspects()[0].example.row
+    labels = LabelDesk(explorer)
+    row = labels.suspects()[0].example.row
     label = str((train[row]["label"] + 1) % 3)
-    fixed = explorer.fixed(explorer.decide({}, row, label))
+    fixed = labels.fixed(labels.decide({}, row, label))
     assert fixed["label"][row] == int(label)
     assert np.array_equal(np.asarray(fixed[row]["image"]), np.asarray(pictures[row]))
 
@@ -176,11 +185,11 @@ def test_a_language_model_answers_a_prompt(tmp_path):
     )  # fmt: skip
     explorer = Explorer(index)
     assert (explorer.typed, explorer.classes) == ("prompt", [])
-    assert "rows with one class label each" in explorer.why_no_suspects
+    assert "rows with one class label each" in LabelDesk(explorer).why_no_suspects
     row = explorer.ask_row("training", 2, top_k=4)
     assert found(row) == expected(index.attribute(Dataset.from_list(texts[2:3]), 4, progress=False))
     assert texts[2]["prompt"].strip() in row.html()
-    assert "+" in explorer.ask_texts(["a b c"]).html()
+    assert "+" in explorer.ask_prompt("a b c").html()
 
 
 @pytest.mark.parametrize("kept", [["input_ids", "label"], []])
@@ -202,7 +211,7 @@ def test_rows_of_tokens_are_asked_about_where_they_are_at_hand(tmp_path, kept):
         return
     with pytest.raises(ValueError, match="--train FILE, or make the index with --keep_columns"):
         explorer.ask_row("training", 5)
-    assert "Start the explorer with --train FILE" in explorer.why_no_suspects
+    assert "Start the explorer with --train FILE" in LabelDesk(explorer).why_no_suspects
 
 
 # The command and the page
@@ -225,12 +234,12 @@ def test_the_page_answers_on_loopback_and_exports_where_it_was_told(explorer, tm
         assert uploads.parent == export
         assert urllib.request.urlopen(address, timeout=30).status == 200
         client = Client(address, verbose=False, analytics_enabled=False, download_files=tmp_path / "client")
-        ask = ("prediction", "(nothing)", 3, None, "")
+        ask = ("prediction", "(nothing)", "pair", 3, None, "", "", "", False, "")
         assert client.predict("validation", 2, *ask, api_name="/ask") == explorer.ask_row("validation", 2, top_k=3).html()
         assert "rows are 0 to 5, but row 99" in client.predict("validation", 99, *ask, api_name="/ask")
         client.predict(api_name="/find_label_errors")
         client.predict(NAMES[0], api_name="/drop")
-        assert "1 decisions" in client.predict(api_name="/export")
+        assert "1 decision, applied" in client.predict(api_name="/export")
     assert len(load_from_disk(str(export / "fixed_1"))) == 23
     assert os.listdir(export) == ["fixed_1"]
     with pytest.raises(OSError, match="refused"):
