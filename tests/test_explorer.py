@@ -7,43 +7,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from datasets import ClassLabel, Dataset, Features, Image, Value, load_from_disk
+from datasets import Dataset, Features, Image, Value, load_from_disk
 from datasets_for_tests import save_model, token_rows
+from explorer_for_tests import CONFIG, HOSTILE, NAMES, save_text_index, text_rows
 from models import make_model
 from PIL import Image as Pictures
 from tokenizers_for_tests import word_tokenizer
 from transformers import ViTImageProcessor
 
-from hf_trak import AttributionIndex, TrakConfig
+from hf_trak import AttributionIndex
 from hf_trak.cli.main import main
 from hf_trak.explorer.about import about_html
 from hf_trak.explorer.app import serve
 from hf_trak.explorer.labels import LabelDesk
 from hf_trak.explorer.views import Explorer, error_html
 
-HOSTILE = "<img src=x onerror=alert(1)> ${alert(2)} {{3*3}} a b\u202e"
-NAMES = ["<b>low</b>", "high & dry", "'other'"]
-CONFIG = TrakConfig(proj_dim=32)
 LDS = {"metric": "lds", "method": HOSTILE, "value": 0.25, "interval": [0.2, 0.3]}
-
-
-def text_rows(n_rows, seed=0):
-    rng = np.random.default_rng(seed)
-    texts = [HOSTILE if row % 3 == 0 else " ".join(rng.choice(list("abcdefghij"), 4)) for row in range(n_rows)]
-    features = Features({"text": Value("string"), "label": ClassLabel(names=NAMES)})
-    return Dataset.from_dict({"text": texts, "label": rng.integers(0, 3, n_rows).tolist()}, features=features)
 
 
 @pytest.fixture(scope="module")
 def text_index(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("explorer")
-    for seed in range(2):
-        make_model("bert", seed=seed).save_pretrained(folder / f"bert-{seed}")
-        word_tokenizer().save_pretrained(folder / f"bert-{seed}")
-    return AttributionIndex.build(
-        folder / "index", models=[folder / "bert-0", folder / "bert-1"], dataset=text_rows(24), config=CONFIG, shard_rows=10,
-        keep_columns=["text", "label"], progress=False,
-    )  # fmt: skip
+    return AttributionIndex(save_text_index(tmp_path_factory.mktemp("explorer")))
 
 
 @pytest.fixture(scope="module")

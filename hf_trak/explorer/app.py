@@ -35,10 +35,30 @@ _CSS = """
 .hf-trak .label, .hf-trak .decision { font-weight: 600; }
 .hf-trak .meta { font-size: .85rem; color: var(--body-text-color); } .hf-trak .meta a { text-decoration: underline; }
 .hf-trak .note { border: 1px solid currentColor; border-radius: 1em; padding: 0 .5em; font-size: .8rem; }
+.hf-trak h1 { font-size: 1.6rem; margin: .6rem 0 0; } .hf-trak h2 { font-size: 1.2rem; margin: .6rem 0 0; }
+.hf-trak a, .hf-trak a:visited { color: var(--body-text-color); }
+.hf-trak .wide, .hf-trak pre { overflow-x: auto; }
 .hf-trak table { border-collapse: collapse; margin: .5rem 0; }
-.hf-trak th, .hf-trak td { text-align: left; padding: .2rem .8rem .2rem 0; vertical-align: top; }
+.hf-trak :is(th, td) { border: 0 solid var(--border-color-primary); border-bottom-width: 1px; text-align: left; padding: .25rem .8rem .25rem 0;
+  vertical-align: top; }
+.hf-trak svg { max-width: 38rem; width: 100%; color: var(--body-text-color); }
+.hf-trak svg text { font: 13px system-ui, sans-serif; fill: currentColor; }
+button[role="tab"].selected, .min_value, .max_value { color: var(--body-text-color) !important; }
 .hf-trak .error { border-left: 3px solid #c62f2f; padding-left: .6rem; }
 """
+
+
+# Dark enough for white text.
+_BUTTONS = {
+    f"button_primary_{name}{scheme}": value
+    for name, value in (
+        ("background_fill", "*primary_600"),
+        ("background_fill_hover", "*primary_700"),
+        ("text_color", "white"),
+        ("text_color_hover", "white"),
+    )
+    for scheme in ("", "_dark")
+}
 
 
 def import_gradio() -> Any:
@@ -121,9 +141,8 @@ def _ask_tab(gr: Any, app: Any, explorer: Explorer) -> None:
         target = gr.Dropdown(targets, value="prediction", label="What made the model say", interactive=True)
         against = gr.Dropdown([_NOTHING, *targets], value=_NOTHING, label="and not", interactive=True)
     direction = gr.Radio(DIRECTIONS, value="pair", label="Of the match, attribute", visible=explorer.pairs)
-    with gr.Row(equal_height=True):
-        top_k = gr.Slider(1, 20, value=5, step=1, label="Proponents and opponents", scale=3)
-        button = gr.Button("Ask", variant="primary", scale=1)
+    top_k = gr.Slider(1, 20, value=5, step=1, label="Proponents and opponents")
+    button = gr.Button("Ask", variant="primary")
     found, was_asked = gr.HTML(), gr.State(False)
 
     def ask(
@@ -316,7 +335,7 @@ def launch_options(gr: Any) -> dict[str, Any]:
     return {
         "footer_links": [], "ssr_mode": False, "run_history": False, "mcp_server": False, "pwa": False, "enable_monitoring": False,
         "max_file_size": _LARGEST_UPLOAD, "css": _CSS,
-        "theme": gr.themes.Default(primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace"]),
+        "theme": gr.themes.Default(primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace"]).set(**_BUTTONS),
     }  # fmt: skip
 
 

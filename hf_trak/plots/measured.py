@@ -38,7 +38,9 @@ def spectrum_rows(gram: Any, *, method: str = "hf_trak") -> list[dict[str, Any]]
     if not np.isfinite(values).all() or values[0] <= 0:
         raise ValueError(f"The Gram matrix has no positive eigenvalue that is finite; the largest is {values[0]:g}.")
     values = values[values > values[0] * np.finfo(np.float32).eps]
-    ranks = np.unique(np.geomspace(1, len(values), min(_MOST_POINTS, len(values))).round().astype(int))
+    ranks = np.arange(1, len(values) + 1)
+    if len(ranks) > _MOST_POINTS:
+        ranks = np.unique(np.geomspace(1, len(values), _MOST_POINTS).round().astype(int))
     return [_row(method, "eigenvalue", float(values[rank - 1]), eigenvalue_rank=int(rank)) for rank in ranks]
 
 
