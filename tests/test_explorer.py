@@ -1,12 +1,14 @@
 """The explorer: it shows what the index answers, escapes all of it, and exports labels as they were decided."""
 
 import os
+import subprocess
 import sys
 import urllib.request
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from datasets import Dataset, Features, Image, Value, load_from_disk
 from datasets_for_tests import save_model, token_rows
 from explorer_for_tests import CONFIG, HOSTILE, NAMES, save_text_index, text_rows
@@ -20,6 +22,7 @@ from hf_trak.cli.main import main
 from hf_trak.explorer.about import about_html
 from hf_trak.explorer.app import serve
 from hf_trak.explorer.labels import LabelDesk
+from hf_trak.explorer.space import export_space, push_space
 from hf_trak.explorer.views import Explorer, error_html
 
 LDS = {"metric": "lds", "method": HOSTILE, "value": 0.25, "interval": [0.2, 0.3]}
@@ -228,3 +231,54 @@ def test_the_page_answers_on_loopback_and_exports_where_it_was_told(explorer, tm
     assert os.listdir(export) == ["fixed_1"]
     with pytest.raises(OSError, match="refused"):
         urllib.request.urlopen(address, timeout=5)
+
+
+# A folder that runs by itself
+
+
+def asked(address, *question):
+    from gradio_client import Client
+
+    return Client(address, verbose=False, analytics_enabled=False).predict(*question, api_name="/ask")
+
+
+def test_an_exported_folder_answers_by_itself_and_writes_nothing(text_index, explorer, tmp_path):
+    pytest.importorskip("gradio", reason="gradio is not installed: pip install 'hf-trak[explore]'")
+    text_rows(6, seed=1).to_parquet(tmp_path / "validation.parquet")
+    place, moved = tmp_path / "space", tmp_path / "elsewhere"
+    command = ["explore", str(text_index.folder), "--validation", str(tmp_path / "validation.parquet"), "--export", str(place)]
+    assert main([*command, "--validation_split", "train"]) == 0
+    assert main(command) == 1  # nothing is replaced
+    card = (place / "README.md").read_text(encoding="utf-8")
+    header = yaml.safe_load(card.split("---")[1])
+    assert (header["sdk"], header["app_file"]) == ("gradio", "app.py")
+    assert "hf-trak[explore]==" in (place / "requirements.txt").read_text()
+    place.rename(moved)
+    before = sorted(moved.rglob("*"))
+    environment = {
+        **os.environ,
+        "GRADIO_SERVER_PORT": "7999",
+        "GRADIO_TEMP_DIR": str(tmp_path / "uploads"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    with subprocess.Popen(
+        [sys.executable, moved / "app.py"], stdout=subprocess.PIPE, text=True, env=environment, cwd=tmp_path
+    ) as app:
+        try:
+            address = next(line for line in app.stdout if "http://" in line).split()[-1]
+            answer = asked(address, "validation", 2, "prediction", "(nothing)", "pair", 3, None, "", "", "", False, "")
+        finally:
+            app.terminate()
+    assert answer == explorer.ask_row("validation", 2, top_k=3).html()
+    assert sorted(moved.rglob("*")) == before
+
+
+def test_a_folder_is_exported_only_of_what_it_can_hold(text_index, explorer, tmp_path):
+    with pytest.raises(ValueError, match="Save the model as safetensors"):
+        export_space(explorer, tmp_path / "space", models=[str(tmp_path)])
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    with pytest.raises(ValueError, match="nothing is replaced"):
+        export_space(explorer, tmp_path / "taken")
+    with pytest.raises(ValueError, match="it is no exported explorer"):
+        push_space(tmp_path, "me/space")
