@@ -13,6 +13,7 @@ from datasets import Dataset, Features, Image, Value, load_from_disk
 from datasets_for_tests import save_model, token_rows
 from explorer_for_tests import CONFIG, HOSTILE, NAMES, save_text_index, text_rows
 from models import make_model
+from pairs_for_tests import pair_rows, save_dual_encoder
 from PIL import Image as Pictures
 from tokenizers_for_tests import word_tokenizer
 from transformers import ViTImageProcessor
@@ -23,7 +24,7 @@ from hf_trak.explorer.about import about_html
 from hf_trak.explorer.app import serve
 from hf_trak.explorer.labels import LabelDesk
 from hf_trak.explorer.space import export_space, push_space
-from hf_trak.explorer.views import Explorer, error_html
+from hf_trak.explorer.views import DIRECTIONS, Explorer, error_html
 
 LDS = {"metric": "lds", "method": HOSTILE, "value": 0.25, "interval": [0.2, 0.3]}
 
@@ -176,7 +177,51 @@ def test_a_language_model_answers_a_prompt(tmp_path):
     row = explorer.ask_row("training", 2, top_k=4)
     assert found(row) == expected(index.attribute(Dataset.from_list(texts[2:3]), 4, progress=False))
     assert texts[2]["prompt"].strip() in row.html()
-    assert "+" in explorer.ask_prompt("a b c").html()
+    asked = {"answer": "a b", "span": "b", "heat": True}
+    answer = explorer.ask_prompt("a b c ", **asked, top_k=3)
+    wanted = index.explain("a b c ", **asked, top_k=3, progress=False)
+    assert found(answer) == expected(wanted.hits)
+    assert answer.html().count('<p class="heat">') == len(wanted.attribution.proponents) + len(wanted.attribution.opponents)
+    assert "span=b" in answer.link
+    against = explorer.ask_prompt("a b c ", answer="a b", against="c d", top_k=3)
+    assert found(against) == expected(index.explain("a b c ", answer="a b", contrast="c d", top_k=3, progress=False).hits)
+    with pytest.raises(ValueError, match="Type a prompt first"):
+        explorer.ask_prompt("")
+    best = explorer.influence("training", 12, top_k=1).best
+    scores = index.score(Dataset.from_list(texts), progress=False)
+    np.fill_diagonal(scores, 0)
+    assert [hit.example.row for hit in best] == [int(scores.mean(1).argmax())]
+
+
+def test_a_picture_and_its_caption_are_asked_about_from_either_side(tmp_path):
+    rows = pair_rows(12)
+    index = AttributionIndex.build(
+        tmp_path / "index", models=save_dual_encoder(tmp_path / "model"), dataset=rows, config=CONFIG,
+        keep_columns=["image", "caption"], progress=False,
+    )  # fmt: skip
+    explorer = Explorer(index)
+    assert (explorer.typed, explorer.text_columns) == ("pair", ["caption"])
+    pictures, one = rows["image"], rows.select([3])
+    for direction in DIRECTIONS:
+        hits = expected(index.attribute(one, 2, direction=direction, progress=False))
+        assert found(explorer.ask_pair(pictures[3], one[0]["caption"], direction=direction, top_k=2)) == hits
+        assert found(explorer.ask_row("training", 3, direction=direction, top_k=2)) == hits
+    with pytest.raises(ValueError, match="Upload a picture and type its caption"):
+        explorer.ask_pair(None, "w4")
+
+
+def test_the_rows_that_help_and_harm_a_set_are_those_of_its_mean_scores(text_index, explorer):
+    queries = text_rows(6, seed=1)
+    shown = explorer.influence("validation", 100, target="label", top_k=3)
+    scores = text_index.score(queries, progress=False)
+    mean, size = scores.mean(1), np.abs(scores).mean(1)
+    np.testing.assert_allclose([hit.score for hit in shown.best], np.sort(mean)[::-1][:3], rtol=1e-4)
+    np.testing.assert_allclose([hit.score for hit in shown.worst], np.sort(mean)[:3], rtol=1e-4)
+    assert [size[hit.example.row] for hit in shown.useless] == pytest.approx(sorted(size)[:3])
+    assert shown.n_queries == 6
+    assert shown.link == "view=rows&source=validation&first=6&target=label&top_k=3"
+    with pytest.raises(ValueError, match="Ask about 1 to"):
+        explorer.influence("validation", 0)
 
 
 @pytest.mark.parametrize("kept", [["input_ids", "label"], []])
