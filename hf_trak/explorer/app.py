@@ -28,7 +28,7 @@ _CSS = """
 .hf-trak .query { display: flex; gap: 1rem; align-items: flex-start; max-width: 48rem; }
 .hf-trak .card { border: 1px solid var(--border-color-primary); border-top-width: 3px; border-radius: 6px; padding: .5rem .6rem;
   background: var(--background-fill-secondary); }
-.hf-trak .card.pro { border-top-color: #1a7f37; } .hf-trak .card.con { border-top-color: #c62f2f; }
+.hf-trak .card { border-top-color: #8c959f; } .hf-trak .card.pro { border-top-color: #1a7f37; } .hf-trak .card.con { border-top-color: #c62f2f; }
 .hf-trak h3 { margin: 1rem 0 .4rem; font-size: 1rem; } .hf-trak p { margin: .2rem 0; }
 .hf-trak img { width: 7rem; height: auto; border-radius: 3px; margin: 0 0 .4rem; }
 .hf-trak img.small { image-rendering: pixelated; }
@@ -36,7 +36,7 @@ _CSS = """
 .hf-trak .meta { font-size: .85rem; color: var(--body-text-color); } .hf-trak .meta a { text-decoration: underline; }
 .hf-trak .note { border: 1px solid currentColor; border-radius: 1em; padding: 0 .5em; font-size: .8rem; }
 .hf-trak h1 { font-size: 1.6rem; margin: .6rem 0 0; } .hf-trak h2 { font-size: 1.2rem; margin: .6rem 0 0; }
-.hf-trak a, .hf-trak a:visited { color: var(--body-text-color); }
+.hf-trak a, .hf-trak a:visited { color: var(--body-text-color); margin: 0; padding: 0; }
 .hf-trak .wide, .hf-trak pre { overflow-x: auto; }
 .hf-trak table { border-collapse: collapse; margin: .5rem 0; }
 .hf-trak :is(th, td) { border: 0 solid var(--border-color-primary); border-bottom-width: 1px; text-align: left; padding: .25rem .8rem .25rem 0;
@@ -103,14 +103,15 @@ def make_app(explorer: Explorer, export_folder: str | Path | None, *, measured: 
 
 
 def _on_load(gr: Any, app: Any, view: Callable[[dict[str, str]], list[Any]], outputs: list[Any]) -> None:
-    """Set fields by the link that the page was opened with."""
+    """Set fields by the link that the page was opened with; the last one shows that this goes on."""
 
     def load(request: Any) -> Any:
         found = view(dict(request.query_params))
         return found if len(found) > 1 else found[0]
 
     load.__annotations__["request"] = gr.Request
-    app.load(load, None, outputs, api_visibility="private")
+    shown = {"show_progress_on": outputs[-1]} if len(outputs) > 1 else {"show_progress": "hidden"}
+    app.load(load, None, outputs, api_visibility="private", **shown)
 
 
 def _ask_tab(gr: Any, app: Any, explorer: Explorer) -> None:
@@ -195,7 +196,7 @@ def _ask_tab(gr: Any, app: Any, explorer: Explorer) -> None:
         updates = [
             gr.update(**({"value": settled[f]} if f in settled and f is not image else {}), **shown.get(f, {})) for f in fields
         ]
-        return [*updates, *said]
+        return [*updates, said[1], said[0]]
 
     fields = [*asked, of_answers]
     gr.on(
@@ -208,7 +209,7 @@ def _ask_tab(gr: Any, app: Any, explorer: Explorer) -> None:
     toggles = [field.input for field in (target, against, direction, heat)]
     gr.on(toggles, again, [was_asked, *asked], [found, was_asked], api_visibility="private")
     source.change(visible, source, hidden, api_visibility="private", show_progress="hidden")
-    _on_load(gr, app, from_link, [*fields, found, was_asked])
+    _on_load(gr, app, from_link, [*fields, was_asked, found])
 
 
 def _rows_tab(gr: Any, app: Any, explorer: Explorer) -> None:
