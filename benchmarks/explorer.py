@@ -66,8 +66,8 @@ def main() -> None:
                 lambda n: client.predict("validation", n, "prediction", "(nothing)", *rest, api_name="/ask"),
                 options.rounds,
             ),
-            "a training row, prediction against label": (
-                lambda n: client.predict("training", n, "prediction", explorer.classes[n % 2], *rest, api_name="/ask"),
+            "a training row, a class against the other": (
+                lambda n: client.predict("training", n, explorer.classes[n % 2], explorer.classes[1 - n % 2], *rest, api_name="/ask"),
                 options.rounds,
             ),
             "a typed text": (

@@ -1,5 +1,7 @@
 """To the Hub: one commit, of what is not there yet, under a card that says what it is."""
 
+import contextlib
+import io
 import json
 from pathlib import Path
 from unittest import mock
@@ -62,6 +64,13 @@ def lfs_digests(repo):
 
     entries = HfApi().list_repo_tree(repo, repo_type="dataset", recursive=True)
     return {entry.path: entry.lfs.sha256 for entry in entries if getattr(entry, "lfs", None) is not None}
+
+
+def push_as_machine(folder, repo):
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        assert main(["push", str(folder), repo, "--license", "mit", "--json"]) == 0
+    return json.loads(said.getvalue())
 
 
 def push_explorer(folder, queries, name):
@@ -394,3 +403,9 @@ def test_an_explorer_is_pushed_to_a_space_and_no_other_app_is_replaced(client, n
     } <= set(files)
     assert "app.py" in left
     assert "space.json" not in left
+
+
+def test_a_machine_is_told_where_an_index_was_pushed(client, repo, small):
+    found = client(push_as_machine, small.folder, repo)
+    assert (found["command"], found["exit_status"], found["error"]) == ("push", 0, None)
+    assert found["result"]["url"].endswith(f"/datasets/{repo}")

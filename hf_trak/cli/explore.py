@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_trak.cli import output
+from hf_trak.cli.main import SUCCESS
 from hf_trak.cli.parsing import Collect, LoadingArguments, make_parser, name_positions, parse
 from hf_trak.messages import say
 
@@ -86,14 +88,14 @@ class ExploreArguments(LoadingArguments):
     )
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str]) -> dict[str, Any] | None:
     """Parse and run."""
     parser = make_parser([ExploreArguments], command="explore", usage=_USAGE, description=_DESCRIPTION)
-    run(*parse(parser, name_positions(arguments, ["index"])))
+    return run(*parse(parser, name_positions(arguments, ["index"])))
 
 
-def run(args: ExploreArguments) -> None:
-    """Load the index once, and serve the page until the command is interrupted."""
+def run(args: ExploreArguments) -> dict[str, Any] | None:
+    """Load the index once, and serve the page until the command is interrupted; or return where it was exported to."""
     if args.port is not None and not 0 < args.port < 65536:
         raise ValueError(f"--port must lie in 1 to 65535, but is {args.port}.")
     if Path(args.fixed).exists() and not Path(args.fixed).is_dir():
@@ -109,8 +111,7 @@ def run(args: ExploreArguments) -> None:
     measured = read_rows(args.results or [])
     explorer = make_explorer(args)
     if args.export is not None or args.push_space is not None:
-        export(args, explorer, measured)
-        return
+        return export(args, explorer, measured)
     options: dict[str, Any] = {
         "port": args.port,
         "share": args.share,
@@ -118,24 +119,29 @@ def run(args: ExploreArguments) -> None:
         "measured": measured,
     }
     with terminable(), suppress(KeyboardInterrupt), serve(explorer, args.fixed, **options) as address:
+        output.current.write("explore", SUCCESS, result={"address": address, "fixed": args.fixed})
         print(f"{explorer.index}\nExplorer: {address}\nFixed training sets: {args.fixed}\nCtrl-C ends it.", flush=True)
         threading.Event().wait()
+    return None
 
 
-def export(args: ExploreArguments, explorer: Explorer, measured: Sequence[Any]) -> None:
-    """Write the folder, and push it."""
+def export(args: ExploreArguments, explorer: Explorer, measured: Sequence[Any]) -> dict[str, Any]:
+    """Write the folder, push it, and return where they are."""
     from hf_trak.explorer.space import export_space, push_space
 
     if args.trust_remote_code or args.base is not None:
         given = "--trust_remote_code" if args.trust_remote_code else "--base"
         raise ValueError(f"{given} has no place in a Space: export an index whose checkpoints need it not.")
+    pushed: str | None = None
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary) / "space" if args.export is None else Path(args.export)
         export_space(explorer, place, models=args.model, processor=args.processor, measured=measured)
         if args.export is not None:
             say(f"Exported: {place}\nServe it with: python {place / 'app.py'}")
         if args.push_space is not None:
-            say(f"Pushed: {push_space(place, args.push_space, private=args.private or None)}")
+            pushed = push_space(place, args.push_space, private=args.private or None)
+            say(f"Pushed: {pushed}")
+    return {"exported": args.export, "pushed": pushed}
 
 
 def make_explorer(args: ExploreArguments) -> Explorer:
