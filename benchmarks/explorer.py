@@ -67,7 +67,9 @@ def main() -> None:
                 options.rounds,
             ),
             "a training row, a class against the other": (
-                lambda n: client.predict("training", n, explorer.classes[n % 2], explorer.classes[1 - n % 2], *rest, api_name="/ask"),
+                lambda n: client.predict(
+                    "training", n, explorer.classes[n % 2], explorer.classes[1 - n % 2], *rest, api_name="/ask"
+                ),
                 options.rounds,
             ),
             "a typed text": (
