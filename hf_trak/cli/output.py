@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 VERBOSITY = "HF_TRAK_VERBOSITY"
@@ -19,7 +16,6 @@ LEVELS = {name: getattr(logging, name.upper()) for name in ("debug", "info", "wa
 FLAGS = ("--debug", "--json", "--quiet")
 
 
-@dataclass
 class Output:
     """How a command of this process prints.
 
@@ -28,17 +24,16 @@ class Output:
         quiet (`bool`): Text for people is left out, and so are progress bars and messages below errors.
         debug (`bool`): Errors are raised, with their traceback.
         level (`int`): Of messages of the logger `hf_trak` that are shown.
-        stdout, stderr (*optional*): The streams of the process, of which text for people may be turned away.
     """
 
-    as_json: bool = False
-    quiet: bool = False
-    debug: bool = False
-    level: int = logging.WARNING
-    stdout: Any = None
-    stderr: Any = None
-    begin: float = field(default_factory=time.perf_counter)
-    written: bool = False
+    def __init__(
+        self, *, as_json: bool = False, quiet: bool = False, debug: bool = False, level: int = logging.WARNING
+    ) -> None:
+        self.as_json, self.quiet, self.debug, self.level = as_json, quiet, debug, level
+        self.stdout: Any = None  # the streams of the process, of which text for people may be turned away
+        self.stderr: Any = None
+        self.begin = time.perf_counter()
+        self.written = False
 
     @property
     def errors(self) -> Any:
@@ -49,6 +44,8 @@ class Output:
         """Print the JSON document, once. Of several processes of a launcher, the first one prints."""
         if not self.as_json or self.written or os.environ.get("RANK", "0") != "0":
             return
+        import json  # not before help is shown
+
         self.written = True
         seconds = round(time.perf_counter() - self.begin, 3)
         found = {"command": command, "exit_status": status, "seconds": seconds, "error": error, "result": _plain(result)}
@@ -114,8 +111,6 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(one) for one in value]
-    if isinstance(value, Path):
-        return str(value)
     if hasattr(value, "tolist"):
         return _plain(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
