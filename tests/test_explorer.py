@@ -1,6 +1,7 @@
 """The explorer: it shows what the index answers, escapes all of it, and exports labels as they were decided."""
 
 import os
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -300,9 +301,12 @@ def test_an_exported_folder_answers_by_itself_and_writes_nothing(text_index, exp
     assert "hf-trak[explore]==" in (place / "requirements.txt").read_text()
     place.rename(moved)
     before = sorted(moved.rglob("*"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
     environment = {
         **os.environ,
-        "GRADIO_SERVER_PORT": "7999",
+        "GRADIO_SERVER_PORT": port,
         "GRADIO_TEMP_DIR": str(tmp_path / "uploads"),
         "PYTHONDONTWRITEBYTECODE": "1",
     }
