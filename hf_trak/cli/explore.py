@@ -104,10 +104,13 @@ def run(args: ExploreArguments) -> dict[str, Any] | None:
         raise ValueError("--private is of --push_space: give the name of the Space, or leave it out.")
 
     from hf_trak.explorer.app import import_gradio, serve
+    from hf_trak.explorer.space import check_folder
     from hf_trak.plots import read_rows
     from hf_trak.runtime import terminable
 
     import_gradio()  # before anything is loaded
+    if args.export is not None:
+        check_folder(args.export)
     measured = read_rows(args.results or [])
     explorer = make_explorer(args)
     if args.export is not None or args.push_space is not None:

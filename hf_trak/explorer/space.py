@@ -59,9 +59,7 @@ def export_space(
     Raises:
         ValueError: If the folder has files, or the index needs code or models that a folder cannot hold.
     """
-    index, folder = explorer.index, Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there and not an empty folder. Choose another place: nothing is replaced.")
+    index, folder = explorer.index, check_folder(folder)
     if index.config.task not in TASKS:
         raise ValueError(
             f"The index is of {index.config.task!r}, a task of your own, whose code it does not hold: a Space cannot run it."
@@ -86,6 +84,18 @@ def export_space(
     write_json(folder / SPACE_NAME, shown)
     for name, text in (("app.py", _APP), ("requirements.txt", _requirements()), ("README.md", _card(explorer, shown))):
         write_atomically(folder / name, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))  # type: ignore[misc]
+    return folder
+
+
+def check_folder(folder: str | Path) -> Path:
+    """Return a folder that an explorer may be exported to.
+
+    Raises:
+        ValueError: If it is there and has files.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is there and not an empty folder. Choose another place: nothing is replaced.")
     return folder
 
 
