@@ -25,6 +25,7 @@ _CSS = """
 .hf-trak { overflow-wrap: anywhere; }
 .hf-trak section { padding: .5rem 0; }
 .hf-trak .row { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(16rem, 100%), 1fr)); gap: .6rem; }
+.hf-trak .row:has(img) { grid-template-columns: repeat(auto-fill, minmax(min(10rem, 100%), 1fr)); }
 .hf-trak .query { display: flex; gap: 1rem; align-items: flex-start; max-width: 48rem; }
 .hf-trak .card { border: 1px solid var(--border-color-primary); border-top-width: 3px; border-radius: 6px; padding: .5rem .6rem;
   background: var(--background-fill-secondary); }
