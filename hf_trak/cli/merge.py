@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from hf_trak.cli.main import OneLineErrors
 from hf_trak.messages import say
