@@ -3,6 +3,7 @@
 Screenshots are kept in the folder that HF_TRAK_SCREENSHOTS names, if it is set.
 """
 
+import importlib.util
 import os
 import re
 import shutil
@@ -17,16 +18,14 @@ from hf_trak.explorer.app import serve
 from hf_trak.explorer.labels import LabelDesk
 from hf_trak.explorer.views import Explorer
 
-pytest.importorskip("gradio", reason="gradio is not installed: pip install -c constraints.txt -e '.[browser-tests]'")
-playwright = pytest.importorskip(
-    "playwright.sync_api", reason="playwright is not installed: pip install -c constraints.txt -e '.[browser-tests]'"
-)
-axe = pytest.importorskip(
-    "axe_playwright_python",
-    reason="axe-playwright-python is not installed: pip install -c constraints.txt -e '.[browser-tests]'",
-)
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
+MISSING = [name for name in ("gradio", "playwright", "axe_playwright_python") if importlib.util.find_spec(name) is None]
+pytestmark = [
+    pytest.mark.skipif(
+        bool(MISSING), reason=f"not installed: {', '.join(MISSING)}; pip install -c constraints.txt -e '.[dev]'"
+    ),
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium"),
+]
 SCREENSHOTS = os.environ.get("HF_TRAK_SCREENSHOTS")
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
@@ -53,7 +52,9 @@ def address(explorer, export):
 
 @pytest.fixture(scope="module")
 def browser():
-    with playwright.sync_playwright() as started:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as started:
         browser = started.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS)
         yield browser
         browser.close()
@@ -82,7 +83,7 @@ def visit(context_of, address, request):
     def visit(link="", *, width=1200, dark=False):
         page = context_of(width, dark).new_page()
         pages.append(page)
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(60_000)
         page.on("console", lambda message: said.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on("dialog", lambda dialog: said.append(f"dialog: {dialog.message}"))
@@ -248,7 +249,8 @@ def audit(page):
     page.wait_for_function(SETTLED)  # what is replaced fades for a moment
     assert page.evaluate("() => document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
     if not page.evaluate("() => 'axe' in window"):
-        page.evaluate((Path(axe.__file__).parent / "axe.min.js").read_text(encoding="utf-8"))
+        axe = Path(importlib.util.find_spec("axe_playwright_python").origin).parent / "axe.min.js"
+        page.evaluate(axe.read_text(encoding="utf-8"))
     found = page.evaluate("async () => (await axe.run(document)).violations")
     serious = [
         f"{rule['id']}: {node['html'][:200]}"
