@@ -4,7 +4,7 @@
         --ground_truth results/ground_truth_text.parquet --case "SST-2, ..." --work out/lds_text --output results/lds_ablations_text.json
 
 The folders of `--alphas` are those of `scripts/train_subsets.py --jobs members --alpha ALPHA`. Plots are drawn from the results:
-`hf_trak.evaluation.plots.save_plots`.
+`hf_trak.plots.save_plots`.
 """
 
 from __future__ import annotations

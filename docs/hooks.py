@@ -6,31 +6,16 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import re
 from dataclasses import MISSING, fields
 from html import unescape
 from typing import Any
 
 
-def parser_of(command: str) -> argparse.ArgumentParser:
-    """Return the parser that prints the help of a command."""
-    from hf_trak.cli.main import main
-
-    found: list[argparse.ArgumentParser] = []
-    original = argparse.ArgumentParser.print_help
-    argparse.ArgumentParser.print_help = lambda parser, file=None: found.append(parser)  # type: ignore[method-assign]
-    try:
-        with contextlib.suppress(SystemExit):
-            main([*command.split(), "--help"])
-    finally:
-        argparse.ArgumentParser.print_help = original  # type: ignore[method-assign]
-    (parser,) = found
-    return parser
-
-
 def command_section(command: str) -> str:
     """Return a command's usage, description and flags, as Markdown."""
+    from hf_trak.cli.completion import parser_of
+
     parser = parser_of(command)
     lines = ["| flag | meaning | default |", "|---|---|---|"]
     for action in parser._actions:
@@ -68,8 +53,19 @@ def commands_page() -> str:
     intro = (
         "Every command takes `--config file.yaml`, a file of its flags without the dashes; flags on the command line win. Datasets are Parquet, "
         "CSV or JSON files, folders of them, or names on the Hub.\n\n"
-        "Exit status: 0 done; 1 an input was refused or something failed, with one line that says why; 2 bad usage; 130 interrupted; 143 "
-        "terminated. `--debug` or `HF_TRAK_DEBUG=1` shows the traceback of an error."
+        "Every command also takes, in any place:\n\n"
+        "- `--json`: print one JSON document on standard output, with `command`, `exit_status`, `seconds`, `error` (a line, or null) and `result`, "
+        "what was made and found; text for people goes to standard error. `hf-trak explore --json` prints it when the page is served.\n"
+        "- `--quiet`: print errors and nothing else: no tables, no progress bars.\n"
+        "- `--debug`, or `HF_TRAK_DEBUG=1`: show the traceback of an error.\n\n"
+        "`HF_TRAK_VERBOSITY` is the least level of messages of the logger `hf_trak` that are shown: `debug`, `info`, `warning`, `error` or "
+        '`critical`. In Python, it is set by `logging.getLogger("hf_trak").setLevel(...)`.\n\n'
+        "| exit status | meaning |\n|---|---|\n"
+        "| 0 | done |\n"
+        "| 1 | an input was refused or something failed; one line says why |\n"
+        "| 2 | bad usage: an unknown flag or command, a value that does not suit its flag |\n"
+        "| 130 | interrupted with Ctrl-C; the same command goes on where it stopped |\n"
+        "| 143 | terminated |"
     )
     return "\n\n".join(["# Commands", intro, "\n".join(table), *map(command_section, names)]) + "\n"
 

@@ -28,7 +28,7 @@ from clip_training import ContrastiveArguments
 from hf_trak.cli.main import quiet_libraries
 from hf_trak.cli.parsing import make_parser, parse
 from hf_trak.cli.results import commit, write_results
-from hf_trak.evaluation.plots import save_plots
+from hf_trak.plots import save_plots
 
 CONFIGS = Path(__file__).parent / "configs"
 SCALES = ("small", "paper")

@@ -26,6 +26,7 @@ LAYERS = {
     "hub": 3,
     "training": 3,
     "gradients": 2,
+    "plots": 2,
     "scoring": 2,
     "training_args": 2,
     "feature_args": 1,

@@ -1,5 +1,7 @@
 """To the Hub: one commit, of what is not there yet, under a card that says what it is."""
 
+import contextlib
+import io
 import json
 from pathlib import Path
 from unittest import mock
@@ -7,6 +9,7 @@ from unittest import mock
 import pytest
 from hub_for_tests import (
     ENDPOINT,
+    QUERIES,
     build,
     bytes_of,
     card_of,
@@ -19,6 +22,7 @@ from hub_for_tests import (
     push,
     scores_of,
     upload,
+    user_name,
     watch,
     watched,
     with_token,
@@ -60,6 +64,32 @@ def lfs_digests(repo):
 
     entries = HfApi().list_repo_tree(repo, repo_type="dataset", recursive=True)
     return {entry.path: entry.lfs.sha256 for entry in entries if getattr(entry, "lfs", None) is not None}
+
+
+def push_as_machine(folder, repo):
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        assert main(["push", str(folder), repo, "--license", "mit", "--json"]) == 0
+    return json.loads(said.getvalue())
+
+
+def push_explorer(folder, queries, name):
+    """Push an explorer twice; return what the Space holds, and what becomes of a Space that is another app."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    codes = [
+        main(["explore", str(folder), "--validation", str(queries), "--validation_split", "train", "--push_space", name])
+        for _ in range(2)
+    ]
+    files = api.list_repo_files(name, repo_type="space")
+    api.create_repo(f"{name}-other", repo_type="space", space_sdk="gradio")
+    api.upload_file(path_or_fileobj=b"x", path_in_repo="app.py", repo_id=f"{name}-other", repo_type="space")
+    codes.append(main(["explore", str(folder), "--validation", str(queries), "--push_space", f"{name}-other"]))
+    left = api.list_repo_files(f"{name}-other", repo_type="space")
+    for repo in (name, f"{name}-other"):
+        api.delete_repo(repo, repo_type="space")
+    return codes, files, left
 
 
 def push_while_another_commits(folder, repo, files):
@@ -355,3 +385,27 @@ def test_a_card_survives_json(small):
 
     block = (small.folder / "README.md").read_text().split("---\n")[1]
     assert json.loads(json.dumps(yaml.safe_load(block)))["configs"][0]["config_name"] == "member_0"
+
+
+def test_an_explorer_is_pushed_to_a_space_and_no_other_app_is_replaced(client, new_name, checkpoint, tmp_path):
+    pytest.importorskip("gradio", reason="gradio is not installed: pip install 'hf-trak[explore]'")
+    index = build(tmp_path / "index", [checkpoint])
+    QUERIES.to_parquet(tmp_path / "queries.parquet")
+    codes, files, left = client(push_explorer, index.folder, tmp_path / "queries.parquet", f"{client(user_name)}/explorer")
+    assert codes == [0, 0, 1]
+    assert {
+        "README.md",
+        "app.py",
+        "requirements.txt",
+        "space.json",
+        "index/trak_config.json",
+        "models/0/model.safetensors",
+    } <= set(files)
+    assert "app.py" in left
+    assert "space.json" not in left
+
+
+def test_a_machine_is_told_where_an_index_was_pushed(client, repo, small):
+    found = client(push_as_machine, small.folder, repo)
+    assert (found["command"], found["exit_status"], found["error"]) == ("push", 0, None)
+    assert found["result"]["url"].endswith(f"/datasets/{repo}")

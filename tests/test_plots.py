@@ -8,23 +8,24 @@ from html.parser import HTMLParser
 from itertools import pairwise
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
+import torch
 
-from hf_trak.evaluation.plots import (
-    COLORS,
+from hf_trak.plots import (
     PLOTS,
-    Axis,
-    ceiling_of,
-    curves_of,
-    label,
-    limits,
-    nice_ticks,
-    places,
+    damping_rows,
+    label_error_rows,
     read_rows,
     render_page,
+    render_svg,
     save_plots,
     save_png,
+    score_rows,
+    spectrum_rows,
 )
+from hf_trak.plots.curves import COLORS, Axis, ceiling_of, curves_of, label, limits, nice_ticks, places
+from hf_trak.scoring.damping import DampingChoice
 
 needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
 DAMPING, COMPUTE = PLOTS["lds_damping"], PLOTS["lds_compute"]
@@ -179,7 +180,7 @@ def test_marks_stand_where_the_numbers_say():
     assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2)
     assert y0 - y1 == pytest.approx(y1 - y2, abs=0.2)
     assert y0 > y2  # up the page
-    zero = float(re.search(r'y1="([\d.]+)" y2="[\d.]+" stroke="#1f2328"', section)[1])
+    zero = float(re.search(r'y1="([\d.]+)" y2="[\d.]+" stroke="currentColor"', section)[1])
     assert zero == pytest.approx(y0, abs=0.1)
 
 
@@ -229,3 +230,40 @@ def test_without_matplotlib_the_error_names_the_install_command(tmp_path, monkey
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'hf-trak\[plots\]'"):
         save_png(sweep(), tmp_path / "plot.png", DAMPING)
+
+
+def test_what_an_index_holds_is_drawn_as_measured(tmp_path):
+    values = np.array([100.0, 10.0, 1.0, 1e-3, 0.0])
+    rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(5, 5)))[0]
+    spectrum = spectrum_rows(torch.tensor(rotation * values @ rotation.T))
+    assert [row["value"] for row in spectrum] == pytest.approx(values[:4], rel=1e-6)
+    damping = damping_rows(DampingChoice(0.1, (0.0, 0.1, 1.0), (0.2, 0.4, 0.3), 2, 10, ""))
+    assert [(row["damping"], row["value"]) for row in damping] == [(0.0, 0.2), (0.1, 0.4), (1.0, 0.3)]
+    scores = score_rows(np.random.default_rng(0).standard_t(2, size=(100, 20)), n_bins=10)
+    assert sum(row["value"] for row in scores) == pytest.approx(1)
+    found = label_error_rows([0.1, 0.9, 0.5, 0.4], [False, True, False, True])
+    assert [row["value"] for row in found] == [0, 0.5, 0.5, 1, 1]
+    assert curves_of([row("hf_trak", 0.3, path_point=0.5)], PLOTS["lds_path"])[0].points[0].x == 0.5
+    for name, rows in (
+        ("spectrum", spectrum),
+        ("damping_curve", damping),
+        ("score_distribution", scores),
+        ("label_errors", found),
+    ):
+        picture = ElementTree.fromstring(render_svg(rows, PLOTS[name]))
+        assert len(picture.findall(".//circle")) == len(rows)
+        assert all(0 < float(mark.attrib["cy"]) < 400 for mark in picture.iter("circle"))
+    with pytest.raises(ValueError, match="no positive eigenvalue"):
+        spectrum_rows(np.zeros((3, 3)))
+    with pytest.raises(ValueError, match="Expected finite scores"):
+        score_rows([1.0, np.nan])
+    with pytest.raises(ValueError, match="at least one wrong label"):
+        label_error_rows([1.0], [False])
+
+
+@needs_matplotlib
+def test_a_logarithmic_axis_of_values_has_room_for_powers_of_ten(tmp_path):
+    save_png(spectrum_rows(np.diag([1e3, 1.0, 1e-4])), tmp_path / "spectrum.png", PLOTS["spectrum"])
+    assert (tmp_path / "spectrum.png").stat().st_size > 5000
+    with pytest.raises(ValueError, match="has no place for -1"):
+        render_svg([{**spectrum_rows(np.eye(2))[0], "value": -1.0}], PLOTS["spectrum"])

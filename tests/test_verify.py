@@ -244,7 +244,7 @@ def test_a_cache_that_cannot_be_written_does_no_harm(folder, monkeypatch, tmp_pa
 
 def verify(folder, capsys):
     status = main(["verify", str(folder), "--json"])
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out)["result"]
     return status, {one["file"]: one["state"] for one in found["files"] if one["state"] != "whole"}
 
 

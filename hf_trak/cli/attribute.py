@@ -114,14 +114,14 @@ class AttributeArguments(AskingArguments):
     )
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str]) -> dict[str, Any] | None:
     """Parse and run."""
     parser = make_parser([AttributeArguments], command="attribute", usage=_USAGE, description=_DESCRIPTION)
-    run(*parse(parser, name_positions(arguments, ["index"])))
+    return run(*parse(parser, name_positions(arguments, ["index"])))
 
 
-def run(args: AttributeArguments) -> None:
-    """Attribute the queries, write the hits, and show the first."""
+def run(args: AttributeArguments) -> dict[str, Any] | None:
+    """Attribute the queries, write the hits, show the first, and return where they are."""
     output = Path(args.output)
     batch_size = rows_at_a_time(args.batch_size, "--batch_size")
     check_targets(args, output)
@@ -146,7 +146,7 @@ def run(args: AttributeArguments) -> None:
     ask, blocks = _asking(args, index, queries, output, options)
     if not first:  # processes share the ranking; one writes
         ask()
-        return
+        return None
     kept = index.kept_rows.mean_bytes if output.suffix == ".parquet" else index.kept_rows.mean_bytes_as_text
     n_bytes = most_bytes(len(queries), min(args.top_k, index.n_rows), index.n_rows, kept=kept)
     with output_file(output, n_bytes=n_bytes) as unfinished:
@@ -160,10 +160,12 @@ def run(args: AttributeArguments) -> None:
     readers = _query_reader(args, index, queries, language), train_reader(index.config, index.kept_rows, train, language)
     shown = read_attributions(hits, *readers, rows=list(range(min(_SHOWN_QUERIES, len(hits)))), top_k=_SHOWN_HITS)
     say(f"\n{table(shown)}\n\nHits of {len(hits):,} queries: {output}")
+    paths: list[Path] = []
     if args.report is not None:
         reported = read_attributions(hits, *readers, rows=list(range(min(_REPORTED_QUERIES, len(hits)))), top_k=_SHOWN_HITS)
-        for path in save_report(reported, args.report, title=f"Attributions of {Path(args.queries).name}"):
-            say(f"Report: {path}")
+        paths = save_report(reported, args.report, title=f"Attributions of {Path(args.queries).name}")
+        say("\n".join(f"Report: {path}" for path in paths))
+    return {"hits": output, "n_queries": len(hits), "report": paths}
 
 
 def _asking(

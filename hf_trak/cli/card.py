@@ -37,14 +37,14 @@ class CardArguments:
     overwrite: bool = field(default=False, metadata={"help": "Replace the output; what its owner wrote into it stays."})
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str]) -> dict[str, Any]:
     """Parse and run."""
     parser = make_parser([CardArguments], command="card", usage=_USAGE, description=_DESCRIPTION)
-    run(*parse(parser, name_positions(arguments, ["index"])))
+    return run(*parse(parser, name_positions(arguments, ["index"])))
 
 
-def run(args: CardArguments) -> None:
-    """Render the card, and print or write it."""
+def run(args: CardArguments) -> dict[str, Any]:
+    """Render the card, print or write it, and return it or where it is."""
     output = None if args.output is None else Path(args.output)
     if output is not None and output.suffix != ".md":
         raise ValueError(f"--output must end in .md, but is {output}.")
@@ -67,10 +67,11 @@ def run(args: CardArguments) -> None:
     card = card if existing is None else merge_card(card, existing)
     if output is None:
         print(card, end="")
-        return
+        return {"text": card}
     write_folder(output.parent)
     write_atomically(output, lambda temporary: temporary.write_text(card, encoding="utf-8"))
     say(f"Card: {output}")
+    return {"card": output}
 
 
 def _text_of(path: Path) -> str:

@@ -176,10 +176,11 @@ examples:
 """
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str]) -> dict[str, Any]:
     """Parse and run."""
     parser = make_parser([DemoArguments], command="demo", usage=_USAGE, description=_DESCRIPTION)
-    run(*parse(parser, name_positions(arguments, ["data"])))
+    (args,) = parse(parser, name_positions(arguments, ["data"]))
+    return {"folder": _folder_of(args), **run(args)}
 
 
 def run(args: DemoArguments) -> dict[str, Any]:
@@ -282,9 +283,13 @@ def _trains(args: DemoArguments) -> bool:
     return args.model is None or args.train
 
 
+def _folder_of(args: DemoArguments) -> Path:
+    return Path(args.output or ("hf_trak_demo_text" if args.data == "text" else "hf_trak_demo"))
+
+
 def _begin_folder(args: DemoArguments) -> Path:
     """Make the output folder. Go on with an index of the same arguments; replace nothing that took its owner's time."""
-    output = Path(args.output or ("hf_trak_demo_text" if args.data == "text" else "hf_trak_demo"))
+    output = _folder_of(args)
     refuse_url(output)
     marker = output / _MARKER
     settings = {key: value for key, value in asdict(args).items() if key != "overwrite"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 from collections.abc import Sequence
+from typing import Any
 
 from hf_trak.cli.main import OneLineErrors
 
@@ -36,7 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run one measure with the rest of the arguments."""
+def main(arguments: Sequence[str]) -> Any:
+    """Run one measure with the rest of the arguments, and return what it found."""
     measure = make_parser().parse_args(arguments[:1]).measure
-    importlib.import_module(f"hf_trak.cli.evaluate_{measure}").main(arguments[1:])
+    return importlib.import_module(f"hf_trak.cli.evaluate_{measure}").main(arguments[1:])

@@ -21,14 +21,16 @@ examples:
 """
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str]) -> dict[str, Any]:
     """Parse and run."""
     from hf_trak.cli.main import quiet_libraries
     from hf_trak.evaluation.fact_tracing import run_ftrace
 
     args, recipe = parse_arguments(arguments)
     quiet_libraries()
-    print(table(run_ftrace(args, recipe).get("rows", [])))
+    found = run_ftrace(args, recipe)
+    print(table(found.get("rows", [])))
+    return found
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[Any, Any]:

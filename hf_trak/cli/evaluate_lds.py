@@ -245,11 +245,11 @@ class LDSArguments(LoadingArguments):
     overwrite: bool = field(default=False, metadata={"help": "Replace the output file."})
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str]) -> dict[str, Any]:
     """Parse and run."""
     parser = make_parser([LDSArguments], command="evaluate lds", usage=_USAGE, description=_DESCRIPTION)
     (args,) = parse(parser, arguments)
-    run(args, arguments)
+    return {"rows": run(args, arguments), "results": args.output}
 
 
 def run(args: LDSArguments, arguments: Sequence[str] = ()) -> list[dict[str, Any]]:

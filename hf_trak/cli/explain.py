@@ -76,14 +76,14 @@ class ExplainArguments(AskingArguments):
     output: str | None = field(default=None, metadata={"help": "File for the hits, .jsonl or .parquet."})
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str]) -> dict[str, Any]:
     """Parse and run."""
     parser = make_parser([ExplainArguments], command="explain", usage=_USAGE, description=_DESCRIPTION)
-    run(*parse(parser, name_positions(arguments, ["index"])))
+    return run(*parse(parser, name_positions(arguments, ["index"])))
 
 
-def run(args: ExplainArguments) -> None:
-    """Ask, and show the answer and the rows."""
+def run(args: ExplainArguments) -> dict[str, Any]:
+    """Ask, show the answer and the rows, and return them."""
     output = None if args.output is None else Path(args.output)
     check_targets(args, output)
     batch_size = rows_at_a_time(args.batch_size, "--batch_size")
@@ -110,9 +110,17 @@ def run(args: ExplainArguments) -> None:
         with output_file(output, n_bytes=n_bytes) as unfinished, naming(output):
             write_hits(found.hits, unfinished, is_parquet=output.suffix == ".parquet")
         print(f"\nHits: {output}")
+    paths: list[Path] = []
     if args.report is not None:
-        for path in save_report([found.attribution], args.report, title="Which training rows made the model say this"):
-            print(f"Report: {path}")
+        paths = save_report([found.attribution], args.report, title="Which training rows made the model say this")
+        print("\n".join(f"Report: {path}" for path in paths))
+    shown = {
+        name: [
+            {"row": hit.example.row, "score": hit.score, "label": hit.example.label, "text": hit.example.text} for hit in hits
+        ]
+        for name, hits in (("proponents", found.attribution.proponents), ("opponents", found.attribution.opponents))
+    }
+    return {"answer": found.answer, "output": found.attribution.output, **shown, "hits": output, "report": paths}
 
 
 def _question(args: ExplainArguments) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -9,7 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_trak.cli.parsing import LoadingArguments, make_parser, name_positions, parse
+from hf_trak.cli import output
+from hf_trak.cli.main import SUCCESS
+from hf_trak.cli.parsing import Collect, LoadingArguments, make_parser, name_positions, parse
+from hf_trak.messages import say
 
 if TYPE_CHECKING:
     from hf_trak.explorer.views import Explorer
@@ -24,6 +28,7 @@ examples:
   hf-trak explore my-index                       (of an index with --keep_columns text,label)
   hf-trak explore my-index --train train.parquet --validation validation.parquet
   hf-trak explore me/my-index --port 8000 --no_browser
+  hf-trak explore my-index --validation validation.parquet --push_space me/my-explorer --private
 """
 
 
@@ -43,7 +48,28 @@ class ExploreArguments(LoadingArguments):
         default=None,
         metadata={"help": "Rows to ask about, with the columns of the training set; their labels are taken to be right."},
     )
-    export: str = field(default="hf_trak_explore", metadata={"help": "Folder for the training sets with fixed labels."})
+    fixed: str = field(default="hf_trak_explore", metadata={"help": "Folder for the training sets with fixed labels."})
+    results: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Results files of this index, as `hf-trak evaluate lds` writes them, to show what was measured.",
+            "action": Collect,
+        },
+    )
+    export: str | None = field(
+        default=None,
+        metadata={
+            "help": "Write a folder that serves the explorer by itself, also as a Space of the Hub, in place of serving it: with the index, its "
+            "checkpoints, and the rows of --train and --validation."
+        },
+    )
+    push_space: str | None = field(
+        default=None,
+        metadata={
+            "help": "Make a Space of the Hub of it, such as me/my-explorer, in place of serving it. Everyone who sees it sees the rows."
+        },
+    )
+    private: bool = field(default=False, metadata={"help": "Of --push_space: make a new Space private."})
     port: int | None = field(default=None, metadata={"help": "Port to serve on; by default the first free one from 7860."})
     no_browser: bool = field(default=False, metadata={"help": "Do not open a browser."})
     share: bool = field(
@@ -62,28 +88,63 @@ class ExploreArguments(LoadingArguments):
     )
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str]) -> dict[str, Any] | None:
     """Parse and run."""
     parser = make_parser([ExploreArguments], command="explore", usage=_USAGE, description=_DESCRIPTION)
-    run(*parse(parser, name_positions(arguments, ["index"])))
+    return run(*parse(parser, name_positions(arguments, ["index"])))
 
 
-def run(args: ExploreArguments) -> None:
-    """Load the index once, and serve the page until the command is interrupted."""
+def run(args: ExploreArguments) -> dict[str, Any] | None:
+    """Load the index once, and serve the page until the command is interrupted; or return where it was exported to."""
     if args.port is not None and not 0 < args.port < 65536:
         raise ValueError(f"--port must lie in 1 to 65535, but is {args.port}.")
-    if Path(args.export).exists() and not Path(args.export).is_dir():
-        raise ValueError(f"--export must name a folder, but {args.export} is a file.")
+    if Path(args.fixed).exists() and not Path(args.fixed).is_dir():
+        raise ValueError(f"--fixed must name a folder, but {args.fixed} is a file.")
+    if args.private and args.push_space is None:
+        raise ValueError("--private is of --push_space: give the name of the Space, or leave it out.")
 
     from hf_trak.explorer.app import import_gradio, serve
+    from hf_trak.explorer.space import check_folder
+    from hf_trak.plots import read_rows
     from hf_trak.runtime import terminable
 
     import_gradio()  # before anything is loaded
+    if args.export is not None:
+        check_folder(args.export)
+    measured = read_rows(args.results or [])
     explorer = make_explorer(args)
-    options: dict[str, Any] = {"port": args.port, "share": args.share, "open_browser": not args.no_browser}
-    with terminable(), suppress(KeyboardInterrupt), serve(explorer, args.export, **options) as address:
-        print(f"{explorer.index}\nExplorer: {address}\nFixed training sets: {args.export}\nCtrl-C ends it.", flush=True)
+    if args.export is not None or args.push_space is not None:
+        return export(args, explorer, measured)
+    options: dict[str, Any] = {
+        "port": args.port,
+        "share": args.share,
+        "open_browser": not args.no_browser,
+        "measured": measured,
+    }
+    with terminable(), suppress(KeyboardInterrupt), serve(explorer, args.fixed, **options) as address:
+        output.current.write("explore", SUCCESS, result={"address": address, "fixed": args.fixed})
+        print(f"{explorer.index}\nExplorer: {address}\nFixed training sets: {args.fixed}\nCtrl-C ends it.", flush=True)
         threading.Event().wait()
+    return None
+
+
+def export(args: ExploreArguments, explorer: Explorer, measured: Sequence[Any]) -> dict[str, Any]:
+    """Write the folder, push it, and return where they are."""
+    from hf_trak.explorer.space import export_space, push_space
+
+    if args.trust_remote_code or args.base is not None:
+        given = "--trust_remote_code" if args.trust_remote_code else "--base"
+        raise ValueError(f"{given} has no place in a Space: export an index whose checkpoints need it not.")
+    pushed: str | None = None
+    with tempfile.TemporaryDirectory() as temporary:
+        place = Path(temporary) / "space" if args.export is None else Path(args.export)
+        export_space(explorer, place, models=args.model, processor=args.processor, measured=measured)
+        if args.export is not None:
+            say(f"Exported: {place}\nServe it with: python {place / 'app.py'}")
+        if args.push_space is not None:
+            pushed = push_space(place, args.push_space, private=args.private or None)
+            say(f"Pushed: {pushed}")
+    return {"exported": args.export, "pushed": pushed}
 
 
 def make_explorer(args: ExploreArguments) -> Explorer:

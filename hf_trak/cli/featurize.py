@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,15 +92,15 @@ class FeaturizeArguments:
             raise ValueError("With --shard-index, --overwrite would delete what other jobs have made. Delete the folder first.")
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str]) -> dict[str, Any] | None:
     """Parse and run."""
     parser = make_parser([FeaturizeArguments, FeatureArguments], command="featurize", usage=_USAGE, description=_DESCRIPTION)
     args, features = parse(parser, arguments)
-    run(args, features, arguments)
+    return run(args, features, arguments)
 
 
-def run(args: FeaturizeArguments, features: FeatureArguments, given: Sequence[str] = ()) -> None:
-    """Build the index, or a part of one, and say where it lies."""
+def run(args: FeaturizeArguments, features: FeatureArguments, given: Sequence[str] = ()) -> dict[str, Any] | None:
+    """Build the index, or a part of one, say where it lies, and return that."""
     config, ensemble = features.trak_config(), features.ensemble(args.model, revision=args.revision)
     rows_at_a_time(features.batch_size, "--batch_size")
     if features.shard_rows < 1:
@@ -149,8 +149,9 @@ def run(args: FeaturizeArguments, features: FeatureArguments, given: Sequence[st
         "keep_columns": features.kept_columns(),
     }
     if args.dry_run:
-        print(AttributionIndex.estimate(**arguments))
-        return
+        estimate = AttributionIndex.estimate(**arguments)
+        print(estimate)
+        return {"estimate": asdict(estimate)}
     if args.shard_index is not None and args.num_shards is not None:
         AttributionIndex.build_shards(
             args.output, shard_index=args.shard_index, num_shards=args.num_shards, command=_without_part(given), **arguments
@@ -158,10 +159,25 @@ def run(args: FeaturizeArguments, features: FeatureArguments, given: Sequence[st
         say(
             f"\nPart {args.shard_index} of {args.num_shards} is done. When all are:\n\n    hf-trak merge {mask_secrets(args.output)}"
         )
-        return
+        return {"index": mask_secrets(args.output), "shard_index": args.shard_index, "num_shards": args.num_shards}
     index = AttributionIndex.build(args.output, overwrite=args.overwrite, **arguments)
-    if is_first:
-        say(describe_index(index, args.output, seconds=time.perf_counter() - begin))
+    if not is_first:
+        return None
+    say(describe_index(index, args.output, seconds=time.perf_counter() - begin))
+    return facts_of(index)
+
+
+def facts_of(index: AttributionIndex) -> dict[str, Any]:
+    """Return what was made, for machines."""
+    return {
+        "index": mask_secrets(str(index.home)),
+        "task": index.config.task,
+        "n_rows": index.n_rows,
+        "n_members": len(index.members),
+        "n_checkpoints": index.n_checkpoints,
+        "proj_dim": index.config.proj_dim,
+        "coverage": index.members[0].info["coverage"],
+    }
 
 
 def _without_part(given: Sequence[str]) -> list[str]:

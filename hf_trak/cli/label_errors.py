@@ -63,14 +63,14 @@ class LabelErrorsArguments(LoadingArguments):
     overwrite: bool = field(default=False, metadata={"help": "Replace the output file."})
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str]) -> dict[str, Any]:
     """Parse and run."""
     parser = make_parser([LabelErrorsArguments], command="label-errors", usage=_USAGE, description=_DESCRIPTION)
-    run(*parse(parser, name_positions(arguments, ["index"])))
+    return run(*parse(parser, name_positions(arguments, ["index"])))
 
 
-def run(args: LabelErrorsArguments) -> None:
-    """Rank the rows, write them, and show the first."""
+def run(args: LabelErrorsArguments) -> dict[str, Any]:
+    """Rank the rows, write them, show the first, and return those and where all are."""
     output, budget = Path(args.output), _budget(args.budget)
     batch_size = rows_at_a_time(args.batch_size, "--batch_size")
     if output.suffix not in (".jsonl", ".parquet"):
@@ -99,6 +99,9 @@ def run(args: LabelErrorsArguments) -> None:
         with naming(output):
             write_hits(found, unfinished, is_parquet=output.suffix == ".parquet")
     say(f"\n{suspects(found, train, index)}\n\n{len(found):,} of {index.n_rows:,} training rows, by suspicion: {output}")
+    names = [name for name in ("row", "score", "given_label", "suggested_label", "doubt") if name in found.column_names]
+    first = found.select_columns(names).select(range(min(_SHOWN, len(found)))).to_list()
+    return {"rows": output, "n_rows": len(found), "of": index.n_rows, "first": first}
 
 
 def load_train(args: LabelErrorsArguments, index: AttributionIndex) -> Dataset | None:

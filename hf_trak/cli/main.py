@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from hf_trak import __version__
+from hf_trak.cli import output
 from hf_trak.messages import one_line
 from hf_trak.runtime import Terminated, uncollected
 
@@ -32,12 +32,14 @@ def refuse_usage(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     command = parser.prog.removeprefix("hf-trak").strip()
     where = f"{command}: " if command else ""
     end = "" if message.endswith((".", "?")) else "."
-    parser.exit(BAD_USAGE, f"hf-trak: error: {one_line(where + message)}{end} See `{parser.prog} --help`.\n")
+    output.current.write(command, BAD_USAGE, error=one_line(message))
+    print(f"hf-trak: error: {one_line(where + message)}{end} See `{parser.prog} --help`.", file=output.current.errors)
+    parser.exit(BAD_USAGE)
 
 
 def report(error: BaseException) -> None:
     """Print an error as one line on the error stream."""
-    print(f"hf-trak: error: {describe(error)}", file=sys.stderr)
+    print(f"hf-trak: error: {describe(error)}", file=output.current.errors)
 
 
 def describe(error: BaseException) -> str:
@@ -99,6 +101,8 @@ class _OneLine(logging.Filter):
 
 def say_which_columns() -> None:
     """Print, on standard error, the line that says which columns of a dataset are read."""
+    if output.current.level > logging.WARNING:
+        return
     logger = logging.getLogger("hf_trak.building.build")
     for handler in [handler for handler in logger.handlers if handler.name == "columns"]:
         logger.removeHandler(handler)  # of an earlier command of this process, whose standard error may be another
@@ -122,6 +126,7 @@ COMMANDS = {
     "push": "upload an index to a dataset repository of the Hub",
     "verify": "check that every file of an index is what was written, and say how to mend those that are not",
     "card": "write the card of an index, with what was measured of it",
+    "completion": "print what makes a shell complete commands and flags",
 }
 
 _EPILOG = """\
@@ -129,8 +134,13 @@ Start with:
   hf-trak demo
   hf-trak featurize --help
 
+Flags of every command, in any place:
+  --json     print one JSON document: command, exit_status, seconds, error and result; text for people goes to standard error
+  --quiet    print errors and nothing else
+  --debug    show the traceback of an error, as HF_TRAK_DEBUG=1 does
+HF_TRAK_VERBOSITY is the least level of messages that are shown: debug, info, warning, error or critical.
+
 Exit status: 0 done; 1 refused or failed, with one line that says why; 2 bad usage; 130 interrupted; 143 terminated.
-HF_TRAK_DEBUG=1 or --debug, in any place, shows the traceback of an error.
 """
 
 
@@ -147,7 +157,6 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("command", metavar="COMMAND", nargs="?", choices=tuple(COMMANDS), help="one of the above")
     parser.add_argument("--version", action="version", version=f"hf-trak {__version__}")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
@@ -158,29 +167,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     terminated.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in given or os.environ.get("HF_TRAK_DEBUG", "0") not in ("", "0")
-    given = [argument for argument in given if argument != "--debug"]
+    try:
+        given, how = output.split_flags(given)
+    except ValueError as error:
+        report(error)
+        return BAD_USAGE
     position = next((i for i, argument in enumerate(given) if argument in COMMANDS), len(given))
     parser = make_parser()
-    command = parser.parse_args(given[: position + 1]).command
-    if command is None:
-        parser.print_help()
-        return 0
+    with output.printing(how):
+        command = parser.parse_args(given[: position + 1]).command
+        if command is None:
+            parser.print_help()
+            return SUCCESS
+        return _run(command, given[position + 1 :], how)
+
+
+def _run(command: str, arguments: list[str], how: output.Output) -> int:
+    """Run a command, and return the exit status."""
     try:
         with uncollected(for_good=True):
             module = importlib.import_module(f"hf_trak.cli.{command.replace('-', '_')}")
-        module.main(given[position + 1 :])
+        result = module.main(arguments)
     except KeyboardInterrupt:
-        print("hf-trak: interrupted", file=sys.stderr)
+        print("hf-trak: interrupted", file=how.errors)
+        how.write(command, INTERRUPTED, error="interrupted")
         return INTERRUPTED
     except Terminated as terminated:
-        print("hf-trak: terminated", file=sys.stderr)
+        print("hf-trak: terminated", file=how.errors)
+        how.write(command, int(terminated.code or 0), error="terminated")
         return int(terminated.code or 0)
     except Exception as error:
-        if debug:
+        how.write(command, REFUSED, error=describe(error), result=getattr(error, "result", None))
+        if how.debug:
             raise
         report(error)
         return REFUSED
+    how.write(command, SUCCESS, result=result)
     return SUCCESS
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from hf_trak.cli.main import OneLineErrors
 from hf_trak.messages import say
@@ -18,7 +19,7 @@ example:
 """
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str]) -> dict[str, Any]:
     """Parse and run."""
     parser = OneLineErrors(
         prog="hf-trak merge",
@@ -28,12 +29,12 @@ def main(arguments: Sequence[str]) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("index", metavar="INDEX", help="The folder or URL that the jobs had as --output.")
-    run(parser.parse_args(list(arguments)).index)
+    return run(parser.parse_args(list(arguments)).index)
 
 
-def run(folder: str) -> None:
-    """Merge, and say where the index lies."""
-    from hf_trak.cli.featurize import describe_index
+def run(folder: str) -> dict[str, Any]:
+    """Merge, say where the index lies, and return it."""
+    from hf_trak.cli.featurize import describe_index, facts_of
     from hf_trak.cli.main import quiet_libraries
     from hf_trak.index import AttributionIndex
 
@@ -41,3 +42,4 @@ def run(folder: str) -> None:
     begin = time.perf_counter()
     index = AttributionIndex.merge(folder)
     say(describe_index(index, folder, seconds=time.perf_counter() - begin))
+    return facts_of(index)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from hf_trak.cli.parsing import make_parser, name_positions, parse
 from hf_trak.messages import say
@@ -37,14 +38,14 @@ class PushArguments:
     commit_message: str | None = field(default=None, metadata={"help": "Message of the commit."})
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str]) -> dict[str, Any]:
     """Parse and run."""
     parser = make_parser([PushArguments], command="push", usage=_USAGE, description=_DESCRIPTION)
-    run(*parse(parser, name_positions(arguments, ["index", "repo_id"])))
+    return run(*parse(parser, name_positions(arguments, ["index", "repo_id"])))
 
 
-def run(args: PushArguments) -> None:
-    """Push the index and say where it is."""
+def run(args: PushArguments) -> dict[str, Any]:
+    """Push the index, say where it is, and return that."""
     from hf_trak.index import AttributionIndex
 
     url = AttributionIndex.from_pretrained(args.index).push_to_hub(
@@ -57,3 +58,4 @@ def run(args: PushArguments) -> None:
     )
     if url is not None:
         say(f"Pushed: {url}")
+    return {"url": url}

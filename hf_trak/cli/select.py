@@ -96,14 +96,14 @@ class SelectArguments(LoadingArguments):
     overwrite: bool = field(default=False, metadata={"help": "Replace an earlier subset in the output folder."})
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str]) -> dict[str, Any]:
     """Parse and run."""
     parser = make_parser([SelectArguments], command="select", usage=_USAGE, description=_DESCRIPTION)
-    run(*parse(parser, name_positions(arguments, ["index"])))
+    return run(*parse(parser, name_positions(arguments, ["index"])))
 
 
-def run(args: SelectArguments) -> None:
-    """Choose the rows, write them, and show the first."""
+def run(args: SelectArguments) -> dict[str, Any]:
+    """Choose the rows, write them, show the first, and return those and where all are."""
     budget, batch_size = read_budget(args.budget), rows_at_a_time(args.batch_size, "--batch_size")
 
     from hf_trak.cli.data import load_rows
@@ -148,6 +148,8 @@ def run(args: SelectArguments) -> None:
     print(f"\n{len(found):,} of {index.n_rows:,} training rows {what}: {args.output}")
     if found.column_names == ["trak_row", "trak_score"]:
         print("They have no columns but these: the index kept none. Give the training set with --train to have its columns.")
+    first = found.select_columns(["trak_row", "trak_score"]).select(range(min(_SHOWN, len(found)))).to_list()
+    return {"rows": args.output, "n_rows": len(found), "of": index.n_rows, "first": first}
 
 
 def read_budget(text: str) -> int | float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ files, with the same bytes.
 
 examples:
   hf-trak verify my-index
-  hf-trak verify me/sst2-trak --revision main --json
+  hf-trak verify me/sst2-trak --revision main --json       (lists every file)
 """
 
 
@@ -29,20 +28,19 @@ class VerifyArguments:
 
     index: str = field(metadata={"help": "Folder, dataset repository or object store URL of an index."})
     revision: str | None = field(default=None, metadata={"help": "Revision of an index repository."})
-    json: bool = field(default=False, metadata={"help": "Print one JSON object, with every file."})
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str]) -> dict[str, Any]:
     """Parse and run."""
     parser = make_parser([VerifyArguments], command="verify", usage=_USAGE, description=_DESCRIPTION)
-    run(*parse(parser, name_positions(arguments, ["index"])))
+    return run(*parse(parser, name_positions(arguments, ["index"])))
 
 
-def run(args: VerifyArguments) -> None:
-    """Verify, and say what was found.
+def run(args: VerifyArguments) -> dict[str, Any]:
+    """Verify, say what was found, and return every file.
 
     Raises:
-        ValueError: If a file is damaged or missing.
+        DamagedIndex: If a file is damaged or missing.
     """
     from hf_trak.config import CHOSEN_FOR_SCORES, CONFIG_NAME, TrakConfig
     from hf_trak.storage.verify import verify_index
@@ -51,23 +49,29 @@ def run(args: VerifyArguments) -> None:
     findings = list(verify_index(folder, fetch, **({} if mend is None else {"mend": mend})))
     damaged = [finding for finding in findings if finding.is_damage]
     n_bytes = sum(finding.bytes for finding in findings)
-    if args.json:
-        files = [finding._asdict() for finding in findings]
-        print(json.dumps({"index": mask_secrets(args.index), "whole": not damaged, "bytes": n_bytes, "files": files}, indent=2))
-    else:
-        for finding in findings:
-            if finding.problem:
-                say(f"{finding.file}: {finding.state}: {finding.problem}\n    {finding.mend}")
-        if not damaged:
-            whole = [finding for finding in findings if finding.state == "whole"]
-            say(f"{mask_secrets(args.index)}: {len(whole):,} files, {n_bytes:,} bytes: all are what was written.")
-            config = TrakConfig.from_pretrained(folder)
-            chosen = [f"{name} {getattr(config, name)}" for name in CHOSEN_FOR_SCORES if getattr(config, name) is not None]
-            say(f"Scores go by {CONFIG_NAME}: {', '.join(chosen)}. These may be edited, so no file is held against them.")
+    files = [finding._asdict() for finding in findings]
+    result = {"index": mask_secrets(args.index), "whole": not damaged, "bytes": n_bytes, "files": files}
+    for finding in findings:
+        if finding.problem:
+            say(f"{finding.file}: {finding.state}: {finding.problem}\n    {finding.mend}")
     if damaged:
-        raise ValueError(
-            f"{len(damaged)} of {len(findings)} files of {args.index} are damaged or missing: {damaged[0].file}, ..."
+        raise DamagedIndex(
+            f"{len(damaged)} of {len(findings)} files of {args.index} are damaged or missing: {damaged[0].file}, ...", result
         )
+    whole = [finding for finding in findings if finding.state == "whole"]
+    say(f"{mask_secrets(args.index)}: {len(whole):,} files, {n_bytes:,} bytes: all are what was written.")
+    config = TrakConfig.from_pretrained(folder)
+    chosen = [f"{name} {getattr(config, name)}" for name in CHOSEN_FOR_SCORES if getattr(config, name) is not None]
+    say(f"Scores go by {CONFIG_NAME}: {', '.join(chosen)}. These may be edited, so no file is held against them.")
+    return result
+
+
+class DamagedIndex(ValueError):
+    """Files are not what was written; `result` lists all files."""
+
+    def __init__(self, message: str, result: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.result = result
 
 
 def _open(args: VerifyArguments) -> tuple[Path, Callable[[str], Any] | None, str | None]:

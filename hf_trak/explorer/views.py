@@ -1,17 +1,15 @@
-"""What the explorer shows of an index: answers, suspicious labels and facts, as rows and as HTML in which every text is escaped."""
+"""What the explorer answers of an index: attributions of rows, texts and pictures, as rows and as HTML in which every text is escaped."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
+
+import numpy as np
 
 from hf_trak.index import AttributionIndex
 from hf_trak.messages import one_line, visible
@@ -25,25 +23,24 @@ from hf_trak.querying.examples import (
     row_reader,
     train_reader,
 )
-from hf_trak.querying.label_errors import given_labels
 from hf_trak.querying.report import card, section
-from hf_trak.scoring.label_errors import check_labels_task
 from hf_trak.sources.row_digests import names_read
+from hf_trak.tasks import TASKS
 from hf_trak.tasks.answers import ANSWER_TASKS
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 SOURCES = ("training", "validation")
-KEEP, FIX, DROP = "keep", "fix", "drop"
-_SUSPECTS = 200
-_SHOWN_MEMBERS = 20
+DIRECTIONS = ("pair", "image", "caption")
+_LONGEST_LINK = 2000  # what proxies and browsers pass on
+_MOST_SCORES = 50_000_000
 _PIXELS = ("pixel_values", "pixel_values_videos", "input_ids")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What was asked, and the training rows behind the model's answer; `link` names the view, if it is of a row of a dataset."""
+    """What was asked, and the training rows behind the model's answer; `link` opens the view again, and is empty of a picture."""
 
     attribution: Attribution
     hits: Dataset
@@ -51,19 +48,40 @@ class Answer:
 
     def html(self) -> str:
         """Return the answer as a page shows it."""
-        link = f'<p class="meta"><a href="?{escape(self.link)}">link to this view</a></p>' if self.link else ""
-        return f'<div class="hf-trak">{section(self.attribution)}{link}</div>'
+        return f'<div class="hf-trak"><h2>Answer</h2>{section(self.attribution)}{link_html(self.link)}</div>'
 
 
 @dataclass(frozen=True)
-class Suspect:
-    """A training row whose label looks wrong: its given and its suggested label, by name."""
+class Influence:
+    """The training rows that raised and lowered the outputs of a set of rows most, and those that did next to nothing."""
 
-    example: Example
-    given: str
-    suggested: str
-    score: float
-    doubt: float
+    n_queries: int
+    source: str
+    best: list[Hit]
+    worst: list[Hit]
+    useless: list[Hit]
+    known_direction: bool
+    link: str = ""
+
+    def html(self) -> str:
+        """Return three lists of rows as a page shows them."""
+        words = ("Most helpful: ", "Most harmful: ") if self.known_direction else ("", "")
+        groups = (
+            ("pro", f"{words[0]}raised the outputs of these rows most", self.best),
+            ("con", f"{words[1]}lowered the outputs of these rows most", self.worst),
+            ("", "Useless: the smallest mean size of a score", self.useless),
+        )
+        parts = [
+            f'<h3 class="{kind}">{heading}</h3><div class="row">{"".join(card(hit, kind) for hit in hits)}</div>'
+            for kind, heading, hits in groups
+            if hits
+        ]
+        what = f"{self.n_queries:,} {self.source} rows, scores in their mean"
+        if self.source == "training":
+            what += ", without the score of a row for itself"
+        return (
+            f'<div class="hf-trak"><h2>Training rows</h2><p class="meta">{what}</p>{"".join(parts)}{link_html(self.link)}</div>'
+        )
 
 
 class Explorer:
@@ -92,8 +110,7 @@ class Explorer:
         self.train = None if train is None else index.align(train)
         self.validation = validation
         self.in_memory = index.keep_in_memory(max_memory)
-        self._lock = threading.Lock()
-        self._suspects: list[Suspect] | None = None
+        self.lock = threading.Lock()
         described = index.members[0].identity["dataset"]
         self.task_name: str = index.members[0].identity["task"]
         self.columns: dict[str, Any] = described.get("columns") or {}
@@ -113,15 +130,17 @@ class Explorer:
         else:
             if not targets.several_labels and targets.n_classes is not None:
                 self.classes = targets.class_names(described.get("label_names"))
-        self._train_reader = train_reader(index.config, index.kept_rows, self.train, self.language)
+        self.train_reader = train_reader(index.config, index.kept_rows, self.train, self.language)
 
     # Questions.
 
     @property
     def typed(self) -> str:
-        """What can be asked about beside rows: "prompt", "text", "image" or nothing."""
+        """What can be asked about beside rows: "prompt", "text", "image", "pair" (a picture and its caption) or nothing."""
         if self.task_name in ANSWER_TASKS:
             return "prompt"
+        if self.pairs:
+            return "pair" if self.columns.get("image") not in (None, *_PIXELS) and "text" in self.columns else ""
         if not self.predicts:
             return ""
         if "text" in self.columns:
@@ -129,9 +148,14 @@ class Explorer:
         return "image" if self.columns.get("image") not in (None, *_PIXELS) else ""
 
     @property
+    def pairs(self) -> bool:
+        """Whether rows are pictures with captions, of which either side can be attributed alone."""
+        return self.task_name == "contrastive"
+
+    @property
     def text_columns(self) -> list[str]:
         """The columns whose texts are typed; of a prompt, one."""
-        return list(self.columns["text"]) if self.typed == "text" else ["prompt"]
+        return list(self.columns["text"]) if self.typed in ("text", "pair") else ["prompt"] if self.typed == "prompt" else []
 
     def n_rows(self, source: str) -> int:
         """Return how many rows of a source can be asked about: none of a training set that is not at hand."""
@@ -145,13 +169,21 @@ class Explorer:
         return self.index.n_rows if kept and set(self._read()) <= kept else 0
 
     def ask_row(
-        self, source: str, row: int, *, target: str = "prediction", against: str | None = None, top_k: int = 5
+        self,
+        source: str,
+        row: int,
+        *,
+        target: str = "prediction",
+        against: str | None = None,
+        direction: str = "pair",
+        top_k: int = 5,
     ) -> Answer:
         """Return the training rows behind what the model says of a row of the training or validation set.
 
         Args:
             target, against (`str`): Of classifiers: "prediction", "label" or a class, and what it is held against. Of other tasks, the
                 row's own answer is attributed.
+            direction (`str`): Of pictures with captions, as of [`AttributionIndex.score`].
 
         Raises:
             ValueError: If there is no such row, or the index cannot be asked this.
@@ -159,57 +191,107 @@ class Explorer:
         rows, one = self._rows(source, row)
         shown = row_reader(self.index.config, rows, self.language)[0 if source == "training" and self.train is None else row]
         shown = replace(shown, row=row)
-        link = {"source": source, "row": row}
+        link: dict[str, Any] = {"source": source, "row": row}
         if self.predicts:
             asked = {target, against} - {None}
-            columns = self._read(label="label" in asked)
-            if missing := [name for name in columns if name not in one.column_names]:
-                raise ValueError(f"The {source} rows lack {', '.join(map(repr, missing))}, which this question needs.")
+            one = self._asked_columns(source, one, label="label" in asked)
             question: dict[str, Any] = {"contrast": (target, against)} if against is not None else {"target": target}
             link |= {"target": target} | ({"against": against} if against is not None else {})
-            with self._lock:
-                found = self.index.explain(one.select_columns(columns), **question, top_k=top_k, progress=False)
+            with self.lock:
+                found = self.index.explain(one, **question, top_k=top_k, progress=False)
             note = f"label: {shown.label}" if shown.label else ""
             answer = self._answer(replace(shown, label=found.answer, note=note), found.hits)
         else:
-            columns = self._read() or one.column_names  # of a task of the user's own, nothing is known
-            with self._lock:
-                hits = self.index.attribute(one.select_columns(columns), top_k, progress=False)
+            one = self._asked_columns(source, one)
+            with self.lock:
+                hits = self.index.attribute(one, top_k, direction=direction, progress=False)
             answer = self._answer(shown, hits)
+            link |= {"direction": direction} if self.pairs else {}
         itself = row if source == "training" else -1
-        return replace(answer, attribution=_noting(answer.attribution, itself), link=urlencode(link))
+        return replace(answer, attribution=_noting(answer.attribution, itself), link=link_to("ask", **link, top_k=top_k))
 
     def ask_texts(
         self, texts: Sequence[str], *, target: str = "prediction", against: str | None = None, top_k: int = 5
     ) -> Answer:
-        """Return the training rows behind what the model says of a text, or of two; a language model answers a prompt."""
+        """Return the training rows behind what the model says of a text, or of two."""
+        if self.typed != "text":
+            raise ValueError(f"This index is of {self.task_name}, which reads no single text. Ask about a row.")
         question: dict[str, Any] = {"prompt": texts[0] if len(texts) == 1 else list(texts)}
-        if self.typed == "text":
-            question |= self._of_classes(target, against)
-        elif self.typed != "prompt":
-            raise ValueError(f"This index is of {self.task_name}, which reads no typed text. Ask about a row.")
-        return self._explain(question, top_k)
+        link = {"text" if i == 0 else f"text{i + 1}": text for i, text in enumerate(texts)} | {"target": target}
+        link |= {"against": against} if against is not None else {}
+        return self._explain(question | self._of_classes(target, against), top_k, source="text", **link)
+
+    def ask_prompt(
+        self, prompt: str, *, answer: str = "", span: str = "", against: str = "", heat: bool = False, top_k: int = 5
+    ) -> Answer:
+        """Return the training rows behind a language model's answer to a prompt.
+
+        Args:
+            answer (`str`): What the model is taken to answer; if empty, it generates its answer.
+            span (`str`): Attribute this part of the answer alone.
+            against (`str`): Another answer, that the first is held against.
+            heat (`bool`): Show what each token of the answer adds to the scores.
+        """
+        if self.typed != "prompt":
+            raise ValueError(f"This index is of {self.task_name}, which answers no prompt. Ask about a row.")
+        if not prompt:
+            raise ValueError("Type a prompt first.")
+        texts = {"answer": answer, "span": span, "contrast": against}
+        question: dict[str, Any] = {"prompt": prompt, "heat": heat} | {name: text for name, text in texts.items() if text}
+        link = {name: text for name, text in {"answer": answer, "span": span, "against": against}.items() if text}
+        return self._explain(question, top_k, source="prompt", text=prompt, heat=int(heat), **link)
 
     def ask_image(self, image: Any, *, target: str = "prediction", against: str | None = None, top_k: int = 5) -> Answer:
         """Return the training rows behind what the model says of a picture."""
         if self.typed != "image":
             raise ValueError(f"This index is of {self.task_name}, which reads no single picture. Ask about a row.")
+        if image is None:
+            raise ValueError("Upload a picture first.")
         return self._explain({"image": image, **self._of_classes(target, against)}, top_k)
+
+    def ask_pair(self, image: Any, caption: str, *, direction: str = "pair", top_k: int = 5) -> Answer:
+        """Return the training rows behind the match of a picture and a caption.
+
+        Args:
+            direction (`str`): "pair"; "image", how the picture tells its caption from others; or "caption", how the caption tells its picture.
+        """
+        from datasets import Dataset, Features, Image, Value
+
+        if self.typed != "pair":
+            raise ValueError(f"This index is of {self.task_name}, which reads no picture with a caption. Ask about a row.")
+        if image is None or not caption:
+            raise ValueError("Upload a picture and type its caption first.")
+        (column,) = self.columns["text"]
+        kinds = Features({self.columns["image"]: Image(), column: Value("string")})
+        one = Dataset.from_dict({self.columns["image"]: [image], column: [caption]}, features=kinds)
+        with self.lock:
+            hits = self.index.attribute(one, top_k, direction=direction, progress=False)
+        return self._answer(row_reader(self.index.config, one)[0], hits)
 
     def _of_classes(self, target: str, against: str | None) -> dict[str, Any]:
         if "label" in (target, against):
             raise ValueError("What is typed or uploaded has no label: choose the prediction or a class.")
         return {"contrast": (target, against)} if against is not None else {"target": target}
 
-    def _explain(self, question: dict[str, Any], top_k: int) -> Answer:
-        with self._lock:
+    def _explain(self, question: dict[str, Any], top_k: int, **link: Any) -> Answer:
+        with self.lock:
             found = self.index.explain(**question, top_k=top_k, progress=False)
-        if self.train is None:
-            return Answer(found.attribution, found.hits)
-        return self._answer(found.attribution.query, found.hits)
+        shown = found.attribution
+        if self.train is not None:  # its rows, with the token highlights of the explanation
+            shown = read_attributions(found.hits, [shown.query], self.train_reader)[0]
+            heats = {
+                hit.example.row: hit.heat
+                for side in (found.attribution.proponents, found.attribution.opponents)
+                for hit in side
+            }
+            sides = [
+                [replace(hit, heat=heats[hit.example.row]) for hit in side] for side in (shown.proponents, shown.opponents)
+            ]
+            shown = replace(shown, proponents=sides[0], opponents=sides[1])
+        return Answer(shown, found.hits, link_to("ask", **link, top_k=top_k) if link else "")
 
     def _answer(self, query: Example, hits: Dataset) -> Answer:
-        return Answer(read_attributions(hits, [query], self._train_reader)[0], hits)
+        return Answer(read_attributions(hits, [query], self.train_reader)[0], hits)
 
     def _read(self, *, label: bool | None = None) -> list[str]:
         """Return the columns that a question reads, with the label where it is asked about."""
@@ -222,6 +304,13 @@ class Explorer:
     def _of_chunks(self) -> bool:
         """Whether training rows are chunks of documents, which are read with the end of the chunk before."""
         return self.index.config.chunk_overlap is not None
+
+    def _asked_columns(self, source: str, rows: Dataset, *, label: bool | None = None) -> Dataset:
+        """Return rows with the columns that a question reads."""
+        columns = self._read(label=label) or rows.column_names  # of a task of the user's own, nothing is known
+        if missing := [name for name in columns if name not in rows.column_names]:
+            raise ValueError(f"The {source} rows lack {', '.join(map(repr, missing))}, which this question needs.")
+        return rows.select_columns(columns)
 
     def _rows(self, source: str, row: int) -> tuple[Dataset, Dataset]:
         """Return the rows of a source (of kept columns, the one row alone), and one of them."""
@@ -242,180 +331,52 @@ class Explorer:
         assert rows is not None
         return rows, rows.select([row])
 
-    # Label errors.
+    def influence(self, source: str, n_queries: int, *, target: str = "prediction", top_k: int = 5) -> Influence:
+        """Return the training rows that helped and hurt the first rows of the training or validation set most, in the mean, and the useless ones.
 
-    @property
-    def why_no_suspects(self) -> str:
-        """Why no labels can be doubted; empty where they can."""
-        identity = self.index.members[0].identity
-        try:
-            check_labels_task(identity["task"], identity["out_to_loss_kind"])
-            if self._given() is None:
-                return "The labels of the training set are not at hand. Start the explorer with --train FILE."
-        except ValueError as error:
-            return str(error)
-        return ""
-
-    def _given(self) -> Any:
-        config, member = self.index.config, self.index.members[0]
-        return given_labels(self.train, member, label_column=config.label_column, index=self.index.folder)
-
-    def suspects(self) -> list[Suspect]:
-        """Return the rows whose labels look wrong, the most suspicious first; they are found once.
+        Args:
+            target (`str`): Of classifiers: "prediction", "label" or a class.
 
         Raises:
-            ValueError: If labels cannot be doubted: the task has none, or they are not at hand.
+            ValueError: If there are no such rows, or so many that the scores do not fit in memory.
         """
-        if reason := self.why_no_suspects:
-            raise ValueError(reason)
-        with self._lock:
-            if self._suspects is None:
-                trusted = self.validation
-                if trusted is not None and self.columns.get("label") not in trusted.column_names:
-                    trusted = None
-                budget = min(_SUSPECTS, self.index.n_rows)
-                found = self.index.label_errors(trusted, train=self.train, budget=budget, progress=False)
-                names = getattr(found.features["given_label"], "names", None)
-                self._suspects = [
-                    Suspect(
-                        self._train_reader[row["row"]],
-                        _name(row["given_label"], names),
-                        _name(row["suggested_label"], names),
-                        row["score"],
-                        row["doubt"],
-                    )
-                    for row in found.select_columns(["row", "given_label", "suggested_label", "score", "doubt"])
-                ]
-        return self._suspects
-
-    def label_choices(self) -> list[str]:
-        """Return the names of the labels that the training set has or declares."""
-        given = self._given()
-        return getattr(given.train.features[given.column], "names", None) or [str(value) for value in given.classes.tolist()]
-
-    def suspect_html(self, place: int, decisions: Mapping[int, str | None]) -> str:
-        """Return one suspicious row, and what was decided about it."""
-        suspect = self.suspects()[place]
-        decided = _decision(decisions.get(suspect.example.row, ""), suspect.given)
-        words = (
-            f'<p>{place + 1} of {len(self.suspects()):,} · label <span class="label">{_shown(suspect.given)}</span>, suggested '
-            f'<span class="label">{_shown(suspect.suggested)}</span> · suspicion {suspect.score:.3f}, the model\'s doubt {suspect.doubt:.3f}'
-            f'</p><p class="decision">{decided}</p>'
-        )
-        return f'<div class="hf-trak">{card(Hit(suspect.example, suspect.score), "")}{words}</div>'
-
-    def decide(self, decisions: Mapping[int, str | None], row: int, label: str | None) -> dict[int, str | None]:
-        """Return decisions with one more: a label to keep or to set, or None to drop the row.
-
-        Raises:
-            ValueError: If there is no such label.
-        """
-        if label is not None and label not in self.label_choices():
-            raise ValueError(f"{label!r} is none of the labels {', '.join(self.label_choices())}.")
-        return {**decisions, row: label}
-
-    def decisions_rows(self, decisions: Mapping[int, str | None]) -> list[dict[str, Any]]:
-        """Return decisions as rows: `row`, `decision` (keep, fix or drop), `given_label` and `label`, None of a dropped row."""
-        given = self._given()
-        names, codes = getattr(given.train.features[given.column], "names", None), given.codes.tolist()
-        found = []
-        for row in sorted(decisions):
-            old = _name(given.classes[codes[row]].item(), names)
-            label = decisions[row]
-            kind = DROP if label is None else KEEP if label == old else FIX
-            found.append({"row": row, "decision": kind, "given_label": old, "label": label})
-        return found
-
-    def fixed(self, decisions: Mapping[int, str | None]) -> Dataset:
-        """Return the training set with the decisions applied: labels fixed, dropped rows left out, the others as they are."""
-        given = self._given()
-        source = self.train.with_format(None) if self.train is not None else self.index.kept_rows.take(range(self.index.n_rows))
-        kind = source.features[given.column]
-        names = getattr(kind, "names", None)
-        values = list(source[given.column])
-        known = {_name(value, names): value for value in given.classes.tolist()} | {
-            name: number for number, name in enumerate(names or [])
-        }
-        for decided in self.decisions_rows(decisions):
-            if decided["decision"] == FIX:
-                values[decided["row"]] = known[decided["label"]]
-        left = [row for row in range(len(source)) if decisions.get(row, "") is not None]
-        rest = source.select(left).remove_columns([given.column])
-        rest = rest.add_column(given.column, [values[row] for row in left], feature=kind)
-        result: Dataset = rest.select_columns(source.column_names)
-        return result
-
-    def export(self, decisions: Mapping[int, str | None], folder: str | Path) -> Path:
-        """Save the fixed training set, for `Dataset.load_from_disk`, and `decisions.json`, in a new folder of `folder`; nothing is replaced.
-
-        Raises:
-            ValueError: If nothing was decided.
-        """
-        if not decisions:
-            raise ValueError("Nothing was decided yet: keep, fix or drop a row first.")
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        unfinished = folder / f".unfinished_{os.getpid()}"
-        with self._lock:
-            try:
-                self.fixed(decisions).save_to_disk(str(unfinished))
-                lines = json.dumps(self.decisions_rows(decisions), indent=1, ensure_ascii=False)
-                (unfinished / "decisions.json").write_text(lines + "\n", encoding="utf-8")
-                number = 1
-                while (target := folder / f"fixed_{number}").exists():
-                    number += 1
-                os.rename(unfinished, target)
-            finally:
-                shutil.rmtree(unfinished, ignore_errors=True)
-        return target
-
-    # About.
-
-    def facts(self) -> dict[str, str]:
-        """Return what the index is, in words."""
-        index, first = self.index, self.index.members[0]
-        with self._lock:
-            damping = index.resolve_damping()
-        how = "set"
-        if index.config.damping == "auto":
-            how = "the default" if index.damping_choice() is None else "chosen by the members' subsets"
-        kept = ", ".join(index.kept_rows.column_names) or "none"
-        return {
-            "index": str(index.home),
-            "task": self.task_name,
-            "training rows": f"{index.n_rows:,}",
-            "model": str(first.identity["model_class"]),
-            "parameters covered": f"{first.info['coverage']:.1%} of the trainable ones",
-            "members": f"{len(index.members)} of {index.n_checkpoints} checkpoints",
-            "features per row": f"{index.config.proj_dim:,}",
-            "damping": f"{damping:g} times the mean eigenvalue ({how})",
-            "kept columns": kept,
-            "features": "in memory" if self.in_memory else "read from disk at each question",
-        }
-
-    def about_html(self) -> str:
-        """Return the facts, the members, and the curve that the damping was chosen by, if it was."""
-        facts = "".join(f"<tr><th>{_shown(name)}</th><td>{_shown(value)}</td></tr>" for name, value in self.facts().items())
-        members = "".join(
-            f"<tr><td>{number}</td><td>{_shown(str(member.info['checkpoint'].get('repository') or 'a folder or a model in memory'))}</td>"
-            f"<td>{_shown(str(member.identity['model_sha256'])[:12])}</td>"
-            f"<td>{_shown(str(member.identity.get('point', {}).get('alpha', '')))}</td><td>{member.identity['seed']}</td></tr>"
-            for number, member in enumerate(self.index.members[:_SHOWN_MEMBERS])
-        )
-        more = len(self.index.members) - _SHOWN_MEMBERS
-        parts = [
-            f"<table>{facts}</table><h3>Members</h3>",
-            "<table><tr><th>member</th><th>checkpoint</th><th>weights</th><th>point of the path</th><th>sketch seed</th></tr>",
-            f"{members}</table>",
-            f"<p>and {more} more</p>" if more > 0 else "",
-        ]
-        if self.index.config.damping == "auto" and (choice := self.index.damping_choice()) is not None:
-            rows = "".join(
-                f"<tr><td>{damping:g}</td><td>{value:.3f}</td><td>{'chosen' if damping == choice.damping else ''}</td></tr>"
-                for damping, value in zip(choice.grid, choice.curve, strict=True)
+        rows, _ = self._rows(source, 0)  # refuses where there are none
+        most = max(1, _MOST_SCORES // self.index.n_rows)
+        if not 0 < n_queries <= most:
+            raise ValueError(
+                f"Ask about 1 to {most:,} rows at once, not {n_queries:,}: {self.index.n_rows:,} scores are kept of each."
             )
-            parts.append(f"<h3>Damping</h3><table><tr><th>damping</th><th>rank correlation</th><th></th></tr>{rows}</table>")
-        return f'<div class="hf-trak">{"".join(parts)}</div>'
+        n_queries = min(n_queries, self.n_rows(source))
+        is_kept = source == "training" and self.train is None
+        queries = self.index.kept_rows.take(range(n_queries)) if is_kept else rows.select(range(n_queries))
+        queries = self._asked_columns(source, queries, label=target == "label" if self.predicts else None)
+        asked: dict[str, Any] = {"target": target} if self.predicts else {}
+        with self.lock:
+            scores = np.asarray(self.index.score(queries, **asked, progress=False), dtype=np.float64)
+        if source == "training":
+            scores[np.arange(n_queries), np.arange(n_queries)] = 0.0
+        mean, size = scores.mean(1), np.abs(scores).mean(1)
+        order, least = np.argsort(-mean, kind="stable").tolist(), np.argsort(size, kind="stable").tolist()
+        best = [self._hit(row, mean[row]) for row in order[:top_k] if mean[row] > 0]
+        worst = [self._hit(row, mean[row]) for row in order[::-1][:top_k] if mean[row] < 0]
+        useless = [self._hit(row, mean[row]) for row in least[:top_k]]
+        known = self.index.config.task in TASKS
+        link = link_to("rows", source=source, first=n_queries, **asked, top_k=top_k)
+        return Influence(n_queries, source, best, worst, useless, known, link)
+
+    def _hit(self, row: int, score: float) -> Hit:
+        return Hit(self.train_reader[row], float(score))
+
+
+def link_to(view: str, **what: Any) -> str:
+    """Return the query string of a view; empty if it would be too long for browsers."""
+    found = urlencode({"view": view, **what})
+    return found if len(found) <= _LONGEST_LINK else ""
+
+
+def link_html(link: str) -> str:
+    """Return a link to a view as HTML; nothing without one."""
+    return f'<p class="meta"><a href="?{escape(link)}">link to this view</a></p>' if link else ""
 
 
 def error_html(error: Exception) -> str:
@@ -435,17 +396,6 @@ def _noting(found: Attribution, itself: int) -> Attribution:
     return replace(found, proponents=sides[0], opponents=sides[1])
 
 
-def _name(value: Any, names: Sequence[str] | None) -> str:
-    return names[value] if names and isinstance(value, int) else str(value)
-
-
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
+    """Return a text as HTML shows it: escaped, and without characters that hide or act."""
     return escape(visible(text))
-
-
-def _decision(label: str | None, given: str) -> str:
-    if label is None:
-        return "decided: drop the row"
-    if not label:
-        return "not decided"
-    return f"decided: keep the label {_shown(label)}" if label == given else f"decided: the label is {_shown(label)}"

@@ -312,17 +312,10 @@ def draw_damping_curve(choice: DampingChoice, folder: Path) -> bool:
     """Draw the curve of a damping choice into `folder`. Without matplotlib nothing is drawn, and the card has only a table."""
     if importlib.util.find_spec("matplotlib") is None:
         return False
-    from matplotlib.figure import Figure
+    from hf_trak.plots import PLOTS, damping_rows, save_png
 
-    figure = Figure(figsize=(5, 3), layout="constrained")
-    axes = figure.add_subplot()
-    axes.semilogx(choice.grid, choice.curve, marker="o")
-    axes.axvline(choice.damping, color="gray", linestyle=":")
-    axes.set_xlabel("damping (multiples of the mean eigenvalue)")
-    axes.set_ylabel("rank correlation with held-out outputs")
-    # Without dates or versions, so that equal choices give equal files.
+    rows = damping_rows(choice)
     write_atomically(
-        folder / CURVE_NAME,
-        lambda temporary: figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None}),
+        folder / CURVE_NAME, lambda temporary: save_png(rows, temporary, PLOTS["damping_curve"], mark=choice.damping)
     )
     return True
