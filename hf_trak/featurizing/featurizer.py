@@ -85,7 +85,12 @@ class Featurizer:
     """Turns rows into features of one checkpoint under one sketch, or several at the price of one pass of gradients.
 
     ```python
-    columns = train.map(Featurizer(model, config, tokenizer), batched=True, batch_size=32)
+    >>> featurizer = Featurizer(model, TrakConfig(proj_dim=64), tokenizer)
+    >>> columns = train.map(featurizer, batched=True, batch_size=32)
+    >>> columns.column_names
+    ['text', 'label', 'trak_features', 'trak_out_to_loss', 'trak_output', 'trak_grad_norm']
+    >>> featurizer.engine.name
+    'layerwise'
     ```
 
     What it pickles to, and so what `Dataset.map` caches by, is its configuration and the content of the weights: a second run
@@ -558,6 +563,14 @@ class Featurizer:
 
     def compute(self, batch: Mapping[str, Tensor], ids: Sequence[int] | None = None) -> BatchFeatures:
         """Return the features of a batch, on the CPU.
+
+        ```python
+        >>> featurizer = Featurizer(model, TrakConfig(proj_dim=64), tokenizer)
+        >>> featurizer.check(train)
+        >>> features = featurizer.compute(featurizer.collate(train[:4]))
+        >>> features.features.shape, features.output.shape
+        (torch.Size([4, 64]), torch.Size([4]))
+        ```
 
         Args:
             ids (`Sequence[int]`, *optional*): The rows' ids, for error messages.
