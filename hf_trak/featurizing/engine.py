@@ -58,7 +58,7 @@ class Gradients:
 
     def decide(self, featurizer: Featurizer, batch: Mapping[str, Any], numbers: Sequence[int]) -> None:
         """Check the engine on some rows of a batch, the longest first; leave it open if there is one row."""
-        featurizer.check_statistics()
+        featurizer.checkpoint.check_statistics()
         task, selection, projector, _ = featurizer.prepare()
         arguments: dict[str, Any] = {"output_function": task.output_function, "parameters": selection.parameters}
 

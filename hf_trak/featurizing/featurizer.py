@@ -44,7 +44,6 @@ from hf_trak.gradients import (
 from hf_trak.members import PathPoint
 from hf_trak.messages import MissingProcessor, is_raised_by_us
 from hf_trak.projectors import FastJL, Identity, Projector, StackedProjector, make_projectors
-from hf_trak.sources.path_bases import MadePoint
 from hf_trak.sources.path_points import measure_statistics, statistics_rows
 from hf_trak.sources.processors import check_vocabulary, describe_absence, find_processing_class, hash_processing_class, is_name
 from hf_trak.sources.weights import check_dtype
@@ -125,7 +124,7 @@ class Featurizer:
         self.seeds = (seed,) if isinstance(seed, int) else tuple(seed)
         self.dropout_seed = dropout_seed
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self._checkpoint = CheckpointModel(
+        self.checkpoint = CheckpointModel(
             model, revision=revision, base=base, alpha=alpha, base_revision=base_revision, trust_remote_code=trust_remote_code
         )
         self._given = (processing_class, task)
@@ -138,37 +137,17 @@ class Featurizer:
 
     @property
     def model(self) -> PreTrainedModel:
-        return self._checkpoint.model
+        return self.checkpoint.model
 
     @property
     def source(self) -> str | None:
         """The folder or repository that the model is loaded from; None of a model in memory."""
-        return self._checkpoint.source
-
-    @property
-    def revision(self) -> str | None:
-        """The revision of the repository that was asked for."""
-        return self._checkpoint.revision
-
-    @property
-    def commit(self) -> str | None:
-        """The commit that everything of a repository is loaded at, whatever happens to it meanwhile; None for a folder."""
-        return self._checkpoint.commit
+        return self.checkpoint.source
 
     @property
     def point(self) -> PathPoint | None:
         """Which point of the path to the checkpoint the features are of; None for the checkpoint itself."""
-        return self._checkpoint.point
-
-    @property
-    def made(self) -> MadePoint | None:
-        """What tells the point from others, and how it was made; None for the checkpoint itself."""
-        return self._checkpoint.made
-
-    def model_hash(self) -> str:
-        """Return the SHA-256 of the checkpoint's weights and buffers, but for modules that an adapter replaces: they are not used, and may
-        be random. That of a point of a path is the final checkpoint's."""
-        return self._checkpoint.hash()
+        return self.checkpoint.point
 
     def prepare(self) -> tuple[Task, ParameterSelection, Projector, Any]:
         """Load what is needed, once: task, selected parameters, projector, and tokenizer or image processor.
@@ -210,7 +189,9 @@ class Featurizer:
     def _find_processing_class(self, given: Any) -> Any:
         """Return the tokenizer or image processor; None where the checkpoint's own is missing or damaged, which only raw rows need."""
         try:
-            found = find_processing_class(given, self.source, self.commit, trust_remote_code=self._checkpoint.trust_remote_code)
+            found = find_processing_class(
+                given, self.source, self.checkpoint.commit, trust_remote_code=self.checkpoint.trust_remote_code
+            )
             check_vocabulary(found, self.model)
         except ValueError as error:
             if given is not None:
@@ -305,11 +286,6 @@ class Featurizer:
         task, *others = self.prepare()
         self._ready = (with_bank(task, bank.to(self.device)), *others)
 
-    @property
-    def statistics(self) -> dict[str, Tensor] | None:
-        """The running statistics of BatchNorm at a point of a path, by name; None until they are measured or given, and for other models."""
-        return self._checkpoint.statistics
-
     def measure_statistics(self, dataset: Dataset) -> dict[str, Tensor] | None:
         """Measure the running statistics of BatchNorm at the point of a path, on rows of the training set; None where there are none to measure.
 
@@ -319,7 +295,7 @@ class Featurizer:
             ValueError: If there are too few rows, or a statistic is not finite.
         """
         task, _, _, processing_class = self.prepare()
-        names = self._checkpoint.measured
+        names = self.checkpoint.measured
         if not names:
             return None
 
@@ -331,24 +307,8 @@ class Featurizer:
                 task.output_function(self.model, batch)
 
         with dropout_mask(self.model, self.dropout_seed), evaluation_mode(self.model), self._autocast():
-            self.use_statistics(measure_statistics(self.model, names, statistics_rows(len(dataset)), forward))
-        return self.statistics
-
-    def use_statistics(self, statistics: Mapping[str, Tensor]) -> None:
-        """Use running statistics that were measured before.
-
-        Raises:
-            ValueError: If they are not of this point's modules.
-        """
-        self._checkpoint.use_statistics(statistics)
-
-    def check_statistics(self) -> None:
-        """Check that running statistics of BatchNorm are known where the point of a path needs some.
-
-        Raises:
-            ValueError: If they are not.
-        """
-        self._checkpoint.check_statistics()
+            self.checkpoint.use_statistics(measure_statistics(self.model, names, statistics_rows(len(dataset)), forward))
+        return self.checkpoint.statistics
 
     def use_task(self, task: Task) -> None:
         """Go on with another task of the same inputs."""
@@ -447,7 +407,7 @@ class Featurizer:
         Args:
             projector ([`Projector`], *optional*): In place of the featurizer's own.
         """
-        self.check_statistics()
+        self.checkpoint.check_statistics()
         with dropout_mask(self.model, self.dropout_seed):
             return self._gradients.of(self, batch, projector or self.prepare()[2])
 
@@ -466,7 +426,7 @@ class Featurizer:
     def _forward(self, batch: Mapping[str, Any], function: Callable[[Any, Mapping[str, Any]], Any]) -> list[Any]:
         """Return what a function of the model and a batch returns; rows go one by one where the engine is the loop, since there they are
         not independent of each other or of padding."""
-        self.check_statistics()
+        self.checkpoint.check_statistics()
         n_rows = count_rows(batch)
         alone = n_rows > 1 and self._gradients.is_loop
         parts = [part_of(batch, [number]) for number in range(n_rows)] if alone else [batch]
@@ -535,10 +495,10 @@ class Featurizer:
             "seed": list(self.seeds),
             "dropout_seed": self.dropout_seed,
             "source": self.source,
-            "revision": self.commit,
-            "trust_remote_code": self._checkpoint.trust_remote_code,
-            "model_hash": self.model_hash(),
-            **self._checkpoint.point_state(),
+            "revision": self.checkpoint.commit,
+            "trust_remote_code": self.checkpoint.trust_remote_code,
+            "model_hash": self.checkpoint.hash(),
+            **self.checkpoint.point_state(),
             "processing_hash": hash_processing_class(self.processing_class if is_name(processing_class) else processing_class),
             "processor": self.processor,
             "task": _fingerprint(task) if task is not None else None,
@@ -561,7 +521,7 @@ class Featurizer:
             **(state.get("path", {}) if portable else {}),
             trust_remote_code=state["trust_remote_code"],
         )
-        self._checkpoint.restore(state)
+        self.checkpoint.restore(state)
         if state["bank"] is not None:
             self._bank = Bank.from_tensors(as_tensors(state["bank"]))
 
