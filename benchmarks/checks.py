@@ -49,7 +49,7 @@ CHECKS = {
         ("hf_trak.building.checks", "TrainingRows.digest_column"),
     ],
     "hashes of weights, tokenizer and settings": [
-        ("hf_trak.featurizing.featurizer", "Featurizer.model_hash"),
+        ("hf_trak.featurizing.checkpoint_model", "CheckpointModel.hash"),
         ("hf_trak.building.passes", "describe_featurizer"),
     ],
     "gradients of three rows, alone and together": [("hf_trak.featurizing.featurizer", "Featurizer.choose_engine")],

@@ -101,6 +101,11 @@ class TrakConfig:
     """What features mean. Two sets of features may be compared only if their configurations agree.
 
     Round-trips through JSON with [`~TrakConfig.save_pretrained`] and [`~TrakConfig.from_pretrained`].
+
+    ```python
+    >>> TrakConfig(proj_dim=512, damping=1.0).projector
+    'block_count_sketch'
+    ```
     """
 
     task: str = _option(
@@ -301,6 +306,11 @@ class TrakConfig:
         The rest of the recipe is not the configuration's: its members are the final checkpoints of runs on random halves of the training
         set (`members="subsets:M"`), and no `base` is given. A larger `proj_dim` is not better without damping.
 
+        ```python
+        >>> TrakConfig.published(proj_dim=512).projector
+        'dense_rademacher'
+        ```
+
         Args:
             changes: Other fields, such as `proj_dim`; or `projector="block_count_sketch"`, which is faster and serves as well.
         """
@@ -313,18 +323,35 @@ class TrakConfig:
         return cls(**(values | changes))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-serialisable dictionary."""
+        """Return a JSON-serialisable dictionary.
+
+        ```python
+        >>> TrakConfig(proj_dim=512).to_dict()["proj_dim"]
+        512
+        ```
+        """
         defaults = {f.name: f.default for f in fields(self) if f.name in _LATER}
         values = {key: value for key, value in asdict(self).items() if key not in defaults or value != defaults[key]}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides the rows of an index, but for what `build` finds out and records elsewhere, and the damping."""
+        """Return what decides the rows of an index, but for what `build` finds out and records elsewhere, and the damping.
+
+        ```python
+        >>> TrakConfig(damping=1.0).identity() == TrakConfig(damping=3.0).identity()
+        True
+        ```
+        """
         return {key: value for key, value in self.to_dict().items() if key not in _NOT_OF_ROWS}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrakConfig:
         """Build a configuration from [`~TrakConfig.to_dict`]'s result.
+
+        ```python
+        >>> TrakConfig.from_dict({"proj_dim": 512}) == TrakConfig(proj_dim=512)
+        True
+        ```
 
         Raises:
             ValueError: If a field is unknown or has an impossible value.
@@ -340,6 +367,10 @@ class TrakConfig:
         self, folder: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None, **pushing: Any
     ) -> None:
         """Write `trak_config.json` into `folder`.
+
+        ```python
+        >>> TrakConfig(proj_dim=512).save_pretrained("my-config")
+        ```
 
         Args:
             push_to_hub (`bool`): Push it to the Hub, too.
@@ -393,6 +424,11 @@ class TrakConfig:
     ) -> TrakConfig:
         """Read `trak_config.json` from a folder or a dataset repository of the Hub.
 
+        ```python
+        >>> TrakConfig.from_pretrained("my-index").proj_dim
+        64
+        ```
+
         Args:
             revision, token, cache_dir, local_files_only, force_download (*optional*): Of a repository, as huggingface_hub takes them.
 
@@ -424,7 +460,13 @@ class TrakConfig:
             raise ValueError(f"{path}: {error}") from error
 
     def differences(self, other: TrakConfig) -> list[str]:
-        """Return one line per field that makes features of `other` incomparable with features of this configuration."""
+        """Return one line per field that makes features of `other` incomparable with features of this configuration.
+
+        ```python
+        >>> TrakConfig(proj_dim=512).differences(TrakConfig(proj_dim=256))
+        ['proj_dim: 512 here, 256 there']
+        ```
+        """
         mine, theirs = ({**asdict(config), **config.to_dict()} for config in (self, other))
         return [
             f"{name}: {mine[name]!r} here, {theirs[name]!r} there"

@@ -54,6 +54,12 @@ class AttributionIndex(ExplainingMethods, SelectMethods, HubMixin):
     Make one with [`AttributionIndex.build`] or `AttributionTrainer.featurize`, load one with
     [`AttributionIndex.from_pretrained`].
 
+    ```python
+    >>> index = AttributionIndex.from_pretrained("my-index")
+    >>> index
+    AttributionIndex('my-index', task='text-classification', n_rows=40, n_members=1, n_checkpoints=1, proj_dim=64)
+    ```
+
     Args:
         folder (`str` or `Path`): Holds `trak_config.json` and `member_0`, `member_1`, ...; or the URL of an object store, such as
             `s3://bucket/my-index`, of which files come to a local cache when they are used.
@@ -158,6 +164,14 @@ class AttributionIndex(ExplainingMethods, SelectMethods, HubMixin):
         Stopped at any moment, the same call goes on where it stopped; called again when all is done, it only loads. Processes of a
         launcher divide the rows among them, and each returns the index: docs/guides/processes.md.
 
+        ```python
+        >>> index = AttributionIndex.build(
+        ...     "another-index", models="my-bert", dataset=train, config=TrakConfig(proj_dim=64), keep_columns=["text"], progress=False
+        ... )
+        >>> index.n_rows
+        40
+        ```
+
         Args:
             folder (`str` or `Path`): Where the index goes; an empty or new folder, or one this call began. Or the URL of an object
                 store, such as `s3://bucket/my-index`: docs/guides/processes.md.
@@ -230,7 +244,9 @@ class AttributionIndex(ExplainingMethods, SelectMethods, HubMixin):
         """Return what [`AttributionIndex.build`] would take: time, disk and memory, from some rows of the first checkpoint.
 
         ```python
-        print(AttributionIndex.estimate(models="me/my-bert", dataset=train))
+        >>> estimate = AttributionIndex.estimate(models="my-bert", dataset=train, config=TrakConfig(proj_dim=64))
+        >>> estimate.n_rows, estimate.engine
+        (40, 'layerwise')
         ```
 
         Nothing is written. A model or rows that a build would refuse are refused here.
@@ -261,6 +277,16 @@ class AttributionIndex(ExplainingMethods, SelectMethods, HubMixin):
 
         The jobs share `folder`, and nothing else. They may run in any order or at once, be killed, and be started again; each makes
         what is missing of its part, a stretch of the files of `shard_rows` rows, of every member.
+
+        ```python
+        >>> config = TrakConfig(proj_dim=64)
+        >>> for job in range(2):  # each in a process of its own, on any machine that sees the folder
+        ...     AttributionIndex.build_shards(
+        ...         "index-of-jobs", shard_index=job, num_shards=2, models="my-bert", dataset=train, config=config, progress=False
+        ...     )
+        >>> AttributionIndex.merge("index-of-jobs").n_rows
+        40
+        ```
 
         Args:
             shard_index, num_shards (`int`): Which part, from 0, and of how many.
@@ -330,6 +356,11 @@ class AttributionIndex(ExplainingMethods, SelectMethods, HubMixin):
     def keep_in_memory(self, max_memory: int | str = "8GB") -> bool:
         """Load models and features, and keep them in memory for many questions one after another. Answers stay the same.
 
+        ```python
+        >>> index.keep_in_memory("1GB")
+        True
+        ```
+
         Args:
             max_memory (`int` or `str`): Features that would take more are read from disk at each question, as without this call.
 
@@ -349,13 +380,25 @@ class AttributionIndex(ExplainingMethods, SelectMethods, HubMixin):
         return True
 
     def features(self, member: int = 0) -> Dataset:
-        """Return a member's columns as a Dataset."""
+        """Return a member's columns as a Dataset.
+
+        ```python
+        >>> columns = index.features()
+        >>> len(columns), len(columns[0]["trak_features"])
+        (40, 64)
+        ```
+        """
         from datasets import Dataset
 
         return Dataset.from_parquet([str(path) for path in self.members[member].shard_paths])
 
     def featurizer(self, member: int = 0) -> Featurizer:
         """Return the featurizer of a member's checkpoint, task and sketch.
+
+        ```python
+        >>> columns = validation.map(index.featurizer(), batched=True)
+        >>> hits = index.attribute_features(columns, top_k=3)
+        ```
 
         Raises:
             ValueError: If the model, task or parameters are not those recorded; the message lists what differs.
@@ -366,7 +409,13 @@ class AttributionIndex(ExplainingMethods, SelectMethods, HubMixin):
     def featurize_queries(
         self, queries: Dataset, member: int = 0, *, batch_size: int | str = "auto", progress: bool = True
     ) -> dict[str, np.ndarray]:
-        """Return the trak_* columns of queries under one member, in float32."""
+        """Return the trak_* columns of queries under one member, in float32.
+
+        ```python
+        >>> index.featurize_queries(validation, progress=False)["trak_features"].shape
+        (8, 64)
+        ```
+        """
         ((_, rows, _),) = self._queries.asked(queries, Question())
         (side,) = self._queries.sides([(1.0, rows, "label")], batch_size, progress)
         featurizer = self.featurizer(member)
@@ -379,6 +428,12 @@ class AttributionIndex(ExplainingMethods, SelectMethods, HubMixin):
         Rows are found by the content of the columns that were read, so that `train` may be another file, in another order, or have more
         rows. Of rows with the same content any may stand for any.
 
+        ```python
+        >>> shuffled = train.shuffle(seed=0)
+        >>> index.align(shuffled)["text"][0] == train["text"][0]
+        True
+        ```
+
         Raises:
             ValueError: If `train` lacks some of the rows, or a column that they are compared by; the message says which.
         """
@@ -386,5 +441,11 @@ class AttributionIndex(ExplainingMethods, SelectMethods, HubMixin):
 
     @property
     def kept_rows(self) -> KeptRows:
-        """The columns of the training set that were stored with the features (`keep_columns`), by row."""
+        """The columns of the training set that were stored with the features (`keep_columns`), by row.
+
+        ```python
+        >>> index.kept_rows.column_names
+        ['text', 'label']
+        ```
+        """
         return KeptRows(self.members[0])

@@ -142,8 +142,12 @@ class Ensemble:
     """What the members of an index are made of: models, points of the path to each, and sketches of each.
 
     ```python
-    ensemble = Ensemble("me/my-bert", base="google-bert/bert-base-uncased", sketch_seeds_per_checkpoint=2)
-    index = AttributionIndex.build("out/index", models=ensemble, dataset=train)
+    >>> ensemble = Ensemble("my-bert", sketch_seeds_per_checkpoint=2)
+    >>> index = AttributionIndex.build("two-sketches", models=ensemble, dataset=train, config=TrakConfig(proj_dim=64), progress=False)
+    >>> len(index.members)
+    2
+    >>> Ensemble(kept="epoch:3").members.count
+    3
     ```
 
     Args:

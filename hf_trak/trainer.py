@@ -29,10 +29,16 @@ class AttributionTrainer(AttributionMixin, Trainer):
     """A `Trainer` whose model can be asked which training examples made it do what it does.
 
     ```python
-    trainer = AttributionTrainer("me/my-bert", AttributionArguments("out", members="epoch:3"), train_dataset=train)
-    trainer.train()
-    trainer.featurize()
-    hits = trainer.attribute(validation, top_k=10)
+    >>> args = AttributionArguments(
+    ...     "my-run", max_steps=2, members="epoch:1", proj_dim=64, report_to="none", disable_tqdm=True, use_cpu=True
+    ... )
+    >>> trainer = AttributionTrainer("my-bert", args, train_dataset=train, eval_dataset=validation)
+    >>> output = trainer.train()
+    {'train_runtime': ...}
+    >>> index = trainer.featurize()
+    >>> hits = trainer.attribute(top_k=3)
+    >>> len(hits)
+    8
     ```
 
     Where no `data_collator` is given, rows are trained on as they are: texts, images and labels by a classifier, images and captions by a
@@ -103,9 +109,9 @@ def attribution(trainer: type[Trainer]) -> type[Trainer]:
     """Return a class of Trainer that also attributes, such as `attribution(SFTTrainer)`; see [`AttributionMixin`].
 
     ```python
-    trainer = attribution(SFTTrainer)("Qwen/Qwen3-0.6B", SFTConfig("out"), train_dataset=conversations)
-    trainer.train()
-    index = trainer.featurize()  # of the rows as the trainer has tokenized them
+    >>> trainer_class = attribution(Trainer)
+    >>> trainer_class.__name__
+    'AttributionTrainer'
     ```
     """
     return type(f"Attribution{trainer.__name__}", (AttributionMixin, trainer), {"__doc__": trainer.__doc__})

@@ -85,7 +85,8 @@ class AttributionMixin(_Base):
     """What makes a `Trainer` attribute: put it before the class of any Trainer, or call [`attribution`].
 
     ```python
-    class MyTrainer(AttributionMixin, SFTTrainer): ...
+    >>> class MyTrainer(AttributionMixin, Trainer):
+    ...     pass
     ```
 
     Whatever `members` are, `train()` leaves the ordinary model of the whole training set, trained bit for bit as `Trainer` does.

@@ -65,7 +65,9 @@ class AttributionArguments(AttributionFields, TrainingArguments):
     """Arguments of an [`AttributionTrainer`]: all of `TrainingArguments`, the fields of [`TrakConfig`], and which members to keep.
 
     ```python
-    args = AttributionArguments("out", num_train_epochs=3, members="epoch:3", proj_dim=2048)
+    >>> args = AttributionArguments("out", num_train_epochs=3, members="epoch:3", proj_dim=64)
+    >>> args.trak_config().proj_dim
+    64
     ```
 
     `TrainingArguments` that exist already, or those of another Trainer such as TRL's `SFTConfig`, are taken over by
@@ -82,7 +84,9 @@ class AttributionArguments(AttributionFields, TrainingArguments):
         """Return arguments with all values of `args`, which stay as they are, and with the fields of an attribution.
 
         ```python
-        args = AttributionArguments.from_training_arguments(SFTConfig("out"), members="epoch:2")
+        >>> args = AttributionArguments.from_training_arguments(TrainingArguments("out"), members="epoch:2")
+        >>> args.members
+        'epoch:2'
         ```
 
         Args:

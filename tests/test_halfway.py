@@ -107,7 +107,7 @@ def test_a_member_records_the_whole_recipe(pair, built):
 
 
 def test_the_final_models_hash_is_what_it_is_without_a_base(pair, built):
-    assert Featurizer(pair[0] / "final", CONFIG).model_hash() == built.members[0].identity["model_sha256"]
+    assert Featurizer(pair[0] / "final", CONFIG).checkpoint.hash() == built.members[0].identity["model_sha256"]
 
 
 @pytest.mark.parametrize("gradients", ["auto", "loop"])
@@ -487,7 +487,7 @@ def test_a_featurizer_alone_asks_for_training_rows(pictures):
     rows = pickle.loads(pickle.dumps(featurizer))(train[:4])["trak_features"]
     np.testing.assert_allclose(rows, columns(index, 0)["trak_features"][:4], rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="These running statistics do not belong to this point"):
-        featurizer.use_statistics({})
+        featurizer.checkpoint.use_statistics({})
 
 
 def test_tied_weights_move_once(tmp_path):

@@ -462,6 +462,10 @@ def test_a_job_of_another_run_is_refused(models, tmp_path):
         AttributionIndex.build_shards(tmp_path, shard_index=1, num_shards=2, **{**options, "config": TrakConfig(proj_dim=8)})
     with pytest.raises(ValueError, match="`shard_index` must be 0 to 1"):
         AttributionIndex.build_shards(tmp_path, shard_index=2, num_shards=2, **options)
+    with pytest.raises(ValueError, match="overwrite=True would delete what other jobs have made"):
+        AttributionIndex.build_shards(tmp_path, shard_index=0, num_shards=2, overwrite=True, **options)
+    with pytest.raises(TypeError, match="AttributionIndex.build has no argument 'shards_rows'"):
+        AttributionIndex.build_shards(tmp_path, shard_index=0, num_shards=2, shards_rows=8, **options)
 
 
 def test_one_process_can_finish_what_jobs_have_begun(models, expected, tmp_path):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import pkgutil
 import re
 import subprocess
@@ -106,3 +107,34 @@ def test_every_name_of_ours_in_the_paper_index_exists():
     table = text.split("Baselines of the paper's figures")[1].split("##")[0]
     ours = {name for row in table.splitlines() if row.startswith("|") for name in re.findall(r"`(\w+)`", row.split("|")[2])}
     assert ours <= {*BASELINES, *SUBSET_FITS, "datamodel", "cross_fit"}
+
+
+USER = """
+from transformers import Trainer
+from hf_trak import AttributionArguments, AttributionTrainer, Ensemble, ScoreOptions, TrakConfig
+
+trainer = AttributionTrainer("my-bert", AttributionArguments("out", members="epoch:3"), train_dataset=data["train"])
+stock: Trainer = trainer
+steps: int = trainer.train().global_step
+shape: tuple[int, ...] = trainer.featurize().score(data["validation"], options=ScoreOptions(1.0), damping="auto").shape
+ensemble = Ensemble("my-bert", sketch_seeds_per_checkpoint=2)
+AttributionIndex.build("another-index", models=ensemble, dataset=data["train"], config=TrakConfig(proj_dim=512))
+"""
+
+
+@pytest.mark.slow
+def test_the_readmes_example_and_a_trainer_pass_mypy_strict(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "example.py").write_text(code + USER)
+    (tmp_path / "wrong.py").write_text("from hf_trak import AttributionIndex\nAttributionIndex.build('x', modells='y')\n")
+    (tmp_path / "mypy.ini").write_text(
+        "[mypy]\nstrict = True\nfollow_imports = silent\n[mypy-datasets.*]\nignore_missing_imports = True\n"
+    )
+    options = [f"--config-file={tmp_path / 'mypy.ini'}", f"--cache-dir={tmp_path / 'cache'}"]
+    check = subprocess.run(
+        [sys.executable, "-m", "mypy", *options, tmp_path / "example.py", tmp_path / "wrong.py"],
+        capture_output=True, text=True, env={**os.environ, "MYPYPATH": str(ROOT)},
+    )  # fmt: skip
+    errors = [line for line in check.stdout.splitlines() if ": error:" in line]
+    assert errors
+    assert all("wrong.py" in line for line in errors), check.stdout

@@ -200,7 +200,7 @@ def _share(writers: Sequence[MemberWriter], featurizer: Featurizer, dataset: Dat
         return
     statistics = _share_tensors(writers, STATISTICS_NAME, partial(featurizer.measure_statistics, dataset))
     if statistics is not None:
-        featurizer.use_statistics(statistics)
+        featurizer.checkpoint.use_statistics(statistics)
     bank = _share_tensors(writers, BANK_NAME, lambda: made.tensors() if (made := featurizer.make_bank(dataset)) else None)
     if bank is not None:
         featurizer.use_bank(Bank.from_tensors(bank))

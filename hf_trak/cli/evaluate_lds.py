@@ -108,7 +108,7 @@ def checkpoints_of(index: AttributionIndex) -> list[Any]:
     for plan in index.passes:
         if plan.checkpoint not in found:
             featurizer = index.featurizer(plan.members[0])  # refuses weights that are not those recorded
-            by_name = featurizer.source is not None and featurizer.revision is None and featurizer.point is None
+            by_name = featurizer.source is not None and featurizer.checkpoint.revision is None and featurizer.point is None
             found[plan.checkpoint] = featurizer.source if by_name else featurizer.model
     return list(found.values())
 

@@ -109,7 +109,8 @@ class CheckpointModel:
         return self._made
 
     def hash(self) -> str:
-        """Return the SHA-256 of the checkpoint's weights and buffers; that of a point of a path is the final checkpoint's."""
+        """Return the SHA-256 of the checkpoint's weights and buffers, but for modules that an adapter replaces: they are not used, and may
+        be random. That of a point of a path is the final checkpoint's."""
         if self._hash is None:
             model = self.model  # of a point, this sets the hash
             self._hash = self._hash or _hash_weights(model)

@@ -6,7 +6,7 @@ import logging
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,31 +26,24 @@ from hf_trak.featurizing.batching import (
     collate_rows,
     count_rows,
     fetch,
-    has_padding,
     not_finite,
     part_of,
     read_rows,
     to_device,
 )
 from hf_trak.featurizing.checkpoint_model import CheckpointModel, as_arrays, as_tensors
-from hf_trak.featurizing.devices import in_bfloat16
-from hf_trak.featurizing.engine_choice import EngineChoice, check_first_rows, cost_of_loop, decide, rows_to_check
+from hf_trak.featurizing.engine import Gradients
+from hf_trak.featurizing.engine_choice import EngineChoice, check_first_rows, rows_to_check
 from hf_trak.gradients import (
     BatchFeatures,
-    CallPlan,
     ParameterSelection,
-    TooFewExamples,
     dropout_mask,
     evaluation_mode,
-    functional_features,
-    layerwise_features,
-    loop_features,
     select_parameters,
 )
 from hf_trak.members import PathPoint
 from hf_trak.messages import MissingProcessor, is_raised_by_us
 from hf_trak.projectors import FastJL, Identity, Projector, StackedProjector, make_projectors
-from hf_trak.sources.path_bases import MadePoint
 from hf_trak.sources.path_points import measure_statistics, statistics_rows
 from hf_trak.sources.processors import check_vocabulary, describe_absence, find_processing_class, hash_processing_class, is_name
 from hf_trak.sources.weights import check_dtype
@@ -65,11 +58,8 @@ from hf_trak.tasks import (
     embed_bank,
     make_task,
     needs_bank,
-    vmappable_attention,
     with_bank,
 )
-from hf_trak.tasks.padding import check_documents
-from hf_trak.tasks.token_inputs import TokenInputs
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -77,7 +67,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_CHECKED_ROWS = 3
 _BANK_ROWS = 32  # embedded at a time
 
 
@@ -85,7 +74,12 @@ class Featurizer:
     """Turns rows into features of one checkpoint under one sketch, or several at the price of one pass of gradients.
 
     ```python
-    columns = train.map(Featurizer(model, config, tokenizer), batched=True, batch_size=32)
+    >>> featurizer = Featurizer(model, TrakConfig(proj_dim=64), tokenizer)
+    >>> columns = train.map(featurizer, batched=True, batch_size=32)
+    >>> columns.column_names
+    ['text', 'label', 'trak_features', 'trak_out_to_loss', 'trak_output', 'trak_grad_norm']
+    >>> featurizer.engine.name
+    'layerwise'
     ```
 
     What it pickles to, and so what `Dataset.map` caches by, is its configuration and the content of the weights: a second run
@@ -130,53 +124,30 @@ class Featurizer:
         self.seeds = (seed,) if isinstance(seed, int) else tuple(seed)
         self.dropout_seed = dropout_seed
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self._checkpoint = CheckpointModel(
+        self.checkpoint = CheckpointModel(
             model, revision=revision, base=base, alpha=alpha, base_revision=base_revision, trust_remote_code=trust_remote_code
         )
         self._given = (processing_class, task)
         self._ready: tuple[Task, ParameterSelection, Projector, Any] | None = None
         self._unusable: ValueError | None = None  # what is wrong with the checkpoint's own tokenizer or processor
-        self._engine: EngineChoice | None = None  # until it is decided
-        self._plan: CallPlan | None = None
-        self._saw_padding = False  # in the rows of the check
-        self._documents_checked = False
+        self._gradients = Gradients()
         self._has_said: set[str] = set()
         self._collating = threading.Lock()  # a tokenizer serves one thread at a time
         self._bank: Bank | None = None  # until there is a task to hold it
 
     @property
     def model(self) -> PreTrainedModel:
-        return self._checkpoint.model
+        return self.checkpoint.model
 
     @property
     def source(self) -> str | None:
         """The folder or repository that the model is loaded from; None of a model in memory."""
-        return self._checkpoint.source
-
-    @property
-    def revision(self) -> str | None:
-        """The revision of the repository that was asked for."""
-        return self._checkpoint.revision
-
-    @property
-    def commit(self) -> str | None:
-        """The commit that everything of a repository is loaded at, whatever happens to it meanwhile; None for a folder."""
-        return self._checkpoint.commit
+        return self.checkpoint.source
 
     @property
     def point(self) -> PathPoint | None:
         """Which point of the path to the checkpoint the features are of; None for the checkpoint itself."""
-        return self._checkpoint.point
-
-    @property
-    def made(self) -> MadePoint | None:
-        """What tells the point from others, and how it was made; None for the checkpoint itself."""
-        return self._checkpoint.made
-
-    def model_hash(self) -> str:
-        """Return the SHA-256 of the checkpoint's weights and buffers, but for modules that an adapter replaces: they are not used, and may
-        be random. That of a point of a path is the final checkpoint's."""
-        return self._checkpoint.hash()
+        return self.checkpoint.point
 
     def prepare(self) -> tuple[Task, ParameterSelection, Projector, Any]:
         """Load what is needed, once: task, selected parameters, projector, and tokenizer or image processor.
@@ -218,7 +189,9 @@ class Featurizer:
     def _find_processing_class(self, given: Any) -> Any:
         """Return the tokenizer or image processor; None where the checkpoint's own is missing or damaged, which only raw rows need."""
         try:
-            found = find_processing_class(given, self.source, self.commit, trust_remote_code=self._checkpoint.trust_remote_code)
+            found = find_processing_class(
+                given, self.source, self.checkpoint.commit, trust_remote_code=self.checkpoint.trust_remote_code
+            )
             check_vocabulary(found, self.model)
         except ValueError as error:
             if given is not None:
@@ -264,7 +237,7 @@ class Featurizer:
             ValueError: If a document sees another one.
         """
         if (line := check_first_rows(self, dataset)) is not None:
-            self._say(line)
+            self.say(line)
 
     def _absence(self, reason: str) -> ValueError:
         """Return the error for raw rows that nothing can read, naming the checkpoint, or what is wrong with its files."""
@@ -313,11 +286,6 @@ class Featurizer:
         task, *others = self.prepare()
         self._ready = (with_bank(task, bank.to(self.device)), *others)
 
-    @property
-    def statistics(self) -> dict[str, Tensor] | None:
-        """The running statistics of BatchNorm at a point of a path, by name; None until they are measured or given, and for other models."""
-        return self._checkpoint.statistics
-
     def measure_statistics(self, dataset: Dataset) -> dict[str, Tensor] | None:
         """Measure the running statistics of BatchNorm at the point of a path, on rows of the training set; None where there are none to measure.
 
@@ -327,7 +295,7 @@ class Featurizer:
             ValueError: If there are too few rows, or a statistic is not finite.
         """
         task, _, _, processing_class = self.prepare()
-        names = self._checkpoint.measured
+        names = self.checkpoint.measured
         if not names:
             return None
 
@@ -339,16 +307,8 @@ class Featurizer:
                 task.output_function(self.model, batch)
 
         with dropout_mask(self.model, self.dropout_seed), evaluation_mode(self.model), self._autocast():
-            self.use_statistics(measure_statistics(self.model, names, statistics_rows(len(dataset)), forward))
-        return self.statistics
-
-    def use_statistics(self, statistics: Mapping[str, Tensor]) -> None:
-        """Use running statistics that were measured before.
-
-        Raises:
-            ValueError: If they are not of this point's modules.
-        """
-        self._checkpoint.use_statistics(statistics)
+            self.checkpoint.use_statistics(measure_statistics(self.model, names, statistics_rows(len(dataset)), forward))
+        return self.checkpoint.statistics
 
     def use_task(self, task: Task) -> None:
         """Go on with another task of the same inputs."""
@@ -400,7 +360,7 @@ class Featurizer:
     @property
     def engine(self) -> EngineChoice | None:
         """Which engine makes the gradients, and why; None until it is decided, by [`~Featurizer.choose_engine`] or the first batch."""
-        return self._engine
+        return self._gradients.engine
 
     def choose_engine(self, dataset: Dataset) -> EngineChoice:
         """Decide which engine makes the gradients, from the model and some rows of the data set they will be of.
@@ -409,44 +369,15 @@ class Featurizer:
             ValueError: If `config.gradients` names an engine that is not right for the model.
         """
         numbers = rows_to_check(dataset, self.lengths)
-        self._decide(collate_rows(self.collate, dataset, numbers), list(range(len(numbers))))
-        return self._engine or EngineChoice("loop", reason="there is one row, which cannot be checked beside others")
+        self._gradients.decide(self, collate_rows(self.collate, dataset, numbers), list(range(len(numbers))))
+        return self.engine or EngineChoice("loop", reason="there is one row, which cannot be checked beside others")
 
     def use_engine(self, engine: EngineChoice) -> None:
         """Go on with the engine that others of a run have decided on."""
-        if self._engine is None or self._engine.name != engine.name:
-            self._plan = None
-        self._engine = engine
-
-    def _decide(self, batch: Mapping[str, Any], numbers: Sequence[int]) -> None:
-        """Check the engine on some rows of a batch, the longest first; leave it open if there is one row."""
-        self._checkpoint.check_statistics()
-        task, selection, projector, _ = self.prepare()
-        arguments: dict[str, Any] = {"output_function": task.output_function, "parameters": selection.parameters}
-
-        def collate(chosen: Sequence[int]) -> Mapping[str, Any]:
-            return to_device(part_of(batch, [numbers[place] for place in chosen]), self.device)
-
-        setting = self.config.gradients
-        # Not under autocast, whose round-off would hide what is looked for.
-        with self._naming_columns(batch), dropout_mask(self.model, self.dropout_seed), self._attention(setting):
-            try:
-                engine, plan = decide(self.model, collate, len(numbers), setting=setting, **arguments)
-            except TooFewExamples:
-                return
-            if engine.name == "loop" and setting == "auto":
-                cost = cost_of_loop(self.model, collate, len(numbers), projector=projector, **arguments)
-                self._say(
-                    f"gradients='loop', one example at a time, since `layerwise` does not serve this model: {engine.reason}. "
-                    f"Expect {cost:.1f} times the time of a plain forward and backward pass over batches, as measured on "
-                    f"{len(numbers)} rows."
-                )
-            # Not before: rows that the loop cannot compute either say nothing of the engine.
-            self._engine, self._plan = engine, plan
-            self._saw_padding = has_padding(collate(range(len(numbers))))
+        self._gradients.use(engine)
 
     @contextmanager
-    def _naming_columns(self, batch: Mapping[str, Any]) -> Iterator[None]:
+    def naming_columns(self, batch: Mapping[str, Any]) -> Iterator[None]:
         """Say what a batch holds where the model's code fails at it.
 
         Raises:
@@ -464,13 +395,11 @@ class Featurizer:
                 "Check that these columns are prepared as those that the model was trained on."
             ) from error
 
-    def _say(self, message: str) -> None:
+    def say(self, message: str) -> None:
+        """Tell something once."""
         if message not in self._has_said:
             self._has_said.add(message)
             logger.warning(message)
-
-    def _attention(self, engine: str) -> AbstractContextManager[Any]:
-        return vmappable_attention(self.model) if engine == "functional" else nullcontext()
 
     def features(self, batch: Mapping[str, Any], *, projector: Projector | None = None) -> BatchFeatures:
         """Return the features of a batch that the task's collator made, on the device; those of several sketches side by side.
@@ -478,55 +407,9 @@ class Featurizer:
         Args:
             projector ([`Projector`], *optional*): In place of the featurizer's own.
         """
-        self._checkpoint.check_statistics()
+        self.checkpoint.check_statistics()
         with dropout_mask(self.model, self.dropout_seed):
-            return self._features(batch, projector or self.prepare()[2])
-
-    def _features(self, batch: Mapping[str, Any], projector: Projector) -> BatchFeatures:
-        n_rows = count_rows(batch)
-        if not self._documents_checked and isinstance(self.task.inputs, TokenInputs):
-            self._documents_checked = check_documents(self.model, to_device(batch, self.device))
-        if self._engine is None:
-            self._decide(batch, _longest_first(batch, n_rows))
-        elif self._engine.name == "layerwise" and self._plan is None and n_rows > 1:
-            self._recheck(batch, n_rows)
-        name = self._engine.name if self._engine is not None else "loop"
-        # What the check has not seen goes one row at a time: it is right, and decided by the batch alone.
-        if name == "loop" or n_rows == 1 or (has_padding(batch) and not self._saw_padding):
-            return self._by_loop(batch, projector, range(n_rows))
-        engine: Callable[..., BatchFeatures] = functional_features
-        arguments = self._arguments(projector, vmapped=name == "functional")
-        if name == "layerwise":
-            engine, arguments["plan"] = layerwise_features, self._plan
-        try:
-            with self._attention(name):
-                return engine(self.model, to_device(batch, self.device), **arguments)
-        except Exception as error:
-            if isinstance(error, MemoryError) or should_reduce_batch_size(error):
-                raise
-            # A batch's composition must not decide whether a run succeeds. What is wrong with the rows themselves is raised again.
-            features = self._by_loop(batch, projector, range(n_rows))
-            self._say(f"Some batches are computed one row at a time, since `{name}` does not serve them: {error}")
-            return features
-
-    def _recheck(self, batch: Mapping[str, Any], n_rows: int) -> None:
-        """Learn how the model calls its modules, for an engine that others have decided on."""
-        recorded = self._engine
-        self._engine = None
-        self._decide(batch, _longest_first(batch, n_rows))
-        if self._engine is None:
-            self._engine = recorded
-
-    def _by_loop(self, batch: Mapping[str, Any], projector: Projector, numbers: Sequence[int]) -> BatchFeatures:
-        rows = [to_device(part_of(batch, [number]), self.device) for number in numbers]
-        return loop_features(self.model, rows, **self._arguments(projector))
-
-    def _arguments(self, projector: Projector, *, vmapped: bool = False) -> dict[str, Any]:
-        task, selection, _, _ = self.prepare()
-        output_function = task.output_function
-        if self.config.compute_dtype == "bfloat16":
-            output_function = in_bfloat16(output_function, device_type=self.device.type, vmapped=vmapped)
-        return {"parameters": selection.parameters, "projector": projector, "output_function": output_function}
+            return self._gradients.of(self, batch, projector or self.prepare()[2])
 
     def outputs(self, batch: Mapping[str, Any]) -> BatchFeatures:
         """Return the outputs of a batch by a forward pass alone, on the CPU; the features have no columns."""
@@ -543,9 +426,9 @@ class Featurizer:
     def _forward(self, batch: Mapping[str, Any], function: Callable[[Any, Mapping[str, Any]], Any]) -> list[Any]:
         """Return what a function of the model and a batch returns; rows go one by one where the engine is the loop, since there they are
         not independent of each other or of padding."""
-        self._checkpoint.check_statistics()
+        self.checkpoint.check_statistics()
         n_rows = count_rows(batch)
-        alone = n_rows > 1 and self._engine is not None and self._engine.name == "loop"
+        alone = n_rows > 1 and self._gradients.is_loop
         parts = [part_of(batch, [number]) for number in range(n_rows)] if alone else [batch]
         with self.inference() as model:
             return [function(model, to_device(part, self.device)) for part in parts]
@@ -559,19 +442,27 @@ class Featurizer:
     def compute(self, batch: Mapping[str, Tensor], ids: Sequence[int] | None = None) -> BatchFeatures:
         """Return the features of a batch, on the CPU.
 
+        ```python
+        >>> featurizer = Featurizer(model, TrakConfig(proj_dim=64), tokenizer)
+        >>> featurizer.check(train)
+        >>> features = featurizer.compute(featurizer.collate(train[:4]))
+        >>> features.features.shape, features.output.shape
+        (torch.Size([4, 64]), torch.Size([4]))
+        ```
+
         Args:
             ids (`Sequence[int]`, *optional*): The rows' ids, for error messages.
 
         Raises:
             ValueError: If a row's output or gradient is not finite; the message names the rows. Or if the model cannot compute the batch.
         """
-        with self._naming_columns(batch):
+        with self.naming_columns(batch):
             features = fetch(self.features(batch))
         bad = not_finite(features)
-        if bad and (self._engine is None or self._engine.name != "loop"):
+        if bad and not self._gradients.is_loop:
             # Padding may have done it, as in models that take the logarithm of what a mask hides.
             with dropout_mask(self.model, self.dropout_seed):
-                again = fetch(self._by_loop(batch, self.prepare()[2], bad))
+                again = fetch(self._gradients.by_loop(self, batch, self.prepare()[2], bad))
             for values, new in zip(features, again, strict=True):
                 values[bad] = new
         if bad:
@@ -604,10 +495,10 @@ class Featurizer:
             "seed": list(self.seeds),
             "dropout_seed": self.dropout_seed,
             "source": self.source,
-            "revision": self.commit,
-            "trust_remote_code": self._checkpoint.trust_remote_code,
-            "model_hash": self.model_hash(),
-            **self._checkpoint.point_state(),
+            "revision": self.checkpoint.commit,
+            "trust_remote_code": self.checkpoint.trust_remote_code,
+            "model_hash": self.checkpoint.hash(),
+            **self.checkpoint.point_state(),
             "processing_hash": hash_processing_class(self.processing_class if is_name(processing_class) else processing_class),
             "processor": self.processor,
             "task": _fingerprint(task) if task is not None else None,
@@ -630,20 +521,9 @@ class Featurizer:
             **(state.get("path", {}) if portable else {}),
             trust_remote_code=state["trust_remote_code"],
         )
-        self._checkpoint.restore(state)
+        self.checkpoint.restore(state)
         if state["bank"] is not None:
             self._bank = Bank.from_tensors(as_tensors(state["bank"]))
-
-
-def _longest_first(batch: Mapping[str, Any], n_rows: int) -> list[int]:
-    """Return some rows of a batch: the longest, the shortest, and one of another length."""
-    mask = batch.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
-        return list(range(min(_CHECKED_ROWS, n_rows)))
-    lengths = mask.ne(0).sum(1).tolist()
-    order = sorted(range(n_rows), key=lambda row: (-lengths[row], row))
-    between = [row for row in order[1:-1] if lengths[order[-1]] < lengths[row] < lengths[order[0]]]
-    return list(dict.fromkeys([order[0], order[-1], *between[:1], *order[1:-1]]))[:_CHECKED_ROWS]
 
 
 def _fingerprint(task: Task | TaskMaker) -> str:

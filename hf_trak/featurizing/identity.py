@@ -53,7 +53,7 @@ def describe_member(folder: Path, plan: Pass, featurizer: Featurizer, dataset: D
         "versions": library_versions(),
         "hardware": hardware_name(featurizer.device),
         **_describe_bank(featurizer),
-        **({"statistics": {"sha256": hash_tensors(found)}} if (found := featurizer.statistics) is not None else {}),
+        **({"statistics": {"sha256": hash_tensors(found)}} if (found := featurizer.checkpoint.statistics) is not None else {}),
     }
 
 
@@ -77,8 +77,8 @@ def describe_featurizer(featurizer: Featurizer, columns: Mapping[str, Any]) -> d
         **({"dropout_seed": featurizer.dropout_seed} if featurizer.dropout_seed is not None else {}),
         "model_class": type(featurizer.model).__name__,
         "parameters": featurizer.selection.shapes,
-        "model_sha256": featurizer.model_hash(),
-        **({"point": made.identity} if (made := featurizer.made) is not None else {}),
+        "model_sha256": featurizer.checkpoint.hash(),
+        **({"point": made.identity} if (made := featurizer.checkpoint.made) is not None else {}),
         "model_config": describe_model_config(featurizer.model),
         **_describe_processing(featurizer, columns),
         **({"gpu_model": featurizer.gpu_model} if featurizer.gpu_model is not None else {}),
@@ -142,12 +142,12 @@ def _describe_checkpoint(folder: Path, featurizer: Featurizer) -> dict[str, Any]
     source = featurizer.source
     if source is not None and Path(source).exists():
         return {"path": seen_from(folder, Path(source)), "repository": None, "revision": None}
-    return {"path": None, "repository": source, "revision": featurizer.commit}
+    return {"path": None, "repository": source, "revision": featurizer.checkpoint.commit}
 
 
 def _describe_base(folder: Path, featurizer: Featurizer) -> dict[str, Any]:
     """Where to find the base of a point's path again, and how far the final weights are from it; nothing for a checkpoint itself."""
-    point, made = featurizer.point, featurizer.made
+    point, made = featurizer.point, featurizer.checkpoint.made
     if point is None or made is None:
         return {}
     if point.base == ADAPTER:

@@ -48,6 +48,10 @@ class HubMixin:
         From a repository or a store, only the configuration and the descriptions of members are downloaded at once. Gram matrices and shards
         are downloaded when a call reads them, always from the same commit. They are used only if their hashes match the recorded ones.
 
+        ```python
+        >>> index = AttributionIndex.from_pretrained("my-index")
+        ```
+
         Args:
             revision (`str`, *optional*): Branch, tag or commit of the repository.
             models (*optional*): Checkpoints to use instead of the recorded ones. A recorded repository is loaded at the recorded commit.
@@ -97,6 +101,10 @@ class HubMixin:
     ) -> None:
         """Copy the index to another folder, or to an object store. The copy appears there when it is complete. If the call is killed
         before, the old content stays. Under a launcher, the first process copies.
+
+        ```python
+        >>> index.save_pretrained("copy-of-my-index")
+        ```
 
         Args:
             overwrite (`bool`): Replace an index in `folder`. Files that hf_trak did not write stay.

@@ -21,6 +21,13 @@ OPTIONAL_PROJECTORS: dict[str, type[Projector]] = {"fast_jl": FastJL}
 def make_projector(name: str, *, proj_dim: int, seed: int, fold: int = 1) -> Projector:
     """Return the projector called `name`; `fold` applies to block_count_sketch only.
 
+    ```python
+    >>> from hf_trak.projectors import make_projector
+    >>> projector = make_projector("block_count_sketch", proj_dim=64, seed=0)
+    >>> type(projector).__name__
+    'BlockCountSketch'
+    ```
+
     Raises:
         ValueError: If there is no such projector. The message lists the valid names.
         ImportError: If it needs an extension that is not installed.

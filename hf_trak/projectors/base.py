@@ -77,6 +77,13 @@ class StackedProjector(Projector):
 
     The features are the features of the projectors, one after the other. They equal those of each projector alone.
 
+    ```python
+    >>> from hf_trak.projectors import make_projectors
+    >>> projector = make_projectors("block_count_sketch", proj_dim=64, seeds=[0, 1])
+    >>> type(projector).__name__
+    'StackedProjector'
+    ```
+
     Args:
         projectors (`Sequence[Projector]`): At least one.
     """

@@ -310,6 +310,15 @@ def _spans(length: int, most: int) -> list[slice]:
 class BlockCountSketch(Projector):
     """The default projector: one signed bucket per gradient entry, in an order that allows contiguous additions.
 
+    ```python
+    >>> from hf_trak.projectors import BlockCountSketch
+    >>> projector = BlockCountSketch(proj_dim=64, seed=0)
+    >>> sketch = projector.start(2, dtype=torch.float32, device=torch.device("cpu"))
+    >>> projector.add(sketch, "weight", torch.randn(2, 10, 20))
+    >>> projector.finish(sketch).shape
+    torch.Size([2, 64])
+    ```
+
     Args:
         fold (`int`): Number of rows or columns of a weight's longer side that may share a bucket before the outer product is
             formed; 1 turns folding off.

@@ -20,6 +20,15 @@ class DenseRademacher(Projector):
 
     Its variance is $(\|x\|^2\|y\|^2 + \langle x,y\rangle^2 - 2\sum_i x_i^2 y_i^2)/\text{proj\_dim}$.
 
+    ```python
+    >>> from hf_trak.projectors import DenseRademacher
+    >>> projector = DenseRademacher(proj_dim=64, seed=0)
+    >>> sketch = projector.start(2, dtype=torch.float32, device=torch.device("cpu"))
+    >>> projector.add(sketch, "weight", torch.randn(2, 10, 20))
+    >>> projector.finish(sketch).shape
+    torch.Size([2, 64])
+    ```
+
     Args:
         block_size (`int`): Number of parameter entries whose signs are in memory at once. It changes results only by round-off.
     """
@@ -62,6 +71,16 @@ class DenseRademacher(Projector):
 
 class Identity(Projector):
     """Concatenate the gradients of all parameters in the order in which they are declared; `proj_dim` must be their total size.
+
+    ```python
+    >>> from hf_trak.projectors import Identity
+    >>> projector = Identity(proj_dim=200, seed=0)
+    >>> projector.lay_out({"weight": 200})
+    >>> sketch = projector.start(2, dtype=torch.float32, device=torch.device("cpu"))
+    >>> projector.add(sketch, "weight", torch.ones(2, 10, 20))
+    >>> sketch.sum(1)
+    tensor([200., 200.])
+    ```
 
     Args:
         sizes (`dict[str, int]`): Entries of each parameter, in order. Without it, [`Identity.lay_out`] must be called first.

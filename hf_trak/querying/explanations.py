@@ -39,6 +39,12 @@ _TITLE = "Which training rows made the model say this"
 class Explanation:
     """What a model answered, and the training rows that raised and lowered that answer most.
 
+    ```python
+    >>> explanation = index.explain("a fine story", top_k=2, progress=False)
+    >>> len(explanation.hits[0]["proponent_text"])
+    2
+    ```
+
     Args:
         prompt: As it was given.
         answer (`str`): The generated or given answer, or the class.
@@ -60,7 +66,12 @@ class Explanation:
         return table([self.attribution])
 
     def to_html(self, title: str = _TITLE) -> str:
-        """Return a page of the answer and the training rows."""
+        """Return a page of the answer and the training rows.
+
+        ```python
+        >>> page = index.explain("a fine story", top_k=2, progress=False).to_html()
+        ```
+        """
         return html_page([self.attribution], title=title)
 
     def _repr_html_(self) -> str:
@@ -96,10 +107,11 @@ class ExplainingMethods(ScoringMethods):
         """Return the training rows that raised and lowered an answer to one prompt most; or, of a classifier, its prediction.
 
         ```python
-        index.explain("The capital of France is")  # a language model: it answers, and the answer is attributed
-        index.explain("a gripping film")  # a classifier: the class that it predicts
-        index.explain(image="cat.png", contrast=("cat", "dog"))
+        >>> explanation = index.explain("a fine film", progress=False)  # a classifier: the class that it predicts
+        >>> contrast = index.explain("a fine film", contrast=(0, 1), progress=False)
         ```
+
+        A language model answers, and the answer is attributed: `index.explain("The capital of France is")`.
 
         Args:
             prompt: A text; the messages of a conversation; of classifiers of pairs, two texts; or a row, as a dictionary or a

@@ -155,7 +155,7 @@ class QuerySide:
                 "beside it, or featurize the training set again."
             )
         if not final and (statistics := self.members[first].tensors(STATISTICS_NAME)) is not None:
-            featurizer.use_statistics(statistics)
+            featurizer.checkpoint.use_statistics(statistics)
         if not final and (bank := self.members[first].tensors(BANK_NAME)) is not None:
             featurizer.use_bank(Bank.from_tensors(bank))
         if (engine := self.members[first].info.get("engine")) is not None:

@@ -65,7 +65,13 @@ class ScoringMethods:
 
     @property
     def n_rows(self) -> int:
-        """Training examples."""
+        """Training examples.
+
+        ```python
+        >>> index.n_rows
+        40
+        ```
+        """
         return self.members[0].n_rows
 
     def score(
@@ -87,6 +93,14 @@ class ScoringMethods:
         """Return the score of every training example for every query, (n_train, n_query) in float32.
 
         Positive scores mark proponents: training on the example raises the query's output.
+
+        ```python
+        >>> scores = index.score(validation, progress=False)
+        >>> scores.shape
+        (40, 8)
+        >>> index.score(validation, target="prediction", aggregate="mean", progress=False).shape
+        (40, 1)
+        ```
 
         Args:
             queries (`Dataset`): With the columns of the training set; by default, labels say which output is meant.
@@ -152,6 +166,12 @@ class ScoringMethods:
         Of several processes of one group (`accelerate launch`, `torchrun`) each ranks a part of the training set, and all return the
         same: all have to call it.
 
+        ```python
+        >>> hits = index.attribute(validation, top_k=3, progress=False)
+        >>> len(hits), len(hits[0]["proponent_text"])
+        (8, 3)
+        ```
+
         Args:
             top_k (`int`): How many of each; at most the number of training examples are returned.
             target, contrast, aggregate, direction, options, max_memory, shortcuts (*optional*): As in [`AttributionIndex.score`].
@@ -191,6 +211,13 @@ class ScoringMethods:
 
         Nothing can tell whether they are of the index's checkpoint and sketch: make them with
         `queries.map(index.featurizer(), batched=True)`, on any machine.
+
+        ```python
+        >>> features = index.featurize_queries(validation, progress=False)["trak_features"]
+        >>> hits = index.attribute_features(features, top_k=3)
+        >>> hits.num_rows
+        8
+        ```
 
         Args:
             features: An array of shape (n_query, proj_dim), or a Dataset with the column `trak_features`; for several members, a list
@@ -330,6 +357,11 @@ class ScoringMethods:
 
         Examples that stand alone and whose outputs the model has not learned score high. Both factors are means over members, as in
         [`AttributionIndex.score`]. To find wrong labels, use [`AttributionIndex.label_errors`].
+
+        ```python
+        >>> index.self_influence().shape
+        (40,)
+        ```
         """
         return self_influence(self.members, damping=self.resolve_damping(damping)).numpy()
 
@@ -347,6 +379,12 @@ class ScoringMethods:
 
         A label is suspicious if the rows that it resembles oppose it, in the training set and in `validation`, and if the model doubts it.
         docs/evidence/label_errors.md has the formula, and how many planted errors it finds.
+
+        ```python
+        >>> suspects = index.label_errors(validation, budget=5, progress=False)
+        >>> suspects["rank"][:]
+        [1, 2, 3, 4, 5]
+        ```
 
         Args:
             validation (`Dataset`, *optional*): Held-out rows with the columns of the training set, whose labels can be trusted. A few
@@ -384,7 +422,13 @@ class ScoringMethods:
 
     def resolve_damping(self, damping: float | str | None = None) -> float:
         """Return λ as a number: the one given, else the configuration's. "auto" is chosen by the members' subset masks where they are
-        recorded; otherwise it is 3 below ten checkpoints and 1 from there on."""
+        recorded; otherwise it is 3 below ten checkpoints and 1 from there on.
+
+        ```python
+        >>> index.resolve_damping()
+        3.0
+        ```
+        """
         chosen = self.config.damping if damping is None else damping
         if chosen != "auto":
             return float(chosen)
@@ -398,6 +442,11 @@ class ScoringMethods:
 
     def score_options(self, options: ScoreOptions | None = None, **shortcuts: Unpack[ScoreShortcuts]) -> ScoreOptions:
         """Return how features become scores: what the configuration says, unless changed.
+
+        ```python
+        >>> options = index.score_options(damping=1.0, leverage=True)
+        >>> scores = index.score(validation, options=options, progress=False)
+        ```
 
         Args:
             options ([`ScoreOptions`], *optional*): In place of the index's own.
@@ -432,6 +481,11 @@ class ScoringMethods:
         """Return the λ that ranks the members' own outputs best, and its curve; None where no subset masks tell.
 
         It is read from the index, or computed once.
+
+        ```python
+        >>> index.damping_choice() is None  # of one model, no random subsets tell
+        True
+        ```
         """
         if self._choice is None:
             self._choice = DampingChoice.load(self.folder, self.members) or choose_damping(

@@ -81,6 +81,12 @@ class SelectMethods:
         What is held in memory is the target's features, one number per training row, and some rows at a time. docs/evidence/choosing_data.md has
         what each choice finds.
 
+        ```python
+        >>> chosen = index.select(validation, budget=10, progress=False)
+        >>> len(chosen)
+        10
+        ```
+
         Args:
             target (`Dataset`): Rows of what the model should become good at, with the columns of the training set and right labels.
             budget (`int` or `float`): How many rows, or which share of them, above 0 and below 1.

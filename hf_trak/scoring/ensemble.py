@@ -24,6 +24,10 @@ COMBINATIONS = ("scaled", "means")
 class ScoreOptions:
     r"""Options of scores that can be changed after features are stored.
 
+    ```python
+    >>> scores = index.score(validation, options=ScoreOptions(damping=1.0, out_to_loss_power=0.5), progress=False)
+    ```
+
     Args:
         damping (`float`): $\lambda$, as a multiple of the Gram matrix's mean nonzero eigenvalue.
         residual_weighting (`bool`): Weight each row of the Gram matrix by $R = p(1 - p)$, as the one-step Newton approximation of

@@ -325,11 +325,22 @@ _LANGUAGE_MODELS = (
 
 
 class AutoTask:
-    """Picks a task as `AutoModel` picks a class."""
+    """Picks a task as `AutoModel` picks a class.
+
+    ```python
+    >>> AutoTask.from_model(model).name
+    'text-classification'
+    ```
+    """
 
     @staticmethod
     def from_model(model: PreTrainedModel, config: TrakConfig | None = None) -> Task:
         """Return the task named in `config`, or the one the model's architecture and labels imply.
+
+        ```python
+        >>> AutoTask.from_model(model, TrakConfig(max_length=16)).name
+        'text-classification'
+        ```
 
         Raises:
             ValueError: If the task is unknown, the architecture is not served, or the two do not fit.
@@ -350,7 +361,13 @@ class AutoTask:
 
     @staticmethod
     def name_for(model: PreTrainedModel) -> str:
-        """Return the name of the task that a model's class and number of labels imply."""
+        """Return the name of the task that a model's class and number of labels imply.
+
+        ```python
+        >>> AutoTask.name_for(model)
+        'text-classification'
+        ```
+        """
         model = _without_adapter(model)
         architecture = type(model).__name__
         if is_dual_encoder(model):

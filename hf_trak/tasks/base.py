@@ -46,6 +46,14 @@ OUT_TO_LOSS_KINDS = ("one_minus_p", "mean_one_minus_p", "residual", "one", "othe
 class Task:
     """What is attributed.
 
+    ```python
+    >>> task = AutoTask.from_model(model).reading(train)
+    >>> batch = task.collate(train[:4], tokenizer)
+    >>> output, out_to_loss = task.output_function(model, batch)
+    >>> output.shape, out_to_loss.shape
+    (torch.Size([4]), torch.Size([4]))
+    ```
+
     Args:
         name (`str`): As in `TrakConfig.task`.
         output_function (`Callable`): `(model, batch) -> (output, out_to_loss)`, each of shape (batch,).
@@ -86,6 +94,17 @@ class Task:
         name: str | None = None,
     ) -> Task:
         """Make a task of your own.
+
+        ```python
+        >>> def collate(rows):
+        ...     batch = tokenizer([row["text"] for row in rows], padding=True, return_tensors="pt")
+        ...     return {**batch, "labels": torch.tensor([row["label"] for row in rows])}
+        >>> def loss(model, batch):
+        ...     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        ...     return torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="none")
+        >>> featurizer = Featurizer(model, TrakConfig(proj_dim=64), task=Task.custom(loss, collator=collate))
+        >>> columns = train.map(featurizer, batched=True)
+        ```
 
         Args:
             output (`Callable`): `(model, batch) -> (batch,)`; row i may depend on example i alone.

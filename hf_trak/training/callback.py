@@ -73,6 +73,17 @@ class AttributionCallback(TrainerCallback):
     first step. Only snapshots are ever replaced or deleted. Label smoothing, NEFTune and a loss of the model's own that attribution does
     not know are told by a warning; a callback cannot see `compute_loss_func` or an overridden `compute_loss`.
 
+    ```python
+    >>> batches = tokenizer(train["text"][:], padding=True)
+    >>> rows = Dataset.from_dict({**batches, "labels": train["label"]})
+    >>> args = TrainingArguments("of-a-stock-trainer", max_steps=2, report_to="none", disable_tqdm=True, use_cpu=True)
+    >>> trainer = Trainer(copy.deepcopy(model), args, train_dataset=rows, callbacks=[AttributionCallback()])
+    >>> output = trainer.train()
+    {'train_runtime': ...}
+    >>> os.listdir("of-a-stock-trainer/members")
+    ['final']
+    ```
+
     Args:
         members (`str`): Which to keep: "final", "epoch:K" for those of the last K epochs, "steps:[S, ...]", or "path:K" for those after 1/4,
             1/8, ... of the steps.
