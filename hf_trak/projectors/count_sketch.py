@@ -280,25 +280,28 @@ def _add_around(accumulator: Float[Tensor, "batch width"], entries: Float[Tensor
         target[:, : entries.shape[1] - whole] += entries[:, whole:]
 
 
-def _add_signed(
-    accumulator: Float[Tensor, "batch width"],
-    entries: Float[Tensor, "batch rows columns"],
-    signs: Float[Tensor, "rows _"],
-    ring: Ring,
-) -> None:
-    """Add the rows of a tile around its ring, times signs per entry or per row."""
-    batch, n_rows, n_columns = entries.shape
-    n_entries = n_rows * n_columns
-    if entries.device.type == "cpu" and n_entries <= _SMALL:  # a few large operations instead of one or two per row
-        n_laps = math.ceil(n_entries / ring.length)
-        laps = entries.new_empty(batch, n_laps * ring.length)
-        torch.mul(entries, signs, out=laps.narrow(1, 0, n_entries).view(batch, n_rows, n_columns))
-        laps.narrow(1, n_entries, laps.shape[1] - n_entries).zero_()
-        accumulator.narrow(1, *ring[::-1]).add_(laps.view(batch, n_laps, ring.length).sum(1))
-        return
-    stream = ring_sum(accumulator, ring, n_entries)
-    stream.add(entries.flatten(1), signs.expand(n_rows, n_columns).flatten())
-    stream.close()
+class _ShortTile:
+    """Adds tiles of one shape and few entries around their rings, in a few large operations instead of one or two per row."""
+
+    def __init__(self, entries: Float[Tensor, "batch rows columns"], proj_dim: int) -> None:
+        batch, n_rows, n_columns = entries.shape
+        self.n_entries = n_rows * n_columns
+        # Laps end to end; those behind the last entry stay zero. No ring is longer than proj_dim.
+        self.laps = entries.new_zeros(batch, self.n_entries + proj_dim)
+        self.signed = self.laps.narrow(1, 0, self.n_entries).view(batch, n_rows, n_columns)
+
+    def add(
+        self,
+        accumulator: Float[Tensor, "batch width"],
+        entries: Float[Tensor, "batch rows columns"],
+        signs: Float[Tensor, "rows _"],
+        ring: Ring,
+    ) -> None:
+        """Add the entries times signs per entry or per row."""
+        torch.mul(entries, signs, out=self.signed)
+        n_laps = math.ceil(self.n_entries / ring.length)
+        laps = self.laps.narrow(1, 0, n_laps * ring.length).view(len(entries), n_laps, ring.length)
+        accumulator.narrow(1, ring.offset, ring.length).add_(laps.sum(1))
 
 
 def _spans(length: int, most: int) -> list[slice]:
@@ -373,11 +376,12 @@ class BlockCountSketch(Projector):
             ring, signs = small
             _add_around(accumulator, matrices.flatten(1) * signs, ring)
             return
+        short: dict[torch.Size, _ShortTile] = {}
         folded: dict[int, Tensor] = {}  # by first row: tiles with the same rows fold their columns in the same way
         for column in self._layout(name, shape, grads.device):
             whole = column.rows(matrices, dim=-2) if column.rows.is_folded else matrices
             for tile in column.tiles:
-                entries = whole[:, tile.rows]
+                entries = whole if len(column.tiles) == 1 else whole[:, tile.rows]
                 if tile.columns.is_folded:
                     first = tile.rows.start
                     if first not in folded:
@@ -385,7 +389,27 @@ class BlockCountSketch(Projector):
                     entries = folded[first]
                 row_signs, column_signs = tile.signs
                 signs = row_signs if column_signs is None else row_signs * column_signs
-                _add_signed(accumulator, entries[:, :, column.columns], signs.to(grads), tile.ring)
+                entries, signs = entries.narrow(2, column.columns.start, column.width), signs.to(grads)
+                self._add_tile(accumulator, entries, signs, tile.ring, short)
+
+    def _add_tile(
+        self,
+        accumulator: Float[Tensor, "batch width"],
+        entries: Float[Tensor, "batch rows columns"],
+        signs: Float[Tensor, "rows _"],
+        ring: Ring,
+        short: dict[torch.Size, _ShortTile],
+    ) -> None:
+        """Add a tile's entries, times signs per entry or per row, around its ring; `short` has the buffers of short tiles by shape."""
+        _, n_rows, n_columns = entries.shape
+        if entries.device.type == "cpu" and n_rows * n_columns <= _SMALL:
+            if entries.shape not in short:
+                short[entries.shape] = _ShortTile(entries, self.proj_dim)
+            short[entries.shape].add(accumulator, entries, signs, ring)
+            return
+        stream = ring_sum(accumulator, ring, n_rows * n_columns)
+        stream.add(entries.flatten(1), signs.expand(n_rows, n_columns).flatten())
+        stream.close()
 
     def _draw_small(
         self, name: str, shape: tuple[int, int], dtype: torch.dtype
