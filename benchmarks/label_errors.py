@@ -8,7 +8,7 @@ made on the first run: a logistic regression on frozen embeddings, cross-validat
 Embeddings of text are the mean of the base model's last hidden states, before fine-tuning; images have no base model, and cleanlab is given
 the last pooled layer of the trained one. No method sees which labels were flipped.
 
-The formula was chosen on seed 0 of the four settings; the other seeds were not looked at.
+The formula was chosen on seed 0 of the four settings. The default seeds, 1 and 2, had no part in the choice.
 """
 
 from __future__ import annotations
@@ -296,9 +296,9 @@ def summarize(found: dict[Case, dict[str, np.ndarray]], folder: Path) -> list[di
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=["sst2", "cifar10", "qnli"])
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--noise", type=float, nargs="+", default=[0.05, 0.2, 0.4])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--text_model", required=True, help="folder of paraphrase-MiniLM-L3-v2 as a `BertModel`")
     parser.add_argument("--work", type=Path, required=True, help="folder that keeps what was trained")
