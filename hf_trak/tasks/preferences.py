@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -41,8 +41,9 @@ logger = logging.getLogger(__name__)
 SIDES = ("chosen", "rejected")
 PREFERENCE_TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
-_OPTIONS = ("tools", "chat_template_kwargs")
+ROW_OPTIONS = ("tools", "chat_template_kwargs")
 _AT_ONCE = 1000
+_Side = TypeVar("_Side")
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class PreferenceInputs:
                 f"or DPOTrainer's {', '.join(map(repr, PREFERENCE_TOKENS))}, but the dataset has {', '.join(features)}. Rename a column with "
                 "`dataset.rename_column`."
             )
-        return {name: name for name in ("prompt", *SIDES, *_OPTIONS) if name in names} | reference
+        return {name: name for name in ("prompt", *SIDES, *ROW_OPTIONS) if name in names} | reference
 
     def check_rows(self, dataset: Dataset, processing_class: Any) -> None:
         """Encode every row once, before anything is computed.
@@ -94,27 +95,21 @@ class PreferenceInputs:
             ValueError: Naming all rows that cannot serve, with the reasons.
         """
         faults = Faults(len(dataset))
-        for start in range(0, len(dataset), _AT_ONCE):
-            for place, row in enumerate(_each(dataset[start : min(start + _AT_ONCE, len(dataset))])):
-                try:
-                    pair = self._pair(row, processing_class)
-                except ValueError as error:
-                    faults.cannot_serve(start + place, str(error))
-                    continue
-                if any(example.n_cut for example in pair):
-                    faults.cut(start + place)
+        for number, row in numbered_rows(dataset):
+            try:
+                pair = self._pair(row, processing_class)
+            except ValueError as error:
+                faults.cannot_serve(number, str(error))
+                continue
+            if any(example.n_cut for example in pair):
+                faults.cut(number)
         faults.raise_for_rows()
         for line in faults.notes(self.texts._describe_limit(processing_class), skip=False):
             logger.warning(line)
 
     def collate(self, rows: Rows, processing_class: Any) -> dict[str, Tensor]:
         """Return a batch."""
-        pairs = []
-        for place, row in enumerate(_each(rows)):
-            try:
-                pairs.append(self._pair(row, processing_class))
-            except ValueError as error:
-                raise ValueError(f"Row {place} cannot serve: {error}.") from error
+        pairs = read_pairs(rows, lambda row: self._pair(row, processing_class))
         chosen, rejected = (self.texts._pad([pair[side] for pair in pairs]) for side in range(2))
         batch = {**chosen, **{f"rejected_{name}": values for name, values in rejected.items()}}
         if self.has_reference(rows):
@@ -124,7 +119,7 @@ class PreferenceInputs:
 
     def lengths(self, dataset: Dataset, processing_class: Any = None) -> list[int]:
         """Return the tokens of both sequences of a row."""
-        return [sum(len(example.ids) for example in self._pair(row, processing_class)) for row in _each(dataset[:])]
+        return [sum(len(example.ids) for example in self._pair(row, processing_class)) for row in each_row(dataset[:])]
 
     def text_limit(self, tokenizer: Any) -> int | None:
         """Return how many tokens of a prompt and its answer are kept; None for all."""
@@ -197,9 +192,31 @@ def _ids(row: Mapping[str, Any], name: str) -> list[int]:
     return [int(value) for value in row[name]]
 
 
-def _each(rows: Rows) -> Iterator[dict[str, Any]]:
+def each_row(rows: Rows) -> Iterator[dict[str, Any]]:
+    """Yield the rows of columns."""
     for values in zip(*rows.values(), strict=True):
         yield dict(zip(rows, values, strict=True))
+
+
+def numbered_rows(dataset: Dataset) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the rows of a dataset with their numbers, read a thousand at a time."""
+    for start in range(0, len(dataset), _AT_ONCE):
+        yield from enumerate(each_row(dataset[start : min(start + _AT_ONCE, len(dataset))]), start)
+
+
+def read_pairs(rows: Rows, read: Callable[[dict[str, Any]], tuple[_Side, _Side]]) -> list[tuple[_Side, _Side]]:
+    """Return both sides of each row.
+
+    Raises:
+        ValueError: Naming the row that `read` refuses.
+    """
+    pairs = []
+    for place, row in enumerate(each_row(rows)):
+        try:
+            pairs.append(read(row))
+        except ValueError as error:
+            raise ValueError(f"Row {place} cannot serve: {error}.") from error
+    return pairs
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ on with the same settings, or its own tokenized dataset.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from hf_trak.tasks.inputs import Rows, TextInputs, need_tokenizer
 from hf_trak.tasks.language_inputs import conversation_of, with_eos
 from hf_trak.tasks.outputs import call_model, logits_of
 from hf_trak.tasks.padding import tokenizer_limit
+from hf_trak.tasks.preferences import ROW_OPTIONS, SIDES, each_row, numbered_rows, read_pairs
 from hf_trak.tasks.rows import Faults
 from hf_trak.tasks.token_inputs import text_of
 
@@ -32,11 +33,8 @@ if TYPE_CHECKING:
 
     from hf_trak.config import TrakConfig
 
-SIDES = ("chosen", "rejected")
 REWARD_TOKENS = ("chosen_ids", "rejected_ids")
 _MARGIN = "margin"
-_OPTIONS = ("tools", "chat_template_kwargs")
-_AT_ONCE = 1000
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class RewardInputs:
                 "preference needs the columns 'chosen' and 'rejected', texts or conversations, or RewardTrainer's 'chosen_ids' and 'rejected_ids', "
                 f"but the dataset has {', '.join(features)}. Rename a column with `dataset.rename_column`."
             )
-        return {name: name for name in ("prompt", *SIDES, *_OPTIONS) if name in names} | margin
+        return {name: name for name in ("prompt", *SIDES, *ROW_OPTIONS) if name in names} | margin
 
     def check_rows(self, dataset: Dataset, processing_class: Any) -> None:
         """Encode every row once, before anything is computed.
@@ -87,22 +85,16 @@ class RewardInputs:
             ValueError: Naming all rows that cannot serve, with the reasons.
         """
         faults = Faults(len(dataset))
-        for start in range(0, len(dataset), _AT_ONCE):
-            for place, row in enumerate(_each(dataset[start : min(start + _AT_ONCE, len(dataset))])):
-                try:
-                    self._pair(row, processing_class)
-                except ValueError as error:
-                    faults.cannot_serve(start + place, str(error))
+        for number, row in numbered_rows(dataset):
+            try:
+                self._pair(row, processing_class)
+            except ValueError as error:
+                faults.cannot_serve(number, str(error))
         faults.raise_for_rows()
 
     def collate(self, rows: Rows, processing_class: Any) -> dict[str, Tensor]:
         """Return a batch."""
-        pairs = []
-        for place, row in enumerate(_each(rows)):
-            try:
-                pairs.append(self._pair(row, processing_class))
-            except ValueError as error:
-                raise ValueError(f"Row {place} cannot serve: {error}.") from error
+        pairs = read_pairs(rows, lambda row: self._pair(row, processing_class))
         chosen, rejected = (self.texts.collate({"input_ids": [pair[side] for pair in pairs]}, None) for side in range(2))
         batch = {**chosen, **{f"rejected_{name}": values for name, values in rejected.items()}}
         if _MARGIN in rows:
@@ -111,7 +103,7 @@ class RewardInputs:
 
     def lengths(self, dataset: Dataset, processing_class: Any = None) -> list[int]:
         """Return the tokens of both sequences of a row."""
-        return [sum(map(len, self._pair(row, processing_class))) for row in _each(dataset[:])]
+        return [sum(map(len, self._pair(row, processing_class))) for row in each_row(dataset[:])]
 
     def text_limit(self, tokenizer: Any) -> int | None:
         """Return how many tokens a sequence may have; None for any."""
@@ -158,11 +150,6 @@ class RewardInputs:
             return list(tokenizer(prompt + with_eos(text_of(row, side), tokenizer), verbose=False)["input_ids"])
         turns = conversation_of(row, "prompt") if "prompt" in row else []
         return ChatTemplate.for_row(row, tokenizer, self.chat_template_kwargs).ids([*turns, *conversation_of(row, side)])
-
-
-def _each(rows: Rows) -> Iterator[dict[str, Any]]:
-    for values in zip(*rows.values(), strict=True):
-        yield dict(zip(rows, values, strict=True))
 
 
 @dataclass(frozen=True)
