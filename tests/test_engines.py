@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from hf_trak import AttributionIndex, Featurizer, Task, TrakConfig
 from hf_trak.featurizing.engine_choice import rows_to_check
+from hf_trak.gradients.loop import loop_features
+from hf_trak.projectors import make_projector
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:There is a performance drop because we have not yet implemented the batching rule"
@@ -652,3 +655,34 @@ def test_the_loop_is_what_layerwise_computes(name: str):
     scale = np.abs(found["auto"]).max()
     for engine in ("functional", "loop"):
         np.testing.assert_allclose(found[engine], found["layerwise"], rtol=0, atol=2e-6 * scale)
+
+
+def test_the_loop_holds_one_gradient_at_a_time_and_leaves_no_hooks():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6)))
+    projector = make_projector("block_count_sketch", proj_dim=16, seed=0)
+    alive: list[weakref.ref[Tensor]] = []
+    most = []
+    plain_add = projector.add
+
+    def add(accumulator: Tensor, name: str, grad: Tensor) -> None:
+        alive.append(weakref.ref(grad if grad._base is None else grad._base))
+        most.append(sum(one() is not None for one in alive))
+        plain_add(accumulator, name, grad)
+
+    projector.add = add
+    rows = [{"x": torch.randn(1, 8)}, {"x": torch.randn(1, 8)}]
+
+    def output(model: Callable[..., Any], batch: Any) -> tuple[Tensor, Tensor]:
+        value = model(batch["x"]).sum(1)
+        return value, torch.ones_like(value)
+
+    parameters = dict(model.named_parameters())
+    found = loop_features(model, rows, output_function=output, parameters=parameters, projector=projector)
+    assert len(most) == 2 * len(parameters)
+    assert max(most) == 1, "the gradient at hand"
+    assert not any(parameter._backward_hooks for parameter in parameters.values())
+    with pytest.raises(ZeroDivisionError):
+        loop_features(model, rows, output_function=lambda *_: 1 // 0, parameters=parameters, projector=projector)  # type: ignore[arg-type, return-value]
+    assert not any(parameter._backward_hooks for parameter in parameters.values())
+    assert torch.isfinite(found.features).all()

@@ -232,6 +232,21 @@ def test_files_that_have_just_been_written_are_hashed_again(folder, monkeypatch,
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_process_does_not_hash_what_it_has_just_written_itself(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TRAK_CACHE", str(tmp_path / "cache"))
+    hashed = []
+    monkeypatch.setattr(verified, "hash_file", lambda path: hashed.append(path.name) or hash_file(path))
+    folder = store_index(tmp_path / "again", [draw(N_ROWS, PROJ_DIM)], shard_rows=SHARD_ROWS).folder
+    hashed.clear()
+    features_of(folder)
+    assert hashed == []
+    gram = folder / "member_0" / "gram.safetensors"
+    gram.write_bytes(gram.read_bytes()[:-1] + b"?")
+    with pytest.raises(ValueError, match="gram.safetensors has changed"):
+        features_of(folder)
+    assert hashed == [gram.name]
+
+
 def test_a_cache_that_cannot_be_written_does_no_harm(folder, monkeypatch, tmp_path):
     (tmp_path / "cache").write_text("a file")
     monkeypatch.setenv("HF_TRAK_CACHE", str(tmp_path / "cache"))

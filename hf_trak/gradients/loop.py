@@ -27,9 +27,10 @@ def loop_features(
     parameters: Mapping[str, nn.Parameter],
     projector: Projector,
 ) -> BatchFeatures:
-    """Return the features of examples, from one forward and backward pass per example, sketched parameter by parameter.
+    """Return the features of examples, from one forward and backward pass per example.
 
-    The gradients of one example for all selected parameters are in memory at once.
+    Each parameter's gradient is sketched as soon as it is complete, while it is still in the processor's cache, and then freed. So the
+    gradients of all parameters are never in memory at once.
 
     Args:
         batch (`Mapping` or a sequence): A batch, which is cut into rows that keep their padding; or a sequence of batches of one
@@ -39,30 +40,64 @@ def loop_features(
     rows = rows_of(batch) if isinstance(batch, Mapping) else batch
     outputs, out_to_losses, features = [], [], []
     with evaluation_mode(model), torch.enable_grad(), _lookups(model, parameters) as found:
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
-        for row in rows:
-            found.clear()
-            forget_caches(model)
-            with _refusals_named(model):
-                output, out_to_loss = output_function(model, row)
-            check_outputs(output, out_to_loss, 1)
-            accumulator = projector.start(1, dtype=working_dtype(output.dtype), device=output.device)
-            if output.requires_grad:
-                leaves = [*parameters.values(), *(lookup.leaf for lookup in found)]
+        sketch = _SketchWhenComplete(projector, parameters)
+        try:
+            for row in rows:
+                found.clear()
+                forget_caches(model)
                 with _refusals_named(model):
-                    grads = torch.autograd.grad(output.sum(), leaves, allow_unused=True)
-                with torch.no_grad():
-                    dense = {name: grad for name, grad in zip(parameters, grads, strict=False) if grad is not None}
-                    add_gradients(projector, accumulator, dense)
-                    for lookup, grad in zip(found, grads[len(parameters) :], strict=True):
-                        if grad is not None:
-                            _add_lookup(projector, accumulator, lookup, grad)
-                    del grads, dense  # free them before the next row's are computed
-            outputs.append(output.detach())
-            out_to_losses.append(out_to_loss.detach())
-            features.append(projector.finish(accumulator))
+                    output, out_to_loss = output_function(model, row)
+                check_outputs(output, out_to_loss, 1)
+                accumulator = projector.start(1, dtype=working_dtype(output.dtype), device=output.device)
+                if output.requires_grad:
+                    leaves = [*parameters.values(), *(lookup.leaf for lookup in found)]
+                    with _refusals_named(model), sketch.into(accumulator):
+                        grads = torch.autograd.grad(output.sum(), leaves, allow_unused=True)
+                    with torch.no_grad():
+                        for lookup, grad in zip(found, grads[len(parameters) :], strict=True):
+                            if grad is not None:
+                                _add_lookup(projector, accumulator, lookup, grad)
+                outputs.append(output.detach())
+                out_to_losses.append(out_to_loss.detach())
+                features.append(projector.finish(accumulator))
+        finally:
+            sketch.remove()
     return BatchFeatures(torch.cat(outputs), torch.cat(out_to_losses), torch.cat(features))
+
+
+class _SketchWhenComplete:
+    """Hooks on parameters that sketch each gradient and give autograd zeros, which take no memory, in its place.
+
+    Args:
+        parameters (`Mapping[str, nn.Parameter]`): They are set to require gradients.
+    """
+
+    def __init__(self, projector: Projector, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.projector = projector
+        self.accumulator: Tensor | None = None
+        self.handles = []
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(True)
+            self.handles.append(parameter.register_hook(partial(self._sketch, name)))
+
+    @contextmanager
+    def into(self, accumulator: Tensor) -> Iterator[None]:
+        """Sketch the gradients of the block's backward pass into `accumulator`. Without such a block, the hooks change nothing."""
+        self.accumulator = accumulator
+        try:
+            yield
+        finally:
+            self.accumulator = None
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _sketch(self, name: str, grad: Tensor) -> Tensor:
+        if self.accumulator is None:
+            return grad
+        add_gradients(self.projector, self.accumulator, {name: grad})
+        return grad.new_zeros(()).expand_as(grad)
 
 
 @contextmanager

@@ -63,10 +63,7 @@ def is_as_written(path: Path, record: Mapping[str, Any]) -> bool:
         return False
     if state.st_size != record["bytes"]:
         return False
-    known = " ".join(
-        str(part) for part in (state.st_size, state.st_ino, state.st_mtime_ns, state.st_ctime_ns, record["sha256"])
-    )
-    cache = _cache_file(path.parent)
+    known, cache = _state_and_hash(state, record), _cache_file(path.parent)
     if _read(cache).get(path.name) == known:
         return True
     if hash_file(path) != record["sha256"]:
@@ -74,6 +71,16 @@ def is_as_written(path: Path, record: Mapping[str, Any]) -> bool:
     if time.time_ns() - max(state.st_mtime_ns, state.st_ctime_ns) > _SETTLED_NS:
         _remember(cache, path.name, known)
     return True
+
+
+def remember_written(path: Path, record: Mapping[str, Any]) -> None:
+    """Let this process, which has just written a file, read it without hashing it again. Other processes hash it."""
+    _read(_cache_file(path.parent))[path.name] = _state_and_hash(path.stat(), record)
+
+
+def _state_and_hash(state: os.stat_result, record: Mapping[str, Any]) -> str:
+    parts = (state.st_size, state.st_ino, state.st_mtime_ns, state.st_ctime_ns, record["sha256"])
+    return " ".join(str(part) for part in parts)
 
 
 def _cache_file(folder: Path) -> Path:

@@ -59,7 +59,7 @@ from hf_trak.storage.replacing import (
     staging_folder,
     written_files,
 )
-from hf_trak.storage.verify import is_as_written
+from hf_trak.storage.verify import is_as_written, remember_written
 
 _ROW_GROUP_BYTES = 12 << 20
 
@@ -314,6 +314,7 @@ class MemberWriter:
             record.update(bytes=temporary.stat().st_size, sha256=hash_file(temporary))
 
         write_atomically(path, write)
+        self._remember(path, record)
         write_json(self._record(shard), record)
 
     def _origin(self, shard: int) -> Origin:
@@ -426,7 +427,12 @@ class MemberWriter:
             record.update(_describe_file(name, temporary))
 
         write_atomically(self.folder / name, write)
+        self._remember(self.folder / name, record)
         return record
+
+    def _remember(self, path: Path, record: Mapping[str, Any]) -> None:
+        if not isinstance(self.folder, ObjectPath):
+            remember_written(path, record)
 
 
 def forget_progress(folder: Path) -> None:
