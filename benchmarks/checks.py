@@ -154,6 +154,14 @@ def finish(process: subprocess.Popen[bytes]) -> tuple[float, bytes]:
     return usage.ru_utime + usage.ru_stime, printed
 
 
+def describe(model: str) -> str:
+    """Return a classifier's class and size."""
+    from transformers import AutoModelForSequenceClassification
+
+    loaded = AutoModelForSequenceClassification.from_pretrained(model)
+    return f"{type(loaded).__name__} of {loaded.num_parameters() / 1e6:.0f}M parameters"
+
+
 def main() -> None:
     options = parse()
     if options.child is not None:
@@ -191,7 +199,7 @@ def main() -> None:
             json.dumps({"total": total, **{group: values[-1] for group, values in shares.items()}, "ratios": ratios}),
             flush=True,
         )
-    case = f"{Path(options.model).name}, {options.rows:,} rows, proj_dim 4096, 1 member"
+    case = f"{describe(options.model)}, {options.rows:,} rows, proj_dim 4096, 1 member"
     rows = [_row(case, group, "check_cpu_share", values) for group, values in shares.items()]
     rows.append(_row(case, "all of them", "check_cpu_share", [sum(parts) for parts in zip(*shares.values(), strict=True)]))
     rows.append(_row(case, "the run", "run_cpu_s", totals, unit="CPU s"))
