@@ -23,7 +23,7 @@ from hf_trak.querying.examples import (
     row_reader,
     train_reader,
 )
-from hf_trak.querying.report import card, section
+from hf_trak.querying.report_page import card, section
 from hf_trak.sources.row_digests import names_read
 from hf_trak.tasks import TASKS
 from hf_trak.tasks.answers import ANSWER_TASKS
