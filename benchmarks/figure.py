@@ -1,12 +1,14 @@
-"""The README's figure: LDS against the number of training runs, from results/lds_*.json and results/path_*.json.
+"""The README's figure: LDS against the number of training runs, from results/lds_*.json and results/path_*.json; and pictures of an index.
 
     python benchmarks/figure.py            # docs/assets/quality_light.png and quality_dark.png
+    hf-trak demo text && python benchmarks/figure.py --demo hf_trak_demo_text     # docs/evidence/plots/demo_*.png
 
 A run on half of the training set counts as half a run. Featurizing is not counted: a pass costs less than an epoch.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from pathlib import Path
@@ -34,8 +36,9 @@ class Line(NamedTuple):
     marker: str
 
 
+_WITH_BASE = r"^points of the line.*default with a base\)$|^\d+ runs on halves, points of the line"
 LINES = [
-    Line("hf_trak with the base model", "path", r"^points of the line.*default with a base\)$", "#D55E00", "*"),
+    Line("hf_trak with the base model", "path", _WITH_BASE, "#D55E00", "*"),
     Line("hf_trak", "lds", r"^hf_trak, proj_dim 2048(, subsets:M)?$", "#0072B2", "o"),
     Line("EK-FAC (kronfluence)", "lds", r"^influence_ekfac$", "#009E73", "s"),
     Line("TRAK as published", "lds", r"^TRAK as published: damping 0, proj_dim 512(, halves)?$", "#CC79A7", "^"),
@@ -43,12 +46,13 @@ LINES = [
 ]
 
 
-def runs_of(case: str) -> float:
-    """Return how many runs on the whole training set the training of a case costs."""
-    found = re.search(r"(\d+) runs?( on (a half|halves))?$", case)
+def training_of(row: dict[str, Any]) -> tuple[float, bool]:
+    """Return how many runs on the whole training set the training of a row's case costs, and whether its runs are on halves."""
+    said = row["method"] if re.match(r"\d+ runs on halves", row["method"]) else row["case"].split("queries")[-1]
+    found = re.search(r"(\d+) runs?( on (a half|halves))?(,|$)", said)
     if found is None:
-        return 1.0  # of results/path_*.json, which are of one run
-    return int(found[1]) * (0.5 if found[2] else 1)
+        return 1.0, False  # of results/path_*.json, which are of one run
+    return int(found[1]) * (0.5 if found[2] else 1), bool(found[2])
 
 
 def rows_of(name: str) -> list[dict[str, Any]]:
@@ -70,17 +74,17 @@ def draw(skin: str, path: Path) -> None:
             ]
             for halves in (False, True):
                 mine = sorted(
-                    (row for row in rows if ("hal" in row["case"].split("queries")[-1]) == halves),
-                    key=lambda row: runs_of(row["case"]),
+                    (row for row in rows if training_of(row)[1] == halves),
+                    key=lambda row: training_of(row)[0],
                 )
                 if not mine:
                     continue
-                x, y = [runs_of(row["case"]) for row in mine], [row["value"] for row in mine]
+                x, y = [training_of(row)[0] for row in mine], [row["value"] for row in mine]
                 low, high = ([abs(row["interval"][side] - row["value"]) for row in mine] for side in (0, 1))
                 size = 13 if line.marker == "*" else 6
                 cell.errorbar(
                     x, y, [low, high], color=line.color, marker=line.marker, markersize=size, linewidth=1.2, elinewidth=0.8,
-                    linestyle="--" if halves else "-", label=f"{line.label}, runs on halves" if halves else line.label,
+                    linestyle="--" if halves else "-", label=f"{line.label}, halves" if halves else line.label,
                 )  # fmt: skip
         (ceiling,) = [row["value"] for row in rows_of(f"lds_{setting}") if row["metric"] == "lds_ceiling"]
         cell.axhline(ceiling, color=colors["ink"], linewidth=0.8, linestyle=":")
@@ -106,7 +110,40 @@ def draw(skin: str, path: Path) -> None:
     Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
 
 
+def draw_demo(folder: Path) -> None:
+    """Draw the spectrum, the scores and the label errors of the index that `hf-trak demo text` left."""
+    import numpy as np
+    from datasets import load_dataset
+
+    from hf_trak import AttributionIndex
+    from hf_trak.plots import PLOTS, label_error_rows, save_png, score_rows, spectrum_rows
+
+    index = AttributionIndex.from_pretrained(folder / "run" / "index")
+    validation = load_dataset("parquet", data_files=str(folder / "validation.parquet"), split="train")
+    flipped = np.zeros(index.n_rows, dtype=bool)
+    flipped[json.loads((folder / "results.json").read_text())["flipped_rows"]] = True
+    suspects = index.label_errors(validation, progress=False).with_format("numpy")
+    suspicion, doubt = np.zeros(index.n_rows), np.zeros(index.n_rows)
+    suspicion[suspects["row"][:]], doubt[suspects["row"][:]] = suspects["score"][:], suspects["doubt"][:]
+    chance = np.random.default_rng(0).random(index.n_rows)
+    rankings = {"hf_trak, label_errors(validation)": suspicion, "1 - p alone": doubt, "random": chance}
+    rows = {
+        "spectrum": spectrum_rows(index.members[0].gram()),
+        "score_distribution": score_rows(index.score(validation, progress=False)),
+        "label_errors": [row for name, found in rankings.items() for row in label_error_rows(found, flipped, method=name)],
+    }
+    for name, found in rows.items():
+        path = ROOT / "docs" / "evidence" / "plots" / f"demo_{name}.png"
+        save_png(found, path, PLOTS[name])
+        Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo", type=Path, help="the folder of `hf-trak demo text`")
+    if (folder := parser.parse_args().demo) is not None:
+        draw_demo(folder)
+        return
     for skin in SKINS:
         draw(skin, ROOT / "docs" / "assets" / f"quality_{skin}.png")
 

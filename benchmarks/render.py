@@ -5,6 +5,8 @@ can hold no space (`\\s` is one). Each metric is a column; with `columns=case`, 
 `columns=damping`, or another field, each value that rows have there. One number in a sentence stands between
 `<!-- value: NAME METRIC ... -->` and `<!-- end -->`; exactly one row must fit. Tables of models, `<!-- zoo: NAME -->`, are those of render_zoo.py.
 
+In docs/evidence, five rows of a table are in view, and all of a longer one behind a fold, unless the table stands in a fold already.
+
 python benchmarks/render.py            # rewrite the files
 python benchmarks/render.py --check    # exit 1 if a table is not what its results say
 """
@@ -21,13 +23,18 @@ ROOT = Path(__file__).parents[1]
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "benchmarks" / "README.md"]
 BLOCK = re.compile(r"(<!-- results: (\S+)((?: \S+)*) -->\n).*?(<!-- end -->)", re.DOTALL)
 
+IN_VIEW = 5  # rows
+
 VALUE = re.compile(r"(<!-- value: (\S+)((?: \S+)*?) -->).*?(<!-- end -->)")
 
 
-def table(name: str, wanted: list[str]) -> str:
+def table(name: str, wanted: list[str], *, fold: bool = False) -> str:
     """Return the rows of one result file that have one of the metrics and fit the patterns, as Markdown.
 
     What all cases begin with stands above them.
+
+    Args:
+        fold (`bool`): Show the first rows of a long table, and all behind a fold.
     """
     result = json.loads((ROOT / "results" / f"{name}.json").read_text())
     across = next((word.removeprefix("columns=") for word in wanted if word.startswith("columns=")), "metric")
@@ -52,7 +59,11 @@ def table(name: str, wanted: list[str]) -> str:
         [case] * has_case + [method, *(found.get(column, "") for column in columns)] for (case, method), found in lines.items()
     ]
     above = [shared] * bool(shared) + list(headers.values()) * (across != "metric")
-    text = [*([f"{'; '.join(above)}:", ""] if above else []), line(head), "|" + "---|" * len(head), *map(line, body)]
+    whole = [line(head), "|" + "---|" * len(head), *map(line, body)]
+    if fold and len(body) > IN_VIEW:
+        begin, end = f'<details markdown="1"><summary>All {len(body)} rows</summary>', "</details>"
+        whole = [*whole[: 2 + IN_VIEW], "", begin, "", *whole, "", end]
+    text = [*([f"{'; '.join(above)}:", ""] if above else []), *whole]
     return "\n".join(text) + f"\n\n{origin(result)}\n"
 
 
@@ -137,19 +148,25 @@ def with_values(text: str) -> str:
     return VALUE.sub(lambda match: match[1] + value(match[2], match[3].split()) + match[4], text)
 
 
-def render(text: str) -> str:
+def render(text: str, *, fold: bool = False) -> str:
     import render_zoo
 
+    def block(match: re.Match[str]) -> str:
+        before = text[: match.start()]
+        in_view = before.count("<details") == before.count("</details>")
+        return match[1] + table(match[2], match[3].split(), fold=fold and in_view) + match[4]
+
     text = with_values(text)
-    return render_zoo.render(BLOCK.sub(lambda match: match[1] + table(match[2], match[3].split()) + match[4], text))
+    return render_zoo.render(BLOCK.sub(block, text))
 
 
 def main() -> None:
-    stale = [path for path in FILES if path.exists() and render(path.read_text()) != path.read_text()]
+    rendered = {path: render(path.read_text(), fold=path.parent.name == "evidence") for path in FILES if path.exists()}
+    stale = [path for path, text in rendered.items() if text != path.read_text()]
     if "--check" in sys.argv and stale:
         raise SystemExit(f"Not what results/ says: {', '.join(path.name for path in stale)}. Run python benchmarks/render.py.")
     for path in stale:
-        path.write_text(render(path.read_text()))
+        path.write_text(rendered[path])
 
 
 if __name__ == "__main__":

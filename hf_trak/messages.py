@@ -72,11 +72,15 @@ def say(text: str) -> None:
 
 
 def one_line(text: str) -> str:
-    """Return a message as one line that is safe to print: lines are joined, control characters escaped, secrets masked."""
+    """Return a message as one line that is safe to print: lines are joined, control characters escaped, secrets masked.
+
+    A line without a stop at its end gets one if the next begins a sentence, else a semicolon.
+    """
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     joined = ""
     for line in lines:
-        joined += line if not joined else f" {line}" if joined[-1] in ".:;,!?" else f"; {line}"
+        stop = "" if not joined or joined[-1] in ".:;,!?" else "." if line[0].isupper() else ";"
+        joined += f"{stop} {line}" if joined else line
     return visible(mask_secrets(joined))
 
 

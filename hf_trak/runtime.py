@@ -1,4 +1,4 @@
-"""Utilities for this process: prefetching in a thread, SIGTERM as Ctrl-C, and pauses of Python's garbage collection."""
+"""Utilities for this process: bars, prefetching in a thread, SIGTERM as Ctrl-C, and pauses of Python's garbage collection."""
 
 from __future__ import annotations
 
@@ -14,6 +14,21 @@ from typing import TypeVar
 
 T = TypeVar("T")
 _END = object()
+
+
+@contextmanager
+def dataset_bars(shown: bool) -> Iterator[None]:
+    """Hush the bars of datasets unless they are to be shown."""
+    from datasets import disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
+
+    hushed = not shown and is_progress_bar_enabled()
+    if hushed:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hushed:
+            enable_progress_bars()
 
 
 @contextmanager

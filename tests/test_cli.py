@@ -24,6 +24,9 @@ from hf_trak.cli.main import main
 from hf_trak.cli.parsing import make_parser, parse
 from hf_trak.cli.push import PushArguments
 from hf_trak.feature_args import FeatureArguments
+from hf_trak.querying.examples import ExampleReader
+from hf_trak.querying.questions import Question
+from hf_trak.querying.report_facts import controls_of
 
 N_TRAIN, N_QUERIES, PROJ_DIM = 24, 5, 32
 
@@ -107,13 +110,43 @@ def test_report_is_written_and_not_overwritten(files: SimpleNamespace, tmp_path:
     arguments = [*attribute_arguments(files, tmp_path / "hits.jsonl"), "--report", str(tmp_path / "report")]
     assert main(arguments) == 0
     assert (tmp_path / "report" / "report.png").stat().st_size > 1000
-    assert "query 0" in (tmp_path / "report" / "report.html").read_text()
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "query 0" in page
+    assert page.count("<details>") == N_QUERIES
+    assert "These scores are of 24 training rows, by 2 checkpoints," in page
     before = (tmp_path / "hits.jsonl").read_bytes()
     assert main([*arguments, "--top_k", "1"]) == 1
     assert "hits.jsonl" in capsys.readouterr().err
     assert (tmp_path / "hits.jsonl").read_bytes() == before
     assert main([*arguments, "--top_k", "1", "--overwrite"]) == 0
     assert len(json.loads((tmp_path / "hits.jsonl").read_text().splitlines()[0])["proponents"]) == 1
+
+
+@pytest.mark.parametrize("aggregate", [None, "mean"])
+def test_the_controls_of_a_report_are_what_simpler_rankings_choose(files: SimpleNamespace, aggregate: str | None) -> None:
+    index, question = files.index, Question(aggregate=aggregate)
+    options = index.score_options()
+    found = controls_of(index, files.queries, ExampleReader(None), top_k=3, question=question, options=options)
+    cosines, doubt = 0.0, 0.0
+    for member in range(2):
+        trained = np.array(index.features(member)["trak_features"][:], dtype=np.float64)
+        asked = index.featurize_queries(files.queries, member, progress=False)["trak_features"].astype(np.float64)
+        asked = asked if aggregate is None else asked.mean(0, keepdims=True)
+        lengths = [np.linalg.norm(one, axis=1) for one in (trained, asked)]
+        cosines = cosines + trained @ asked.T / np.outer(*lengths)
+        doubt = doubt + np.array(index.features(member)["trak_out_to_loss"][:])
+    scores = index.score(files.queries, aggregate=aggregate, progress=False)
+    for query, controls in enumerate(found):
+        hardest, alike, random = ([hit.example.row for hit in control.hits] for control in controls)
+        assert hardest == np.argsort(-doubt, kind="stable")[:3].tolist()
+        assert alike == np.argsort(-cosines[:, query], kind="stable")[:3].tolist()
+        assert len(set(random)) == 3
+        for control in controls:
+            expected = [scores[hit.example.row, query] for hit in control.hits]
+            np.testing.assert_allclose([hit.score for hit in control.hits], expected, rtol=1e-4, atol=1e-7)
+    assert len(found) == scores.shape[1]
+    nearest = Question(aggregate="nearest")
+    assert controls_of(index, files.queries, ExampleReader(None), top_k=3, question=nearest, options=options) == [[]]
 
 
 def test_a_training_set_that_is_not_the_indexs_is_refused(

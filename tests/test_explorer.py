@@ -10,14 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from datasets import Dataset, Features, Image, Value, load_from_disk
+from datasets import Dataset, load_from_disk
 from datasets_for_tests import save_model, token_rows
-from explorer_for_tests import CONFIG, HOSTILE, NAMES, save_text_index, text_rows
-from models import make_model
-from pairs_for_tests import pair_rows, save_dual_encoder
+from explorer_for_tests import (
+    CONFIG,
+    HOSTILE,
+    NAMES,
+    language_rows,
+    save_language_index,
+    save_pairs_index,
+    save_picture_index,
+    save_text_index,
+    text_rows,
+)
 from PIL import Image as Pictures
-from tokenizers_for_tests import word_tokenizer
-from transformers import ViTImageProcessor
 
 from hf_trak import AttributionIndex
 from hf_trak.cli.main import main
@@ -143,14 +149,9 @@ def test_what_cannot_be_asked_is_refused(explorer, text_index):
 
 
 def test_pictures_are_shown_from_the_training_set_and_asked_about(tmp_path):
-    rng = np.random.default_rng(0)
-    make_model("vit").save_pretrained(tmp_path / "model")
-    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "model")
-    pictures = [Pictures.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)) for _ in range(12)]
-    rows = {"image": pictures, "label": rng.integers(0, 3, 12).tolist()}
-    train = Dataset.from_dict(rows, features=Features({"image": Image(), "label": Value("int64")}))
-    index = AttributionIndex.build(tmp_path / "index", models=tmp_path / "model", dataset=train, config=CONFIG, progress=False)
-    explorer = Explorer(index, train=train.select(range(11, -1, -1)))
+    folder, train = save_picture_index(tmp_path)
+    pictures = train["image"]
+    explorer = Explorer(AttributionIndex(folder), train=train.select(range(11, -1, -1)))
     assert explorer.typed == "image"
     asked = explorer.ask_image(pictures[3], top_k=2)
     assert found(asked) == found(explorer.ask_row("training", 3, top_k=2))
@@ -164,14 +165,7 @@ def test_pictures_are_shown_from_the_training_set_and_asked_about(tmp_path):
 
 
 def test_a_language_model_answers_a_prompt(tmp_path):
-    make_model("gpt2 lm").save_pretrained(tmp_path / "model")
-    word_tokenizer().save_pretrained(tmp_path / "model")
-    rng = np.random.default_rng(0)
-    texts = [{"prompt": " ".join(rng.choice(list("abcdefghij"), 3)) + " ", "completion": "a b", "url": "u"} for _ in range(12)]
-    index = AttributionIndex.build(
-        tmp_path / "index", models=tmp_path / "model", dataset=Dataset.from_list(texts), config=CONFIG,
-        keep_columns=["prompt", "completion", "url"], progress=False,
-    )  # fmt: skip
+    index, texts = AttributionIndex(save_language_index(tmp_path)), language_rows().to_list()
     explorer = Explorer(index)
     assert (explorer.typed, explorer.classes) == ("prompt", [])
     assert "rows with one class label each" in LabelDesk(explorer).why_no_suspects
@@ -195,11 +189,8 @@ def test_a_language_model_answers_a_prompt(tmp_path):
 
 
 def test_a_picture_and_its_caption_are_asked_about_from_either_side(tmp_path):
-    rows = pair_rows(12)
-    index = AttributionIndex.build(
-        tmp_path / "index", models=save_dual_encoder(tmp_path / "model"), dataset=rows, config=CONFIG,
-        keep_columns=["image", "caption"], progress=False,
-    )  # fmt: skip
+    folder, rows = save_pairs_index(tmp_path)
+    index = AttributionIndex(folder)
     explorer = Explorer(index)
     assert (explorer.typed, explorer.text_columns) == ("pair", ["caption"])
     pictures, one = rows["image"], rows.select([3])

@@ -1,22 +1,36 @@
-"""The explorer in a real browser: what a person does with it, by mouse and by keyboard, wide and narrow, light and dark.
+"""The explorer and a report in a real browser: what a person does with them, by mouse and by keyboard, wide and narrow, light and dark.
 
 Screenshots are kept in the folder that HF_TRAK_SCREENSHOTS names, if it is set.
 """
 
+import dataclasses
 import importlib.util
 import os
 import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from datasets import load_from_disk
-from explorer_for_tests import HOSTILE, NAMES, save_text_index, text_rows
+from explorer_for_tests import (
+    HOSTILE,
+    NAMES,
+    save_language_index,
+    save_pairs_index,
+    save_picture_index,
+    save_text_index,
+    text_rows,
+)
+from PIL import Image as Pictures
+from test_report import NASTY, text_attribution
 
 from hf_trak import AttributionIndex
 from hf_trak.explorer.app import serve
 from hf_trak.explorer.labels import LabelDesk
 from hf_trak.explorer.views import Explorer
+from hf_trak.querying.examples import Control, Example, Hit
+from hf_trak.querying.report_page import html_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 MISSING = [name for name in ("gradio", "playwright", "axe_playwright_python") if importlib.util.find_spec(name) is None]
@@ -76,11 +90,12 @@ def context_of(browser):
 
 
 @pytest.fixture
-def visit(context_of, address, request):
-    """Opens views of the explorer; at the end, there must have been no error, and no request to another server."""
+def visit(context_of, request):
+    """Opens views of an explorer, by default the texts'; at the end, there must have been no error, and no request to another server."""
     said, pages = [], []
 
-    def visit(link="", *, width=1200, dark=False):
+    def visit(link="", *, width=1200, dark=False, at=None):
+        address = request.getfixturevalue("address") if at is None else at
         page = context_of(width, dark).new_page()
         pages.append(page)
         page.set_default_timeout(60_000)
@@ -237,6 +252,109 @@ def test_views_fit_and_are_readable(visit, width, dark):
         page.get_by_role("button", name=button).click()
         page.get_by_text(there).first.wait_for()
         audit(page)
+
+
+def test_a_picture_is_uploaded(visit, tmp_path):
+    index, train = save_picture_index(tmp_path)
+    explorer = Explorer(AttributionIndex(index), train=train)
+    picture = Pictures.fromarray(np.random.default_rng(5).integers(0, 255, (32, 48, 3), dtype=np.uint8))
+    picture.save(tmp_path / "picture.png")
+    with serve(explorer, tmp_path / "export") as address:
+        page = visit(at=address)
+        page.locator("input[type=file]").set_input_files(tmp_path / "picture.png")
+        page.get_by_label("Remove Image").wait_for()
+        page.get_by_role("button", name="Ask", exact=True).click()
+        said = text_of(page)
+        assert page.locator(".hf-trak img").count() == 11
+        audit(page)
+    for hit in explorer.ask_image(picture).attribution.proponents:
+        assert f"{hit.score:+.3g} · row {hit.example.row}" in said
+
+
+@pytest.mark.slow
+def test_a_picture_with_its_caption_is_asked_about_from_a_side(visit, tmp_path):
+    index, rows = save_pairs_index(tmp_path)
+    explorer = Explorer(AttributionIndex(index))
+    rows[3]["image"].save(tmp_path / "picture.png")
+    with serve(explorer, tmp_path / "export") as address:
+        page = visit(at=address)
+        page.locator("input[type=file]").set_input_files(tmp_path / "picture.png")
+        page.get_by_label("Remove Image").wait_for()
+        page.get_by_role("textbox", name="Caption").fill(rows[3]["caption"])
+        page.get_by_label("image", exact=True).check()
+        page.get_by_role("button", name="Ask", exact=True).click()
+        said = text_of(page)
+        audit(page)
+    hit = explorer.ask_pair(rows[3]["image"], rows[3]["caption"], direction="image").attribution.proponents[0]
+    assert f"{hit.score:+.3g} · row {hit.example.row}" in said
+    assert hit.example.text in said
+
+
+@pytest.mark.slow
+def test_a_prompt_is_answered_a_span_is_highlighted_and_an_answer_held_against_another(visit, tmp_path):
+    explorer = Explorer(AttributionIndex(save_language_index(tmp_path)))
+    with serve(explorer, tmp_path / "export") as address:
+        page = visit(at=address)
+        page.get_by_label("Prompt", exact=True).fill("a b c ")
+        page.get_by_label("Answer (empty").fill("a b")
+        page.get_by_label("Attribute only this part").fill("b")
+        page.get_by_label("Highlight what each token").check()
+        page.get_by_role("button", name="Ask", exact=True).click()
+        found = explorer.ask_prompt("a b c ", answer="a b", span="b", heat=True).attribution
+        assert f"{found.proponents[0].score:+.3g} · row {found.proponents[0].example.row}" in text_of(page)
+        assert page.locator(".heat").count() == len(found.proponents) + len(found.opponents)
+        audit(page)
+        page.get_by_label("Highlight what each token").uncheck()
+        page.get_by_label("Attribute only this part").fill("")
+        page.get_by_label("Against this answer").fill("c d")
+        page.get_by_role("button", name="Ask", exact=True).click()
+        found = explorer.ask_prompt("a b c ", answer="a b", against="c d").attribution
+        page.get_by_text("against: c d").wait_for()
+        assert f"{found.proponents[0].score:+.3g} · row {found.proponents[0].example.row}" in text_of(page)
+
+
+@pytest.mark.parametrize(("scripts", "dark"), [(True, False), (False, True)])
+def test_a_report_is_read_without_network_or_scripts_and_sorted_and_filtered_with_them(browser, tmp_path, scripts, dark):
+    control = Control("Random rows", [Hit(Example(2, label="positive", text="of the control"), 0.01)])
+    first = dataclasses.replace(text_attribution(), controls=[control])
+    hits = [Hit(Example(row, label=label, text=f"text {row}"), score) for row, label, score in ((5, "b", 3.0), (4, "a", 2.0))]
+    pages = [first, dataclasses.replace(first, query=Example(9, text="another"), output=-7.0, proponents=hits)]
+    report = tmp_path / "report.html"
+    report.write_text(html_page(pages, title="Report"), encoding="utf-8")
+    said = []
+    scheme = "dark" if dark else "light"
+    context = browser.new_context(
+        java_script_enabled=scripts, color_scheme=scheme, offline=True, viewport={"width": 400, "height": 900}
+    )
+    page = context.new_page()
+    page.set_default_timeout(10_000)
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda asked: None if asked.url == report.as_uri() else said.append(asked.url))
+    page.goto(report.as_uri())
+    assert NASTY in page.inner_text("body")
+    assert page.get_by_text("How far to trust this").is_visible()
+    assert not page.get_by_text("of the control").first.is_visible()
+    page.get_by_text("Controls: rows that").first.click()
+    page.get_by_text("of the control").first.wait_for()
+    assert page.locator(".tools").count() == scripts
+    if scripts:
+        audit(page)
+        page.get_by_label("Order of rows").select_option("row")
+        said_rows = page.locator("section").nth(1).locator(".row").first.locator(".meta").all_inner_texts()
+        assert said_rows == ["+2 · row 4", "+3 · row 5"]
+        page.get_by_label("Order of queries").select_option("output, lowest first")
+        assert page.locator("section").first.locator(".query").inner_text().startswith("another")
+        page.get_by_label("Rows with the words").fill("TEXT 4")
+        assert page.locator(".card:visible").count() == 1
+        assert page.get_by_role("status").inner_text() == "1 of 7 rows are shown."
+        page.get_by_label("Rows with the words").fill("")
+        page.get_by_label("Label", exact=True).select_option("b")
+        assert page.locator(".card:visible").all_inner_texts()[0].startswith("b")
+    page.emulate_media(media="print")
+    assert not page.locator(".tools").is_visible()
+    context.close()
+    assert not said
 
 
 SETTLED = """() => [...document.querySelectorAll(".hf-trak")].every(element => {

@@ -241,6 +241,13 @@ def test_every_block_is_run_or_says_why_not(page):
     assert not unmarked, f"{page}: mark it `<!-- example: NAME -->` or `<!-- not run: WHY -->`: {unmarked[0]}"
 
 
+@pytest.mark.parametrize("page", pages("evidence", "evidence/plots"))
+def test_evidence_has_at_most_five_rows_of_a_table_in_view(page):
+    text = re.sub(r"<details.*?</details>", "\n", (DOCS / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    long = [table.splitlines()[0] for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE) if table.count("\n") > 2 + 5]
+    assert not long, f"put these tables of {page} behind <details>: {long}"
+
+
 def anchors(path):
     """Return the anchors of a page's headings, as GitHub and the site make them."""
     text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)

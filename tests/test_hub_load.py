@@ -28,6 +28,7 @@ from hub_for_tests import (
 )
 
 from hf_trak import AttributionIndex
+from hf_trak.querying.report_facts import row_links
 from hf_trak.scoring.damping import DampingChoice, hash_members
 from hf_trak.training.runs import draw_masks
 
@@ -135,9 +136,12 @@ def load_rows_of(repo, reviews):
     card = DatasetCard.load(repo)
     card.data.license = "cc-by-sa-4.0"
     card.push_to_hub(repo)
-    rows = load_dataset(repo, split="train").select(range(12))
+    whole = load_dataset(repo, split="train")
+    rows = whole.select(range(12))
     build(reviews["folder"], reviews["model"], dataset=rows).push_to_hub(reviews["index"])
-    return AttributionIndex.from_pretrained(reviews["index"]).members[0].info["source"]
+    links = [row_links(one) for one in (whole, whole.select([7, 3, 5]), rows, whole.map(dict, load_from_cache_file=False))]
+    links = [None if link is None else [link(row) for row in (0, 2)] for link in links]
+    return AttributionIndex.from_pretrained(reviews["index"]).members[0].info["source"], links
 
 
 # The same numbers
@@ -443,8 +447,11 @@ def test_points_of_a_path_are_made_again_from_the_commits_of_both_ends(client, n
 def test_the_training_sets_commit_and_licence_are_carried_over(client, new_name, checkpoint, tmp_path):
     data, repo = f"{new_name()}-Reviews", new_name()
     try:
-        source = client(load_rows_of, data, {"folder": tmp_path / "index", "model": checkpoint, "index": repo})
+        source, links = client(load_rows_of, data, {"folder": tmp_path / "index", "model": checkpoint, "index": repo})
         assert source == {"repository": data, "revision": client(head, data)}
+        page = f"https://huggingface.co/datasets/{data}/viewer/default/train?row="
+        # Of a part that may lie anywhere, and of rows that were made here, the place on the Hub is unknown.
+        assert links == [[f"{page}0", f"{page}2"], [f"{page}7", f"{page}5"], None, None]
         card = client(bytes_of_repository, repo)["README.md"].decode()
         assert "license: cc-by-sa-4.0\n" in card
         assert f"source_datasets:\n- {data}\n" in card

@@ -50,7 +50,7 @@ def test_what_is_no_secret_stays(text):
 
 
 def test_a_message_is_one_line():
-    assert one_line("Bad:\n  a: 1 here\n  b: 2 here\n\nDo this.\x1b[0m") == r"Bad: a: 1 here; b: 2 here; Do this.\x1b[0m"
+    assert one_line("Bad:\n  a: 1 here\n  b: 2 here\n\nDo this.\x1b[0m") == r"Bad: a: 1 here; b: 2 here. Do this.\x1b[0m"
 
 
 def test_markdown_shows_a_text_as_it_is():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,8 +16,9 @@ from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from hf_trak.querying.examples import Attribution, Example, ExampleReader, Hit, read_attributions
-from hf_trak.querying.report import html_page, save_png, save_report, suspects_table, table
+from hf_trak.querying.examples import Attribution, Control, Example, ExampleReader, Hit, read_attributions
+from hf_trak.querying.report import save_png, save_report, suspects_table, table
+from hf_trak.querying.report_page import html_page
 
 NASTY = '<script>alert(1)</script> & "quoted" $x^2$ {braces} é 好'
 
@@ -42,6 +45,7 @@ class Checker(HTMLParser):
         super().__init__()
         self.open: list[str] = []
         self.seen: list[str] = []
+        self.scripts = ""
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.seen.append(tag)
@@ -50,6 +54,10 @@ class Checker(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "script":
+            self.scripts += data
 
 
 def test_table_has_a_line_per_hit() -> None:
@@ -77,17 +85,37 @@ def test_html_is_escaped_well_formed_and_self_contained() -> None:
     checker = Checker()
     checker.feed(page)
     assert checker.open == []
-    assert "script" not in checker.seen
+    assert checker.seen.count("script") == 1
+    digest = base64.b64encode(hashlib.sha256(checker.scripts.encode()).digest()).decode()
+    assert f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'" in page
+    assert "alert" not in checker.scripts
+    assert "<script" not in html_page([text_attribution()], title="t", interactive=False)
     assert "b" not in checker.seen
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; &quot;quoted&quot; $x^2$ {braces} é 好" in page
     assert "<h1>&lt;T&gt;</h1>" in page
     assert "1 &lt; 2" in page
     assert not re.search(r'(src|href)="(?!data:)', page)
-    assert "prefers-color-scheme: dark" in page
+    assert "color-scheme: light dark" in page
     assert "+0.25" in page
     assert "row 9" in page
     assert page.count('class="card pro"') == 4
     assert page.count('class="card con"') == 2
+
+
+def test_bars_have_one_scale_and_controls_links_and_trust_are_shown() -> None:
+    first = text_attribution()
+    control = Control("1 - p: <hard>", [Hit(Example(5, label="other"), -0.5), Hit(Example(6), 0.125)])
+    linked = Hit(Example(7, link='https://huggingface.co/datasets/a/b?row=7&"'), 0.25)
+    page = html_page(
+        [replace(first, controls=[control]), replace(first, proponents=[linked])], title="t", trust=["of <one> run"]
+    )
+    assert re.findall(r"width: ([\d.]+)%", page.split("<main>")[1]) == ["50.0", "0.0", "100.0", "25.0", "50.0", "0.0"]
+    assert "A full bar is a score of 0.5," in page
+    assert "<h3>1 - p: &lt;hard&gt;</h3>" in page
+    assert '<a href="https://huggingface.co/datasets/a/b?row=7&amp;&quot;" rel="noreferrer">row 7</a>' in page
+    foot = page[page.index("How far to trust this") :]
+    assert "of &lt;one&gt; run" in foot
+    assert "hf-trak evaluate lds" in foot
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "I;16"])

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from hf_trak.cli.hit_blocks import HitBlocks
     from hf_trak.index import AttributionIndex
-    from hf_trak.querying.examples import Example, ExampleReader, LanguageRows
+    from hf_trak.querying.examples import Attribution, Example, ExampleReader, LanguageRows
 
 _SHOWN_QUERIES = 3
 _WRITTEN_QUERIES = 1000  # at a time
@@ -131,6 +131,7 @@ def run(args: AttributeArguments) -> dict[str, Any] | None:
     from hf_trak.distributed import current_processes, rank_and_size
     from hf_trak.querying.examples import read_attributions, train_reader
     from hf_trak.querying.report import save_report, table
+    from hf_trak.querying.report_facts import row_links, trust_notes, with_links
     from hf_trak.scoring.memory import parse_memory
     from hf_trak.storage.outputs import naming, output_file
 
@@ -163,7 +164,10 @@ def run(args: AttributeArguments) -> dict[str, Any] | None:
     paths: list[Path] = []
     if args.report is not None:
         reported = read_attributions(hits, *readers, rows=list(range(min(_REPORTED_QUERIES, len(hits)))), top_k=_SHOWN_HITS)
-        paths = save_report(reported, args.report, title=f"Attributions of {Path(args.queries).name}")
+        reported = _with_controls(reported, index, queries, readers[1], options)
+        title = f"Attributions of {Path(args.queries).name}"
+        reported = with_links(reported, row_links(train))
+        paths = save_report(reported, args.report, title=title, trust=trust_notes(index, train))
         say("\n".join(f"Report: {path}" for path in paths))
     return {"hits": output, "n_queries": len(hits), "report": paths}
 
@@ -190,6 +194,23 @@ def _asking(
         )
 
     return ask, blocks
+
+
+def _with_controls(
+    attributions: Sequence[Attribution], index: AttributionIndex, queries: Dataset, train: Any, options: dict[str, Any]
+) -> list[Attribution]:
+    """Return the attributions of the first queries, or of all as one, with what simpler rankings choose."""
+    from hf_trak.querying.questions import Question
+    from hf_trak.querying.report_facts import controls_of, with_controls
+
+    question = Question(*(options[name] for name in ("target", "contrast", "direction", "aggregate")))
+    asked = queries if question.aggregate is not None else queries.select(range(len(attributions)))
+    scoring = {name: options[name] for name in ("damping", "out_to_loss_power", "combination")}
+    found = controls_of(
+        index, asked, train, top_k=_SHOWN_HITS, question=question, options=index.score_options(**scoring),
+        batch_size=options["batch_size"],
+    )  # fmt: skip
+    return with_controls(attributions, found)
 
 
 def _question(args: AttributeArguments) -> dict[str, Any]:

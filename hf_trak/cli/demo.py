@@ -79,11 +79,19 @@ _N_SUSPECTS = 10
 
 
 def show(
-    args: DemoArguments, data: DemoData, hits: Dataset, suspicion: np.ndarray, notes: dict[int, str], output: Path
+    args: DemoArguments,
+    data: DemoData,
+    index: AttributionIndex,
+    hits: Dataset,
+    suspicion: np.ndarray,
+    notes: dict[int, str],
+    output: Path,
 ) -> None:
     """Print and save the attributions of three held-out rows, and the most suspicious labels."""
     from hf_trak.querying.examples import ExampleReader, Hit, read_attributions
+    from hf_trak.querying.questions import Question
     from hf_trak.querying.report import save_report, suspects_table, table
+    from hf_trak.querying.report_facts import controls_of, row_links, trust_notes, with_controls, with_links
 
     rows = pick_queries(np.asarray(hits["query_output"][:]))
     columns: dict[str, Any] = {
@@ -100,7 +108,11 @@ def show(
         f"{len(data.train):,} training rows of {data.name}. Training on a proponent raised the model's output for the query, "
         "training on an opponent lowered it. The output is log p/(1 - p) of the query's label: negative where the model is wrong."
     )
-    save_report(attributions, output, title=f"hf-trak demo: {data.name}", intro=intro, suspects=suspects)
+    asked = data.queries.select(rows)
+    controls = controls_of(index, asked, train, top_k=5, question=Question(), options=index.score_options())
+    attributions = with_links(with_controls(attributions, controls), row_links(data.train))
+    title = f"hf-trak demo: {data.name}"
+    save_report(attributions, output, title=title, intro=intro, suspects=suspects, trust=trust_notes(index, data.train))
 
 
 def pick_queries(outputs: np.ndarray) -> list[int]:
@@ -230,7 +242,7 @@ def run(args: DemoArguments) -> dict[str, Any]:
 
     # The true labels were set aside until here: training and scoring never saw them.
     notes = {int(row): f"flipped, truly {data.label_name(true_labels[row])}" for row in np.flatnonzero(flipped)}
-    show(args, data, hits, rankings["self-influence"], notes, output)
+    show(args, data, index, hits, rankings["self-influence"], notes, output)
     results = results_of(args, data, index, rankings, flipped)
     results["seconds"] = round(time.perf_counter() - begin, 1)
     write_json(output / "results.json", results)

@@ -91,6 +91,7 @@ def run(args: ExplainArguments) -> dict[str, Any]:
 
     from hf_trak.cli.main import quiet_libraries
     from hf_trak.querying.report import save_report
+    from hf_trak.querying.report_facts import row_links, trust_notes, with_links
     from hf_trak.storage.outputs import naming, output_file
     from hf_trak.tasks.chunks import CHUNK_COLUMNS
 
@@ -98,8 +99,9 @@ def run(args: ExplainArguments) -> dict[str, Any]:
     index = load_index(args)
     train = load_train(args, index)
     found = index.explain(
-        **question, **score_options(args, index), top_k=args.top_k, train=train, batch_size=batch_size, progress=False
-    )
+        **question, **score_options(args, index), top_k=args.top_k, train=train, batch_size=batch_size, progress=False,
+        controls=args.report is not None,
+    )  # fmt: skip
     if "max_new_tokens" in question:
         print(f"Answer: {found.answer}\n")
     print(found)
@@ -112,7 +114,9 @@ def run(args: ExplainArguments) -> dict[str, Any]:
         print(f"\nHits: {output}")
     paths: list[Path] = []
     if args.report is not None:
-        paths = save_report([found.attribution], args.report, title="Which training rows made the model say this")
+        title = "Which training rows made the model say this"
+        reported = with_links([found.attribution], row_links(train))
+        paths = save_report(reported, args.report, title=title, trust=trust_notes(index, train))
         print("\n".join(f"Report: {path}" for path in paths))
     shown = {
         name: [

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hf_trak.explorer.views import Explorer, link_html, link_to, shown
 from hf_trak.querying.examples import Example, Hit
 from hf_trak.querying.label_errors import given_labels
-from hf_trak.querying.report import card
+from hf_trak.querying.report_page import card
 from hf_trak.scoring.label_errors import check_labels_task
 
 if TYPE_CHECKING:

@@ -23,13 +23,15 @@ from hf_trak.querying.examples import (
     row_reader,
     train_reader,
 )
-from hf_trak.querying.report import card, section
+from hf_trak.querying.report_page import card, section
 from hf_trak.sources.row_digests import names_read
 from hf_trak.tasks import TASKS
 from hf_trak.tasks.answers import ANSWER_TASKS
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from hf_trak.querying.explanations import Explanation
 
 SOURCES = ("training", "validation")
 DIRECTIONS = ("pair", "image", "caption")
@@ -200,7 +202,7 @@ class Explorer:
             with self.lock:
                 found = self.index.explain(one, **question, top_k=top_k, progress=False)
             note = f"label: {shown.label}" if shown.label else ""
-            answer = self._answer(replace(shown, label=found.answer, note=note), found.hits)
+            answer = self._shown(found, replace(shown, label=found.answer, note=note))
         else:
             one = self._asked_columns(source, one)
             with self.lock:
@@ -276,19 +278,21 @@ class Explorer:
     def _explain(self, question: dict[str, Any], top_k: int, **link: Any) -> Answer:
         with self.lock:
             found = self.index.explain(**question, top_k=top_k, progress=False)
-        shown = found.attribution
-        if self.train is not None:  # its rows, with the token highlights of the explanation
-            shown = read_attributions(found.hits, [shown.query], self.train_reader)[0]
-            heats = {
-                hit.example.row: hit.heat
-                for side in (found.attribution.proponents, found.attribution.opponents)
-                for hit in side
-            }
+        answer = self._shown(found, found.attribution.query)
+        return replace(answer, link=link_to("ask", **link, top_k=top_k) if link else "")
+
+    def _shown(self, found: Explanation, query: Example) -> Answer:
+        """Return an explanation as an answer; with a training set, its rows are shown, with the token highlights of the explanation."""
+        shown = replace(found.attribution, query=query)
+        if self.train is not None:
+            given = (*shown.proponents, *shown.opponents)
+            heats = {hit.example.row: hit.heat for hit in given}
+            shown = read_attributions(found.hits, [query], self.train_reader)[0]
             sides = [
                 [replace(hit, heat=heats[hit.example.row]) for hit in side] for side in (shown.proponents, shown.opponents)
             ]
             shown = replace(shown, proponents=sides[0], opponents=sides[1])
-        return Answer(shown, found.hits, link_to("ask", **link, top_k=top_k) if link else "")
+        return Answer(shown, found.hits)
 
     def _answer(self, query: Example, hits: Dataset) -> Answer:
         return Answer(read_attributions(hits, [query], self.train_reader)[0], hits)

@@ -2,68 +2,93 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
+from hf_trak.messages import visible
 from hf_trak.plots.curves import Axis, Curve, Plot, Point, ceiling_of, curves_of, label, limits, places, y_ticks
 
 _WIDTH, _HEIGHT = 720, 400
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 704, 12, 348
 _DASHES = ("", "7 4", "2 3", "9 3 2 3")
 
-_PAGE = """\
+_SHELL = """\
 <!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
+{policy}<title>{title}</title>
 <style>
-:root {{ color-scheme: light dark; }}
-body {{ font: 15px/1.5 system-ui, sans-serif; color: light-dark(#1f2328, #e6edf3); background: light-dark(#fff, #0d1117); max-width: 66rem; margin: 2rem auto; padding: 0 1rem; }}
-h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.15rem; margin-bottom: .3rem; }}
-section {{ border-top: 1px solid #8c959f66; padding: .6rem 0 1.2rem; }}
-.plot {{ display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; }}
-svg {{ flex: 1 1 34rem; max-width: 100%; height: auto; }}
-svg text {{ font: 13px system-ui, sans-serif; fill: currentColor; }}
-ul {{ list-style: none; margin: .5rem 0; padding: 0; flex: 0 1 17rem; }}
-li label {{ display: flex; gap: .5rem; align-items: center; padding: .1rem .3rem; border-radius: 4px; cursor: pointer; }}
-li label:hover {{ background: #8c959f33; }}
-li svg {{ flex: none; width: 30px; height: 14px; }}
-.faded {{ opacity: .12; }} .hidden {{ display: none; }}
-table {{ border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums; }}
-td, th {{ padding: .15rem .7rem; border-bottom: 1px solid #8c959f66; text-align: left; }}
-p, summary {{ color: light-dark(#59636e, #9198a1); font-size: .87rem; }} summary {{ cursor: pointer; }}
-</style>
+:root {{ color-scheme: light dark; --ink: light-dark(#1f2328, #e6edf3); --soft: light-dark(#59636e, #9198a1); --page: light-dark(#fff, #0d1117);
+  --card: light-dark(#f6f8fa, #161b22); --line: light-dark(#d1d9e0, #3d444d); }}
+body {{ font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }}
+h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.1rem; }} summary {{ cursor: pointer; }}
+section {{ border-top: 1px solid var(--line); padding: .8rem 0 1.2rem; }}
+{style}</style>
 </head>
 <body>
 <h1>{title}</h1>
-<p>Point at a mark for its numbers, at a name to see it alone; untick a name to hide it. Marks at one place are set side by side.</p>
 {body}
-<script>
-for (const section of document.querySelectorAll("section")) {{
+{script}</body>
+</html>
+"""
+
+_STYLE = """\
+.plot { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; }
+svg { flex: 1 1 34rem; max-width: 100%; height: auto; }
+svg text { font: 13px system-ui, sans-serif; fill: currentColor; }
+ul { list-style: none; margin: .5rem 0; padding: 0; flex: 0 1 17rem; }
+li label { display: flex; gap: .5rem; align-items: center; padding: .1rem .3rem; border-radius: 4px; cursor: pointer; }
+li label:hover { background: #8c959f33; }
+li svg { flex: none; width: 30px; height: 14px; }
+.faded { opacity: .12; } .hidden { display: none; }
+table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums; }
+td, th { padding: .15rem .7rem; border-bottom: 1px solid var(--line); text-align: left; }
+p, summary { color: var(--soft); font-size: .87rem; }
+"""
+
+_SCRIPT = """
+for (const section of document.querySelectorAll("section")) {
   const groups = [...section.querySelectorAll("g[data-method]")];
-  for (const entry of section.querySelectorAll("li[data-method]")) {{
+  for (const entry of section.querySelectorAll("li[data-method]")) {
     const others = groups.filter(group => group.dataset.method !== entry.dataset.method);
     const own = groups.filter(group => group.dataset.method === entry.dataset.method);
     entry.querySelector("input").addEventListener("change", event =>
       own.forEach(group => group.classList.toggle("hidden", !event.target.checked)));
     entry.addEventListener("mouseenter", () => others.forEach(group => group.classList.add("faded")));
     entry.addEventListener("mouseleave", () => others.forEach(group => group.classList.remove("faded")));
-  }}
-}}
-</script>
-</body>
-</html>
+  }
+}
 """
+
+_INTRO = "<p>Point at a mark for its numbers, at a name to see it alone; untick a name to hide it. Marks at one place are set side by side.</p>"
+
+
+def page_of(title: str, body: str, *, style: str = "", script: str = "") -> str:
+    """Return a page that needs nothing beside it, light or dark as the system is; its script alone runs, and nothing is loaded from elsewhere.
+
+    Args:
+        title (`str`): Any text; it is escaped.
+        body, style, script (`str`): As they are.
+    """
+    policy = ""
+    if script:
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        allowed = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+        policy = f'<meta http-equiv="Content-Security-Policy" content="{allowed}">\n'
+        script = f"<script>{script}</script>\n"
+    return _SHELL.format(title=escape(visible(title)), body=body, style=style, script=script, policy=policy)
 
 
 def render_page(rows: Sequence[dict[str, Any]], plots: Sequence[Plot], *, title: str = "Results") -> str:
     """Return a page of plots; those that no row belongs to are left out."""
     body = "\n".join(_section(rows, plot) for plot in plots if curves_of(rows, plot))
-    return _PAGE.format(title=escape(title), body=body)
+    return page_of(title, f"{_INTRO}\n{body}", style=_STYLE, script=_SCRIPT)
 
 
 def _section(rows: Sequence[dict[str, Any]], plot: Plot) -> str:

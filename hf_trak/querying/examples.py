@@ -160,7 +160,7 @@ _LABEL_COLUMNS = ("labels", "label")
 @dataclass(frozen=True)
 class Example:
     """One row, to be shown. `note` is what only the report knows, such as a label that was flipped; of a chunk, `before` and `after` are the
-    text around it in its document."""
+    text around it in its document. `link` is its page on the Hub, if it is a row of a dataset there."""
 
     row: int
     label: str = ""
@@ -169,6 +169,7 @@ class Example:
     note: str = ""
     before: str = ""
     after: str = ""
+    link: str = ""
 
 
 @dataclass(frozen=True)
@@ -181,13 +182,23 @@ class Hit:
 
 
 @dataclass(frozen=True)
+class Control:
+    """What a simpler ranking chooses for a query, with the scores of these rows."""
+
+    heading: str
+    hits: list[Hit]
+
+
+@dataclass(frozen=True)
 class Attribution:
-    """A query, and the training examples that raised and lowered its output most, the strongest first."""
+    """A query, and the training examples that raised and lowered its output most, the strongest first; beside them, what simpler rankings
+    choose."""
 
     query: Example
     output: float
     proponents: list[Hit] = field(default_factory=list)
     opponents: list[Hit] = field(default_factory=list)
+    controls: list[Control] = field(default_factory=list)
 
 
 class ExampleReader:

@@ -16,7 +16,9 @@ from torch import Tensor
 from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.querying.examples import Attribution, LanguageRows, read_attributions, row_reader, train_reader
 from hf_trak.querying.questions import Question, Side
-from hf_trak.querying.report import html_page, table
+from hf_trak.querying.report import table
+from hf_trak.querying.report_facts import find_controls
+from hf_trak.querying.report_page import html_page
 from hf_trak.querying.scoring_methods import ScoringMethods
 from hf_trak.querying.training_rows import KeptRows, align_rows
 from hf_trak.scoring.ensemble import ScoreOptions, ScoreShortcuts, solve_all
@@ -75,7 +77,7 @@ class Explanation:
         return html_page([self.attribution], title=title)
 
     def _repr_html_(self) -> str:
-        return self.to_html()
+        return html_page([self.attribution], title=_TITLE, interactive=False)
 
 
 class ExplainingMethods(ScoringMethods):
@@ -92,6 +94,7 @@ class ExplainingMethods(ScoringMethods):
         target: str | int | None = None,
         contrast: str | Sequence[str | int] | None = None,
         heat: bool = False,
+        controls: bool = False,
         documents: str | None = None,
         max_new_tokens: int = 64,
         generation: Mapping[str, Any] | None = None,
@@ -129,6 +132,8 @@ class ExplainingMethods(ScoringMethods):
                 say the first and not this; or two answers.
             heat (`bool`): Find what each token of the answer adds to the scores of the rows that are returned; one more row to featurize per
                 token, or per group of tokens of answers above 64. The parts add up to the score, before any `soft_threshold`.
+            controls (`bool`): Find what simpler rankings choose, too (1 − p, similarity, random rows), for the page of
+                `Explanation.to_html`; the features are read once more.
             documents (`str`, *optional*): Of an index of chunks, rank documents ("max" or "sum"), as in [`AttributionIndex.attribute`].
             max_new_tokens (`int`): Of a generated answer.
             generation (`Mapping`, *optional*): Arguments of `model.generate`; decoding is greedy unless they say otherwise.
@@ -186,8 +191,12 @@ class ExplainingMethods(ScoringMethods):
                 language = LanguageRows(self.config.task)
             query = replace(row_reader(self.config, sides[0].queries, language)[0], label=said)
         features, output = self._featurize(sides, batch_size, progress, shown=True)
-        hits = self._hits(rank(self._solve([*features], Question(), options)), output, Question())
-        attribution = read_attributions(hits, [query], train_reader(self.config, KeptRows(self.members[0]), shown, language))[0]
+        solved = self._solve([*features], Question(), options)
+        hits = self._hits(rank(solved), output, Question())
+        reader = train_reader(self.config, KeptRows(self.members[0]), shown, language)
+        attribution = read_attributions(hits, [query], reader)[0]
+        if controls:
+            attribution = replace(attribution, controls=find_controls(self, features, solved, options, reader, top_k)[0])
         if asked is None:
             answer_text = said or f"{output[0]:.4g}"
             return Explanation(image if image is not None else prompt, answer_text, hits, attribution)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int64
 
 from hf_trak.querying.training_rows import KeptRows, align_rows
+from hf_trak.runtime import dataset_bars
 from hf_trak.scoring.label_errors import LabelEvidence, Suspicion, suggest_labels
 from hf_trak.storage.reader import MemberReader
 
@@ -133,5 +134,6 @@ def label_error_rows(
         beside = kept_rows.take(rows.tolist(), columns=kept)
     else:
         assert given is not None
-        beside = given.train.select_columns(kept).select(rows.tolist()).flatten_indices()
+        with dataset_bars(shown=False):
+            beside = given.train.select_columns(kept).select(rows.tolist()).flatten_indices()
     return concatenate_datasets([found, beside], axis=1)

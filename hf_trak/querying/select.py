@@ -24,6 +24,7 @@ from hf_trak.querying.queries import QuerySide
 from hf_trak.querying.questions import Question
 from hf_trak.querying.subsets import check_output, describe_subset, write_subset
 from hf_trak.querying.training_rows import KeptRows, align_rows
+from hf_trak.runtime import dataset_bars
 from hf_trak.scoring.ensemble import ScoreOptions, solve_all, stream_scores
 from hf_trak.scoring.selection import first_rows, group_means, shares, spread_out
 from hf_trak.sources.row_digests import names_read
@@ -368,7 +369,8 @@ class TrainingRows:
         if self._train is None:
             columns = self._kept.take(rows.tolist())
         else:
-            columns = self._train.with_format(None).select(rows).flatten_indices()
+            with dataset_bars(shown=False):
+                columns = self._train.with_format(None).select(rows).flatten_indices()
         return concatenate_datasets([found, columns], axis=1)
 
 

@@ -39,7 +39,10 @@ class KeptRows:
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         """Return the kept columns of a row, decoded as by the training set."""
-        return self.take([row])[0]
+        from datasets import Dataset
+        from datasets.table import InMemoryTable
+
+        return Dataset(InMemoryTable(self._table([row], self.column_names)), fingerprint="row")[0]  # which saves hashing it
 
     @functools.cached_property
     def features(self) -> Features:
@@ -83,10 +86,14 @@ class KeptRows:
             IndexError: If a row is not one of the index's.
             ValueError: If a file is damaged.
         """
-        from datasets import Dataset, Features
+        from datasets import Dataset
         from datasets.table import InMemoryTable
 
-        names = self.column_names if columns is None else list(columns)
+        return Dataset(InMemoryTable(self._table(rows, self.column_names if columns is None else list(columns))))
+
+    def _table(self, rows: Sequence[int], names: list[str]) -> pa.Table:
+        from datasets import Features
+
         features = Features({name: self.features[name] for name in names})
         wanted, inverse = np.unique(np.asarray(rows, dtype=np.int64), return_inverse=True)
         if len(wanted) and not 0 <= wanted[0] <= wanted[-1] < len(self):
@@ -95,7 +102,7 @@ class KeptRows:
             )
         parts = list(self._read(wanted, names))
         table = pa.concat_tables(parts) if parts else features.arrow_schema.empty_table()
-        return Dataset(InMemoryTable(table.take(inverse).cast(features.arrow_schema)))
+        return table.take(inverse).cast(features.arrow_schema)
 
     def _read(self, rows: Int64[np.ndarray, " n"], names: list[str]) -> Iterator[pa.Table]:
         """Yield sorted rows, from the row groups that have them."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
 
+from hf_trak.runtime import dataset_bars
 from hf_trak.tasks.columns import is_string
 from hf_trak.tasks.inputs import need_tokenizer
 from hf_trak.tasks.language_inputs import CausalInputs, with_eos
@@ -202,7 +202,7 @@ def cut_documents(
         }
     )
     read = list(dict.fromkeys([column, *others]))
-    with _progress(progress):
+    with dataset_bars(progress):
         chunks = dataset.select_columns(read).map(
             cut,
             with_indices=True,
@@ -219,21 +219,6 @@ def cut_documents(
             "predicts. Filter them out, or set skip_unscored=True (--skip_unscored), which keeps them with scores of 0."
         )
     return chunks
-
-
-@contextmanager
-def _progress(shown: bool) -> Iterator[None]:
-    """Hush the bars of datasets unless they are to be shown."""
-    from datasets import disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
-
-    hushed = not shown and is_progress_bar_enabled()
-    if hushed:
-        disable_progress_bars()
-    try:
-        yield
-    finally:
-        if hushed:
-            enable_progress_bars()
 
 
 def _unscored(chunks: Dataset) -> list[int]:
