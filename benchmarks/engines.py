@@ -3,10 +3,10 @@
     python benchmarks/engines.py                # results/engines_cpu.json; about two CPU-minutes on one thread
 
 Four shapes with random weights: DeBERTa-v3-small (with a vocabulary of 8,192), a mixture of experts as Mixtral has it, Mamba, and ViT-Ti/16.
-Each engine featurizes the same rows as `Featurizer` does, collation included, several rounds one after the other; ratios are taken round by
-round. Beside them stand one-by-one training passes, of which the loop makes one per row, and what `gradients="auto"` would say of the
-loop's cost. Every engine's features are first held against float64 autograd of one row at a time. Peak memory is that of a process for each
-method, beyond what it had before the model was made.
+Each engine featurizes the same rows as `Featurizer` does, collation included, in a process of its own, in turns with plain passes; ratios
+are taken round by round. Beside the loop stand one-by-one training passes, of which it makes one per row, and what `gradients="auto"` would
+say of its cost. Every engine's features are first held against float64 autograd of one row at a time. Peak memory is that of a process for
+each method, beyond what it had before the model was made.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,70 +173,69 @@ def ratio_row(case: str, method: str, metric: str, over: list[float], under: lis
     return {"case": case, "method": method, "metric": metric, "value": statistics.median(ratios), "unit": "x", "interval": interval, **more}  # fmt: skip
 
 
-def time_rows(name: str, shape: Shape, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def time_engine(name: str, engine: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the rows of one engine, and of one-by-one passes with the loop's; none if it does not serve the model."""
+    shape = shapes()[name]
     case = Case(shape, n_rows=options.rows, proj_dim=options.proj_dim)
     label = f"{shape.case(name, case.model, options.rows)}, proj_dim {options.proj_dim}"
-    reference, runs, errors = case.reference(), {PLAIN: case.method(PLAIN), ONE_BY_ONE: case.method(ONE_BY_ONE)}, {}
-    for engine in ENGINES:
-        try:
-            runs[f"hf_trak {engine}"] = run = case.method(engine)
-        except CheckFailed as error:
-            print(f"{name}: {engine} does not serve it: {str(error)[:200]}", flush=True)
-            continue
-        found = run().features[:CHECKED_ROWS].double()
-        errors[f"hf_trak {engine}"] = error = ((found - reference).norm(dim=1) / reference.norm(dim=1)).max().item()
-        if not error < TOLERANCE:
-            raise SystemExit(f"Wrong answer: features of {name} by {engine} differ from float64 autograd by {error:.1e}.")
-    for method in (PLAIN, ONE_BY_ONE):
-        runs[method]()  # warm; the engines are
+    method, reference = f"hf_trak {engine}", case.reference()
+    try:
+        run = case.method(engine)
+    except CheckFailed as error:
+        print(f"{name}: {engine} does not serve it: {str(error)[:200]}", flush=True)
+        return []
+    found = run().features[:CHECKED_ROWS].double()
+    error = ((found - reference).norm(dim=1) / reference.norm(dim=1)).max().item()
+    if not error < TOLERANCE:
+        raise SystemExit(f"Wrong answer: features of {name} by {engine} differ from float64 autograd by {error:.1e}.")
+    runs = {PLAIN: case.method(PLAIN), method: run, **({ONE_BY_ONE: case.method(ONE_BY_ONE)} if engine == "loop" else {})}
+    for warm in runs.values():
+        warm()
     seconds: dict[str, list[float]] = {method: [] for method in runs}
     said = []
     for _ in range(options.rounds):
-        for method, run in runs.items():
-            seconds[method].append(cpu_seconds(run))
-        said.append(case.said())
-    for method, found_seconds in seconds.items():
-        if method == PLAIN:
-            continue
-        more = {"relative_error_to_float64": errors[method]} if method in errors else {}
+        for one, run in runs.items():
+            seconds[one].append(cpu_seconds(run))
+        if engine == "loop":
+            said.append(case.said())
+    rows = []
+    for one, found_seconds in list(seconds.items())[1:]:
+        more = {"relative_error_to_float64": error} if one == method else {}
         times = {"cpu_seconds_plain": seconds[PLAIN], "cpu_seconds": found_seconds}
-        yield ratio_row(label, method, "featurize_cpu_ratio", found_seconds, seconds[PLAIN], **times, **more)
-    yield ratio_row(label, "hf_trak loop", "loop_cpu_ratio", seconds["hf_trak loop"], seconds[ONE_BY_ONE])
-    yield {
-        "case": label, "method": "hf_trak loop, as said before the run", "metric": "featurize_cpu_ratio", "unit": "x",
-        "value": statistics.median(said), "interval": [min(said), max(said)],
-    }  # fmt: skip
+        rows.append(ratio_row(label, one, "featurize_cpu_ratio", found_seconds, seconds[PLAIN], **times, **more))
+    if engine == "loop":
+        rows.append(ratio_row(label, method, "loop_cpu_ratio", seconds[method], seconds[ONE_BY_ONE]))
+        rows.append({
+            "case": label, "method": f"{method}, as said before the run", "metric": "featurize_cpu_ratio", "unit": "x",
+            "value": statistics.median(said), "interval": [min(said), max(said)],
+        })  # fmt: skip
+    return rows
 
 
-def memory_rows(shape: Shape, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    plain = peak_of(shape, options, PLAIN)
-    for method in (f"hf_trak {engine}" for engine in ENGINES):
-        if (peak := peak_of(shape, options, method)) is not None:
-            row = ratio_row("", method, "featurize_memory_ratio", [peak], [plain])
-            yield row | {"interval": None, "peak_gb": {"plain": plain, "featurizing": peak}}
-
-
-def peak_of(shape: Shape, options: argparse.Namespace, method: str) -> Any:
-    """Return what a process takes at most, in GB, beyond what it has before the model is made; None if the engine does not serve it."""
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_measure, args=(sender, shape, options, method))
-    process.start()
-    sender.close()
-    peak = receiver.recv()
-    process.join()
-    return peak
-
-
-def _measure(sender: Any, shape: Shape, options: argparse.Namespace, method: str) -> None:
+def measure_memory(name: str, method: str, options: argparse.Namespace) -> float | None:
+    """Return what this process takes at most, in GB, beyond what it had before; None if the engine does not serve the model."""
     before = _status("VmRSS")
-    case = Case(shape, n_rows=options.rows, proj_dim=options.proj_dim)
+    case = Case(shapes()[name], n_rows=options.rows, proj_dim=options.proj_dim)
     try:
         case.method(method.removeprefix("hf_trak "))()
     except CheckFailed:
-        sender.send(None)
-    else:
-        sender.send(_status("VmHWM") - before)
+        return None
+    return _status("VmHWM") - before
+
+
+def apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a function returns in a process of its own, forked from this one, which computes nothing itself."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: sender.send(function(*arguments)))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        raise SystemExit(f"{function.__name__}{arguments[:-1]} did not end well.") from None
+    finally:
+        process.join()
 
 
 def _status(key: str) -> float:
@@ -254,31 +253,24 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    start, rows = time.process_time(), []
-    chosen = {name: shape for name, shape in shapes().items() if name in options.shapes}
-    # Forked while this process is small, and idle until the timing is done.
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe()
-    helper = context.Process(target=_measure_all, args=(theirs, options))
-    helper.start()
-    theirs.close()
-    cases = {}
-    for name, shape in chosen.items():
-        for row in time_rows(name, shape, options):
-            cases[name] = row["case"]
-            print(json.dumps(row), flush=True)
-            rows.append(row)
+    rows: list[dict[str, Any]] = []
+    for name in options.shapes:
+        for engine in ENGINES:
+            for row in apart(time_engine, name, engine, options):
+                print(json.dumps(row), flush=True)
+                rows.append(row)
+            write(options, rows)
+    for name in [] if options.skip_memory else options.shapes:
+        case = next(row["case"] for row in rows if row["case"].startswith(name))
+        plain = apart(measure_memory, name, PLAIN, options)
+        for method in (f"hf_trak {engine}" for engine in ENGINES):
+            if (peak := apart(measure_memory, name, method, options)) is not None:
+                row = ratio_row(case, method, "featurize_memory_ratio", [peak], [plain])
+                rows.append(row | {"interval": None, "peak_gb": {"plain": plain, "featurizing": peak}})
+                print(json.dumps(rows[-1]), flush=True)
         write(options, rows)
-    for name in [] if options.skip_memory else chosen:
-        ours.send(name)
-        for row in ours.recv():
-            rows.append(row | {"case": cases[name]})
-            print(json.dumps(rows[-1]), flush=True)
-        write(options, rows)
-    ours.send(None)
-    helper.join()
     usage = os.times()
-    print(f"{time.process_time() - start + usage.children_user + usage.children_system:.0f} CPU-seconds")
+    print(f"{usage.user + usage.system + usage.children_user + usage.children_system:.0f} CPU-seconds")
 
 
 def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
@@ -293,12 +285,6 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(result, indent=2) + "\n")
-
-
-def _measure_all(connection: Any, options: argparse.Namespace) -> None:
-    """Measure the memory of each shape that is asked for, until None is."""
-    while (name := connection.recv()) is not None:
-        connection.send(list(memory_rows(shapes()[name], options)))
 
 
 if __name__ == "__main__":

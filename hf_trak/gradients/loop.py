@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,6 +17,9 @@ from hf_trak.projectors import Projector
 
 _FEW = 4  # sketch a table's gradient by rows if at most one row in this many is nonzero
 _SAMPLE = 64  # rows of a table that are tested first
+_LARGE = (
+    1 << 16
+)  # entries from which a gradient is sketched before the next one is computed; for fewer, a hook costs more than it saves
 
 
 def loop_features(
@@ -29,8 +32,8 @@ def loop_features(
 ) -> BatchFeatures:
     """Return the features of examples, from one forward and backward pass per example.
 
-    Each parameter's gradient is sketched as soon as it is complete, while it is still in the processor's cache, and then freed. So the
-    gradients of all parameters are never in memory at once.
+    The gradient of each large parameter is sketched as soon as it is complete, while it is still in the processor's cache, and then
+    freed. So the gradients of all parameters are never in memory at once.
 
     Args:
         batch (`Mapping` or a sequence): A batch, which is cut into rows that keep their padding; or a sequence of batches of one
@@ -40,7 +43,8 @@ def loop_features(
     rows = rows_of(batch) if isinstance(batch, Mapping) else batch
     outputs, out_to_losses, features = [], [], []
     with evaluation_mode(model), torch.enable_grad(), _lookups(model, parameters) as found:
-        sketch = _SketchWhenComplete(projector, parameters)
+        large = {name for name, parameter in parameters.items() if parameter.numel() >= _LARGE}
+        sketch = _SketchWhenComplete(projector, parameters, large)
         try:
             for row in rows:
                 found.clear()
@@ -54,6 +58,10 @@ def loop_features(
                     with _refusals_named(model), sketch.into(accumulator):
                         grads = torch.autograd.grad(output.sum(), leaves, allow_unused=True)
                     with torch.no_grad():
+                        small = zip(parameters, grads, strict=False)
+                        add_gradients(
+                            projector, accumulator, {n: grad for n, grad in small if n not in large and grad is not None}
+                        )
                         for lookup, grad in zip(found, grads[len(parameters) :], strict=True):
                             if grad is not None:
                                 _add_lookup(projector, accumulator, lookup, grad)
@@ -70,15 +78,17 @@ class _SketchWhenComplete:
 
     Args:
         parameters (`Mapping[str, nn.Parameter]`): They are set to require gradients.
+        names (`Set[str]`): The parameters that get a hook.
     """
 
-    def __init__(self, projector: Projector, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, projector: Projector, parameters: Mapping[str, nn.Parameter], names: Set[str]) -> None:
         self.projector = projector
         self.accumulator: Tensor | None = None
         self.handles = []
         for name, parameter in parameters.items():
             parameter.requires_grad_(True)
-            self.handles.append(parameter.register_hook(partial(self._sketch, name)))
+            if name in names:
+                self.handles.append(parameter.register_hook(partial(self._sketch, name)))
 
     @contextmanager
     def into(self, accumulator: Tensor) -> Iterator[None]:

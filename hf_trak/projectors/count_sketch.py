@@ -283,12 +283,11 @@ def _add_around(accumulator: Float[Tensor, "batch width"], entries: Float[Tensor
 class _ShortTile:
     """Adds tiles of one shape and few entries around their rings, in a few large operations instead of one or two per row."""
 
-    def __init__(self, entries: Float[Tensor, "batch rows columns"], proj_dim: int) -> None:
-        batch, n_rows, n_columns = entries.shape
-        self.n_entries = n_rows * n_columns
+    def __init__(self, like: Float[Tensor, "batch _ _"], n_rows: int, n_columns: int, proj_dim: int) -> None:
+        self.batch, self.n_entries = len(like), n_rows * n_columns
         # Laps end to end; those behind the last entry stay zero. No ring is longer than proj_dim.
-        self.laps = entries.new_zeros(batch, self.n_entries + proj_dim)
-        self.signed = self.laps.narrow(1, 0, self.n_entries).view(batch, n_rows, n_columns)
+        self.laps = like.new_zeros(self.batch, self.n_entries + proj_dim)
+        self.signed = self.laps.narrow(1, 0, self.n_entries).view(self.batch, n_rows, n_columns)
 
     def add(
         self,
@@ -298,10 +297,24 @@ class _ShortTile:
         ring: Ring,
     ) -> None:
         """Add the entries times signs per entry or per row."""
+        length, offset = ring
+        n_laps = -(-self.n_entries // length)
         torch.mul(entries, signs, out=self.signed)
-        n_laps = math.ceil(self.n_entries / ring.length)
-        laps = self.laps.narrow(1, 0, n_laps * ring.length).view(len(entries), n_laps, ring.length)
-        accumulator.narrow(1, ring.offset, ring.length).add_(laps.sum(1))
+        laps = self.laps.narrow(1, 0, n_laps * length).view(self.batch, n_laps, length)
+        accumulator.narrow(1, offset, length).add_(laps.sum(1))
+
+
+class _Step(NamedTuple):
+    """One tile as [`BlockCountSketch.add`] adds it, with all that does not depend on the gradients."""
+
+    column: _TileColumn
+    tile: _Tile
+    rows: slice | None
+    """None for all rows."""
+    left: int
+    shape: tuple[int, int]
+    signs: tuple[Float[Tensor, "rows 1"], Float[Tensor, " columns"] | None]
+    """In the dtype of the gradients."""
 
 
 def _spans(length: int, most: int) -> list[slice]:
@@ -334,6 +347,7 @@ class BlockCountSketch(Projector):
         self.fold = fold
         self._layout = cache(self._draw_layout)
         self._small = cache(self._draw_small)
+        self._steps = cache(self._draw_steps)
 
     def __getstate__(self) -> dict[str, int]:
         return {"proj_dim": self.proj_dim, "seed": self.seed, "fold": self.fold}  # tables are drawn again where they are needed
@@ -376,40 +390,47 @@ class BlockCountSketch(Projector):
             ring, signs = small
             _add_around(accumulator, matrices.flatten(1) * signs, ring)
             return
-        short: dict[torch.Size, _ShortTile] = {}
+        on_cpu = grads.device.type == "cpu"
+        short: dict[tuple[int, int], _ShortTile] = {}
         folded: dict[int, Tensor] = {}  # by first row: tiles with the same rows fold their columns in the same way
-        for column in self._layout(name, shape, grads.device):
-            whole = column.rows(matrices, dim=-2) if column.rows.is_folded else matrices
-            for tile in column.tiles:
-                entries = whole if len(column.tiles) == 1 else whole[:, tile.rows]
-                if tile.columns.is_folded:
-                    first = tile.rows.start
-                    if first not in folded:
-                        folded[first] = tile.columns(entries)
-                    entries = folded[first]
-                row_signs, column_signs = tile.signs
-                signs = row_signs if column_signs is None else row_signs * column_signs
-                entries, signs = entries.narrow(2, column.columns.start, column.width), signs.to(grads)
-                self._add_tile(accumulator, entries, signs, tile.ring, short)
+        column, whole = None, matrices
+        for step in self._steps(name, shape, grads.dtype, grads.device):
+            if step.column is not column:
+                column = step.column
+                whole = column.rows(matrices, dim=-2) if column.rows.is_folded else matrices
+            entries = whole if step.rows is None else whole[:, step.rows]
+            if step.tile.columns.is_folded:
+                first = step.tile.rows.start
+                if first not in folded:
+                    folded[first] = step.tile.columns(entries)
+                entries = folded[first]
+            n_rows, n_columns = step.shape
+            row_signs, column_signs = step.signs
+            signs = row_signs if column_signs is None else row_signs * column_signs
+            entries = entries.narrow(2, step.left, n_columns)
+            if on_cpu and n_rows * n_columns <= _SMALL:
+                if step.shape not in short:
+                    short[step.shape] = _ShortTile(entries, n_rows, n_columns, self.proj_dim)
+                short[step.shape].add(accumulator, entries, signs, step.tile.ring)
+            else:
+                stream = ring_sum(accumulator, step.tile.ring, n_rows * n_columns)
+                stream.add(entries.flatten(1), signs.expand(n_rows, n_columns).flatten())
+                stream.close()
 
-    def _add_tile(
-        self,
-        accumulator: Float[Tensor, "batch width"],
-        entries: Float[Tensor, "batch rows columns"],
-        signs: Float[Tensor, "rows _"],
-        ring: Ring,
-        short: dict[torch.Size, _ShortTile],
-    ) -> None:
-        """Add a tile's entries, times signs per entry or per row, around its ring; `short` has the buffers of short tiles by shape."""
-        _, n_rows, n_columns = entries.shape
-        if entries.device.type == "cpu" and n_rows * n_columns <= _SMALL:
-            if entries.shape not in short:
-                short[entries.shape] = _ShortTile(entries, self.proj_dim)
-            short[entries.shape].add(accumulator, entries, signs, ring)
-            return
-        stream = ring_sum(accumulator, ring, n_rows * n_columns)
-        stream.add(entries.flatten(1), signs.expand(n_rows, n_columns).flatten())
-        stream.close()
+    def _draw_steps(self, name: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> list[_Step]:
+        """Return the tiles of a parameter in their order."""
+        return [
+            _Step(
+                column,
+                tile,
+                rows=None if len(column.tiles) == 1 else tile.rows,
+                left=column.columns.start,
+                shape=(tile.rows.stop - tile.rows.start, column.width),
+                signs=(tile.signs[0].to(dtype), None if tile.signs[1] is None else tile.signs[1].to(dtype)),
+            )
+            for column in self._layout(name, shape, device)
+            for tile in column.tiles
+        ]
 
     def _draw_small(
         self, name: str, shape: tuple[int, int], dtype: torch.dtype
