@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from datasets_for_tests import image_rows, token_rows
-from models import bert, make_batch, make_model
+from models import bert, llama_lm, make_batch, make_model
 from reference import gradient_loop
 from torch.autograd.functional import hessian
 from torch.func import functional_call
@@ -199,10 +199,12 @@ def test_ekfac_serves_regressions():
 def test_ekfac_of_a_language_model_is_its_definition_on_one_layer():
     """The last layer's inputs are the hidden states; gradients of a row are sums over its tokens."""
     train, queries = token_rows(12, seed=1), token_rows(3, seed=2)
-    model = make_model("llama").eval()
+    model = llama_lm().eval()
     task = AutoTask.from_model(model)
     checkpoints = Checkpoints(model, batch_size=5)
-    found = EKFACInfluence(checkpoints, modules=["lm_head"], strategy="identity", empirical_fisher=True, damping=0.0)(train, queries)
+    found = EKFACInfluence(checkpoints, modules=["lm_head"], strategy="identity", empirical_fisher=True, damping=0.0)(
+        train, queries
+    )
     grads = []
     for dataset, sign in ((train, 1), (queries, -1)):
         batch = task.collate(dataset.remove_columns("label")[:], None)

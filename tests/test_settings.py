@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
-from models import bert, make_model
+from models import bert, llama_lm
 from paper_settings import Setting, center_crop, prepare, random_crop
 from PIL import Image as PILImage
 
@@ -235,7 +235,7 @@ def test_a_causal_language_model_is_a_setting_too(script, tmp_path):
     rows = Dataset.from_dict({"sentence": texts, "label": [0, 1] * 6}, features=features)
     rows.to_parquet(str(tmp_path / "rows.parquet"))
     save_tokenizer(tmp_path / "model")
-    make_model("llama").save_pretrained(tmp_path / "model")
+    llama_lm().save_pretrained(tmp_path / "model")
     setting = Setting(
         model=str(tmp_path / "model"),
         num_labels=0,
