@@ -6,6 +6,7 @@ import argparse
 import importlib
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -65,7 +66,10 @@ _CHATTER = ("requires torchvision", "torchvision is not available", "Using a slo
 
 
 def quiet_libraries() -> None:
-    """Keep transformers and datasets to warnings, one line each, and hide the progress bars of loading and saving."""
+    """Keep transformers and datasets to warnings, one line each, and hide the progress bars of loading and saving.
+
+    torch's notes that `vmap` is slow for an operation are hidden: the engine has been chosen by its measured cost.
+    """
     import datasets
     import transformers
 
@@ -73,6 +77,7 @@ def quiet_libraries() -> None:
     transformers.logging.disable_progress_bar()
     datasets.logging.set_verbosity_warning()
     datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", message="There is a performance drop because we have not yet implemented the batching rule")
     for name in ("transformers", "datasets"):
         for handler in logging.getLogger(name).handlers:
             # The library's own handler: what else listens is not the command's.
