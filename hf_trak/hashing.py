@@ -76,6 +76,11 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def fingerprint_of(dataset: Any) -> str:
+    """Return the fingerprint of a `datasets.Dataset`: a hash of its content and of what was done to it."""
+    return dataset._fingerprint  # it has no public name
+
+
 def hash_json(value: Any) -> str:
     """Return the SHA-256 of a JSON value, independent of key order."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -43,6 +43,7 @@ from hf_trak.training.checks import (
     check_same_rows,
     check_training_set,
     choose_queries,
+    columns_of_forward,
     describe_unfit_evaluation_set,
     has_scored_token,
     is_transformed,
@@ -350,8 +351,7 @@ class AttributionMixin(_Base):
         """Drop columns as `Trainer` does; of rows that a transform makes, after it has read them."""
         if not self.args.remove_unused_columns or not is_transformed(dataset):
             return super()._remove_unused_columns(dataset, description)
-        self._set_signature_columns_if_needed()
-        dropped = set(dataset.column_names) - set(self._signature_columns or [])
+        dropped = set(dataset.column_names) - set(columns_of_forward(self))
         if not dropped:
             return dataset
         form = dataset.format

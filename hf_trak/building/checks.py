@@ -18,7 +18,7 @@ from hf_trak.featurizing.batching import read_rows
 from hf_trak.featurizing.devices import check_whole
 from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.featurizing.identity import describe_task_code
-from hf_trak.hashing import hash_json
+from hf_trak.hashing import fingerprint_of, hash_json
 from hf_trak.sources.processors import describe_processing, tokenizer_of
 from hf_trak.sources.row_digests import (
     check_kept,
@@ -143,7 +143,7 @@ def as_chunks(
     chunker = Chunker.of(featurizer.task.inputs, tokenizer, config.chunk_overlap)
     digests = digest_rows(dataset, [column])
     described = describe_processing(tokenizer, pixels=False)
-    decisive = [dataset._fingerprint, hash_digests(digests), described, chunker.limit, chunker.overlap, column, keep]
+    decisive = [fingerprint_of(dataset), hash_digests(digests), described, chunker.limit, chunker.overlap, column, keep]
     chunks = cut_documents(
         dataset,
         chunker,

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hf_trak.cli.main import COMMANDS, OneLineErrors
+from hf_trak.cli.parsing import actions_of
 
 SHELLS = ("bash", "zsh", "tcsh", "fish", "powershell")
 _FILES = {
@@ -83,7 +84,7 @@ def _copy(source: argparse.ArgumentParser, target: argparse.ArgumentParser) -> N
     """Give a parser the flags of another, and those of every command."""
     import shtab
 
-    for action in source._actions:
+    for action in actions_of(source):
         if action.dest in _FILES and action.choices is None:
             action.complete = shtab.FILE  # type: ignore[attr-defined]
         target._add_action(action)

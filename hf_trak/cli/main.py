@@ -77,7 +77,9 @@ def quiet_libraries() -> None:
     transformers.logging.disable_progress_bar()
     datasets.logging.set_verbosity_warning()
     datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", message="There is a performance drop because we have not yet implemented the batching rule")
+    warnings.filterwarnings(
+        "ignore", message="There is a performance drop because we have not yet implemented the batching rule"
+    )
     for name in ("transformers", "datasets"):
         for handler in logging.getLogger(name).handlers:
             # The library's own handler: what else listens is not the command's.

@@ -119,6 +119,11 @@ class _EachKeyOnce(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def actions_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """Return a parser's flags. argparse has no public name for them."""
+    return parser._actions
+
+
 def make_parser(dataclasses: Sequence[type], *, command: str, usage: str, description: str) -> HfArgumentParser:
     """Return a parser of the dataclasses' fields, and `--config`."""
     parser = _Parser(
@@ -131,7 +136,10 @@ def make_parser(dataclasses: Sequence[type], *, command: str, usage: str, descri
     )
     parser.add_argument("--config", help="a YAML file of these flags, without the dashes; flags given here win")
     own = {name for dataclass in dataclasses for name in dataclass.__annotations__}
-    for actions in (parser._actions, parser._optionals._group_actions):  # what is needed first, then what other commands lack
+    for actions in (
+        actions_of(parser),
+        parser._optionals._group_actions,
+    ):  # what is needed first, then what other commands lack
         actions.sort(key=lambda action: (action.dest != "help", not action.required, action.dest not in own))
     return parser
 

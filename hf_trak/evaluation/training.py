@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from hf_trak.hashing import hash_tensors
+from hf_trak.hashing import fingerprint_of, hash_tensors
 from hf_trak.storage.snapshots import write_snapshot
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ class RowsOnDemand:
         return len(self.dataset)
 
     def fingerprint(self) -> str:
-        return self.dataset._fingerprint
+        return fingerprint_of(self.dataset)
 
     def __getitem__(self, rows: Sequence[int]) -> Batch:
         columns = self.dataset[list(rows)]

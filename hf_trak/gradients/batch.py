@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -53,8 +53,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     if forces_gradients:
         model.disable_input_require_grads()  # type: ignore[operator]
     norms = [module for module in model.modules() if _is_batch_norm(module)]
-    # Undo `module.compile()`: the hooks on every layer would be compiled again for each batch.
-    compiled = {module: call for module in model.modules() if (call := module._compiled_call_impl) is not None}
+    compiled = compiled_calls(model)  # the hooks on every layer would be compiled again for each batch
     model.eval()
     forget_caches(model)
     model.requires_grad_(False)
@@ -79,6 +78,16 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
         for module, flag in training.items():
             module.training = flag
+
+
+def compiled_calls(model: nn.Module) -> dict[Any, Any]:
+    """Return the modules that were compiled in place, and what they call. torch has no public name for it."""
+    return {module: call for module in model.modules() if (call := module._compiled_call_impl) is not None}
+
+
+def versions_of(tensors: Iterable[Tensor]) -> list[int]:
+    """Return how often each tensor has been written to in place. torch counts it for autograd, and has no public name for it."""
+    return [tensor._version for tensor in tensors]
 
 
 def forget_caches(model: nn.Module) -> None:

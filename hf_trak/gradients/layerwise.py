@@ -24,6 +24,7 @@ from hf_trak.gradients.batch import (
     check_outputs,
     evaluation_mode,
     forget_caches,
+    versions_of,
     working_dtype,
 )
 from hf_trak.gradients.layer_patches import frozen_layers
@@ -384,10 +385,10 @@ class _Watch:
     def _unchanged(self, module: nn.Module, inputs: list[Any]) -> Callable[[], None]:
         """Return a function that raises an error if a module's inputs were modified in place since this call."""
         watched = [value for value in inputs if isinstance(value, Tensor) and not value.is_inference()]
-        versions = [value._version for value in watched]
+        versions = versions_of(watched)
 
         def check() -> None:
-            if [value._version for value in watched] != versions:
+            if versions_of(watched) != versions:
                 raise BatchRefused(
                     f"An input of {self._describe(module)} is modified in place after the module has used it, so its gradient would "
                     f"be wrong. {_WAY_OUT}"

@@ -11,7 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_trak.gradients.batch import BatchFeatures, OutputFunction, check_outputs, evaluation_mode, forget_caches, working_dtype
+from hf_trak.gradients.batch import (
+    BatchFeatures,
+    OutputFunction,
+    check_outputs,
+    compiled_calls,
+    evaluation_mode,
+    forget_caches,
+    working_dtype,
+)
 from hf_trak.gradients.rules import Rows, embedding, find_rule
 from hf_trak.projectors import Projector
 
@@ -151,7 +159,7 @@ def _lookups(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterat
     """
     names = {id(parameter): name for name, parameter in parameters.items()}
     modules = list(model.modules())
-    is_compiled = any(m._compiled_call_impl is not None or isinstance(m, torch._dynamo.OptimizedModule) for m in modules)
+    is_compiled = bool(compiled_calls(model)) or any(isinstance(module, torch._dynamo.OptimizedModule) for module in modules)
     tables = [
         module
         for module in modules

@@ -168,10 +168,10 @@ def looks_at_values(module: nn.Module) -> bool:
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that a module uses itself, by its own names for them."""
-    own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
+    own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
     for name in _OF_CHILDREN.get(type(module).__name__, ()):
         place, _, leaf = name.rpartition(".")
-        if (parameter := module.get_submodule(place)._parameters.get(leaf)) is not None:
+        if isinstance(parameter := getattr(module.get_submodule(place), leaf, None), nn.Parameter):
             own[name] = parameter
     return own
 

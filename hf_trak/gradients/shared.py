@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from hf_trak.gradients.batch import BatchRefused, OutputFunction, evaluation_mode
+from hf_trak.gradients.batch import BatchRefused, OutputFunction, evaluation_mode, versions_of
 from hf_trak.gradients.taps import Axis, CallPlan, SharedPlan, Taps, axis_of_sizes
 
 _MOST = 1 << 27  # entries of a parameter's gradients that are kept for all examples of a batch
@@ -329,12 +329,12 @@ class SharedGradients:
         args, kwargs = tree_unflatten(leaves, structure)
         output = func(*args, **kwargs)
         values = [plain(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        versions = [values[place]._version for place in sliced]
+        versions = versions_of(values[place] for place in sliced)
         device = output.device.type
         precision: dict[str, Any] = {"enabled": torch.is_autocast_enabled(device), "dtype": torch.get_autocast_dtype(device)}
 
         def catch(grads: list[Tensor]) -> None:
-            if [values[place]._version for place in sliced] != versions:
+            if versions_of(values[place] for place in sliced) != versions:
                 raise BatchRefused(f"An operand of `{step.name}` is written to in place after its use.")
             by_example = grads[0].unflatten(0, (self.batch_size, -1))
             found = []

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_trak import __version__
+from hf_trak.hashing import fingerprint_of
 from hf_trak.hub.cards import member_row
 from hf_trak.messages import markdown, markdown_code
 from hf_trak.storage.files import temporary_name, write_folder
@@ -61,7 +62,7 @@ def describe_subset(
         "training set": source.get("repository") or f"rows with SHA-256 {first.identity['dataset']['sha256'][:12]}",
         "training set's commit": source.get("revision"),
         "members": [member_row(number, member.info)["checkpoint"] for number, member in enumerate(members)],
-        "target": f"{len(target):,} rows, fingerprint {target._fingerprint}",
+        "target": f"{len(target):,} rows, fingerprint {fingerprint_of(target)}",
         "groups by": group_by,
         **{name: value for name, value in how.items()},
         "hf_trak": __version__,

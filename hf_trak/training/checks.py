@@ -196,6 +196,12 @@ def _describe_unfit_queries(queries: Any) -> str | None:
     return None
 
 
+def columns_of_forward(trainer: Trainer) -> list[str]:
+    """Return the columns that `Trainer` keeps: the arguments of `forward`, and labels. It has no public name for them."""
+    trainer._set_signature_columns_if_needed()
+    return trainer._signature_columns or []
+
+
 def check_columns(trainer: Trainer, task: Task) -> None:
     """Check that training reads the columns that are attributed.
 
@@ -205,9 +211,9 @@ def check_columns(trainer: Trainer, task: Task) -> None:
     dataset = trainer.train_dataset
     if not trainer.args.remove_unused_columns or is_transformed(dataset):
         return
-    trainer._set_signature_columns_if_needed()
+    kept = columns_of_forward(trainer)
     read = list(dict.fromkeys(_names(task.columns_read(dataset.features))))
-    dropped = [name for name in read if name in dataset.column_names and name not in (trainer._signature_columns or [])]
+    dropped = [name for name in read if name in dataset.column_names and name not in kept]
     if dropped:
         raise ValueError(
             f"Attribution reads {', '.join(map(repr, read))}, but `Trainer` drops {', '.join(map(repr, dropped))} before it collates rows, "

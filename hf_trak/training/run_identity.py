@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 from hf_trak.feature_args import FeatureArguments
-from hf_trak.hashing import hash_json, hash_tensors
+from hf_trak.hashing import fingerprint_of, hash_json, hash_tensors
 from hf_trak.members import Members
 from hf_trak.messages import list_differences
 from hf_trak.sources.row_digests import digest_rows, hash_digests
@@ -89,8 +89,8 @@ def _describe_object(value: Any, below: Callable[[Any], Any]) -> Any:
     if isinstance(value, torch.optim.Optimizer):
         groups = [{key: item for key, item in group.items() if key != "params"} for group in value.param_groups]
         return {"class": kind, "groups": below(groups)}
-    if hasattr(value, "_fingerprint"):
-        return {"class": kind, "fingerprint": value._fingerprint}
+    if isinstance(value, Dataset):
+        return {"class": kind, "fingerprint": fingerprint_of(value)}
     if hasattr(value, "save_pretrained"):
         return {"class": kind, "files_sha256": _hash_saved(value)}
     own = {} if _is_library(type(value)) else {"code": below(type(value))}
@@ -345,7 +345,7 @@ def _describe_data(trainer: Trainer, before: dict[str, Any] | None) -> dict[str,
 def _fingerprint(dataset: Any) -> Any:
     if isinstance(dataset, dict):
         return {name: _fingerprint(one) for name, one in dataset.items()}
-    return getattr(dataset, "_fingerprint", None) or type(dataset).__name__
+    return fingerprint_of(dataset) if isinstance(dataset, Dataset) else type(dataset).__name__
 
 
 def _describe_weights(model: Any) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from hf_trak.featurizing.batching import BatchSize, ShardBatches
 from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.featurizing.loop import featurize_rows
 from hf_trak.gradients import BatchFeatures
+from hf_trak.hashing import fingerprint_of
 from hf_trak.projectors import Projector
 from hf_trak.tasks import Task, TaskMaker, minus_loss, needs_bank
 
@@ -108,8 +109,8 @@ class Checkpoints:
         Raises:
             ValueError: If the model is a dual encoder, and there is no training set for its bank.
         """
-        shared = (number, dataset._fingerprint, "", "")
-        own = (number, dataset._fingerprint, train._fingerprint if train is not None else "", of)
+        shared = (number, fingerprint_of(dataset), "", "")
+        own = (number, fingerprint_of(dataset), fingerprint_of(train) if train is not None else "", of)
         if not {shared, own} & self._columns.keys():
             featurizer = self.featurizer(number)
             _check(featurizer, dataset)

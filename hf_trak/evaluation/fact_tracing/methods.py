@@ -44,7 +44,7 @@ from hf_trak.evaluation.fact_tracing.data import restored
 from hf_trak.evaluation.fact_tracing.fine_tuning import load_moments
 from hf_trak.evaluation.fact_tracing.task import IGNORED, EncodedRows, Encoder, fact_task
 from hf_trak.featurizing.featurizer import Featurizer
-from hf_trak.hashing import stream_key
+from hf_trak.hashing import fingerprint_of, stream_key
 from hf_trak.projectors import BlockCountSketch, Identity, Projector
 from hf_trak.sources.checkpoints import load_model
 
@@ -62,7 +62,7 @@ class BM25PlusSentences:
 
     def index(self, train: Dataset) -> BM25PlusIndex:
         """Return the index of the abstracts, which is made once for a dataset."""
-        key = train._fingerprint
+        key = fingerprint_of(train)
         if getattr(self, "_key", None) != key:
             self._key, self._index = key, BM25PlusIndex(restored(train))
         return self._index
