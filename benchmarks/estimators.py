@@ -173,6 +173,9 @@ def influences(train: np.ndarray, queries: np.ndarray, *, mixed: float = 0.0, da
         mixed (`float`): Share of the queries' mean outer product in that of the Gram matrix.
     """
     rows, asked = train.astype(np.float64), queries.astype(np.float64)
+    if not mixed and rows.shape[1] > len(rows):  # the same by a smaller system
+        kernel = rows @ rows.T / len(rows)
+        return np.linalg.solve(kernel + damping * np.trace(kernel) / len(rows) * np.eye(len(rows)), rows @ asked.T)
     gram = (1 - mixed) * rows.T @ rows / len(rows) + mixed * asked.T @ asked / len(asked)
     level = np.trace(gram) / min(len(rows), len(gram))
     return rows @ np.linalg.solve(gram + damping * level * np.eye(len(gram)), asked.T)
