@@ -37,7 +37,7 @@ WITHOUT_TABLES = (r"^(?!.*(word|position|token_type)_embeddings)",)
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--setting", choices=["sst2", "qnli", "cifar2"], required=True)
+    parser.add_argument("--setting", choices=["sst2", "qnli", "cifar2", "sst2lm"], required=True)
     parser.add_argument(
         "--model", help="the public model that was fine-tuned; of cifar2, the folder `pretrained` beside the job"
     )
@@ -62,7 +62,7 @@ def base_of(options: argparse.Namespace) -> Path:
         from paper_settings import Setting, prepare
 
         setting = Setting(**{key: value for key, value in values.items() if key in {field.name for field in fields(Setting)}})
-        if setting.text_columns:
+        if setting.text_columns and setting.num_labels:
             model = prepare(setting, data_folder=Path("../shared/data")).make_model()
             model.base_model.save_pretrained(folder)
         else:

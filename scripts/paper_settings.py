@@ -32,7 +32,9 @@ class Setting:
     """Data and model of one setting."""
 
     model: str = field(metadata={"help": "resnet9, resnet18, or a pretrained checkpoint (folder or repository) to fine-tune."})
-    num_labels: int = field(metadata={"help": "Number of classes."})
+    num_labels: int = field(
+        metadata={"help": "Number of classes; 0 for a causal language model, which is trained on the text."}
+    )
     train_file: str = field(default="", metadata={"help": "Parquet file of training rows, in the data folder."})
     query_file: str = field(default="", metadata={"help": "Parquet file of queries, in the data folder."})
     hub_dataset: str = field(default="", metadata={"help": "Dataset of the Hub, used where the data folder has no such file."})
@@ -223,6 +225,13 @@ def tokenize(rows: Dataset, tokenizer: Any, setting: Setting) -> Dataset:
     def encode(*texts: list[str]) -> dict[str, Any]:
         return dict(tokenizer(*texts, truncation=True, max_length=setting.max_length))
 
+    def encode_to_the_end(texts: list[str]) -> dict[str, Any]:
+        ids = tokenizer(texts, truncation=True, max_length=setting.max_length - 1)["input_ids"]
+        ids = [[*row, tokenizer.eos_token_id] for row in ids]
+        return {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids], "labels": ids}
+
+    if setting.num_labels == 0:
+        return rows.map(encode_to_the_end, batched=True, input_columns=columns)
     return rows.map(encode, batched=True, input_columns=columns).rename_column("label", "labels")
 
 
@@ -284,8 +293,10 @@ def build_model(setting: Setting) -> PreTrainedModel:
 
 
 def _pretrained(setting: Setting) -> PreTrainedModel:
-    from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForSequenceClassification
 
+    if setting.num_labels == 0:
+        return AutoModelForCausalLM.from_pretrained(setting.model)
     if not setting.text_columns:
         options = {"num_labels": setting.num_labels, "ignore_mismatched_sizes": True}  # the head is drawn anew
         return AutoModelForImageClassification.from_pretrained(setting.model, **options)

@@ -28,7 +28,7 @@ from hf_trak.cli.parsing import make_parser, parse
 from hf_trak.evaluation import Recipe, SubsetJob, collect, ground_truth_reliability, make_masks
 
 CONFIGS = Path(__file__).parent / "configs"
-SETTINGS = ("cifar2", "cifar10", "imagenet", "qnli", "sst2")
+SETTINGS = ("cifar2", "cifar10", "imagenet", "qnli", "sst2", "sst2lm")
 
 
 @dataclass

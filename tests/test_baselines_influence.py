@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from datasets_for_tests import image_rows, token_rows
-from models import bert, make_batch, make_model
+from models import bert, llama_lm, make_batch, make_model
 from reference import gradient_loop
 from torch.autograd.functional import hessian
 from torch.func import functional_call
@@ -193,3 +193,29 @@ def test_ekfac_serves_regressions():
     scores = EKFACInfluence(Checkpoints(regression, batch_size=3))(train, train)
     assert np.isfinite(scores).all()
     assert np.abs(scores).max() > 0
+
+
+@needs_kronfluence
+def test_ekfac_of_a_language_model_is_its_definition_on_one_layer():
+    """The last layer's inputs are the hidden states; gradients of a row are sums over its tokens."""
+    train, queries = token_rows(12, seed=1), token_rows(3, seed=2)
+    model = llama_lm().eval()
+    task = AutoTask.from_model(model)
+    checkpoints = Checkpoints(model, batch_size=5)
+    found = EKFACInfluence(checkpoints, modules=["lm_head"], strategy="identity", empirical_fisher=True, damping=0.0)(
+        train, queries
+    )
+    grads = []
+    for dataset, sign in ((train, 1), (queries, -1)):
+        batch = task.collate(dataset.remove_columns("label")[:], None)
+        rows = []
+        for row in range(len(dataset)):
+            one = {key: value[row : row + 1] for key, value in batch.items()}
+            if sign == 1:
+                value = -model(**one).loss * (one["labels"][:, 1:] != -100).sum()  # the sum of log p
+            else:
+                value = task.output_function(model, one)[0].sum()
+            rows.append(torch.autograd.grad(value, model.lm_head.weight)[0].flatten())
+        grads.append(torch.stack(rows))
+    expected = (grads[0] @ grads[1].T).numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())

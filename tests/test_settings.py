@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
-from models import bert
+from models import bert, llama_lm
 from paper_settings import Setting, center_crop, prepare, random_crop
 from PIL import Image as PILImage
 
-from hf_trak.evaluation import Recipe, ground_truth_from, make_masks
+from hf_trak.evaluation import Recipe, ground_truth_from, make_masks, training
 from hf_trak.evaluation.training import outputs_on, train
 from hf_trak.sources.checkpoints import load_model
 
@@ -229,14 +229,47 @@ def test_texts_out_of_length_are_left_out(tmp_path):
     assert prepared.make_model().config.num_hidden_layers == 1
 
 
+def test_a_causal_language_model_is_a_setting_too(script, tmp_path):
+    texts = [" ".join(["word"] * count) for count in range(3, 15)]
+    features = Features({"sentence": Value("string"), "label": ClassLabel(num_classes=2)})
+    rows = Dataset.from_dict({"sentence": texts, "label": [0, 1] * 6}, features=features)
+    rows.to_parquet(str(tmp_path / "rows.parquet"))
+    save_tokenizer(tmp_path / "model")
+    llama_lm().save_pretrained(tmp_path / "model")
+    setting = Setting(
+        model=str(tmp_path / "model"),
+        num_labels=0,
+        train_file="rows.parquet",
+        query_file="rows.parquet",
+        text_columns=["sentence"],
+        max_length=6,
+    )
+    prepared = prepare(setting, data_folder=tmp_path)
+    assert prepared.task.name == "causal-lm"
+    assert prepared.train_rows.tensors["input_ids"].shape == (12, 6), "cut before the end token, which stays"
+    assert prepared.train_rows.tensors["labels"][0].tolist() == [2, 2, 2, 0, -100, -100]
+    model = prepared.make_model()
+    batch = next(prepared.train_rows.batches([[0, 5]]))
+    expected = model(**batch).loss  # transformers' own
+    torch.testing.assert_close(training._loss(model, dict(batch), SHORT), expected)
+    before = outputs_on(model, prepared.query_rows, prepared.task)
+    train(model, prepared.train_rows, range(12), SHORT, seed=0)
+    assert outputs_on(model, prepared.query_rows, prepared.task).mean() > before.mean()
+
+
 def save_text_model(folder):
+    save_tokenizer(folder)
+    bert(num_labels=2).save_pretrained(folder)
+
+
+def save_tokenizer(folder):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     words = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "word": 2}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
-    bert(num_labels=2).save_pretrained(folder)
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "[PAD]"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
 
 
 # The script

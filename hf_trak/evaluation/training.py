@@ -211,6 +211,8 @@ def _loss(model: PreTrainedModel, batch: Batch, recipe: Recipe) -> Tensor:
         logits = model(**batch).logits.float()
     if labels.is_floating_point():
         return F.mse_loss(logits.squeeze(-1), labels)
+    if labels.ndim == 2:  # of a causal language model: each position predicts the next token
+        logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     return F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
 
 

@@ -268,10 +268,13 @@ class TokenOutput(Reduced):
             )
         if self.n_virtual_tokens:
             logits = logits[:, self.n_virtual_tokens :]
-        if self.shifted:  # labels move, not logits, which would be copied
-            labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], 1)
+        labels = self.targets(labels)
         scored = labels != IGNORED
         return reduce_tokens(token_margins(logits, labels.where(scored, 0)), scored, self.reduction, exact=self.exact)
+
+    def targets(self, labels: Int64[Tensor, "batch tokens"]) -> Int64[Tensor, "batch tokens"]:
+        """Return the label that each position's logits are about. Labels move, not logits, which would be copied."""
+        return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], 1) if self.shifted else labels
 
 
 @dataclass(frozen=True)

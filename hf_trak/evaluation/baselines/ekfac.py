@@ -21,20 +21,23 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
-from jaxtyping import Float64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 
 from hf_trak.evaluation.baselines.arnoldi import classification_loss, loss_of
 from hf_trak.evaluation.baselines.base import Checkpoints, check_scores
 from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.tasks import Task
+from hf_trak.tasks.token_outputs import IGNORED, TokenOutput
 
 
 @dataclass(frozen=True)
 class EKFACInfluence:
     """EK-FAC influence functions, averaged over checkpoints.
 
+    It serves classification, regression and language models (the loss of a row is the sum over its scored tokens).
     Only `nn.Linear` and `nn.Conv2d` layers take part, as kronfluence has it: embeddings, norms and GPT-2's `Conv1D` do not.
 
     Args:
@@ -128,7 +131,8 @@ def _translate(task: Task, modules: Sequence[str] | None) -> Any:
     """Return a kronfluence task whose measurement is −f, so that a positive score raises f."""
     from kronfluence.task import Task as KronfluenceTask
 
-    loss = loss_of(task)
+    tokens = task.output_function if isinstance(task.output_function, TokenOutput) else None
+    loss = loss_of(task) if tokens is None else None
 
     class Translated(KronfluenceTask):
         def compute_train_loss(self, batch: dict[str, Tensor], model: nn.Module, sample: bool = False) -> Tensor:
@@ -139,6 +143,9 @@ def _translate(task: Task, modules: Sequence[str] | None) -> Any:
                 return results[-1]
 
             output, out_to_loss = task.output_function(recording, batch)
+            if tokens is not None:
+                return token_loss(results[-1].logits, _targets(tokens, results[-1].logits, batch["labels"], sample))
+            assert loss is not None
             if sample:
                 labels = _draw_labels(loss is classification_loss, results[-1].logits)
                 output, out_to_loss = task.output_function(lambda **_: results[-1], {**batch, "labels": labels})
@@ -154,6 +161,20 @@ def _translate(task: Task, modules: Sequence[str] | None) -> Any:
             return batch.get("attention_mask")
 
     return Translated()
+
+
+def token_loss(logits: Float[Tensor, "batch tokens vocabulary"], targets: Int64[Tensor, "batch tokens"]) -> Tensor:
+    """Return Σ_t -log p_t over all tokens that are scored."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+def _targets(function: TokenOutput, logits: Tensor, labels: Tensor, sample: bool) -> Int64[Tensor, "batch tokens"]:
+    """Return the token that each position's logits are about, or tokens drawn from these logits."""
+    targets = function.targets(labels)
+    if not sample:
+        return targets
+    drawn = torch.multinomial(logits.detach().float().softmax(-1).flatten(0, 1), 1).view(targets.shape)
+    return drawn.where(targets != IGNORED, IGNORED)
 
 
 def _draw_labels(classes: bool, logits: Tensor) -> Tensor:
