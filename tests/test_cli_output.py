@@ -128,7 +128,7 @@ def test_a_machine_is_told_why_a_command_failed(folder, tmp_path, capsys):
     finally:
         shard.write_bytes(whole)
     assert (found["exit_status"], found["result"]["whole"]) == (1, False)
-    assert "are damaged or missing" in found["error"]
+    assert found["error"].endswith("are damaged or missing: member_0/train-00001-of-00003.parquet")
 
 
 def test_quiet_prints_errors_and_nothing_else(folder, tmp_path):

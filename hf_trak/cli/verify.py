@@ -55,8 +55,9 @@ def run(args: VerifyArguments) -> dict[str, Any]:
         if finding.problem:
             say(f"{finding.file}: {finding.state}: {finding.problem}\n    {finding.mend}")
     if damaged:
+        named = ", ".join([finding.file for finding in damaged[:3]] + ["..."] * (len(damaged) > 3))
         raise DamagedIndex(
-            f"{len(damaged)} of {len(findings)} files of {args.index} are damaged or missing: {damaged[0].file}, ...", result
+            f"{len(damaged)} of {len(findings)} files of {mask_secrets(args.index)} are damaged or missing: {named}", result
         )
     whole = [finding for finding in findings if finding.state == "whole"]
     say(f"{mask_secrets(args.index)}: {len(whole):,} files, {n_bytes:,} bytes: all are what was written.")
