@@ -29,9 +29,8 @@ from hf_trak.cli.main import COMMANDS, main
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 BLOCK = re.compile(r"(?:<!-- (example|not run): ([^>]*) -->\n)?```(python|bash)\n(.*?)```", re.DOTALL)
-RUN_ELSEWHERE = {"guides/custom_tasks.md"}  # tests/test_custom_task_examples.py
+RUN_ELSEWHERE = {"guides/custom_tasks.md", "guides/hub.md"}  # tests/test_custom_task_examples.py, tests/test_hub_load.py
 TOLD = {
-    "guides/hub.md",
     "guides/processes.md",
     "start/install.md",
     "concepts/halfway.md",
