@@ -30,11 +30,6 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 BLOCK = re.compile(r"(?:<!-- (example|not run): ([^>]*) -->\n)?```(python|bash)\n(.*?)```", re.DOTALL)
 RUN_ELSEWHERE = {"guides/custom_tasks.md", "guides/hub.md"}  # tests/test_custom_task_examples.py, tests/test_hub_load.py
-TOLD = {
-    "guides/processes.md",
-    "start/install.md",
-    "concepts/halfway.md",
-}  # they need the Hub, launchers, or large models
 WORDS = ["a", "fine", "story", ",", "well", "told", "dull", "film", "plot", "scene", "good", "bad"]
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
@@ -234,7 +229,7 @@ def test_notebooks_run_from_top_to_bottom(path, monkeypatch):
 
 @pytest.mark.parametrize("page", pages("start", "guides"))
 def test_every_block_is_run_or_says_why_not(page):
-    if page in TOLD | RUN_ELSEWHERE:
+    if page in RUN_ELSEWHERE:
         return
     unmarked = [code for kind, _, _, code in blocks(page) if kind is None and not re.fullmatch(r"(hf-trak demo.*\n)+", code)]
     assert not unmarked, f"{page}: mark it `<!-- example: NAME -->` or `<!-- not run: WHY -->`: {unmarked[0]}"
