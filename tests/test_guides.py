@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import re
@@ -240,6 +241,13 @@ def test_evidence_has_at_most_five_rows_of_a_table_in_view(page):
     text = re.sub(r"<details.*?</details>", "\n", (DOCS / page).read_text(encoding="utf-8"), flags=re.DOTALL)
     long = [table.splitlines()[0] for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE) if table.count("\n") > 2 + 5]
     assert not long, f"put these tables of {page} behind <details>: {long}"
+
+
+@pytest.mark.parametrize("module", ["hf_trak", "hf_trak.evaluation", "hf_trak.plots"])
+def test_the_reference_has_every_public_name(module):
+    page = (DOCS / "reference" / "api.md").read_text(encoding="utf-8")
+    names = set(importlib.import_module(module).__all__) - {"PLOTS"}  # which the page shows in use
+    assert names == {name for name in names if re.search(rf"^::: {module}\.{name}$", page, re.MULTILINE)}
 
 
 def anchors(path):
