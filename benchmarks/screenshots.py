@@ -31,7 +31,7 @@ VIEWS = {  # of the explorer: what is opened, in which scheme, and the heading o
 
 def one_section(page: str, number: int) -> str:
     """Return a report with its title and one of its sections."""
-    before, *sections = re.split(r"(?=<section>)", page)
+    before, *sections = re.split(r"(?=<section[ >])", page)
     return before + sections[number].split("</section>")[0] + "</section>\n</body>\n</html>\n"
 
 

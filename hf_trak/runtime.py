@@ -3,17 +3,54 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from tqdm.auto import tqdm
 
 T = TypeVar("T")
 _END = object()
+
+
+class Bar(tqdm):
+    """A progress bar that also shows how much memory this process has, on a GPU too if torch uses one."""
+
+    @property
+    def format_dict(self) -> Any:
+        return {**super().format_dict, "postfix": memory_in_use()}
+
+
+def peak_memory() -> int:
+    """Return the largest resident memory of this process so far in bytes; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else 1024 * used
+
+
+def memory_in_use() -> str:
+    """Return the memory of this process as text; on systems that tell only its peak, the peak."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            n_bytes = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        n_bytes = peak_memory()
+    found = f"{n_bytes / (1 << 30):.1f} GiB"
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        found += f", GPU {torch.cuda.memory_allocated() / (1 << 30):.1f} GiB"
+    return found
 
 
 @contextmanager

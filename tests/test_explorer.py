@@ -23,7 +23,9 @@ from explorer_for_tests import (
     save_text_index,
     text_rows,
 )
+from models import make_model
 from PIL import Image as Pictures
+from tokenizers_for_tests import word_tokenizer
 
 from hf_trak import AttributionIndex
 from hf_trak.cli.main import main
@@ -186,6 +188,21 @@ def test_a_language_model_answers_a_prompt(tmp_path):
     scores = index.score(Dataset.from_list(texts), progress=False)
     np.fill_diagonal(scores, 0)
     assert [hit.example.row for hit in best] == [int(scores.mean(1).argmax())]
+
+
+def test_a_sequence_to_sequence_model_answers_a_prompt(tmp_path):
+    make_model("t5").save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    rows = Dataset.from_list([{"inputs": f"a b {word}", "targets": f"d {word}"} for word in "abcdefgh"])
+    index = AttributionIndex.build(
+        tmp_path / "index", models=tmp_path / "model", dataset=rows, config=CONFIG, keep_columns=["inputs", "targets"], progress=False,
+    )  # fmt: skip
+    explorer = Explorer(index)
+    assert explorer.typed == "prompt"
+    assert found(explorer.ask_row("training", 2, top_k=3)) == expected(index.attribute(rows.select([2]), 3, progress=False))
+    answer = explorer.ask_prompt("a b c", answer="d e", heat=True, top_k=3)
+    assert found(answer) == expected(index.explain("a b c", answer="d e", top_k=3, progress=False).hits)
+    assert answer.attribution.query.text.split("→")[1].strip() == "d e"
 
 
 def test_a_picture_and_its_caption_are_asked_about_from_either_side(tmp_path):

@@ -1,5 +1,6 @@
 """The loop: batches, memory, threads, interruptions."""
 
+import re
 import signal
 import threading
 import time
@@ -75,6 +76,14 @@ class Failing(CountingFeaturizer):
     def encode(self, features):
         self._maybe("encode", features.output[0])
         return super().encode(features)
+
+
+def test_the_bar_of_a_long_job_shows_speed_time_left_and_memory(tmp_path, capsys):
+    featurize(
+        CountingFeaturizer(), values(23), MemberWriter(tmp_path / "m", identity={}, n_rows=23, shard_rows=10), progress=True
+    )
+    shown = capsys.readouterr().err
+    assert re.search(r"23/23 \[\d\d:\d\d<\d\d:\d\d, .*rows/s, \d+\.\d GiB\]", shown)
 
 
 def threads_of_the_loop():

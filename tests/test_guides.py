@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import re
@@ -29,13 +30,7 @@ from hf_trak.cli.main import COMMANDS, main
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 BLOCK = re.compile(r"(?:<!-- (example|not run): ([^>]*) -->\n)?```(python|bash)\n(.*?)```", re.DOTALL)
-RUN_ELSEWHERE = {"guides/custom_tasks.md"}  # tests/test_custom_task_examples.py
-TOLD = {
-    "guides/hub.md",
-    "guides/processes.md",
-    "start/install.md",
-    "concepts/halfway.md",
-}  # they need the Hub, launchers, or large models
+RUN_ELSEWHERE = {"guides/custom_tasks.md", "guides/hub.md"}  # tests/test_custom_task_examples.py, tests/test_hub_load.py
 WORDS = ["a", "fine", "story", ",", "well", "told", "dull", "film", "plot", "scene", "good", "bad"]
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
@@ -235,7 +230,7 @@ def test_notebooks_run_from_top_to_bottom(path, monkeypatch):
 
 @pytest.mark.parametrize("page", pages("start", "guides"))
 def test_every_block_is_run_or_says_why_not(page):
-    if page in TOLD | RUN_ELSEWHERE:
+    if page in RUN_ELSEWHERE:
         return
     unmarked = [code for kind, _, _, code in blocks(page) if kind is None and not re.fullmatch(r"(hf-trak demo.*\n)+", code)]
     assert not unmarked, f"{page}: mark it `<!-- example: NAME -->` or `<!-- not run: WHY -->`: {unmarked[0]}"
@@ -246,6 +241,13 @@ def test_evidence_has_at_most_five_rows_of_a_table_in_view(page):
     text = re.sub(r"<details.*?</details>", "\n", (DOCS / page).read_text(encoding="utf-8"), flags=re.DOTALL)
     long = [table.splitlines()[0] for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE) if table.count("\n") > 2 + 5]
     assert not long, f"put these tables of {page} behind <details>: {long}"
+
+
+@pytest.mark.parametrize("module", ["hf_trak", "hf_trak.evaluation", "hf_trak.plots"])
+def test_the_reference_has_every_public_name(module):
+    page = (DOCS / "reference" / "api.md").read_text(encoding="utf-8")
+    names = set(importlib.import_module(module).__all__) - {"PLOTS"}  # which the page shows in use
+    assert names == {name for name in names if re.search(rf"^::: {module}\.{name}$", page, re.MULTILINE)}
 
 
 def anchors(path):

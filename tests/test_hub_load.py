@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -458,6 +459,35 @@ def test_the_training_sets_commit_and_licence_are_carried_over(client, new_name,
         assert f"[{data}](https://huggingface.co/datasets/{data}) at commit `{source['revision']}`" in card
     finally:
         client(delete_dataset, data)
+
+
+def run_the_guide(names, folder, checkpoint):
+    """Run each block of Python of the guide to the Hub with names of repositories of the tests; return what the last one read."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo(names["them/qnli-trak"], repo_type="dataset")
+    api.create_repo(names["me/qnli-bert"])
+    for place in (".", "members/epoch-0002", "members/epoch-0003"):
+        api.upload_folder(repo_id=names["me/qnli-bert"], folder_path=checkpoint, path_in_repo=place)
+    guide = (Path(__file__).parents[1] / "docs" / "guides" / "hub.md").read_text(encoding="utf-8")
+    index = build(folder, [names["me/qnli-bert"]] * 2)
+    left = {"index": index, "queries": QUERIES}
+    for number, code in enumerate(re.findall(r"```python\n(.*?)```", guide, re.DOTALL)):
+        for name, mine in names.items():
+            code = code.replace(name, mine)
+        exec(compile(code, f"hub.md, block {number}", "exec"), left)
+        if number == 0:
+            api.create_tag(names["me/qnli-trak"], tag="v1", repo_type="dataset")
+    return [len(left["rows"]), left["scores"], scores_of(left["index"]), scores_of(index)]
+
+
+def test_the_guide_to_the_hub_runs_as_printed(client, new_name, checkpoint, tmp_path):
+    names = {name: new_name() for name in ("me/qnli-trak", "me/qnli-private", "them/qnli-trak", "me/qnli-bert")}
+    n_rows, scores, again, expected = client(run_the_guide, names, tmp_path / "index", checkpoint)
+    assert n_rows == 20
+    np.testing.assert_array_equal(scores, expected)
+    np.testing.assert_array_equal(again, expected)
 
 
 def delete_dataset(repo):

@@ -9,6 +9,7 @@ import torch
 
 from hf_trak.building.build import Order, describe_columns, lay_out_checkpoints
 from hf_trak.featurizing.loop import featurize_rows
+from hf_trak.runtime import peak_memory
 from hf_trak.tasks.contrastive import needs_bank
 
 _TRIED = 32
@@ -98,18 +99,6 @@ def estimate_build(order: Order) -> Estimate:
         gpu_bytes=on_gpu,
         n_tried=n_tried,
     )
-
-
-def peak_memory() -> int:
-    """Return the largest resident memory of this process so far in bytes; 0 where the system does not tell."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    import sys
-
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used if sys.platform == "darwin" else 1024 * used
 
 
 def spell_bytes(count: float) -> str:

@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int64
-from tqdm.auto import tqdm
 
 from hf_trak.evaluation.lds import bootstrap_draws, percentile_interval
 from hf_trak.hashing import hash_json
 from hf_trak.messages import list_differences
+from hf_trak.runtime import Bar
 from hf_trak.storage.files import write_json
 
 Retrain = Callable[[Bool[np.ndarray, " n_train"], int], Float[np.ndarray, " n_query"]]
@@ -141,7 +141,7 @@ def run_counterfactuals(
     folder.mkdir(parents=True, exist_ok=True)
     runs = plan.removals[number::n_shards]
     missing = [run for run in runs if _read(plan, run, folder, overwrite=overwrite) is None]
-    with tqdm(total=len(runs), initial=len(runs) - len(missing), unit="runs", desc="Retraining", disable=not progress) as bar:
+    with Bar(total=len(runs), initial=len(runs) - len(missing), unit="runs", desc="Retraining", disable=not progress) as bar:
         for run in missing:
             mask = np.ones(plan.n_train, dtype=bool)
             mask[run.removed] = False

@@ -25,11 +25,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from jaxtyping import Bool, Float
-from tqdm.auto import tqdm
 
 from hf_trak.evaluation.training import Recipe, Rows, outputs_on, save_checkpoint, train
 from hf_trak.hashing import hash_json, random_bits, stream_key
 from hf_trak.messages import list_differences
+from hf_trak.runtime import Bar
 from hf_trak.storage.columns import to_table
 from hf_trak.storage.files import read_json, write_atomically, write_json
 
@@ -190,7 +190,7 @@ class SubsetJob:
         """
         if len(train_rows) != self.masks.shape[1]:
             raise ValueError(f"The masks are for {self.masks.shape[1]} training rows, but there are {len(train_rows)}.")
-        for run in tqdm(self.missing(shard=shard, n_shards=n_shards), unit="run", disable=not progress):
+        for run in Bar(self.missing(shard=shard, n_shards=n_shards), unit="run", disable=not progress):
             if self.path(run).exists():  # by another process that shares the folder
                 continue
             begin, cpu_begin = time.perf_counter(), time.process_time()

@@ -35,6 +35,9 @@ _CSS = """
 .hf-trak img.small { image-rendering: pixelated; }
 .hf-trak .label, .hf-trak .decision { font-weight: 600; }
 .hf-trak .meta { font-size: .85rem; color: var(--body-text-color); } .hf-trak .meta a { text-decoration: underline; }
+.hf-trak .bar { display: block; height: 4px; border-radius: 2px; background: var(--border-color-primary); }
+.hf-trak .bar span { display: block; height: 100%; border-radius: 2px; background: #8c959f; }
+.hf-trak .pro .bar span { background: #1a7f37; } .hf-trak .con .bar span { background: #c62f2f; }
 .hf-trak .note { border: 1px solid currentColor; border-radius: 1em; padding: 0 .5em; font-size: .8rem; }
 .hf-trak h1 { font-size: 1.6rem; margin: .6rem 0 0; } .hf-trak h2 { font-size: 1.2rem; margin: .6rem 0 0; }
 .hf-trak a, .hf-trak a:visited { color: var(--body-text-color); margin: 0; padding: 0; }

@@ -73,8 +73,9 @@ class Influence:
             ("con", f"{words[1]}lowered the outputs of these rows most", self.worst),
             ("", "Useless: the smallest mean size of a score", self.useless),
         )
+        most = max((abs(hit.score) for hit in (*self.best, *self.worst)), default=0.0)
         parts = [
-            f'<h3 class="{kind}">{heading}</h3><div class="row">{"".join(card(hit, kind) for hit in hits)}</div>'
+            f'<h3 class="{kind}">{heading}</h3><div class="row">{"".join(card(hit, kind, most) for hit in hits)}</div>'
             for kind, heading, hits in groups
             if hits
         ]

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from hf_trak.featurizing.batching import BatchSize, Budget, ShardBatches, collate_rows
 from hf_trak.gradients import BatchFeatures
-from hf_trak.runtime import Terminated, ahead, one_thread
+from hf_trak.runtime import Bar, Terminated, ahead, one_thread
 from hf_trak.storage.passes import PassWriter
 from hf_trak.storage.writer import MemberWriter
 
@@ -153,7 +152,7 @@ def featurize(
     missing = [shard for shard in writer.missing() if shard in wanted]
     ranges = [writer.rows(shard) for shard in missing]
     total = sum(len(writer.rows(shard)) for shard in wanted)
-    with tqdm(total=total, initial=total - sum(map(len, ranges)), unit="rows", desc=description, disable=not progress) as bar:
+    with Bar(total=total, initial=total - sum(map(len, ranges)), unit="rows", desc=description, disable=not progress) as bar:
         results = featurize_ranges(featurizer, dataset, ranges, batch_size=batch_size, on_batch=bar.update)
         try:
             with closing(results):

@@ -25,13 +25,13 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hf_trak.featurizing.batching import Budget, check_finite, fetch, not_finite
 from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.featurizing.loop import featurize_rows
 from hf_trak.gradients import BatchFeatures
 from hf_trak.projectors import Identity, Projector, make_projector
+from hf_trak.runtime import Bar
 from hf_trak.scoring.selection import group_means
 from hf_trak.storage.files import read_json
 from hf_trak.tasks import minus_loss
@@ -245,7 +245,7 @@ def less_scores(
         sign = -1.0 if checkpoint.optimizer is not None else 1.0  # the target's are of minus the loss, Adam's steps of the loss
         groups = group_means(of_target, codes, n_groups) * sign * weight
         row = 0
-        with tqdm(total=n_rows, unit="rows", desc=f"Training rows {number + 1}/{len(weights)}", disable=not progress) as bar:
+        with Bar(total=n_rows, unit="rows", desc=f"Training rows {number + 1}/{len(weights)}", disable=not progress) as bar:
             for part in parts():
                 found = unit_rows(_gradients(featurizer, steps, part, batch_size, False, ""))
                 scores[row : row + len(found)] += (found.double() @ groups.T).numpy()
@@ -259,7 +259,7 @@ def _gradients(
 ) -> Float32[Tensor, "n proj_dim"]:
     rows = as_stored(rows)
     featurizer.check(rows)
-    with tqdm(total=len(rows), unit="rows", desc=description, disable=not progress) as bar:
+    with Bar(total=len(rows), unit="rows", desc=description, disable=not progress) as bar:
         source = _LossGradients(featurizer, projector)
         return featurize_rows(source, rows, range(len(rows)), batch_size=batch_size, on_batch=bar.update).features.float()
 

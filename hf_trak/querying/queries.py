@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float32
-from tqdm.auto import tqdm
 
 from hf_trak.config import TrakConfig
 from hf_trak.featurizing.batching import check_finite
@@ -28,6 +27,7 @@ from hf_trak.gradients import BatchFeatures
 from hf_trak.members import Pass
 from hf_trak.messages import list_differences
 from hf_trak.querying.questions import Question, Side
+from hf_trak.runtime import Bar
 from hf_trak.sources.processors import tokenizer_of
 from hf_trak.sources.row_digests import describe_columns, in_order, label_names, names_read
 from hf_trak.sources.transforms import hash_callable
@@ -235,7 +235,7 @@ class QuerySide:
             if target == "prediction":
                 featurizer.use_task(task)
                 featurizer.check(stored)
-                with tqdm(total=len(queries), unit="rows", desc="Predictions", disable=not progress) as bar:
+                with Bar(total=len(queries), unit="rows", desc="Predictions", disable=not progress) as bar:
                     found = featurize_rows(
                         _Outputs(featurizer, featurizer.predictions), stored, range(len(queries)), batch_size=batch_size,
                         on_batch=bar.update,
@@ -354,7 +354,7 @@ class QuerySide:
             chunks = self._cut(featurizer, side)
             queries = as_stored(side.queries) if chunks is None else chunks.rows
             featurizer.check(queries)
-            with tqdm(total=len(queries), unit="rows", desc="Outputs", disable=not progress) as bar:
+            with Bar(total=len(queries), unit="rows", desc="Outputs", disable=not progress) as bar:
                 found = featurize_rows(
                     _Outputs(featurizer, featurizer.outputs), queries, range(len(queries)), batch_size=batch_size,
                     on_batch=bar.update,
@@ -466,7 +466,7 @@ def featurize_queries(
         raise ValueError("There are no queries: the dataset is empty.")
     queries = as_stored(queries)
     featurizer.check(queries)
-    with tqdm(total=len(queries), unit="rows", desc=description, disable=not progress) as bar:
+    with Bar(total=len(queries), unit="rows", desc=description, disable=not progress) as bar:
         found = featurize_rows(featurizer, queries, range(len(queries)), batch_size=batch_size, on_batch=bar.update)
     return encode_pass(found.features, found.output, found.out_to_loss, seeds=featurizer.seeds, dtype="float32")
 

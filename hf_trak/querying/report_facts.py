@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 _DOUBTS = ("one_minus_p", "mean_one_minus_p")
 _HEADINGS = {
-    "doubt": "1 - p: what the model finds hardest, the same rows for every query",
-    "similarity": "Similarity: gradients that point the way of the query's, without the Gram matrix",
+    "doubt": "1 - p: rows whose labels the model doubts most, the same rows for every query",
+    "similarity": "Similarity: rows whose gradients have the direction of the query's gradient",
     "random": "Random rows, the same for every query",
 }
 

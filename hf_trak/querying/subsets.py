@@ -76,7 +76,8 @@ def write_subset(found: Dataset, folder: Path, *, progress: bool = True) -> None
         OSError: With advice, if it cannot be written.
     """
     from datasets.table import embed_table_storage
-    from tqdm.auto import tqdm
+
+    from hf_trak.runtime import Bar
 
     temporary = temporary_name(folder)
     write_folder(folder.parent)
@@ -85,7 +86,7 @@ def write_subset(found: Dataset, folder: Path, *, progress: bool = True) -> None
         with naming(folder):
             (temporary / _DATA).mkdir(parents=True)
             n_files = max(1, math.ceil(found.data.nbytes / _FILE_BYTES))
-            for number in tqdm(range(n_files), unit="files", desc="Writing", disable=not progress or n_files == 1):
+            for number in Bar(range(n_files), unit="files", desc="Writing", disable=not progress or n_files == 1):
                 part = found.shard(n_files, number, contiguous=True).with_format("arrow")
                 part = part.map(embed_table_storage, batched=True, batch_size=100, keep_in_memory=True, desc="Reading files")
                 _write_parquet(part, temporary / _DATA / f"train-{number:05d}-of-{n_files:05d}.parquet")

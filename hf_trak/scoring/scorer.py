@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hf_trak.distributed import gather, rank_and_size, share_of, wait_for_all
 from hf_trak.hashing import hash_json
+from hf_trak.runtime import Bar
 from hf_trak.scoring.damping import hash_members
 from hf_trak.scoring.documents import DocumentTopK
 from hf_trak.scoring.ensemble import ScoreOptions, SolvedQueries, stream_scores
@@ -270,7 +270,7 @@ class Scorer:
         )
         n_rows = min(self.n_rows, shards.stop * self.members[0].identity["shard_rows"])
         n_rows -= min(self.n_rows, shards.start * self.members[0].identity["shard_rows"])
-        with tqdm(total=n_rows, unit="rows", desc="Scoring", disable=not self.progress) as bar:
+        with Bar(total=n_rows, unit="rows", desc="Scoring", disable=not self.progress) as bar:
             for block in scores:
                 yield block.amax(1, keepdim=True) if self.nearest else block
                 bar.update(len(block))

@@ -19,10 +19,10 @@ import pyarrow as pa
 import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hf_trak.hashing import hash_json
 from hf_trak.messages import list_differences
+from hf_trak.runtime import Bar
 from hf_trak.scoring.ensemble import ScoreOptions, SolvedQueries
 from hf_trak.scoring.score import MemberBlock, member_weights
 from hf_trak.scoring.top_k import TopK
@@ -165,7 +165,7 @@ def write_vectors(members: Sequence[MemberReader], path: Path, power: float, com
     from datasets.arrow_writer import ArrowWriter
 
     with ArrowWriter(path=str(path)) as writer:
-        for block in tqdm(weighted_blocks(members, power, combination), unit="blocks", desc="Vectors", disable=not progress):
+        for block in Bar(weighted_blocks(members, power, combination), unit="blocks", desc="Vectors", disable=not progress):
             flat = pa.array(block.numpy().reshape(-1))
             writer.write_table(pa.table({_COLUMN: pa.FixedSizeListArray.from_arrays(flat, block.shape[1])}))
         writer.finalize()

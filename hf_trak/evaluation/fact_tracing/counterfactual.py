@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int64
-from tqdm.auto import tqdm
 
 from hf_trak.evaluation.counterfactual import bootstrap_interval
 from hf_trak.hashing import hash_json
 from hf_trak.messages import list_differences
+from hf_trak.runtime import Bar
 from hf_trak.storage.files import write_json
 
 NOTHING, RANDOM, GROUND_TRUTH = "nothing removed", "random", "ground truth"
@@ -153,7 +153,7 @@ def run_forgetting(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     missing = [run for run in plan.removals[number::n_shards] if _read(plan, run, folder) is None]
-    for run in tqdm(missing, unit="run", desc="Retraining", disable=not progress):
+    for run in Bar(missing, unit="run", desc="Retraining", disable=not progress):
         mask = np.ones(plan.n_train, dtype=bool)
         mask[run.removed] = False
         right, output = retrain(mask, run.seed)

@@ -15,11 +15,11 @@ from datasets import Dataset
 from jaxtyping import Bool
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hf_trak.evaluation.fact_tracing.data import answer_of
 from hf_trak.evaluation.fact_tracing.task import EncodedRows, Encoder, token_loss
 from hf_trak.evaluation.training import save_checkpoint
+from hf_trak.runtime import Bar
 from hf_trak.storage.files import write_atomically
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def fine_tune(
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         model.train()
-        order = tqdm(row_order(rows, subset, recipe, seed=seed), unit="step", desc=description, disable=description is None)
+        order = Bar(row_order(rows, subset, recipe, seed=seed), unit="step", desc=description, disable=description is None)
         for step, batch in enumerate(rows.batches(order, device)):
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate_at(step)
