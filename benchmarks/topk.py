@@ -72,11 +72,18 @@ def write_features(options: argparse.Namespace) -> None:
         "config": config.identity(),
     }
     writer = MemberWriter(options.folder / "member_0", identity=identity, n_rows=options.rows, shard_rows=options.shard_rows)
-    mixing = torch.logspace(0, -1.5, options.proj_dim)
-    gram = torch.zeros(options.proj_dim, options.proj_dim, dtype=torch.float64)
+    write_shards(
+        writer, options.proj_dim, {"checkpoint": {"path": None, "repo": None, "revision": None}, "checkpoint_number": 0}
+    )
+
+
+def write_shards(writer: MemberWriter, proj_dim: int, description: dict[str, Any]) -> None:
+    """Fill a member with synthetic rows, and finish it."""
+    mixing = torch.logspace(0, -1.5, proj_dim)
+    gram = torch.zeros(proj_dim, proj_dim, dtype=torch.float64)
     for shard in range(writer.n_shards):
         generator = torch.Generator().manual_seed(shard)
-        features = torch.randn(len(writer.rows(shard)), options.proj_dim, generator=generator).mul_(mixing)
+        features = torch.randn(len(writer.rows(shard)), proj_dim, generator=generator).mul_(mixing)
         features.mul_(torch.randn(len(features), 1, generator=generator).exp_())
         out_to_loss = torch.rand(len(features), generator=generator)
         writer.write(shard, encode_columns(features, out_to_loss, out_to_loss, dtype="float16"))
@@ -86,7 +93,7 @@ def write_features(options: argparse.Namespace) -> None:
             for block in features.split(4096):
                 accumulate_gram(gram, block)
     gram *= writer.n_shards / min(GRAM_SHARDS, writer.n_shards)
-    writer.finish(gram, {"checkpoint": {"path": None, "repo": None, "revision": None}, "checkpoint_number": 0})
+    writer.finish(gram, description)
 
 
 def queries_of(options: argparse.Namespace) -> np.ndarray:

@@ -36,6 +36,7 @@ from hf_trak.runtime import terminable
 from hf_trak.scoring.damping import DAMPING_NAME, DampingChoice
 from hf_trak.scoring.ensemble import solve_all
 from hf_trak.scoring.memory import parse_memory
+from hf_trak.sources.streams import read_stream
 from hf_trak.storage.files import remove_file
 from hf_trak.storage.format import differences_from, member_folders, member_numbers
 from hf_trak.storage.object_store import ObjectPath, place
@@ -407,7 +408,12 @@ class AttributionIndex(ExplainingMethods, SelectMethods, HubMixin):
         return self._queries.featurizer(replace(plan, members=(member,), seeds=(self.members[member].identity["seed"],)))
 
     def featurize_queries(
-        self, queries: Dataset, member: int = 0, *, batch_size: int | str = "auto", progress: bool = True
+        self,
+        queries: Dataset | IterableDataset,
+        member: int = 0,
+        *,
+        batch_size: int | str = "auto",
+        progress: bool = True,
     ) -> dict[str, np.ndarray]:
         """Return the trak_* columns of queries under one member, in float32.
 
@@ -416,7 +422,7 @@ class AttributionIndex(ExplainingMethods, SelectMethods, HubMixin):
         (8, 64)
         ```
         """
-        ((_, rows, _),) = self._queries.asked(queries, Question())
+        ((_, rows, _),) = self._queries.asked(read_stream(queries), Question())
         (side,) = self._queries.sides([(1.0, rows, "label")], batch_size, progress)
         featurizer = self.featurizer(member)
         featurizer.use_task(side.task(featurizer.task))

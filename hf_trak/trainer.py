@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
+from hf_trak.building.checks import as_chunks
 from hf_trak.sources.checkpoints import load_model
 from hf_trak.sources.processors import load_processing_class
 from hf_trak.tasks import AutoTask, PairCollator, TaskCollator, is_dual_encoder, is_language_model
+from hf_trak.tasks.chunks import is_chunked, with_text_column
 from hf_trak.trainer_mixin import AttributionMixin, as_attribution_arguments
 from hf_trak.training.checks import is_transformed
 from hf_trak.training.snapshots import is_plain
@@ -45,6 +47,10 @@ class AttributionTrainer(AttributionMixin, Trainer):
     dual encoder such as CLIP with its own contrastive loss, conversations, prompts with completions or texts by a language model with the
     loss of the tokens that are attributed. The `processing_class` reads them. Rows that are tokenized or hold pixels already are collated
     as `Trainer` does. See [`AttributionMixin`] for what is checked and kept.
+
+    With `chunk_overlap`, the texts of a language model's training set are cut into chunks of `max_length` tokens, and `train_dataset` becomes
+    those: they are what is trained on and attributed to. Evaluation sets with the same column of texts are cut to be evaluated; as queries,
+    `attribute()` takes their documents.
 
     Args:
         model (`PreTrainedModel`, `nn.Module` or `str`, *optional*): The model, or the folder or repository of one: it is loaded by the class
@@ -82,6 +88,14 @@ class AttributionTrainer(AttributionMixin, Trainer):
             name = str(model)
             processing_class = load_processing_class(name) if processing_class is None else processing_class
             model = load_model(name)
+        documents = eval_dataset
+        if args.chunk_overlap is not None and _has_documents(train_dataset):
+            if model is None or is_plain(model) or data_collator is not None or task is not None:
+                raise ValueError(
+                    "`chunk_overlap` cuts the texts of a transformers `model`, and collates the chunks so that no token is trained on twice: leave out "
+                    "`model_init`, `data_collator` and `task`."
+                )
+            args, train_dataset, eval_dataset = _in_chunks(model, args, train_dataset, eval_dataset, processing_class)
         if data_collator is None and model is not None and not is_plain(model):
             data_collator = _collator_of_rows(model, args, train_dataset, processing_class, task)
             if data_collator is not None:
@@ -103,6 +117,7 @@ class AttributionTrainer(AttributionMixin, Trainer):
             task=task,
             attribution_dataset=attribution_dataset,
         )
+        self._evaluation_documents = documents
 
 
 def attribution(trainer: type[Trainer]) -> type[Trainer]:
@@ -133,6 +148,36 @@ def _collator_of_rows(model: Any, args: Any, train: Any, processing_class: Any, 
     except ValueError:  # no task serves this model, or it finds no columns: `train` says so, with the way out
         return None
     return TaskCollator(found, processing_class)
+
+
+def _has_documents(train: Any) -> bool:
+    """Return whether a training set is of rows that may be cut; a stream, or what is no dataset, is refused elsewhere."""
+    from datasets import Dataset
+
+    return isinstance(train, Dataset) and len(train) > 0 and not is_chunked(train.column_names)
+
+
+def _in_chunks(model: Any, args: Any, train: Dataset, evaluation: Any, processing_class: Any) -> tuple[Any, Dataset, Any]:
+    """Return arguments that name the column of texts, and the training and evaluation sets as chunks of their texts.
+
+    Raises:
+        ValueError: If there are no texts to be cut, or a document cannot serve.
+    """
+    config = with_text_column(args.trak_config(), train)
+    inputs = AutoTask.from_model(model, config).inputs
+    (column,) = config.text_columns or ()
+    args = copy.copy(args)
+    args.text_columns = [column]
+
+    def cut(rows: Any, keep_columns: tuple[str, ...] = ()) -> Any:
+        if isinstance(rows, Mapping):
+            return {name: cut(some) for name, some in rows.items()}
+        if not _has_documents(rows) or column not in rows.column_names:
+            return rows
+        return as_chunks(config, inputs, processing_class, rows, keep_columns, progress=not args.disable_tqdm)[0]
+
+    with args.main_process_first(desc="cutting documents"):  # the others read what the first one wrote
+        return args, cut(train, args.kept_columns()), cut(evaluation)
 
 
 def _with_all_columns(args: Any) -> Any:

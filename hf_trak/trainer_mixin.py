@@ -28,9 +28,11 @@ from hf_trak.members import ADAPTER, AUTO, INITIAL, Ensemble
 from hf_trak.sources.path_bases import find_base, load_base
 from hf_trak.sources.path_points import check_scalable
 from hf_trak.sources.row_digests import check_kept
+from hf_trak.sources.streams import is_stream, read_stream
 from hf_trak.storage.files import TEMPORARY, write_folder
 from hf_trak.storage.snapshots import is_snapshot
 from hf_trak.tasks import AutoTask, is_language_model
+from hf_trak.tasks.chunks import is_chunked
 from hf_trak.tasks.preferences import PREFERENCE_TOKENS
 from hf_trak.tasks.rewards import REWARD_TOKENS
 from hf_trak.tasks.rows import column_names, features_of
@@ -41,6 +43,7 @@ from hf_trak.training.checks import (
     check_evaluation_set,
     check_labels,
     check_same_rows,
+    check_stream,
     check_training_set,
     choose_queries,
     columns_of_forward,
@@ -48,6 +51,7 @@ from hf_trak.training.checks import (
     has_scored_token,
     is_transformed,
     list_unknown_losses,
+    rows_of_a_run,
     sum_of_logits,
     warning_of_losses,
 )
@@ -67,7 +71,7 @@ from hf_trak.training.snapshots import (
 from hf_trak.training_args import AttributionArguments, AttributionFields
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
     from transformers import Trainer as _Base
 
     from hf_trak.tasks import Task
@@ -132,16 +136,23 @@ class AttributionMixin(_Base):
         **kwargs: Any,
     ) -> None:
         args = as_attribution_arguments(args)
+        train = kwargs.get("train_dataset")
         if attribution_dataset is not None:
             check_training_set(attribution_dataset, "attribution_dataset")
-            check_same_rows(attribution_dataset, kwargs.get("train_dataset"))
-        elif kwargs.get("train_dataset") is not None:
-            check_training_set(kwargs["train_dataset"])
+            check_same_rows(attribution_dataset, train)
+        elif is_stream(train):
+            check_stream(args)
+        elif train is not None:
+            check_training_set(train)
+        if args.n_rows is not None and (attribution_dataset is not None or not is_stream(train)):
+            raise ValueError("`n_rows` says how many rows of a streaming `train_dataset` are attributed to: leave it out.")
         check_evaluation_set(kwargs.get("eval_dataset"))
         write_folder(Path(args.output_dir))
         super().__init__(model=model, args=args, **kwargs)
         self.task = task
         self.attribution_dataset = attribution_dataset
+        self._read_from: tuple[Any, Any] = (None, None)
+        self._evaluation_documents: Any = None
         self.index: AttributionIndex | None = None
         self.members = args.ensemble().members
         self._check_base()
@@ -200,8 +211,40 @@ class AttributionMixin(_Base):
 
     @property
     def _attributed(self) -> Any:
-        """The rows to attribute to."""
-        return self.train_dataset if self.attribution_dataset is None else self.attribution_dataset
+        """The rows to attribute to; of a stream, those that are read of it."""
+        if self.attribution_dataset is not None or not is_stream(self.train_dataset):
+            return self.train_dataset if self.attribution_dataset is None else self.attribution_dataset
+        if self._read_from[0] is not self.train_dataset:
+            self._read_from = self.train_dataset, self._read_rows_of_stream()
+        return self._read_from[1]
+
+    def _read_rows_of_stream(self) -> Dataset:
+        """Return the rows of a streaming training set that training reads, or the first `n_rows` of them.
+
+        Raises:
+            ValueError: If `n_rows` is more than training reads or the stream has, or several processes or workers share the rows out.
+        """
+        n_read = rows_of_a_run(self.args)
+        if self.args.world_size > 1:
+            raise ValueError(
+                f"A streaming `train_dataset` is shared out among {self.args.world_size} processes while it is read, so that its rows have no numbers. Train "
+                "with one process, or keep the rows: `Dataset.from_generator(lambda: (yield from stream))`."
+            )
+        if n_read is None or self.args.n_rows is None:
+            n_rows = self.args.n_rows or n_read
+            return read_stream(self.train_dataset if n_rows is None else self.train_dataset.take(n_rows))
+        if self.args.n_rows > n_read:
+            raise ValueError(
+                f"n_rows={self.args.n_rows}, but training reads {n_read} rows of the stream (max_steps × rows of a step). Leave `n_rows` out to "
+                "attribute to those."
+            )
+        if self.args.n_rows < n_read:
+            logger.warning(
+                "Training reads up to %d rows of the stream, of which the first %d are attributed to (n_rows).",
+                n_read,
+                self.args.n_rows,
+            )
+        return read_stream(self.train_dataset, self.args.n_rows)
 
     @property
     def _shifts_labels(self) -> bool:
@@ -289,10 +332,10 @@ class AttributionMixin(_Base):
             OSError: If snapshots cannot be written.
         """
         check_training_set(self._attributed)
-        if self.args.chunk_overlap is not None:
+        if self.args.chunk_overlap is not None and not is_chunked(column_names(self._attributed)):
             raise ValueError(
-                "`chunk_overlap` cuts texts where an index is built, but training reads each row cut off at `max_length`. Leave it out, or train on "
-                "rows that are cut already, and build the index with `AttributionIndex.build`."
+                f"`chunk_overlap` cuts the texts of an AttributionTrainer, but {type(self).__name__} makes the rows that it trains on itself, cut off at "
+                "`max_length`. Leave it out, or give `train_dataset` as chunks: docs/guides/documents.md."
             )
         check_same_rows(self._attributed, self.train_dataset)
         check_can_save(self.args, self.model, self.processing_class)
@@ -305,8 +348,8 @@ class AttributionMixin(_Base):
         with random_state_kept():  # a transform may draw
             task = task.reading(self._attributed)
             if self.attribution_dataset is None:
-                check_columns(self, task)
-                check_labels(self, task)
+                check_columns(self, task, self._attributed)
+                check_labels(self, task, self._attributed)
             features: Any = features_of(self._attributed)
             task.inputs.check(features, self.processing_class)
         if self.is_world_process_zero():
@@ -343,9 +386,14 @@ class AttributionMixin(_Base):
 
     def _tell_of_queries(self, task: Task) -> None:
         """Say why the evaluation set cannot be the queries, if it cannot; others may be given."""
-        line = describe_unfit_evaluation_set(self.eval_dataset)
+        line = describe_unfit_evaluation_set(self._query_sets)
         if line is not None:
             logger.warning(line)
+
+    @property
+    def _query_sets(self) -> Any:
+        """The evaluation sets as queries: documents where evaluation has their chunks."""
+        return self.eval_dataset if self._evaluation_documents is None else self._evaluation_documents
 
     def _remove_unused_columns(self, dataset: Dataset, description: str | None = None) -> Dataset:
         """Drop columns as `Trainer` does; of rows that a transform makes, after it has read them."""
@@ -386,26 +434,32 @@ class AttributionMixin(_Base):
     def _member(self, snapshot: Path) -> Path | nn.Module:
         return snapshot if loads_by_name(self.model) else load_copy(snapshot, self.model)
 
-    def featurize(self, dataset: Dataset | None = None, *, overwrite: bool = False) -> AttributionIndex:
+    def featurize(
+        self, dataset: Dataset | IterableDataset | None = None, *, n_rows: int | None = None, overwrite: bool = False
+    ) -> AttributionIndex:
         """Featurize the training set under every member and return the index, which lies in `<output_dir>/index`.
 
         Stopped at any moment, calling it again goes on where it stopped. Under a launcher, all processes call it and share the work.
 
         Args:
-            dataset (`Dataset`, *optional*): By default, `attribution_dataset` or the training set.
+            dataset (`Dataset` or `IterableDataset`, *optional*): By default, `attribution_dataset` or the training set; of a stream, the rows
+                that training read.
+            n_rows (`int`, *optional*): Of a stream that is given, how many rows to read; by default, all until it ends.
             overwrite (`bool`): Replace an index of other features.
         """
         given = dataset
         dataset = self._attributed if dataset is None else dataset
         if dataset is None:
             raise ValueError("There is no training set to featurize; give one to the trainer, or as `dataset`.")
-        check_training_set(dataset, "dataset")
+        if not is_stream(dataset):
+            check_training_set(dataset, "dataset")
         self.accelerator.wait_for_everyone()  # the first process has written the snapshots
         with_masks = self.members.kind == "subsets" and (given is None or given is self._attributed)
         self.index = AttributionIndex.build(
             Path(self.args.output_dir) / INDEX_FOLDER,
             models=self._ensemble(load_masks(self._members_folder)[: self.members.count] if with_masks else None),
             dataset=dataset,
+            n_rows=n_rows,
             config=self._trak_config(),
             processing_class=self.processing_class,
             task=self.task,
@@ -439,10 +493,10 @@ class AttributionMixin(_Base):
         """Return each query's strongest proponents and opponents among the training set; see [`AttributionIndex.attribute`].
 
         Args:
-            queries (`Dataset` or `str`, *optional*): By default, the evaluation set; the name of one if there are several.
+            queries (`Dataset`, `IterableDataset` or `str`, *optional*): By default, the evaluation set; the name of one if there are several.
             options: Of [`AttributionIndex.attribute`].
         """
-        queries = choose_queries(queries, self.eval_dataset)
+        queries = choose_queries(queries, self._query_sets)
         index = self.index or self.featurize()
         defaults = {"batch_size": self.args.rows_at_a_time(), "progress": not self.args.disable_tqdm}
         return index.attribute(queries, top_k, **{**defaults, **options})

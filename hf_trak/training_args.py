@@ -34,6 +34,13 @@ class AttributionFields(FeatureArguments):
         },
     )
 
+    n_rows: int | None = field(
+        default=None,
+        metadata={
+            "help": "Of a streaming training set, attribute to its first rows, this many. By default, to all rows that training reads."
+        },
+    )
+
     def check_attribution(self) -> None:
         """Check the values, and bring them into one form.
 

@@ -137,10 +137,23 @@ REFUSED = {
         lambda folder: make_trainer(folder, given={"train_dataset": torch.utils.data.Subset(TRAIN, [0])}),
         "is a Subset.*Dataset.from_list",
     ),
-    "streaming": (
-        lambda folder: make_trainer(folder, max_steps=2, given={"train_dataset": TRAIN.to_iterable_dataset()}),
-        "is an IterableDataset, which is streaming. Load it without `streaming=True`",
+    "runs on a stream": (
+        lambda folder: make_trainer(
+            folder, max_steps=2, members="runs:2", given={"train_dataset": TRAIN.to_iterable_dataset()}
+        ),
+        "members='runs:2' trains again on rows that have numbers",
     ),
+    "workers of a stream": (
+        lambda folder: make_trainer(
+            folder, max_steps=2, dataloader_num_workers=2, given={"train_dataset": TRAIN.to_iterable_dataset()}
+        ),
+        "dataloader_num_workers=2 reads the parts of a streaming `train_dataset` in turn",
+    ),
+    "more of a stream than training": (
+        lambda folder: make_trainer(folder, max_steps=1, n_rows=10_000, given={"train_dataset": TRAIN.to_iterable_dataset()}),
+        "n_rows=10000, but training reads",
+    ),
+    "rows of no stream": (lambda folder: make_trainer(folder, n_rows=4), "`n_rows` says how many rows of a streaming"),
     "none": (lambda folder: make_trainer(folder, given={"train_dataset": None}), "is None. Give the rows"),
     "empty": (lambda folder: make_trainer(folder, given={"train_dataset": TRAIN.select([])}), "The training set is empty"),
     "queries": (

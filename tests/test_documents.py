@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from models import make_model
 from tokenizers_for_tests import byte_tokenizer, word_tokenizer
 from transformers import AutoModelForCausalLM
 
-from hf_trak import AttributionIndex, TrakConfig
+from hf_trak import AttributionArguments, AttributionIndex, AttributionTrainer, TrakConfig
 from hf_trak.cli.main import main
 from hf_trak.tasks.chunks import Chunker
 
@@ -205,3 +206,68 @@ def test_questions_that_chunks_do_not_answer_are_refused(index):
         index.score(Dataset.from_dict({"text": ["a b", ""]}))
     with pytest.raises(ValueError, match="`chunk_overlap` must be smaller than `max_length`"):
         TrakConfig(chunk_overlap=6, max_length=6)
+
+
+def train_on_chunks(folder, train, **given):
+    args = AttributionArguments(
+        folder / "run", num_train_epochs=1, learning_rate=1e-2, per_device_train_batch_size=4, proj_dim=64, max_length=6, chunk_overlap=2,
+        skip_unscored=True, keep_columns=["url"], report_to="none", use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = AttributionTrainer(
+        AutoModelForCausalLM.from_pretrained(folder / "model"),
+        args,
+        train_dataset=train,
+        processing_class=word_tokenizer(),
+        **given,
+    )
+    trainer.train()
+    return trainer
+
+
+def test_a_trainer_trains_on_the_chunks_that_it_attributes_to(folder, tmp_path):
+    """An index that is built of its model has the same rows, and its loss is that of each token once."""
+    shutil.copytree(folder / "model", tmp_path / "model")
+    trainer = train_on_chunks(tmp_path, DOCUMENTS, eval_dataset=DOCUMENTS.select([0, 3]))
+    assert len(trainer.train_dataset) == sum(map(len, LENGTHS))
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(5)])
+    assert int((batch["labels"] != -100).sum()) == sum(LENGTHS[0])
+    index = trainer.featurize()
+    config = TrakConfig(proj_dim=64, max_length=6, chunk_overlap=2, skip_unscored=True)
+    built = AttributionIndex.build(
+        tmp_path / "built",
+        models=trainer.member_checkpoints(),
+        dataset=DOCUMENTS,
+        config=config,
+        keep_columns=["url"],
+        progress=False,
+    )
+    assert index.members[0].info["files"] == built.members[0].info["files"]
+    assert trainer.evaluate()["eval_loss"] > 0
+    hits = trainer.attribute(top_k=2, documents="sum")  # of the documents of the evaluation set
+    np.testing.assert_array_equal(
+        hits["proponents"][:], built.attribute(DOCUMENTS.select([0, 3]), 2, documents="sum")["proponents"][:]
+    )
+    assert hits[0]["proponent_url"] == [f"page {number}" for number in hits[0]["proponents"]]
+
+
+def test_rows_that_are_chunks_already_keep_their_documents(folder, tmp_path):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    chunker = Chunker(word_tokenizer(), 6, 2)
+    chunks = Dataset.from_list(
+        [
+            {"input_ids": chunk.ids, "labels": chunk.labels, "document_id": number, "chunk_id": place, "url": f"page {number}"}
+            for number, text in enumerate(TEXTS)
+            for place, chunk in enumerate(chunker.cut(text))
+        ]
+    )
+    hits = train_on_chunks(tmp_path, chunks).attribute(chunks.select([0]), top_k=3, documents="max")
+    assert hits[0]["proponent_document_id"] == hits[0]["proponents"]
+    assert hits[0]["proponent_url"] == [f"page {number}" for number in hits[0]["proponents"]]
+
+
+def test_what_cannot_be_trained_on_in_chunks_is_refused(folder, tmp_path):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    with pytest.raises(ValueError, match="leave out `model_init`, `data_collator` and `task`"):
+        train_on_chunks(tmp_path, DOCUMENTS, data_collator=list)
+    with pytest.raises(ValueError, match="not those of a stream"):
+        train_on_chunks(tmp_path, DOCUMENTS.to_iterable_dataset())

@@ -155,6 +155,7 @@ def test_the_guide_to_documents_runs_as_printed():
     assert names.scores.shape == (5, 1)
     assert sorted(names.by_document.hits[0]["proponents"]) == list(range(5))
     assert (names.first.n_rows, len(names.first.kept_rows.take(range(12)).unique("document_id"))) == (12, 4)
+    assert (len(names.matched), names.trainer.index.n_rows) == (1, 4)
     assert 'class="around"' in (Path("book-report") / "report.html").read_text()
 
 

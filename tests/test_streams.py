@@ -12,7 +12,7 @@ from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Valu
 from models import make_model
 from PIL import Image as pillow
 
-from hf_trak import AttributionIndex, TrakConfig
+from hf_trak import AttributionArguments, AttributionIndex, AttributionTrainer, TrakConfig
 from hf_trak.cli.main import main
 from hf_trak.sources.streams import read_stream
 
@@ -47,6 +47,46 @@ def test_an_index_of_a_stream_is_that_of_its_rows(tmp_path):
     assert AttributionIndex.estimate(models=arguments["models"], dataset=stream, n_rows=12, config=SETTINGS).n_rows == 12
     AttributionIndex.build_shards(tmp_path / "jobs", shard_index=0, num_shards=1, dataset=stream, n_rows=12, **arguments)
     assert AttributionIndex.merge(tmp_path / "jobs").members[0].info["files"] == index.members[0].info["files"]
+
+
+def test_queries_may_be_a_stream(tmp_path):
+    index = AttributionIndex.build(
+        tmp_path / "index",
+        models=make_model("bert", seed=0),
+        config=SETTINGS,
+        dataset=Dataset.from_list(list(rows(9))),
+        progress=False,
+    )
+    stream, stored = IterableDataset.from_generator(rows, gen_kwargs={"n_rows": 40}).take(3), Dataset.from_list(list(rows(3)))
+    for ask in (index.score, lambda *given, **more: index.attribute(*given, **more).to_dict(), index.featurize_queries):
+        np.testing.assert_equal(ask(stream, progress=False), ask(stored, progress=False))
+    assert index.label_errors(stream).to_dict() == index.label_errors(stored).to_dict()
+    assert index.select(stream, 2, progress=False).to_dict() == index.select(stored, 2, progress=False).to_dict()
+
+
+@pytest.mark.parametrize("n_rows", [None, 5])
+def test_a_trainer_attributes_to_the_rows_that_it_reads_of_a_stream(tmp_path, caplog, n_rows):
+    def make_trainer(folder, train, **given):
+        args = AttributionArguments(
+            folder, max_steps=2, per_device_train_batch_size=4, proj_dim=16, keep_columns=["name"], report_to="none", use_cpu=True,
+            disable_tqdm=True, seed=1, **given,
+        )  # fmt: skip
+        return AttributionTrainer(make_model("bert", seed=0), args, train_dataset=train)
+
+    stream = IterableDataset.from_generator(rows, gen_kwargs={"n_rows": 40})
+    trainer = make_trainer(tmp_path / "stream", stream, n_rows=n_rows)
+    trainer.train()
+    index = trainer.featurize()
+    assert index.kept_rows.take(range(index.n_rows))["name"][:] == [f"row {i}" for i in range(n_rows or 8)]
+    assert ("of which the first 5 are attributed to" in caplog.text) == (n_rows == 5)
+    again = make_trainer(tmp_path / "stream", stream, n_rows=n_rows)  # after training, in a process of its own
+    written = [path.stat().st_mtime_ns for path in index.members[0].shard_paths]
+    assert (
+        again.attribute(stream.take(2), top_k=2)["proponents"][:] == trainer.attribute(stream.take(2), top_k=2)["proponents"][:]
+    )
+    assert written == [path.stat().st_mtime_ns for path in index.members[0].shard_paths]
+    others = trainer.featurize(stream.skip(8), n_rows=3, overwrite=True)
+    assert others.kept_rows[0] == {"name": "row 8"}
 
 
 def test_types_and_pictures_come_through_undecoded(tmp_path):

@@ -114,8 +114,9 @@ class Order:
     def in_chunks(self, featurizer: Featurizer) -> Order:
         """Return the order with a row per chunk where texts are to be cut (`chunk_overlap`)."""
         dataset, keep_columns, documents = as_chunks(
-            featurizer, self.source.dataset, self.source.keep_columns, progress=self.writing.progress
-        )
+            featurizer.config, featurizer.task.inputs, featurizer.processing_class, self.source.dataset,
+            self.source.keep_columns, progress=self.writing.progress,
+        )  # fmt: skip
         ensemble = self.ensemble
         if ensemble.masks is not None and documents is not None:
             ensemble = replace(ensemble, masks=ensemble.masks[:, torch.from_numpy(documents)])

@@ -122,25 +122,35 @@ class TrainingRows:
 
 
 def as_chunks(
-    featurizer: Featurizer, dataset: Dataset, keep_columns: Sequence[str], *, progress: bool = True
+    config: TrakConfig,
+    inputs: Any,
+    processing_class: Any,
+    dataset: Dataset,
+    keep_columns: Sequence[str] = (),
+    *,
+    progress: bool = True,
 ) -> tuple[Dataset, tuple[str, ...], Int64[np.ndarray, " n_rows"] | None]:
     """Return the training rows of an index whose texts are cut into chunks (`chunk_overlap`), with the columns to keep of them, and the
     document of each; of any other, the dataset as it is.
 
+    Args:
+        config (`TrakConfig`): One that names the column of texts; see [`with_text_column`].
+        inputs: Of the task that reads the texts.
+
     Raises:
         ValueError: If the task reads no texts that can be cut, or a document cannot serve.
     """
-    config, keep = featurizer.config, tuple(keep_columns)
+    keep = tuple(keep_columns)
     if is_chunked(dataset.column_names):
-        return dataset, tuple(dict.fromkeys([*(set(CHUNK_COLUMNS) & set(dataset.column_names)), *keep])), None
+        return dataset, tuple(dict.fromkeys([*(name for name in CHUNK_COLUMNS if name in dataset.column_names), *keep])), None
     if config.chunk_overlap is None:
         return dataset, keep, None
     if config.text_columns is None:
         raise ValueError("`chunk_overlap` (--chunk_overlap) is for causal language models of texts: leave it out.")
     check_kept(dataset, keep)
     column = config.text_columns[0]
-    tokenizer = tokenizer_of(featurizer.processing_class)
-    chunker = Chunker.of(featurizer.task.inputs, tokenizer, config.chunk_overlap)
+    tokenizer = tokenizer_of(processing_class)
+    chunker = Chunker.of(inputs, tokenizer, config.chunk_overlap)
     digests = digest_rows(dataset, [column])
     described = describe_processing(tokenizer, pixels=False)
     decisive = [fingerprint_of(dataset), hash_digests(digests), described, chunker.limit, chunker.overlap, column, keep]

@@ -37,6 +37,7 @@ from hf_trak.scoring.ensemble import (
 from hf_trak.scoring.label_errors import LabelEvidence, check_labels_task, label_suspicion
 from hf_trak.scoring.scorer import Scorer, check_top_k, to_hits
 from hf_trak.scoring.search_index import SearchIndex, describe
+from hf_trak.sources.streams import read_stream
 from hf_trak.storage.passes import columns_of
 from hf_trak.storage.reader import MemberReader
 from hf_trak.tasks.chunks import DOCUMENT
@@ -45,7 +46,7 @@ from hf_trak.tasks.rows import check_is_dataset, name_rows
 logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
     from typing_extensions import Unpack
 
 _HASHED_BEFORE_QUERIES = 1 << 30  # bytes; half a second of hashing, which is not done again when they are read
@@ -76,7 +77,7 @@ class ScoringMethods:
 
     def score(
         self,
-        queries: Dataset,
+        queries: Dataset | IterableDataset,
         *,
         target: str | int = "label",
         contrast: tuple[str | int, str | int] | None = None,
@@ -103,7 +104,8 @@ class ScoringMethods:
         ```
 
         Args:
-            queries (`Dataset`): With the columns of the training set; by default, labels say which output is meant.
+            queries (`Dataset` or `IterableDataset`): With the columns of the training set; by default, labels say which output is meant. A
+                stream is read to its end first: give `stream.take(n)` of a long one.
             target (`str` or `int`): Of classifiers, which output: "label", the query's own; "prediction", the class that the model predicts
                 (of several checkpoints, the last one; of points of a path, the final model); or a class, by its name, or by its number in the
                 training set. Other than with "label", queries need no label column. Of regressions, "prediction".
@@ -127,6 +129,7 @@ class ScoringMethods:
             shortcuts: Fields of [`ScoreOptions`], which win over those of `options`: `damping`, `residual_weighting`, `leverage`,
                 `soft_threshold`, `out_to_loss_power`, `combination`, `reference_rescale`. See [`AttributionIndex.score_options`].
         """
+        queries = read_stream(queries)
         check_is_dataset(queries, "`queries`")
         question = Question(target, contrast, direction, aggregate)
         options = self.score_options(options, **shortcuts)
@@ -146,7 +149,7 @@ class ScoringMethods:
 
     def attribute(
         self,
-        queries: Dataset,
+        queries: Dataset | IterableDataset,
         top_k: int = 10,
         *,
         target: str | int = "label",
@@ -186,6 +189,7 @@ class ScoringMethods:
             `opponents` (rows of the training set, the strongest first), `proponent_scores` and `opponent_scores`; where columns were kept
             (`keep_columns`), also `proponent_<column>` and `opponent_<column>`, lists in the same order.
         """
+        queries = read_stream(queries)
         check_is_dataset(queries, "`queries`")
         question = Question(target, contrast, direction, aggregate)
         options = self.score_options(options, **shortcuts)
@@ -411,6 +415,7 @@ class ScoringMethods:
         options = self.score_options(damping=damping)
         features = None
         if validation is not None:
+            validation = read_stream(validation)
             check_is_dataset(validation, "`validation`")
             if len(validation) == 0:
                 raise ValueError("`validation` has no rows. Leave it out if there are no held-out rows.")

@@ -28,6 +28,7 @@ from hf_trak.runtime import dataset_bars
 from hf_trak.scoring.ensemble import ScoreOptions, solve_all, stream_scores
 from hf_trak.scoring.selection import first_rows, group_means, shares, spread_out
 from hf_trak.sources.row_digests import names_read
+from hf_trak.sources.streams import read_stream
 from hf_trak.storage.reader import MemberReader, member_blocks
 from hf_trak.tasks import TASKS
 from hf_trak.tasks.chunks import is_chunked
@@ -130,6 +131,7 @@ class SelectMethods:
             raise ValueError(
                 f"`diversity` must be at least 0 and below 1, and 0 with `drop`, but is {diversity!r}: rows to be left out need not differ."
             )
+        target = read_stream(target)
         check_is_dataset(target, "`target`")
         if len(target) == 0:
             raise ValueError(

@@ -145,6 +145,36 @@ def check_same_rows(attributed: Dataset, trained: Any) -> None:
         )
 
 
+def check_stream(args: Any) -> None:
+    """Check that a run on a streaming training set can be attributed to.
+
+    Raises:
+        ValueError: If its rows are to be chosen or cut, or come in another order than that of the stream.
+    """
+    if not args.ensemble().members.is_single_run:
+        raise ValueError(
+            f"members={args.members!r} trains again on rows that have numbers, which those of a streaming `train_dataset` have not. Choose the "
+            "members of a single run, such as 'final' or 'epoch:3', or keep the rows: `Dataset.from_generator(lambda: (yield from stream))`."
+        )
+    if args.chunk_overlap is not None:
+        raise ValueError(
+            "`chunk_overlap` cuts the texts of a `datasets.Dataset` before training, and not those of a stream. Keep its rows: "
+            "`Dataset.from_generator(lambda: (yield from stream))`."
+        )
+    if args.dataloader_num_workers > 1:
+        raise ValueError(
+            f"dataloader_num_workers={args.dataloader_num_workers} reads the parts of a streaming `train_dataset` in turn, so that training would see other "
+            "rows than the first ones of the stream. Set it to 0 or 1."
+        )
+
+
+def rows_of_a_run(args: Any) -> int | None:
+    """Return how many rows of a stream training reads at most, by its steps; None where the stream alone decides."""
+    if args.max_steps <= 0:
+        return None
+    return args.max_steps * args.train_batch_size * args.gradient_accumulation_steps
+
+
 def check_evaluation_set(dataset: Any) -> None:
     """Check that an evaluation set is one that `Trainer` can evaluate.
 
@@ -191,7 +221,7 @@ def _describe_unfit_queries(queries: Any) -> str | None:
             f"`eval_dataset` holds several sets ({', '.join(queries)}), so `attribute()` does not know which are the queries: say "
             f"`attribute(queries={first!r})`."
         )
-    if not isinstance(queries, Dataset):
+    if not isinstance(queries, (Dataset, IterableDataset)):
         return f"Queries must be a `datasets.Dataset`, but are {describe_kind(queries)}. {how_to_make(queries)}"
     return None
 
@@ -202,13 +232,15 @@ def columns_of_forward(trainer: Trainer) -> list[str]:
     return trainer._signature_columns or []
 
 
-def check_columns(trainer: Trainer, task: Task) -> None:
+def check_columns(trainer: Trainer, task: Task, dataset: Dataset) -> None:
     """Check that training reads the columns that are attributed.
+
+    Args:
+        dataset (`Dataset`): The training set; of a stream, the rows that are read of it.
 
     Raises:
         ValueError: Naming those that `Trainer` drops before rows are collated.
     """
-    dataset = trainer.train_dataset
     if not trainer.args.remove_unused_columns or is_transformed(dataset):
         return
     kept = columns_of_forward(trainer)
@@ -223,20 +255,21 @@ def check_columns(trainer: Trainer, task: Task) -> None:
         )
 
 
-def check_labels(trainer: Trainer, task: Task) -> None:
+def check_labels(trainer: Trainer, task: Task, dataset: Dataset) -> None:
     """Check that training reads label numbers as attribution does.
 
     Args:
         task (`Task`): One that has read the training set.
+        dataset (`Dataset`): As in [`check_columns`].
 
     Raises:
         ValueError: If attribution turns the dataset's labels into the model's by their names, and training takes them as they are.
     """
-    kind = trainer.train_dataset.features.get(task.label_column)
+    kind = dataset.features.get(task.label_column)
     are_strings = task.needs_labels and getattr(kind, "dtype", None) in ("string", "large_string")
     collator = trainer.data_collator
     makes_tensors = collator is default_data_collator or isinstance(collator, DataCollatorWithPadding)
-    if are_strings and makes_tensors and not is_transformed(trainer.train_dataset):
+    if are_strings and makes_tensors and not is_transformed(dataset):
         raise ValueError(
             f"The labels in {task.label_column!r} are strings, of which the collator of `Trainer` makes no tensor. Map them to the model's "
             f"numbers, for example `dataset.map(lambda row: {{'label': model.config.label2id[row[{task.label_column!r}]]}})`."

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
@@ -326,7 +326,9 @@ def _describe_model(model: Any) -> dict[str, Any]:
 
 def _describe_data(trainer: Trainer, before: dict[str, Any] | None) -> dict[str, Any]:
     """Return what tells a training set from another: the content of its rows, and what is made of them when they are read."""
-    dataset = trainer.train_dataset
+    dataset: Any = trainer.train_dataset
+    if isinstance(dataset, IterableDataset):
+        dataset = trainer._attributed  # the rows that are read of it
     fingerprint = _fingerprint(dataset)
     if before is not None and before[_FINGERPRINT] == fingerprint:
         return before
