@@ -42,7 +42,8 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 def test_demo_writes_a_report_and_results(quick: SimpleNamespace) -> None:
     assert (quick.output / "report.png").stat().st_size > 10_000
     page = (quick.output / "report.html").read_text(encoding="utf-8")
-    assert page.count("<section>") == 4
+    assert page.count("<section") == 4
+    assert page.count("<details>") == 3
     results = json.loads((quick.output / "results.json").read_text())
     assert {"name", "command", "commit", "versions", "hardware", "rows"} <= set(results)
     assert results["command"].endswith(f"hf-trak demo --output {quick.output} --seed 1 --proj_dim 128 --epochs 1")

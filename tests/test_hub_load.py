@@ -140,7 +140,10 @@ def load_rows_of(repo, reviews):
     whole = load_dataset(repo, split="train")
     rows = whole.select(range(12))
     build(reviews["folder"], reviews["model"], dataset=rows).push_to_hub(reviews["index"])
-    links = [row_links(one) for one in (whole, whole.select([7, 3, 5]), rows, whole.map(dict, load_from_cache_file=False))]
+    index = build(reviews["folder"].parent / "whole", reviews["model"], dataset=whole)
+    made = whole.map(dict, load_from_cache_file=False)
+    links = [row_links(index, one) for one in (whole, whole.select([7, 3, 5]), None, rows, made)]
+    links.append(row_links(AttributionIndex.from_pretrained(reviews["index"]), None))
     links = [None if link is None else [link(row) for row in (0, 2)] for link in links]
     return AttributionIndex.from_pretrained(reviews["index"]).members[0].info["source"], links
 
@@ -451,8 +454,9 @@ def test_the_training_sets_commit_and_licence_are_carried_over(client, new_name,
         source, links = client(load_rows_of, data, {"folder": tmp_path / "index", "model": checkpoint, "index": repo})
         assert source == {"repository": data, "revision": client(head, data)}
         page = f"https://huggingface.co/datasets/{data}/viewer/default/train?row="
-        # Of a part that may lie anywhere, and of rows that were made here, the place on the Hub is unknown.
-        assert links == [[f"{page}0", f"{page}2"], [f"{page}7", f"{page}5"], None, None]
+        first = [f"{page}0", f"{page}2"]
+        # Of a part that may lie anywhere, of rows that were made here, and of an index of either, the place on the Hub is unknown.
+        assert links == [first, [f"{page}7", f"{page}5"], first, None, None, None]
         card = client(bytes_of_repository, repo)["README.md"].decode()
         assert "license: cc-by-sa-4.0\n" in card
         assert f"source_datasets:\n- {data}\n" in card

@@ -166,7 +166,7 @@ def run(args: AttributeArguments) -> dict[str, Any] | None:
         reported = read_attributions(hits, *readers, rows=list(range(min(_REPORTED_QUERIES, len(hits)))), top_k=_SHOWN_HITS)
         reported = _with_controls(reported, index, queries, readers[1], options)
         title = f"Attributions of {Path(args.queries).name}"
-        reported = with_links(reported, row_links(train))
+        reported = with_links(reported, row_links(index, train))
         paths = save_report(reported, args.report, title=title, trust=trust_notes(index, train))
         say("\n".join(f"Report: {path}" for path in paths))
     return {"hits": output, "n_queries": len(hits), "report": paths}

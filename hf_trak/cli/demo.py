@@ -110,7 +110,7 @@ def show(
     )
     asked = data.queries.select(rows)
     controls = controls_of(index, asked, train, top_k=5, question=Question(), options=index.score_options())
-    attributions = with_links(with_controls(attributions, controls), row_links(data.train))
+    attributions = with_links(with_controls(attributions, controls), row_links(index, data.train))
     title = f"hf-trak demo: {data.name}"
     save_report(attributions, output, title=title, intro=intro, suspects=suspects, trust=trust_notes(index, data.train))
 

@@ -115,7 +115,7 @@ def run(args: ExplainArguments) -> dict[str, Any]:
     paths: list[Path] = []
     if args.report is not None:
         title = "Which training rows made the model say this"
-        reported = with_links([found.attribution], row_links(train))
+        reported = with_links([found.attribution], row_links(index, train))
         paths = save_report(reported, args.report, title=title, trust=trust_notes(index, train))
         print("\n".join(f"Report: {path}" for path in paths))
     shown = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -18,7 +17,7 @@ from hf_trak.querying.examples import Attribution, ChunkReader, Control, Example
 from hf_trak.querying.questions import Question
 from hf_trak.querying.scoring_methods import ScoringMethods
 from hf_trak.scoring.ensemble import ScoreOptions, SolvedQueries
-from hf_trak.sources.repositories import describe_source
+from hf_trak.sources.repositories import describe_source, has_whole_split
 from hf_trak.storage.reader import MemberReader, aligned_blocks
 
 if TYPE_CHECKING:
@@ -115,20 +114,23 @@ def with_controls(attributions: Sequence[Attribution], controls: Sequence[list[C
     return [replace(one, controls=found) for one, found in zip(attributions, controls, strict=True)]
 
 
-def row_links(rows: Dataset | None) -> Callable[[int], str] | None:
-    """Return what gives the page of a row in the Hub's viewer; None where rows are not known to be of a split of a dataset there.
+def row_links(index: ScoringMethods, train: Dataset | None) -> Callable[[int], str] | None:
+    """Return what gives the page of a training row in the Hub's viewer; None where rows are not known to be of a split of a dataset there.
 
-    The rows may be some of a split, in any order, but their table must be the whole of it, as it was downloaded.
+    Args:
+        train (`Dataset`, *optional*): In the index's order. It may hold some rows of a split, in any order, but its table must be the whole of
+            the split, as it was downloaded. Without it, the index's record of its training set decides.
     """
-    source = {} if rows is None else describe_source(rows).get("source", {})
-    if rows is None or "repository" not in source or rows.split is None or rows.info.config_name is None:
+    if train is None:
+        info = index.members[0].info
+        source, config, split = info.get("source", {}), info["training_set"]["config"], info["training_set"]["split"]
+        known, chosen = bool(source.get("in_order")), None
+    else:
+        source, config, split = describe_source(train).get("source", {}), train.info.config_name, train.split
+        known, chosen = has_whole_split(train), None if train._indices is None else train._indices.column(0)
+    if "repository" not in source or not known or config is None or split is None:
         return None
-    split = (rows.info.splits or {}).get(str(rows.split))
-    made_here = any(Path(file["filename"]).name.startswith("cache-") for file in rows.cache_files)  # perhaps in another order
-    if split is None or made_here or split.num_examples != rows.data.num_rows:
-        return None
-    chosen = None if rows._indices is None else rows._indices.column(0)
-    place = f"https://huggingface.co/datasets/{quote(source['repository'])}/viewer/{quote(rows.info.config_name)}/{quote(str(rows.split))}"
+    place = f"https://huggingface.co/datasets/{quote(source['repository'])}/viewer/{quote(config)}/{quote(str(split))}"
     return lambda row: f"{place}?row={row if chosen is None else chosen[row].as_py()}"
 
 
@@ -155,7 +157,7 @@ def trust_notes(index: ScoringMethods, rows: Dataset | None = None) -> list[str]
     """Return what is known of how far to trust an index's scores.
 
     Args:
-        rows (`Dataset`, *optional*): The training set that is shown; if its rows have links, it is said what these lead to.
+        rows (`Dataset`, *optional*): The training set, if it is at hand; as of [`row_links`].
     """
     members: Sequence[Any] = index.members
     points = len({member.identity["point"]["alpha"] for member in members if "point" in member.identity})
@@ -170,8 +172,8 @@ def trust_notes(index: ScoringMethods, rows: Dataset | None = None) -> list[str]
         notes.append(
             "One training run is behind them: another run of the same training can rank rows differently. More runs help most."
         )
-    if row_links(rows) is not None and rows is not None:
-        source = describe_source(rows)["source"]
+    if row_links(index, rows) is not None:
+        source = members[0].info["source"] if rows is None else describe_source(rows)["source"]
         notes.append(
             f"Rows link to {source['repository']} as it is on the Hub now. What is shown was read at commit {source['revision'][:12]}."
         )

@@ -176,10 +176,24 @@ _LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
 def describe_source(dataset: Dataset) -> dict[str, Any]:
-    """Return the known origin of a dataset as `{"source": {...}}`; an empty dict if it is unknown."""
-    place = _repository(Path(file["filename"]) for file in dataset.cache_files)
-    known = {**place, **({"license": dataset.info.license} if dataset.info.license else {})}
+    """Return the known origin of a dataset as `{"source": {...}}`; an empty dict if it is unknown.
+
+    It has `in_order` if row i is row i of the split on the Hub.
+    """
+    known: dict[str, Any] = {**_repository(Path(file["filename"]) for file in dataset.cache_files)}
+    if known and dataset._indices is None and has_whole_split(dataset):
+        known["in_order"] = True
+    if dataset.info.license:
+        known["license"] = dataset.info.license
     return {"source": known} if known else {}
+
+
+def has_whole_split(dataset: Dataset) -> bool:
+    """Return whether the table under a dataset's rows is a split of a repository as it was downloaded, and not a part of it, or rows that
+    were made from it, perhaps in another order."""
+    split = (dataset.info.splits or {}).get(str(dataset.split))
+    made_here = any(Path(file["filename"]).name.startswith("cache-") for file in dataset.cache_files)
+    return split is not None and not made_here and split.num_examples == dataset.data.num_rows
 
 
 def _repository(files: Iterable[Path]) -> dict[str, str]:
