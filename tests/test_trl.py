@@ -15,6 +15,7 @@ from hf_trak.config import TrakConfig
 from hf_trak.featurizing.featurizer import Featurizer
 from hf_trak.tasks import AutoTask
 from hf_trak.tasks.chat import ChatTemplate
+from hf_trak.tasks.chunks import Chunker
 
 trl = pytest.importorskip("trl", reason="TRL is the reference: pip install trl")
 
@@ -332,3 +333,29 @@ def test_a_dpotrainer_attributes_to_its_own_rows(tmp_path: Path):
     assert scores[0, 0] > 0
     assert scores[1, 1] > 0
     assert scores.shape == (6, 2)
+
+
+def test_chunks_of_documents_stay_what_they_are_in_an_sft_trainer(tmp_path):
+    tokenizer, texts = byte_tokenizer(), ["a bird in the tree", "it ends", "by itself in the tree"]
+    rows = datasets.Dataset.from_list(
+        [
+            {"input_ids": chunk.ids, "labels": chunk.labels, "document_id": number, "chunk_id": place}
+            for number, text in enumerate(texts)
+            for place, chunk in enumerate(Chunker(tokenizer, 8, 3).cut(text))
+        ]
+    )
+    args = trl.SFTConfig(
+        str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_steps=1, max_length=8, disable_tqdm=True
+    )
+    trainer = attribution(trl.SFTTrainer)(
+        language_model(),
+        AttributionArguments.from_training_arguments(args, proj_dim=16),
+        train_dataset=rows,
+        processing_class=tokenizer,
+    )
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(rows))])
+    assert int((batch["labels"] != -100).sum()) == sum(len(tokenizer(text + "<EOS>")["input_ids"]) for text in texts)
+    trainer.train()
+    hits = trainer.attribute(rows.select([0]), top_k=3, documents="max")
+    assert sorted(hits[0]["proponents"]) == [0, 1, 2]
+    assert hits[0]["proponent_document_id"] == hits[0]["proponents"]

@@ -19,9 +19,10 @@ from typing import Any
 import common
 import run_bergson
 import run_dattri
+import run_dattri_llm
 import run_traker
 
-PEERS = (run_bergson, run_traker, run_dattri)
+PEERS = (run_bergson, run_traker, run_dattri, run_dattri_llm)
 
 
 # What bergson covers of the decoder: the weights of the blocks' linear layers.
