@@ -14,6 +14,7 @@ import platform
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,14 @@ from hf_trak.cli.main import quiet_libraries
 from hf_trak.cli.parsing import make_parser, parse
 from hf_trak.cli.results import commit, write_results
 from hf_trak.evaluation import Recipe
-from hf_trak.evaluation.counterfactual import Counterfactuals, Retrain, run_counterfactuals, summarize_counterfactuals
+from hf_trak.evaluation.counterfactual import (
+    Counterfactuals,
+    Retrain,
+    bootstrap_interval,
+    outputs_of_targets,
+    run_counterfactuals,
+    summarize_counterfactuals,
+)
 from hf_trak.evaluation.training import outputs_on, train
 from hf_trak.hashing import stream_key
 
@@ -71,7 +79,31 @@ def main(args: RemovalArguments, setting: Setting, recipe: Recipe) -> None:
         plan, retrain_with(prepared, recipe, options["device"]), runs, shard=(args.shard_index, args.num_shards)
     )
     if args.num_shards == 1 or args.result:
-        report(summarize_counterfactuals(plan, runs), args)
+        report([*summarize_counterfactuals(plan, runs), *differences(plan, runs)], args)
+
+
+def differences(plan: Counterfactuals, runs: Path) -> list[dict[str, Any]]:
+    """Return result rows of the change that the first method's removals make, less that of each other's, paired over targets."""
+    _, removed = outputs_of_targets(plan, runs)
+    first, rows = next(iter(plan.scores)), []
+    for (method, k), outputs in removed.items():
+        if method != first:
+            ahead = removed[first, k] - outputs
+            interval = bootstrap_interval(ahead)
+            rows.append(
+                {
+                    "case": plan.case,
+                    "method": f"{first}, less {method}",
+                    "metric": "counterfactual_delta_ahead",
+                    "value": float(ahead.mean()),
+                    "unit": "output",
+                    "interval": None if interval is None else list(interval),
+                    "top_k": k,
+                    "n_targets": len(plan.targets),
+                    "n_seeds": len(plan.seeds),
+                }
+            )
+    return rows
 
 
 def load_scores(entries: list[str]) -> dict[str, np.ndarray]:
