@@ -25,11 +25,11 @@ import torch
 from datasets import Dataset
 from estimators import SIZE, combine, influences
 from featurize import write
-from lds_setting import Job, Judge, as_row, parquet
-from path import base_of
+from lds_setting import as_row
+from path import Run
 
 from hf_trak import Featurizer, TrakConfig
-from hf_trak.evaluation import ground_truth_from, spearman
+from hf_trak.evaluation import spearman
 from hf_trak.linalg import DEFAULT_DAMPING
 from hf_trak.members import DEFAULT_ALPHAS
 
@@ -92,10 +92,8 @@ def evidence(point: Point, change: np.ndarray) -> float:
 def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
-    data = options.job.parent / "data"
-    train, queries = parquet(data / "train.parquet"), parquet(data / "queries.parquet")
-    judge = Judge(ground_truth_from(Dataset.from_parquet(str(options.ground_truth))))
-    final, base = Job(options.job).runs[0][-1], str(base_of(options))
+    train, queries, judge, epochs, base = Run.load(options)
+    final = epochs[-1]
     start = point_at({"model": final, "base": base, "alpha": 0.0}, train, queries)
     case = f"{options.setting}, one point of the line, {SIZE} numbers a row"
     rows: list[dict[str, Any]] = []

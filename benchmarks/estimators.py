@@ -22,12 +22,11 @@ import numpy as np
 import torch
 from datasets import Dataset
 from featurize import write
-from lds_setting import Job, Judge, as_row, parquet
-from path import base_of
+from lds_setting import as_row
+from path import Run
 from torch import Tensor
 
 from hf_trak import Featurizer, TrakConfig
-from hf_trak.evaluation import ground_truth_from
 from hf_trak.evaluation.baselines import Checkpoints, make_baseline
 from hf_trak.linalg import DEFAULT_DAMPING
 from hf_trak.members import DEFAULT_ALPHAS
@@ -253,10 +252,8 @@ def combine(members: list[np.ndarray], weights: list[np.ndarray]) -> np.ndarray:
 def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
-    data = options.job.parent / "data"
-    train, queries = parquet(data / "train.parquet"), parquet(data / "queries.parquet")
-    judge = Judge(ground_truth_from(Dataset.from_parquet(str(options.ground_truth))))
-    final, base = Job(options.job).runs[0][-1], str(base_of(options))
+    train, queries, judge, epochs, base = Run.load(options)
+    final = epochs[-1]
     points = [{"model": final, "base": base, "alpha": alpha} for alpha in DEFAULT_ALPHAS]
     features = [features_at(options, point, train, queries) for point in points]
     weights = [columns["train out_to_loss"].astype(np.float64) for columns in features]

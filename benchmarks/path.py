@@ -17,7 +17,7 @@ import json
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -70,14 +70,32 @@ def base_of(options: argparse.Namespace) -> Path:
     return folder
 
 
+class Run(NamedTuple):
+    """One training run, its rows, and the judge of scores.
+
+    Args:
+        epochs (`list[str]`): The checkpoints of the run.
+    """
+
+    train: Dataset
+    queries: Dataset
+    judge: Judge
+    epochs: list[str]
+    base: Path
+
+    @classmethod
+    def load(cls, options: argparse.Namespace) -> Run:
+        data = options.job.parent / "data"
+        train, queries = parquet(data / "train.parquet"), parquet(data / "queries.parquet")
+        judge = Judge(ground_truth_from(Dataset.from_parquet(str(options.ground_truth))))
+        return cls(train, queries, judge, Job(options.job).runs[0], base_of(options))
+
+
 def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
-    data = options.job.parent / "data"
-    train, queries = parquet(data / "train.parquet"), parquet(data / "queries.parquet")
-    judge = Judge(ground_truth_from(Dataset.from_parquet(str(options.ground_truth))))
-    epochs = Job(options.job).runs[0]
-    final, base = epochs[-1], base_of(options)
+    train, queries, judge, epochs, base = Run.load(options)
+    final = epochs[-1]
     alphas = ", ".join(f"{alpha:g}" for alpha in DEFAULT_ALPHAS)
     points = f"points of the line, α = {alphas} (the default with a base)"
     indexes: dict[str, dict[str, Any]] = {

@@ -25,9 +25,7 @@ from hf_trak.projectors import Projector
 
 _FEW = 4  # sketch a table's gradient by rows if at most one row in this many is nonzero
 _SAMPLE = 64  # rows of a table that are tested first
-_LARGE = (
-    1 << 16
-)  # entries from which a gradient is sketched before the next one is computed; for fewer, a hook costs more than it saves
+_LARGE = 1 << 16  # entries of a gradient that is sketched at once; for smaller ones, a hook costs more than it saves
 
 
 def loop_features(
@@ -66,10 +64,9 @@ def loop_features(
                     with _refusals_named(model), sketch.into(accumulator):
                         grads = torch.autograd.grad(output.sum(), leaves, allow_unused=True)
                     with torch.no_grad():
-                        small = zip(parameters, grads, strict=False)
-                        add_gradients(
-                            projector, accumulator, {n: grad for n, grad in small if n not in large and grad is not None}
-                        )
+                        named = zip(parameters, grads, strict=False)
+                        small = {name: grad for name, grad in named if name not in large and grad is not None}
+                        add_gradients(projector, accumulator, small)
                         for lookup, grad in zip(found, grads[len(parameters) :], strict=True):
                             if grad is not None:
                                 _add_lookup(projector, accumulator, lookup, grad)
