@@ -86,6 +86,11 @@ def has_store(_):
     return callable(_get_default_store)
 
 
+def keeps_indices(_):
+    rows = datasets.Dataset.from_dict({"a": [1, 2, 3]})
+    return rows._indices is None and rows.select([2, 0])._indices.column(0).to_pylist() == [2, 0]
+
+
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.batchnorm._NormBase)
 
 # Name: its file, and what is relied on.
@@ -101,6 +106,7 @@ PRIVATE = {
     "_dynamo": ("gradients/loop.py", lambda _: isinstance(torch.compile(nn.Linear(2, 2)), torch._dynamo.OptimizedModule)),
     "_linear_pointwise": ("matmul.py", lambda _: True),  # a torch without it is served: `onednn_is_faster` looks
     "_fingerprint": ("hashing.py", lambda _: isinstance(datasets.Dataset.from_dict({"a": [1]})._fingerprint, str)),
+    "_indices": ("sources/repositories.py", keeps_indices),
     "_get_default_store": ("distributed.py", has_store),
     "_shared_state": ("distributed.py", lambda _: isinstance(PartialState._shared_state, dict)),
     "_attn_implementation": ("tasks/outputs.py", lambda _: llama_lm().config._attn_implementation in ("sdpa", "eager")),

@@ -17,7 +17,7 @@ from hf_trak.querying.examples import Attribution, ChunkReader, Control, Example
 from hf_trak.querying.questions import Question
 from hf_trak.querying.scoring_methods import ScoringMethods
 from hf_trak.scoring.ensemble import ScoreOptions, SolvedQueries
-from hf_trak.sources.repositories import describe_source, has_whole_split
+from hf_trak.sources.repositories import chosen_rows, describe_source, has_whole_split
 from hf_trak.storage.reader import MemberReader, aligned_blocks
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def row_links(index: ScoringMethods, train: Dataset | None) -> Callable[[int], s
         known, chosen = bool(source.get("in_order")), None
     else:
         source, config, split = describe_source(train).get("source", {}), train.info.config_name, train.split
-        known, chosen = has_whole_split(train), None if train._indices is None else train._indices.column(0)
+        known, chosen = has_whole_split(train), chosen_rows(train)
     if "repository" not in source or not known or config is None or split is None:
         return None
     place = f"https://huggingface.co/datasets/{quote(source['repository'])}/viewer/{quote(config)}/{quote(str(split))}"

@@ -181,11 +181,19 @@ def describe_source(dataset: Dataset) -> dict[str, Any]:
     It has `in_order` if row i is row i of the split on the Hub.
     """
     known: dict[str, Any] = {**_repository(Path(file["filename"]) for file in dataset.cache_files)}
-    if known and dataset._indices is None and has_whole_split(dataset):
+    if known and chosen_rows(dataset) is None and has_whole_split(dataset):
         known["in_order"] = True
     if dataset.info.license:
         known["license"] = dataset.info.license
     return {"source": known} if known else {}
+
+
+def chosen_rows(dataset: Dataset) -> Any:
+    """Return the places of a dataset's rows in the table under it, as an Arrow column; None if they are all of the table, in its order.
+
+    datasets has no public name for it.
+    """
+    return None if dataset._indices is None else dataset._indices.column(0)
 
 
 def has_whole_split(dataset: Dataset) -> bool:
