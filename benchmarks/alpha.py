@@ -10,7 +10,7 @@ queries' outputs before and after training, and no retraining:
 - evidence: the marginal likelihood of that change on the training rows, under a Gaussian process with the point's kernel;
 - doubt: the point whose mean 1 − p is nearest to a half.
 
-`shortfall` is the LDS of the best single point of this grid less that of the choice, paired over subsets.
+All points share one sketch, so that nothing but the point differs; the members of an index have a sketch each. `lds_shortfall` is the LDS of the best single point of this grid less that of the choice, paired over subsets.
 """
 
 from __future__ import annotations
