@@ -15,9 +15,7 @@ All points share one sketch, so that nothing but the point differs; the members 
 
 from __future__ import annotations
 
-import argparse
 import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +24,7 @@ from datasets import Dataset
 from estimators import SIZE, combine, influences
 from featurize import write
 from lds_setting import as_row
-from path import Run
+from path import Run, parser_of_a_run
 
 from hf_trak import Featurizer, TrakConfig
 from hf_trak.evaluation import spearman
@@ -34,17 +32,6 @@ from hf_trak.linalg import DEFAULT_DAMPING
 from hf_trak.members import DEFAULT_ALPHAS
 
 ALPHAS = (0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 1.0)
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--setting", choices=["sst2", "qnli", "cifar2", "sst2lm"], required=True)
-    parser.add_argument("--model", help="the public model that was fine-tuned")
-    parser.add_argument("--job", type=Path, required=True, help="folder of the job `full` of scripts/train_subsets.py")
-    parser.add_argument("--ground_truth", type=Path, required=True, help="Parquet file of masks and outputs")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, required=True)
-    return parser.parse_args()
 
 
 class Point(NamedTuple):
@@ -90,7 +77,7 @@ def evidence(point: Point, change: np.ndarray) -> float:
 
 
 def main() -> None:
-    options = parse()
+    options = parser_of_a_run(__doc__).parse_args()
     torch.set_num_threads(options.threads)
     train, queries, judge, epochs, base = Run.load(options)
     final = epochs[-1]

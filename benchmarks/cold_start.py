@@ -2,9 +2,10 @@
 
     python benchmarks/cold_start.py --folder /scratch/cold --output results/cold_start_cpu.json     # 3 GB of disk
 
-The index is of a Llama of 183M random weights (`decoder.py`): 512 rows are featurized, and a million synthetic ones of float16 are written in their place, each with a
-text of 60 characters. Then a new process imports the package, opens the index, loads the model, featurizes 64 queries of 32 tokens, ranks every row exactly and prints the texts of
-each query's best five. The index, the model and the texts are dropped from the page cache before. CPU seconds; wall seconds stand beside them.
+The model is a Llama of 183M random weights (`decoder.py`). To make its index, 512 rows are featurized, and a million synthetic rows in float16 replace
+them. Each has a text of 60 characters. The index, the model and the texts are then dropped from the page cache. A new process imports the
+package, opens the index, loads the model, featurizes 64 queries of 32 tokens, ranks all rows exactly, and prints the texts of the five best rows
+of each query. Results have CPU seconds and wall seconds.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@
 Llamas with random weights and random tokens. `small` has 12 layers of width 768 and a vocabulary of 128,256 with a tied head, 183M parameters;
 `1b` has the shape of Llama 3.2 1B. `lora` trains adapters of rank 16 on the projections of attention. The answer is checked first, against a float64 loop over
 short rows; both passes then take turns, and the ratio is taken round by round. The check at the start of a run, which decides between the engines,
-is timed by itself, in rows of plain training. Peak memory is that of a process of its own each. With `--many_rows`, the peak over that many
-rows is compared with that over the rows of one batch.
+is timed separately, and its time is given as a number of training rows. Each peak of memory is measured in a separate process. With `--many_rows`,
+the peak over that many rows is compared with the peak over one batch.
 """
 
 from __future__ import annotations

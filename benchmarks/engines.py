@@ -3,10 +3,10 @@
     python benchmarks/engines.py                # results/engines_cpu.json; about two CPU-minutes on one thread
 
 Four shapes with random weights: DeBERTa-v3-small (with a vocabulary of 8,192), a mixture of experts as Mixtral has it, Mamba, and ViT-Ti/16.
-Each engine featurizes the same rows as `Featurizer` does, collation included, in a process of its own, in turns with plain passes; ratios
-are taken round by round. Beside the loop stand one-by-one training passes, of which it makes one per row, and what `gradients="auto"` would
-say of its cost. Every engine's features are first held against float64 autograd of one row at a time. Peak memory is that of a process for
-each method, beyond what it had before the model was made.
+Each engine runs in a separate process. It featurizes the rows as `Featurizer` does, including collation, in turns with plain passes, and the ratio
+is taken round by round. The loop is also compared with training passes over single rows, and with the cost that `gradients="auto"` would log.
+The features of each engine are first checked against float64 autograd over single rows. Peak memory is measured in a separate process for each
+method, and excludes what the process used before the model was made.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ def measure_memory(name: str, method: str, options: argparse.Namespace) -> float
 
 
 def apart(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what a function returns in a process of its own, forked from this one, which computes nothing itself."""
+    """Call a function in a separate process, and return its result. The process is forked from this one, which does no computation."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=lambda: sender.send(function(*arguments)))

@@ -23,7 +23,7 @@ import torch
 from datasets import Dataset
 from featurize import write
 from lds_setting import as_row
-from path import Run
+from path import Run, parser_of_a_run
 from torch import Tensor
 
 from hf_trak import Featurizer, TrakConfig
@@ -35,18 +35,6 @@ from hf_trak.projectors import Projector, StackedProjector, make_projector
 SIZE, BATCH = 2048, 32
 WHOLE, ADAM = "whole", "adam"
 REFERENCE = "one sketch, one Gram matrix (the default)"
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--setting", choices=["sst2", "qnli", "cifar2", "sst2lm"], required=True)
-    parser.add_argument("--model", help="the public model that was fine-tuned")
-    parser.add_argument("--job", type=Path, required=True, help="folder of the job `full` of scripts/train_subsets.py")
-    parser.add_argument("--ground_truth", type=Path, required=True, help="Parquet file of masks and outputs")
-    parser.add_argument("--work", type=Path, required=True, help="folder for features and EK-FAC's scores, which are kept")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, required=True)
-    return parser.parse_args()
 
 
 # Gradients
@@ -62,7 +50,7 @@ def block_of(name: str) -> str:
 
 
 class ByBlock(Projector):
-    """A sketch of its own for each block of the network, side by side."""
+    """A separate sketch for each block of the network. The features are the sketches, one after the other."""
 
     def __init__(self, blocks: list[str]) -> None:
         super().__init__(proj_dim=SIZE * len(blocks), seed=0)
@@ -250,7 +238,9 @@ def combine(members: list[np.ndarray], weights: list[np.ndarray]) -> np.ndarray:
 
 
 def main() -> None:
-    options = parse()
+    parser = parser_of_a_run(__doc__)
+    parser.add_argument("--work", type=Path, required=True, help="folder for features and EK-FAC's scores, which are kept")
+    options = parser.parse_args()
     torch.set_num_threads(options.threads)
     train, queries, judge, epochs, base = Run.load(options)
     final = epochs[-1]

@@ -35,21 +35,18 @@ CONFIGS = SCRIPTS / "configs"
 WITHOUT_TABLES = (r"^(?!.*(word|position|token_type)_embeddings)",)
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of_a_run(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser of the arguments that name a run, for all benchmarks of points of its path."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--setting", choices=["sst2", "qnli", "cifar2", "sst2lm"], required=True)
     parser.add_argument(
         "--model", help="the public model that was fine-tuned; of cifar2, the folder `pretrained` beside the job"
     )
     parser.add_argument("--job", type=Path, required=True, help="folder of the job `full` of scripts/train_subsets.py")
-    parser.add_argument(
-        "--halves", type=Path, help="folder of the job `members`: runs on random halves, which are measured as well"
-    )
     parser.add_argument("--ground_truth", type=Path, required=True, help="Parquet file of masks and outputs")
-    parser.add_argument("--proj_dim", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, required=True)
-    return parser.parse_args()
+    return parser
 
 
 def base_of(options: argparse.Namespace) -> Path:
@@ -92,7 +89,10 @@ class Run(NamedTuple):
 
 
 def main() -> None:
-    options = parse()
+    parser = parser_of_a_run(__doc__)
+    parser.add_argument("--halves", type=Path, help="folder of the job `members`: runs on random halves, to be measured too")
+    parser.add_argument("--proj_dim", type=int, default=2048)
+    options = parser.parse_args()
     torch.set_num_threads(options.threads)
     train, queries, judge, epochs, base = Run.load(options)
     final = epochs[-1]

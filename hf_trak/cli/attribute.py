@@ -199,7 +199,7 @@ def _asking(
 def _with_controls(
     attributions: Sequence[Attribution], index: AttributionIndex, queries: Dataset, train: Any, options: dict[str, Any]
 ) -> list[Attribution]:
-    """Return the attributions of the first queries, or of all as one, with what simpler rankings choose."""
+    """Return the attributions with their controls: of the first queries, or of all queries as one."""
     from hf_trak.querying.questions import Question
     from hf_trak.querying.report_facts import controls_of, with_controls
 

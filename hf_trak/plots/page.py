@@ -70,7 +70,7 @@ _INTRO = "<p>Point at a mark for its numbers, at a name to see it alone; untick 
 
 
 def page_of(title: str, body: str, *, style: str = "", script: str = "") -> str:
-    """Return a page that needs nothing beside it, light or dark as the system is; its script alone runs, and nothing is loaded from elsewhere.
+    """Return a self-contained page. It follows the system's light or dark mode, loads nothing, and runs no script but its own.
 
     Args:
         title (`str`): Any text; it is escaped.

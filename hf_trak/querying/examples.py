@@ -191,8 +191,7 @@ class Control:
 
 @dataclass(frozen=True)
 class Attribution:
-    """A query, and the training examples that raised and lowered its output most, the strongest first; beside them, what simpler rankings
-    choose."""
+    """A query, the training examples that raised and lowered its output most, strongest first, and the rows that simpler rankings choose."""
 
     query: Example
     output: float

@@ -132,8 +132,8 @@ class ExplainingMethods(ScoringMethods):
                 say the first and not this; or two answers.
             heat (`bool`): Find what each token of the answer adds to the scores of the rows that are returned; one more row to featurize per
                 token, or per group of tokens of answers above 64. The parts add up to the score, before any `soft_threshold`.
-            controls (`bool`): Find what simpler rankings choose, too (1 − p, similarity, random rows), for the page of
-                `Explanation.to_html`; the features are read once more.
+            controls (`bool`): Also find the rows that simpler rankings choose (1 − p, similarity, random rows), for
+                `Explanation.to_html`. The features are then read twice.
             documents (`str`, *optional*): Of an index of chunks, rank documents ("max" or "sum"), as in [`AttributionIndex.attribute`].
             max_new_tokens (`int`): Of a generated answer.
             generation (`Mapping`, *optional*): Arguments of `model.generate`; decoding is greedy unless they say otherwise.

@@ -1,4 +1,4 @@
-"""What a report has beside its rows: the controls, links to rows of the Hub, and how far to trust the scores."""
+"""Parts of a report besides the attributed rows: controls, links to rows on the Hub, and notes on how far to trust the scores."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ _HEADINGS = {
 def control_rows(
     members: Sequence[MemberReader], features: Sequence[Float32[Tensor, "n_query proj_dim"]], top_k: int
 ) -> dict[str, Int64[np.ndarray, "n_query k"]]:
-    """Return the rows that simpler rankings put first: "doubt", by 1 − p, where the index has it; "similarity", by the cosine of gradients;
-    and "random". The files of features are read once.
+    """Return the first rows of simpler rankings: "doubt", by 1 − p, if the index has it; "similarity", by the cosine of gradients; and
+    "random". Each file of features is read once.
 
     Args:
         features: Of the queries, under every member.
@@ -79,7 +79,7 @@ def find_controls(
     train: ExampleReader | ChunkReader,
     top_k: int,
 ) -> list[list[Control]]:
-    """Return, of each query, what simpler rankings choose, with the scores of these rows."""
+    """Return the controls of each query: the rows that simpler rankings choose, with their scores."""
     chosen = control_rows(index.members, features, top_k)
     rows = np.unique(np.concatenate([found.ravel() for found in chosen.values()])).tolist()
     scores = dict(zip(rows, index.scores_of_rows(rows, solved, options), strict=True))

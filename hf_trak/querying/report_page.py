@@ -1,4 +1,4 @@
-"""Attributions as a page of HTML that needs no network and no script, and is sorted and filtered where scripts run; every text is escaped."""
+"""Attributions as a page of HTML. It needs no network. A script sorts and filters it, but is not needed to read it. All text is escaped."""
 
 from __future__ import annotations
 
@@ -119,11 +119,11 @@ def html_page(
     trust: Sequence[str] = (),
     interactive: bool = True,
 ) -> str:
-    """Return a page that needs nothing beside it: images are inlined, and every text is escaped.
+    """Return a self-contained page: images are inlined, and all text is escaped.
 
     Args:
         suspects (`Sequence[Hit]`): Training rows whose labels look wrong.
-        trust (`Sequence[str]`): What is known of how far to trust these scores; it stands before what holds of all scores.
+        trust (`Sequence[str]`): Notes on how far to trust these scores. They come before the notes that apply to all scores.
         interactive (`bool`): With the script that sorts and filters; False where the page is a part of another.
     """
     hits = [hit for one in attributions for hit in (*one.proponents, *one.opponents, *_of_controls(one))]
